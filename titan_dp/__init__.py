@@ -1,0 +1,3 @@
+"""titan_dp: pretraining for DeltaProduct language models. Start reading at train.py."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,395 @@
+"""Every setting of a run: one class per TOML section, one documented field per key.
+
+This file is the schema and nothing else: `config_loader.py` reads files and command lines into it. Section and key
+names are torchtitan v0.2.2's, plus `[model]` and `[data]`. Components receive only their own section, never `Config`.
+Types are strict: TOML has integers, floats, booleans and strings, and `"8"` is not 8. Checks that need only one section
+live in that section; checks across sections live in `Config`. docs/config.md is generated from the docstrings below.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_count(value: object) -> object:
+    """'19B' -> 19_000_000_000; integers pass through; anything else is left for the type check to refuse."""
+    if isinstance(value, str) and (match := re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBT]?)", value.strip())):
+        return round(float(match[1].replace("_", "")) * _UNITS[match[2]])
+    return value
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, validate_default=True, use_attribute_docstrings=True
+    )
+
+
+class Job(Section):
+    dump_folder: str = "outputs"
+    """Folder that holds the run folders."""
+    run_name: str = ""
+    """Name of the run folder inside `dump_folder`; empty: the config's file name without .toml."""
+    description: str = ""
+    """One line for people; printed at the start and kept with the run."""
+
+
+class Model(Section):
+    mixer: Literal["deltaproduct", "gla", "attention"] = "deltaproduct"
+    """Token mixer: DeltaProduct (n_h = 1 is DeltaNet), gated linear attention (the same op without erasing), or softmax."""
+    hidden_size: Positive = 1024
+    """Width of the residual stream."""
+    num_hidden_layers: Positive = 24
+    """Number of blocks."""
+    num_heads: Positive = 8
+    """Heads of the mixer; `num_heads * head_dim` need not equal `hidden_size` for the recurrent mixers."""
+    head_dim: Positive = 128
+    """Key and query dimension of a head (dk)."""
+    expand_v: Annotated[float, Field(gt=0)] = 1.0
+    """Value dimension of a head as a multiple of `head_dim`: dv = int(head_dim * expand_v)."""
+    num_householder: Annotated[int, Field(ge=1, le=8)] = 2
+    """n_h: Householder steps a token."""
+    use_forget_gate: bool = False
+    """Scalar decay per head and token before the n_h steps (Gated DeltaProduct)."""
+    allow_neg_eigval: bool = True
+    """beta = 2 sigmoid instead of sigmoid: eigenvalues of each factor in [-1, 1] instead of [0, 1]."""
+    use_output_gate: bool = False
+    """Multiply the normalised output of the mixer by silu(g_proj(x))."""
+    use_short_conv: bool = True
+    """Causal depthwise convolution after the q, k and v projections."""
+    conv_size: Annotated[int, Field(ge=2, le=16)] = 4
+    """Taps of the short convolution."""
+    intermediate_size: Positive | None = None
+    """Width of the SwiGLU; default: hidden_size * 8/3 rounded up to a multiple of 256."""
+    vocab_size: Positive = 32000
+    """Rows of the embedding; every token id must be smaller."""
+    tie_word_embeddings: bool = True
+    """Use the embedding matrix as the output matrix."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Epsilon of every RMSNorm."""
+    initializer_range: Annotated[float, Field(gt=0)] = 0.006
+    """Standard deviation of the normal initialisation of matrices, convolutions and embeddings."""
+    attention_layers: list[Annotated[int, Field(ge=0)]] = []
+    """Hybrid: indices of the blocks whose mixer is softmax attention."""
+    attention_num_heads: Positive | None = None
+    """Heads of the softmax layers; default: hidden_size / 64 (their head dimension is hidden_size / heads)."""
+    attention_num_kv_heads: Positive | None = None
+    """Key/value heads of the softmax layers (grouped-query attention); default: as many as heads."""
+    attention_window: Positive | None = None
+    """Sliding window of the softmax layers in tokens, the token itself included; default: all earlier tokens."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary embedding of the softmax layers."""
+    backend: Literal["auto", "recurrent", "torch", "triton"] = "auto"
+    """Implementation of the recurrence; auto picks triton on CUDA where it exists, else torch."""
+
+    @property
+    def head_v_dim(self) -> int:
+        return int(self.head_dim * self.expand_v)
+
+    @property
+    def mlp_size(self) -> int:
+        return self.intermediate_size or 256 * math.ceil(int(self.hidden_size * 8 / 3) / 256)
+
+    @property
+    def softmax_heads(self) -> int:
+        return self.attention_num_heads or max(1, self.hidden_size // 64)
+
+    def mixer_of(self, layer: int) -> str:
+        """The mixer of block `layer`: 'deltaproduct', 'gla' or 'attention'."""
+        return "attention" if layer in self.attention_layers else self.mixer
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Model:
+        problems = []
+        if bad := [i for i in self.attention_layers if i >= self.num_hidden_layers]:
+            problems.append(f"attention_layers names {bad}, but num_hidden_layers = {self.num_hidden_layers}")
+        if self.mixer == "attention" or self.attention_layers:
+            heads, kv = self.softmax_heads, self.attention_num_kv_heads or self.softmax_heads
+            if self.hidden_size % heads or self.hidden_size // heads % 2:
+                problems.append(
+                    f"hidden_size = {self.hidden_size} does not split into attention_num_heads = {heads} heads of an "
+                    "even dimension (rotary embedding turns pairs)"
+                )
+            if heads % kv:
+                problems.append(f"attention_num_heads = {heads} is not a multiple of attention_num_kv_heads = {kv}")
+        if self.mixer == "gla" and self.num_householder != 1:
+            problems.append(f"mixer = 'gla' takes one step a token, so num_householder = {self.num_householder} must be 1")
+        if self.head_v_dim < 1:
+            problems.append(f"head_dim = {self.head_dim} times expand_v = {self.expand_v} leaves no value dimension")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class Data(Section):
+    source: Literal["shards", "hf"] = "shards"
+    """Where training tokens come from: memory-mapped token shards, or a Hugging Face dataset tokenised while training."""
+    path: str | list[str] = "data/corpus/train"
+    """source = shards: folder, or list of folders of a mixture, written by `titan-dp prepare`."""
+    weights: list[Annotated[float, Field(gt=0)]] | None = None
+    """Relative weight of each folder of `path`; default: in proportion to its tokens."""
+    document_boundaries: Literal["carry", "reset"] = "carry"
+    """carry: the recurrence runs on across documents, as in the paper; reset: no state or convolution crosses one."""
+    seed: int = 42
+    """Seed of the sample order, apart from `debug.seed` so that data order and initialisation vary independently."""
+    tokenizer: str = ""
+    """Name or path of the tokenizer. Shards carry their own, so it is needed only for source = hf; where given, it must agree."""
+    hf_dataset: str = ""
+    """source = hf: name or folder of the dataset."""
+    hf_name: str = ""
+    """source = hf: configuration of the dataset."""
+    hf_split: str = "train"
+    """source = hf: split of the dataset."""
+    hf_column: str = "text"
+    """source = hf: column that holds the text."""
+    hf_shuffle_buffer: Annotated[int, Field(ge=0)] = 10_000
+    """source = hf: documents in the streaming shuffle buffer; 0 keeps the dataset's order."""
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> Data:
+        problems = []
+        if self.weights is not None and len(self.weights) != len(self.paths):
+            problems.append(f"weights has {len(self.weights)} entries for the {len(self.paths)} folders of path")
+        if self.source == "hf" and not self.hf_dataset:
+            problems.append("source = 'hf' needs hf_dataset (a dataset's name or folder)")
+        if self.source == "hf" and not self.tokenizer:
+            problems.append("source = 'hf' needs tokenizer (bytes, a tiktoken encoding, a .tiktoken file or a Hugging Face tokenizer)")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+
+class Dataloader(Section):
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Worker processes a rank; memory-mapped shards need none, streaming is the better for one."""
+    prefetch_factor: Positive = 2
+    """Batches each worker prepares ahead (only with workers)."""
+    pin_memory: bool = False
+    """Put batches in page-locked memory for faster copies to a GPU."""
+
+
+class Training(Section):
+    local_batch_size: Positive = 8
+    """Sequences a rank processes at once (micro-batch)."""
+    global_batch_size: int = -1
+    """Sequences an optimizer step, over all ranks and accumulation; -1: local_batch_size times ranks (no accumulation)."""
+    seq_len: Positive = 2048
+    """Tokens a sequence."""
+    steps: Positive | None = None
+    """Optimizer steps of the run. Give either steps or tokens."""
+    tokens: Annotated[Count, Field(gt=0)] | None = None
+    """Tokens of the run, such as "19B"; rounded up to whole steps."""
+    max_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global norm."""
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of matrices and activations in compute; norms, A_log and dt_bias stay float32, as do the sharded originals."""
+    mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which gradients are summed over ranks."""
+    max_nonfinite_steps: Positive = 10
+    """Stop after this many consecutive steps with a non-finite gradient (each is skipped)."""
+    gc_freq: Positive = 50
+    """Collect Python garbage every so many steps, on all ranks at once."""
+    dataloader: Dataloader = Dataloader()
+
+
+class Optimizer(Section):
+    name: Literal["AdamW", "Muon"] = "AdamW"
+    """AdamW (fused) for all, or torch.optim.Muon for the matrices of the blocks and AdamW for the rest."""
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate (of AdamW)."""
+    muon_lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate of Muon, whose updates are scaled to AdamW's RMS (adjust_lr_fn = match_rms_adamw)."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Momentum of Muon."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of AdamW's second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay of matrices; norms, biases, A_log and dt_bias have none."""
+    decay_embeddings: bool = False
+    """Apply weight decay to the embedding (and the output matrix tied to it) as well."""
+
+
+class LRScheduler(Section):
+    warmup_steps: Annotated[int, Field(ge=0)] = 512
+    """Steps of linear warmup from 0."""
+    decay_type: Literal["cosine", "linear", "sqrt"] = "cosine"
+    """Shape of the decay to `min_lr_factor`."""
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Fraction of the run that decays, at its end (warmup-stable-decay); default: decay starts right after warmup."""
+    min_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Last learning rate as a fraction of the peak."""
+    total_steps: Positive | None = None
+    """Length of the schedule where it differs from the run's; default: the run's steps."""
+
+
+class Parallelism(Section):
+    data_parallel_replicate_degree: Positive = 1
+    """Replicas of the sharded model (HSDP when more than 1)."""
+    data_parallel_shard_degree: int = -1
+    """Ranks that share one copy of the model (FSDP2); -1: all that replication leaves."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Free a block's gathered parameters after its forward; default: always (the last block is kept, backward needs it first)."""
+
+
+class ActivationCheckpoint(Section):
+    mode: Literal["none", "full", "selective"] = "none"
+    """none; full: recompute every block; selective: as selective_ac_option says."""
+    selective_ac_option: Literal["op"] | Positive = "op"
+    """op: keep the outputs of the recurrence, attention and every second matmul; an integer n: recompute every n-th block."""
+
+
+class Compile(Section):
+    enable: bool = False
+    """torch.compile each block with fullgraph=True."""
+
+
+class Checkpoint(Section):
+    enable: bool = True
+    """Save checkpoints."""
+    folder: str = "checkpoint"
+    """Folder inside the run folder."""
+    interval: Positive = 500
+    """Steps between checkpoints; the last step is always saved."""
+    async_mode: Literal["async", "disabled"] = "async"
+    """async: copy, then write in the background while training goes on; disabled: wait for the write."""
+    keep_latest_k: Annotated[int, Field(ge=0)] = 10
+    """Committed checkpoints kept; 0 keeps all. The newest healthy one is never removed."""
+    load_step: Annotated[int, Field(ge=-1)] = -1
+    """Step to resume from; -1: the newest committed one."""
+    resume: bool = True
+    """Resume from the run folder when it holds a committed checkpoint; false refuses to start in a used folder."""
+    initial_load_path: str = ""
+    """Checkpoint folder whose model weights a new run starts from (optimizer, step and data start afresh)."""
+    allow_changed: list[str] = []
+    """Keys allowed to differ from the checkpoint's on resume although they change the architecture or the data."""
+
+    @model_validator(mode="after")
+    def _keeps_two(self) -> Checkpoint:
+        if self.keep_latest_k == 1:
+            raise ValueError("keep_latest_k = 1 would leave nothing while the next one is written; use 2 or more, or 0 for all")
+        return self
+
+
+class Validation(Section):
+    enable: bool = True
+    """Measure the loss on held-out tokens."""
+    path: str | list[str] = "data/corpus/validation"
+    """Folder or folders of held-out token shards."""
+    freq: Positive = 500
+    """Steps between validations; one is always run at the end."""
+    steps: int = -1
+    """Batches of each validation; -1: every held-out token once."""
+    local_batch_size: Positive | None = None
+    """Sequences a rank evaluates at once; default: training.local_batch_size."""
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+
+class Metrics(Section):
+    log_freq: Positive = 10
+    """Steps between log lines."""
+    enable_tensorboard: bool = True
+    """Write TensorBoard event files to `tb/` in the run folder."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases as well (needs the wandb package)."""
+    wandb_project: str = "titan_dp"
+    """Project of the W&B run."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Dense peak of one device in TFLOP/s at the training dtype, for MFU; default: known GPUs by name."""
+
+
+class Profiling(Section):
+    enable_profiling: bool = False
+    """Write Chrome traces of a few steps to `profile/` in the run folder."""
+    profile_freq: Positive = 100
+    """Steps between traces."""
+    profiler_warmup: Positive = 3
+    """Steps the profiler warms up before each trace."""
+    profiler_active: Positive = 1
+    """Steps each trace covers."""
+    enable_memory_snapshot: bool = False
+    """Write CUDA memory snapshots with each trace, and when memory runs out."""
+
+    @model_validator(mode="after")
+    def _cycle_fits(self) -> Profiling:
+        if self.profile_freq < self.profiler_warmup + self.profiler_active:
+            raise ValueError(
+                f"profile_freq = {self.profile_freq} is shorter than profiler_warmup + profiler_active = "
+                f"{self.profiler_warmup + self.profiler_active}"
+            )
+        return self
+
+
+class Comm(Section):
+    init_timeout_seconds: Positive = 300
+    """Timeout of collectives until the first step is done."""
+    train_timeout_seconds: Positive = 100
+    """Timeout of collectives after it."""
+
+
+class Generate(Section):
+    """A sample of text at the end of training, so that a person sees what was learnt."""
+
+    enable: bool = True
+    """Generate a sample when training ends."""
+    prompt: str = "The "
+    """Text to continue."""
+    max_new_tokens: Positive = 200
+    """Tokens to generate."""
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    """Softmax temperature; 0 is greedy."""
+
+
+class Debug(Section):
+    seed: int = 42
+    """Seed of initialisation and of every random number but the data order."""
+    deterministic: bool = False
+    """Deterministic algorithms only (slower on GPUs; on CPU runs are bit-equal anyway)."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    job: Job = Job()
+    model: Model = Model()
+    data: Data = Data()
+    training: Training = Training()
+    optimizer: Optimizer = Optimizer()
+    lr_scheduler: LRScheduler = LRScheduler()
+    parallelism: Parallelism = Parallelism()
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    compile: Compile = Compile()
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
+    metrics: Metrics = Metrics()
+    profiling: Profiling = Profiling()
+    comm: Comm = Comm()
+    generate: Generate = Generate()
+    debug: Debug = Debug()
+
+    @model_validator(mode="after")
+    def _length_is_given_once(self) -> Config:
+        if (self.training.steps is None) == (self.training.tokens is None):
+            raise ValueError(
+                f"training: give exactly one of steps and tokens (steps = {self.training.steps}, tokens = {self.training.tokens})"
+            )
+        return self
