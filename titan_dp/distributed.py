@@ -1,0 +1,125 @@
+"""Processes, devices and the mesh: one start for a laptop core, a torchrun of eight GPUs and many nodes.
+
+Every run has a process group, a single process included, so that there is one path through FSDP, checkpoints and
+reductions. The device is CUDA where there is any, else the CPU with gloo; nothing else in the project asks which.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.util import find_spec
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from titan_dp import config
+from titan_dp.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_size_from_env() -> int:
+    """Ranks torchrun started; 1 without torchrun. Needs no process group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_env() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def distributed(comm: config.Comm) -> Iterator[World]:
+    """Initialise the process group and tear it down, even after an exception."""
+    use_cuda = torch.cuda.is_available()
+    if use_cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    # CUDA gets a gloo group beside nccl: asynchronous checkpoints are written from CPU copies.
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def set_timeout(seconds: int) -> None:
+    """Collectives slower than this are an error: generous while things compile, strict once the run is under way."""
+    if dist.get_backend() != "gloo":
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        torch.cuda.synchronize()
+        dist.barrier(device_ids=[torch.cuda.current_device()])
+        _set_pg_timeout(timedelta(seconds=seconds))
+
+
+def shard_degree(parallelism: config.Parallelism, world_size: int) -> int:
+    """Ranks that share one copy of the model.
+
+    Raises UserError where replicas times shards is not the number of ranks.
+    """
+    replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    resolved = world_size // replicate if shard == -1 else shard
+    if resolved < 1 or replicate * resolved != world_size:
+        raise UserError(
+            f"parallelism.data_parallel_replicate_degree = {replicate} times data_parallel_shard_degree = {shard} must "
+            f"be the number of ranks, which is {world_size}; set data_parallel_shard_degree = -1 to use what is there"
+        )
+    return resolved
+
+
+def build_mesh(parallelism: config.Parallelism, world: World) -> DeviceMesh:
+    """[shard] for FSDP2, [replicate, shard] for HSDP."""
+    shard, replicate = shard_degree(parallelism, world.size), parallelism.data_parallel_replicate_degree
+    if replicate == 1:
+        return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(world.device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
+    """`value` summed over all ranks, in place; returns it."""
+    dist.all_reduce(value)
+    return value
+
+
+def set_seeds(debug: config.Debug) -> None:
+    """Seed every generator; in deterministic mode refuse non-deterministic algorithms."""
+    random.seed(debug.seed)
+    torch.manual_seed(debug.seed)
+    if debug.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def describe(world: World, parallelism: config.Parallelism) -> str:
+    """One line for the banner."""
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    triton = "yes" if find_spec("triton") else "no"
+    return (
+        f"{world.size} rank(s) on {name}; replicate {parallelism.data_parallel_replicate_degree} x shard "
+        f"{shard_degree(parallelism, world.size)}; torch {torch.__version__}, triton {triton}"
+    )

@@ -1,0 +1,107 @@
+"""Turn a model on the meta device into a sharded one: activation checkpointing -> compile -> FSDP2, in this order.
+
+The order matters. Checkpointing goes inside the compiled region, so that the compiler sees the recomputation; FSDP's
+hooks stay outside it, so that every block is one full graph. Nothing here allocates: call `to_empty` and
+`init_weights` afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deltaproduct_kernels import CHUNK_OP
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from titan_dp import config
+from titan_dp.model.transformer import Transformer
+
+# Outputs that are dear to recompute and small to keep. Of the matmuls every second one is kept: half of the FLOPs of
+# a second forward for half of its memory (torchtitan's choice).
+_MATMULS = frozenset({torch.ops.aten.mm.default})
+_KEPT_OPS = frozenset(
+    {
+        CHUNK_OP,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+
+
+def parallelize(
+    model: Transformer,
+    mesh: DeviceMesh,
+    *,
+    training: config.Training,
+    parallelism: config.Parallelism,
+    activation_checkpoint: config.ActivationCheckpoint,
+    compile: config.Compile,
+) -> None:
+    """Apply the configured techniques to `model` in place."""
+    apply_activation_checkpoint(model, activation_checkpoint)
+    if compile.enable:
+        for block in model.layers:
+            block.compile(fullgraph=True)
+    apply_fsdp(model, mesh, training, parallelism)
+
+
+def apply_activation_checkpoint(model: Transformer, ac: config.ActivationCheckpoint) -> None:
+    """Wrap blocks so that their activations are recomputed in the backward pass."""
+    for i, block in enumerate(model.layers):
+        if ac.mode == "full" or (ac.mode == "selective" and is_recomputed(i, ac)):
+            context = {"context_fn": _selective_context} if ac.selective_ac_option == "op" and ac.mode == "selective" else {}
+            # The model draws no random numbers in its forward, so there is no RNG state to preserve.
+            model.layers[i] = checkpoint_wrapper(block, preserve_rng_state=False, **context)
+
+
+def is_recomputed(layer: int, ac: config.ActivationCheckpoint) -> bool:
+    """Whether block `layer` recomputes anything under selective checkpointing."""
+    return ac.selective_ac_option == "op" or layer % ac.selective_ac_option == 0
+
+
+def keep_policy() -> Any:
+    """A fresh policy for one forward-backward pair: keep `_KEPT_OPS` and every second matmul, recompute the rest."""
+    counts = {False: 0, True: 0}  # forward and recomputation see the same sequence of matmuls
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in _MATMULS:
+            counts[ctx.is_recompute] += 1
+            kept = counts[ctx.is_recompute] % 2 == 1
+        else:
+            kept = op in _KEPT_OPS
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
+def _selective_context() -> Any:
+    return create_selective_checkpoint_contexts(keep_policy())
+
+
+def apply_fsdp(model: Transformer, mesh: DeviceMesh, training: config.Training, parallelism: config.Parallelism) -> None:
+    """Shard every block, then the root; norms, A_log and dt_bias form one float32 group for the whole model.
+
+    FSDP2 has one compute dtype a group. A group of their own inside each block would put FSDP's hooks inside the
+    compiled block (a graph break) and cost two small collectives a block. One group whose modules are never called has
+    neither: it is gathered before the forward, once a step, and reduced when the backward ends.
+    """
+    reduce_dtype = getattr(torch, training.mixed_precision_reduce)
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, training.mixed_precision_param), reduce_dtype=reduce_dtype)
+    keep_fp32 = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    holders = model.fp32_modules()
+    fully_shard(holders, mesh=mesh, mp_policy=keep_fp32, reshard_after_forward=False)
+    last = len(model.layers) - 1
+    for i, block in enumerate(model.layers):
+        reshard = {"always": True, "never": False, "default": i != last}[parallelism.fsdp_reshard_after_forward]
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    def gather_fp32(module: Any, args: Any) -> None:
+        holders[0].unshard()
+
+    model.register_forward_pre_hook(gather_fp32)
