@@ -29,9 +29,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, validate_default=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, use_attribute_docstrings=True)
 
 
 class Job(Section):
@@ -162,7 +160,9 @@ class Data(Section):
         if self.source == "hf" and not self.hf_dataset:
             problems.append("source = 'hf' needs hf_dataset (a dataset's name or folder)")
         if self.source == "hf" and not self.tokenizer:
-            problems.append("source = 'hf' needs tokenizer (bytes, a tiktoken encoding, a .tiktoken file or a Hugging Face tokenizer)")
+            problems.append(
+                "source = 'hf' needs tokenizer (bytes, a tiktoken encoding, a .tiktoken file or a Hugging Face tokenizer)"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -117,7 +117,9 @@ def set_seeds(debug: config.Debug) -> None:
 
 def describe(world: World, parallelism: config.Parallelism) -> str:
     """One line for the banner."""
-    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
     triton = "yes" if find_spec("triton") else "no"
     return (
         f"{world.size} rank(s) on {name}; replicate {parallelism.data_parallel_replicate_degree} x shard "

@@ -1,0 +1,39 @@
+# make train: the whole path, from text to a trained model, on whatever is here. make test: everything CI checks.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NPROC ?= 2
+
+.PHONY: train test test-slow lint install bench clean
+.DELETE_ON_ERROR:
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[data,dev]'
+	touch $@
+
+data/corpus/train/manifest.json: $(INSTALLED) $(wildcard corpus/*.jsonl)
+	$(BIN)/titan-dp prepare corpus/*.jsonl --out data/corpus --tokenizer bytes --validation-fraction 0.05
+
+train: data/corpus/train/manifest.json
+	$(BIN)/torchrun --nproc_per_node=$(NPROC) train.py --config debug.toml
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+bench: $(INSTALLED)
+	for script in op loader checkpoint trainer; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+clean:
+	rm -rf $(VENV) data outputs build *.egg-info

@@ -1,0 +1,120 @@
+"""`gated_delta_product`: the contract, the checks, and the choice of an implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deltaproduct_kernels import ops
+from deltaproduct_kernels.recurrent import recurrent_forward
+
+BACKENDS = ("recurrent", "torch")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def resolve_backend(name: str, device: torch.device) -> str:
+    """The implementation that `name` ('auto' or a backend's name) means on `device`.
+
+    Raises ValueError for a name that is not available.
+    """
+    if name == "auto":
+        return "torch"
+    if name not in BACKENDS:
+        raise ValueError(f"backend = {name!r} is not available; choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def gated_delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    erase: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The DeltaProduct recurrence (Siems et al. 2025, arXiv 2502.10297, section 4). For each head, in order of t and j:
+
+        S <- exp(g_t) S                                        once a token
+        S <- S + k_tj (beta_tj (v_tj - S^T k_tj))^T            for j = 1..n
+        o_t = scale S^T q_t
+
+    n = 1 is the (gated) delta rule. Keys are expected to have unit length, and beta to lie in [0, 2]; then no step
+    lengthens a state.
+
+    Args:
+        q: queries [B, T, H, dk]; any float dtype. Arithmetic is float32, or float64 for float64 queries.
+        k: keys [B, T, n, H, dk].
+        v: values [B, T, n, H, dv].
+        beta: step sizes [B, T, n, H].
+        g: log decay <= 0, [B, T, H]; None: no decay.
+        scale: of the read-out; default dk ** -0.5.
+        initial_state: [N, H, dk, dv] with N = B, or the number of packed sequences; default zero.
+        output_final_state: return the state after the last token as well.
+        cu_seqlens: [N + 1] int32 or int64 offsets of packed sequences, from 0 to T; B must be 1. Sequences of no tokens
+            are legal: their final state is their initial one.
+        erase: False drops S^T k, which makes it gated linear attention.
+        backend: 'recurrent' (the definition), 'torch' (chunked matrix products), or 'auto'.
+
+    Returns:
+        o [B, T, H, dv] in q's dtype, and the final state [N, H, dk, dv] in float32 (float64 for float64 queries) or None.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or a backend that do not fit; names the argument.
+    """
+    _check(q, k, v, beta, g, initial_state, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if resolve_backend(backend, q.device) == "recurrent":
+        o, state = recurrent_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase)
+        o = o.to(q.dtype)
+    else:
+        o, state, _ = ops.chunk(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase)
+    return o, state if output_final_state else None
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, T, H, dk]")
+    if k.dim() != 5:
+        raise ValueError(f"k has shape {tuple(k.shape)}; expected [B, T, n, H, dk]")
+    B, T, H, dk = q.shape
+    n, dv = k.shape[2], v.shape[-1]
+    N = B
+    if not 1 <= n <= 8:
+        raise ValueError(f"k has n = {n} steps a token; from 1 to 8 are allowed")
+    if cu_seqlens is not None:
+        if B != 1:
+            raise ValueError(f"q has B = {B} rows, but cu_seqlens packs sequences into one row: B must be 1")
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected [N + 1] int32 or int64"
+            )
+        N = len(cu_seqlens) - 1
+    expected = {
+        "k": (k, (B, T, n, H, dk)),
+        "v": (v, (B, T, n, H, dv)),
+        "beta": (beta, (B, T, n, H)),
+        "g": (g, (B, T, H)),
+        "initial_state": (initial_state, (N, H, dk, dv)),
+    }
+    for name, (x, shape) in expected.items():
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {shape} to fit q {tuple(q.shape)}")
+    for name, x in {"q": q, **{name: x for name, (x, _) in expected.items()}}.items():
+        if x is not None and x.dtype not in _FLOATS:
+            raise ValueError(f"{name} has dtype {x.dtype}; expected one of {', '.join(map(str, _FLOATS))}")
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, but q is on {q.device}")

@@ -1,0 +1,85 @@
+"""The recurrence as it is defined, one token and one Householder step at a time.
+
+This is the truth every other implementation is compared with: no chunks, no inverse, gradients by autograd. It computes
+in float64 for float64 inputs and in float32 otherwise. It is slow by design; only decoding a few tokens needs no more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a reference computation accumulates in: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def recurrence_flops(tokens: int, heads: int, dk: int, dv: int, n: int, gated: bool, erase: bool = True) -> int:
+    """Model FLOPs of the forward recurrence: what the definition needs, whatever algorithm computes it.
+
+    A token and head: each of the n steps reads S^T k (2 dk dv, absent without erasing) and writes a rank-one update
+    (2 dk dv); the gate scales the state once (dk dv); the query reads once (2 dk dv). Training counts three times this.
+    """
+    return tokens * heads * dk * dv * ((4 if erase else 2) * n + 2 + int(gated))
+
+
+def recurrent_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    erase: bool,
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in `gated_delta_product`; returns o [B,T,H,dv] in q's dtype and the final state [N,H,dk,dv]."""
+    if cu_seqlens is None:
+        return _one_length(q, k, v, beta, g, initial_state, scale, erase)
+    offsets = cu_seqlens.tolist()
+    outputs, states = [], []
+    for i, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        token = slice(start, end)
+        o, state = _one_length(
+            q[:, token],
+            k[:, token],
+            v[:, token],
+            beta[:, token],
+            None if g is None else g[:, token],
+            None if initial_state is None else initial_state[i : i + 1],
+            scale,
+            erase,
+        )
+        outputs.append(o)
+        states.append(state)
+    return torch.cat(outputs, 1), torch.cat(states)
+
+
+def _one_length(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    erase: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(q.dtype)
+    (B, T, n, H, dk), dv = k.shape, v.shape[-1]
+    q, k, v, beta = q.to(dtype) * scale, k.to(dtype), v.to(dtype), beta.to(dtype)
+    S = q.new_zeros(B, H, dk, dv) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    for t in range(T):
+        if g is not None:
+            S = S * g[:, t].to(dtype).exp()[..., None, None]
+        for j in range(n):
+            k_j, target = k[:, t, j], v[:, t, j]  # [B, H, dk], [B, H, dv]
+            if erase:
+                target = target - torch.einsum("bhkv,bhk->bhv", S, k_j)
+            S = S + k_j[..., :, None] * (beta[:, t, j, :, None] * target)[..., None, :]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]))
+    o = torch.stack(outputs, 1) if outputs else v.new_zeros(B, 0, H, dv)
+    return o, S

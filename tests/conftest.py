@@ -1,0 +1,86 @@
+"""What many tests share: a small corpus as token shards, and the smallest run that exercises the whole trainer."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Several processes on two cores: one thread each, or they fight.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ and validation/ token shards of 300 made-up documents under the bytes tokenizer."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = random.Random(0)
+    words = "the a red green old young fox dog house river sees finds takes likes and or".split()
+    documents = folder / "documents"
+    documents.mkdir()
+    for i in range(300):
+        text = " ".join(rng.choice(words) for _ in range(rng.randint(5, 60)))
+        (documents / f"{i:03}.txt").write_text(f"Story {i}. {text}.")
+    command = [sys.executable, "-m", "titan_dp.cli", "prepare", str(documents), "--out", str(folder / "tokens")]
+    command += ["--tokenizer", "bytes", "--validation-fraction", "0.1", "--workers", "1"]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=120)
+    return folder / "tokens"
+
+
+@pytest.fixture
+def tiny_config(shards: Path, tmp_path: Path) -> Path:
+    """A config file for a run of seconds: two gated blocks, n_h = 2, float32, everything a user would have on."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        f"""
+[job]
+dump_folder = "{tmp_path / "outputs"}"
+run_name = "tiny"
+[model]
+hidden_size = 32
+num_hidden_layers = 2
+num_heads = 2
+head_dim = 16
+num_householder = 2
+use_forget_gate = true
+intermediate_size = 64
+vocab_size = 320
+initializer_range = 0.02
+[data]
+path = "{shards / "train"}"
+document_boundaries = "reset"
+[validation]
+path = "{shards / "validation"}"
+freq = 10
+steps = 2
+[training]
+steps = 20
+seq_len = 32
+local_batch_size = 2
+global_batch_size = 8
+mixed_precision_param = "float32"
+[optimizer]
+lr = 0.003
+[lr_scheduler]
+warmup_steps = 2
+[checkpoint]
+interval = 5
+[metrics]
+log_freq = 1
+enable_tensorboard = false
+[generate]
+max_new_tokens = 8
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT

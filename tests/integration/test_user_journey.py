@@ -1,0 +1,69 @@
+"""Train, kill -9, resume, validate, list, generate: from the shell, as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(root: Path, nproc: int, *arguments: str) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    return [*command, str(root / "train.py"), *arguments]
+
+
+def losses(run: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: r["loss"] for r in records if "loss" in r}
+
+
+def test_a_run_killed_with_sigkill_resumes_and_ends_as_if_never_killed(tiny_config: Path, tmp_path: Path, root: Path) -> None:
+    arguments = ["--config", str(tiny_config), "--training.steps", "60", "--checkpoint.interval", "5"]
+    undisturbed = [*arguments, "--job.run_name", "undisturbed"]
+    subprocess.run(torchrun(root, 2, *undisturbed), check=True, env=ENV, capture_output=True, timeout=180)
+
+    with (tmp_path / "killed.log").open("w") as log:
+        process = subprocess.Popen(
+            torchrun(root, 2, *arguments), env=ENV, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        marker = tmp_path / "outputs/tiny/checkpoint/step-00000010/manifest.json"
+        deadline = time.monotonic() + 120
+        while not marker.exists():
+            assert process.poll() is None, (tmp_path / "killed.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "killed.log").read_text()
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert max(losses(tmp_path / "outputs/tiny")) < 60
+
+    resumed = subprocess.run(torchrun(root, 2, *arguments), env=ENV, capture_output=True, text=True, timeout=180)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert re.search(r"resumed at step \d+", resumed.stdout)
+    assert losses(tmp_path / "outputs/tiny") == losses(tmp_path / "outputs/undisturbed")
+
+    final = re.search(r"final validation loss ([0-9.]+)", resumed.stdout)
+    assert final is not None
+    assert 0 < float(final[1]) < 6
+
+    titan_dp = [sys.executable, "-m", "titan_dp.cli"]
+    run_folder = str(tmp_path / "outputs/tiny")
+    listing = subprocess.run(
+        [*titan_dp, "checkpoint", "list", run_folder], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert "60" in listing.stdout
+    subprocess.run([*titan_dp, "checkpoint", "verify", run_folder], check=True, capture_output=True, cwd=root)
+    text = subprocess.run(
+        [*titan_dp, "generate", run_folder, "--prompt", "Story", "--max-new-tokens", "5"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        check=True,
+    )
+    assert text.stdout.startswith("Story")

@@ -1,0 +1,348 @@
+"""The chunked operator against the recurrence in float64: outputs, every gradient, in the ranges that hurt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from deltaproduct_kernels import CHUNK_OP, executed_flops, gated_delta_product, recurrence_flops, resolve_backend
+from deltaproduct_kernels.chunked import chunk_tokens, chunked_backward, chunked_forward
+from deltaproduct_kernels.ops import max_chunks
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+INPUTS = ("q", "k", "v", "beta", "g", "initial_state")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so that an output nobody wrote cannot pass for zeros."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(
+    T: int = 70,
+    *,
+    B: int = 2,
+    H: int = 2,
+    n: int = 2,
+    dk: int = 8,
+    dv: int = 6,
+    gate: float | None = 0.3,
+    beta: float | tuple[float, float] = (0.0, 2.0),
+    correlation: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+    states: int | None = None,
+) -> dict[str, Tensor]:
+    """Fresh random inputs; `gate` is the mean of -g, `correlation` how nearly parallel all keys are."""
+    common = torch.randn(dk, dtype=torch.float64)
+    k = torch.nn.functional.normalize((1 - correlation) * torch.randn(B, T, n, H, dk).double() + correlation * common, dim=-1)
+    low, high = beta if isinstance(beta, tuple) else (beta, beta)
+    tensors = {
+        "q": torch.randn(B, T, H, dk),
+        "k": k,
+        "v": torch.randn(B, T, n, H, dv),
+        "beta": low + (high - low) * torch.rand(B, T, n, H),
+        "initial_state": torch.randn(states or B, H, dk, dv),
+    }
+    if gate is not None:
+        tensors["g"] = -2 * gate * torch.rand(B, T, H)
+    return {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
+
+
+def run(inputs: dict[str, Tensor], backend: str, **options: object) -> tuple[Tensor, Tensor]:
+    o, state = gated_delta_product(**inputs, output_final_state=True, backend=backend, **options)  # type: ignore[arg-type]
+    assert state is not None
+    return o, state
+
+
+def results(inputs: dict[str, Tensor], backend: str, seed: int = 0, **options: object) -> dict[str, Tensor]:
+    """Output, final state and all gradients for a random cotangent (the same for every backend)."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    o, state = run(leaves, backend, **options)
+    generator = torch.Generator().manual_seed(seed)
+    do = torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)
+    dstate = torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state.dtype)
+    torch.autograd.backward([o, state], [do, dstate])
+    gradients = {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
+    assert set(gradients) == {f"d{name}" for name in leaves}
+    return {"o": o.detach(), "state": state.detach(), **gradients}
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square error relative to the expected root mean square."""
+    assert actual.shape == expected.shape
+    difference = (actual.double() - expected.double()).square().mean().sqrt()
+    return float(difference / expected.double().square().mean().sqrt().clamp_min(1e-12))
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    errors = {name: error(actual[name], expected[name]) for name in expected}
+    assert all(e < tolerance for e in errors.values()), errors
+
+
+def in_float64(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach().double() for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_chunked_equals_the_recurrence_for_every_number_of_steps(n: int) -> None:
+    inputs = make(40, n=n)
+    assert_same(results(inputs, "torch"), results(inputs, "recurrent"), 1e-10)
+
+
+@pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 64, 65])
+def test_chunked_equals_the_recurrence_at_every_edge_of_a_chunk(T: int) -> None:
+    inputs = make(T)
+    assert_same(results(inputs, "torch"), results(inputs, "recurrent"), 1e-10)
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        pytest.param({"gate": None}, id="no gate"),
+        pytest.param({"gate": 0.0}, id="gate of one"),
+        pytest.param({"gate": 1e-3}, id="weak gate"),
+        pytest.param({"gate": 10.0}, id="strong gate, down to -20 a token"),
+        pytest.param({"beta": 0.0}, id="beta exactly 0"),
+        pytest.param({"beta": 2.0}, id="beta exactly 2"),
+        pytest.param({"beta": 1e-4}, id="beta near 0"),
+        pytest.param({"beta": (1.99, 2.0), "correlation": 0.9, "gate": None}, id="beta near 2, nearly parallel keys"),
+        pytest.param({"beta": 2.0, "correlation": 0.99}, id="beta 2, keys all but parallel, gated"),
+        pytest.param({"dk": 16, "dv": 3}, id="dk > dv"),
+        pytest.param({"dk": 4, "dv": 24}, id="dk < dv"),
+    ],
+)
+@pytest.mark.parametrize("erase", [True, False], ids=["delta", "linear attention"])
+def test_chunked_equals_the_recurrence_in_the_ranges_that_hurt(ranges: dict, erase: bool) -> None:
+    inputs = make(70, n=3, **ranges)
+    assert_same(results(inputs, "torch", erase=erase), results(inputs, "recurrent", erase=erase), 1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 8e-3), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("gate", [None, 0.05, 10.0])
+def test_lower_precisions_stay_near_the_float64_recurrence_of_the_same_inputs(
+    dtype: torch.dtype, tolerance: float, gate: float | None
+) -> None:
+    inputs = make(130, n=2, dk=32, dv=32, gate=gate, dtype=dtype)
+    for backend in ("torch", "recurrent"):
+        assert_same(results(inputs, backend), results(in_float64(inputs), "recurrent"), tolerance)
+
+
+def test_float32_survives_parallel_keys_and_steps_near_two() -> None:
+    inputs = make(130, n=2, dk=32, dv=32, gate=None, beta=(1.9, 2.0), correlation=0.9, dtype=torch.float32)
+    assert_same(results(inputs, "torch"), results(in_float64(inputs), "recurrent"), 1e-3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "recurrent"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_gradcheck_of_every_input(backend: str, gated: bool) -> None:
+    inputs = make(5, B=1, H=1, n=2, dk=3, dv=2, gate=0.5 if gated else None)
+    names = [name for name in INPUTS if name in inputs]
+
+    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return run(dict(zip(names, tensors, strict=True)), backend)
+
+    assert torch.autograd.gradcheck(function, tuple(inputs[name] for name in names))
+
+
+CU_SEQLENS = [0, 0, 5, 69, 69, 70, 103, 103, 103]  # empty at the start, in the middle and at the end
+
+
+@pytest.mark.parametrize("backend", ["torch", "recurrent"])
+def test_packed_sequences_equal_each_sequence_alone(backend: str) -> None:
+    inputs = make(103, B=1, states=8)
+    packed = results(inputs, backend, cu_seqlens=torch.tensor(CU_SEQLENS, dtype=torch.int32))
+    whole = torch.Generator().manual_seed(0)
+    do = torch.randn(packed["o"].shape, generator=whole, dtype=torch.float64)
+    dstate = torch.randn(packed["state"].shape, generator=whole, dtype=torch.float64)
+    for i, (start, end) in enumerate(zip(CU_SEQLENS[:-1], CU_SEQLENS[1:], strict=True)):
+        part = {
+            name: (x[i : i + 1] if name == "initial_state" else x[:, start:end]).detach().clone().requires_grad_()
+            for name, x in inputs.items()
+        }
+        o, state = run(part, "recurrent")
+        if end == start:
+            state.backward(dstate[i : i + 1])
+        else:
+            torch.autograd.backward([o, state], [do[:, start:end], dstate[i : i + 1]])
+        torch.testing.assert_close(packed["o"][:, start:end], o)
+        torch.testing.assert_close(packed["state"][i : i + 1], state)
+        for name, x in part.items():
+            expected = packed[f"d{name}"]
+            mine = expected[i : i + 1] if name == "initial_state" else expected[:, start:end]
+            torch.testing.assert_close(mine, torch.zeros_like(x) if x.grad is None else x.grad)
+
+
+def test_not_a_number_stays_in_its_own_sequence() -> None:
+    inputs = make(103, B=1, states=8)
+    inputs["v"].data[:, 3] = torch.nan
+    got = results(inputs, "torch", cu_seqlens=torch.tensor(CU_SEQLENS))
+    assert got["o"][:, 3:5].isnan().all()
+    for name in ("o", "dq", "dk", "dv", "dbeta", "dg"):
+        assert got[name][:, 5:].isfinite().all(), name
+
+
+def test_no_tokens_at_all_leave_the_state_as_it_was() -> None:
+    inputs = make(0)
+    for backend in ("torch", "recurrent"):
+        o, state = run(inputs, backend)
+        assert o.shape == (2, 0, 2, 6)
+        assert torch.equal(state, inputs["initial_state"])
+
+
+@pytest.mark.parametrize("cut", [1, 31, 50])
+def test_a_sequence_in_two_parts_carries_its_state(cut: int) -> None:
+    inputs = make(70)
+    o, state = run(inputs, "torch")
+    first = {name: x if name == "initial_state" else x[:, :cut] for name, x in inputs.items()}
+    o_first, between = run(first, "torch")
+    second = {name: between if name == "initial_state" else x[:, cut:] for name, x in inputs.items()}
+    o_second, end = run(second, "torch")
+    torch.testing.assert_close(torch.cat([o_first, o_second], 1), o)
+    torch.testing.assert_close(end, state)
+
+
+def test_one_step_a_token_is_the_delta_rule() -> None:
+    x = make(9, B=1, H=1, n=1, gate=None)
+    S, outputs = x["initial_state"][0, 0], []
+    for t in range(9):
+        k, v, beta = x["k"][0, t, 0, 0], x["v"][0, t, 0, 0], x["beta"][0, t, 0, 0]
+        S = (torch.eye(8) - beta * torch.outer(k, k)) @ S + beta * torch.outer(k, v)
+        outputs.append(S.T @ x["q"][0, t, 0] * 8**-0.5)
+    torch.testing.assert_close(run(x, "torch")[0][0, :, 0], torch.stack(outputs))
+
+
+def test_a_step_with_beta_zero_is_no_step() -> None:
+    two = make(40, n=2)
+    two["beta"].data[:, :, 1] = 0
+    one = {name: x[:, :, :1] if name in ("k", "v", "beta") else x for name, x in two.items()}
+    torch.testing.assert_close(run(two, "torch")[0], run(one, "torch")[0])
+
+
+def test_a_gate_of_one_equals_no_gate() -> None:
+    gated = make(70, gate=0.0)
+    ungated = {name: x for name, x in gated.items() if name != "g"}
+    torch.testing.assert_close(run(gated, "torch"), run(ungated, "torch"))
+
+
+def test_gradients_come_back_in_the_dtype_of_each_input() -> None:
+    inputs = make(10, dtype=torch.bfloat16) | {"g": -torch.rand(2, 10, 2).requires_grad_()}
+    got = results(inputs, "torch")
+    assert {name: x.dtype for name, x in got.items()} == {
+        "o": torch.bfloat16, "state": torch.float32, "dg": torch.float32,
+        **dict.fromkeys(("dq", "dk", "dv", "dbeta", "dinitial_state"), torch.bfloat16),
+    }  # fmt: skip
+
+
+# -- as a node of torch.compile and of checkpointing ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_operator_passes_torchs_own_checks(packed: bool) -> None:
+    inputs = make(20, B=1, n=2, states=3 if packed else 1)
+    cu_seqlens = torch.tensor([0, 4, 4, 20]) if packed else None
+    arguments = tuple(inputs[name] for name in INPUTS)
+    torch.library.opcheck(torch.ops.deltaproduct.chunk, (*arguments, cu_seqlens, 0.3, True))
+
+
+def test_compiles_into_one_full_graph_with_equal_gradients() -> None:
+    inputs = make(20, dtype=torch.float32)
+    compiled = torch.compile(lambda x: run(x, "auto"), fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(inputs), run(inputs, "torch"), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_selective_checkpointing_does_not_run_the_recurrence_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltaproduct_kernels import ops
+
+    calls = []
+    original = ops.chunked_forward
+    monkeypatch.setattr(ops, "chunked_forward", lambda *a: (calls.append(1), original(*a))[1])
+
+    def policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op is CHUNK_OP else CheckpointPolicy.PREFER_RECOMPUTE
+
+    inputs = make(20)
+    for context, expected in ((None, 2), (lambda: create_selective_checkpoint_contexts(policy), 1)):
+        calls.clear()
+        extra = {} if context is None else {"context_fn": context}
+        o, _ = checkpoint(lambda: run({k: x * 1 for k, x in inputs.items()}, "torch"), use_reentrant=False, **extra)
+        o.sum().backward()
+        assert len(calls) == expected
+
+
+# -- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("erase", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_flop_formula_counts_what_the_chunked_algorithm_executes(n: int, erase: bool) -> None:
+    x = {name: t.detach() for name, t in make(70, n=n, gate=None).items()}
+    arguments = (x["q"], x["k"], x["v"], x["beta"], None)
+    chunks = max_chunks(2, 70, n, None)
+    with FlopCounterMode(display=False) as forward:
+        o, final, states = chunked_forward(*arguments, x["initial_state"], None, 1.0, erase)
+    with FlopCounterMode(display=False) as backward:
+        chunked_backward(o, final, *arguments, states, None, 1.0, erase)
+    shapes = x["k"].shape, x["v"].shape
+    assert forward.get_total_flops() == executed_flops(*shapes, chunks, erase=erase, backward=False)
+    assert backward.get_total_flops() == executed_flops(*shapes, chunks, erase=erase, backward=True)
+
+
+@pytest.mark.parametrize("gate", [None, 0.3])
+def test_torchs_flop_counter_sees_the_operator(gate: float | None) -> None:
+    inputs = make(70, gate=gate)
+    plain = {name: x.detach() for name, x in inputs.items()}
+    with FlopCounterMode(display=False) as operator:
+        results(inputs, "torch")
+    rest = (plain["q"], plain["k"], plain["v"], plain["beta"], plain.get("g"))
+    with FlopCounterMode(display=False) as direct:
+        o, final, states = chunked_forward(*rest, plain["initial_state"], None, 1.0, True)
+        chunked_backward(o, final, *rest, states, None, 1.0, True)
+    assert operator.get_total_flops() == direct.get_total_flops()
+
+
+def test_model_flops_count_each_read_and_rank_one_write_of_the_definition() -> None:
+    H, dk, dv, n = 3, 16, 8, 2
+    read = write = 2 * dk * dv  # one multiply-add an entry of the state
+    assert recurrence_flops(10, H, dk, dv, n, gated=False) == 10 * H * (n * (read + write) + read)
+    assert recurrence_flops(10, H, dk, dv, n, gated=True) == 10 * H * (n * (read + write) + read + dk * dv)
+    assert recurrence_flops(10, H, dk, dv, 1, gated=False, erase=False) == 10 * H * (write + read)
+
+
+def test_chunks_hold_at_most_64_rows() -> None:
+    assert [chunk_tokens(n) * n for n in range(1, 9)] == [64, 64, 63, 64, 60, 60, 63, 64]
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.randn(2, 5, 2)}, r"q has shape \(2, 5, 2\); expected \[B, T, H, dk\]"),
+        ({"k": torch.randn(2, 5, 2, 8)}, r"k has shape .* expected \[B, T, n, H, dk\]"),
+        ({"k": torch.randn(2, 5, 9, 2, 8)}, "n = 9 steps a token; from 1 to 8"),
+        ({"v": torch.randn(2, 4, 2, 2, 6)}, r"v has shape .* expected \(2, 5, 2, 2, 6\)"),
+        ({"beta": torch.randn(2, 5, 2)}, "beta has shape"),
+        ({"g": torch.randn(2, 5)}, "g has shape"),
+        ({"initial_state": torch.randn(1, 2, 8, 6)}, "initial_state has shape"),
+        ({"beta": torch.ones(2, 5, 2, 2, dtype=torch.int64)}, "beta has dtype torch.int64"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "B must be 1"),
+        ({"backend": "cuda"}, "backend = 'cuda' is not available; choose 'auto' or one of 'recurrent', 'torch'"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gated_delta_product(**{**{name: x.float() for name, x in make(5).items()}, **change})
+
+
+def test_auto_is_the_chunked_backend() -> None:
+    assert resolve_backend("auto", torch.device("cpu")) == "torch"

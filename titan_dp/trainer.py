@@ -1,0 +1,241 @@
+"""The life of a run: build, resume, train, validate, save, show.
+
+One invariant carries the rest: everything that decides step s (samples, learning rate, initial weights) is a pure
+function of the configuration, the data and s. What is not (weights, moments, random-number states) is in the checkpoint.
+So stopping and resuming changes nothing, on the same ranks bit for bit. The loop never waits for the device except
+at log steps; the loss is a sum over tokens divided by the global count of valid ones, accumulation included.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deltaproduct_kernels import resolve_backend
+from rich.console import Console
+
+from titan_dp import distributed
+from titan_dp.checkpoint import Checkpointer
+from titan_dp.config_loader import Loaded
+from titan_dp.data.loader import build_dataloader, build_validation_loader
+from titan_dp.distributed import World
+from titan_dp.generate import generate, load_model
+from titan_dp.lr_scheduler import build_lr_scheduler
+from titan_dp.metrics import Metrics
+from titan_dp.model import build_model
+from titan_dp.model.parallelize import parallelize
+from titan_dp.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
+from titan_dp.plan import model_facts, run_facts
+from titan_dp.profiling import Profiler
+from titan_dp.schedule import plan_batches
+from titan_dp.validate import evaluate_loss, to_device
+
+
+class Trainer:
+    """One run in one process of `world`."""
+
+    def __init__(self, loaded: Loaded, world: World) -> None:
+        c = self.config = loaded.config
+        self.loaded, self.world = loaded, world
+        self.run_folder = Path(c.job.dump_folder) / loaded.run_name
+        self.console = Console(highlight=False, quiet=not world.is_main)
+        distributed.set_seeds(c.debug)
+        mesh = distributed.build_mesh(c.parallelism, world)
+        self.batch = plan_batches(c.training, world.size)
+
+        self.loader = build_dataloader(
+            c.data,
+            c.training.dataloader,
+            seq_len=c.training.seq_len,
+            local_batch_size=self.batch.local_batch_size,
+            global_batch_size=self.batch.global_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            vocab_size=c.model.vocab_size,
+        )
+        self.validation_loader = (
+            build_validation_loader(
+                c.validation,
+                c.data,
+                seq_len=c.training.seq_len,
+                local_batch_size=c.validation.local_batch_size or self.batch.local_batch_size,
+                rank=world.rank,
+                world_size=world.size,
+                vocab_size=c.model.vocab_size,
+            )
+            if c.validation.enable
+            else None
+        )
+
+        with torch.device("meta"):
+            self.model = build_model(c.model)
+        self.facts = model_facts(self.model, c.training.seq_len) | run_facts(c, self.batch, world.size)
+        self.flops_per_token = self.model.flops_per_token(c.training.seq_len)
+        parallelize(
+            self.model,
+            mesh,
+            training=c.training,
+            parallelism=c.parallelism,
+            activation_checkpoint=c.activation_checkpoint,
+            compile=c.compile,
+        )
+        self.model.to_empty(device=world.device)
+        self.model.init_weights(c.debug.seed)
+        self.model.train()
+        self.optimizers = build_optimizer(self.model, c.optimizer)
+        self.lr_factor = build_lr_scheduler(c.lr_scheduler, self.batch.steps)
+        self.guard = NonFiniteGuard(world.device)
+
+        self.step = 0
+        self.checkpointer = Checkpointer(c.checkpoint, self.run_folder)
+        self._resume()
+
+    # -- before the first step ---------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        """Take up the run folder's newest committed checkpoint, or another run's weights, or start afresh."""
+        c = self.config.checkpoint
+        meta = self.checkpointer.load(c.load_step, self.model, self.optimizers, current=self._identity()) if c.resume else None
+        if meta is not None:
+            self.step = meta["step"]
+            self.loader.load_state_dict(meta["loader"])
+            self.console.print(f"resumed at step {self.step} from {meta['folder']}")
+        elif c.initial_load_path:
+            self.checkpointer.load_initial(Path(c.initial_load_path), self.model)
+            self.console.print(f"weights loaded from {c.initial_load_path}; optimizer, step and data start afresh")
+
+    def _identity(self) -> dict[str, object]:
+        """What a checkpoint keeps besides tensors: enough to resume, to refuse a wrong resume, and to rebuild the model."""
+        return {
+            "config": self.loaded.resolved_toml(),
+            "git_commit": self.loaded.git_commit,
+            "fingerprint": self.loader.fingerprint,
+            "tokenizer": self.loader.tokenizer.name,
+            "seed": self.config.debug.seed,
+        }
+
+    def _announce(self) -> None:
+        """The first lines of a run: what runs where, with what, on which data. No silent fallback stays silent."""
+        c, say = self.config, self.console.print
+        say(f"[bold]{self.loaded.run_name}[/bold] {c.job.description}".rstrip())
+        say(f"  device      {distributed.describe(self.world, c.parallelism)}")
+        say(f"  model       {self.model.describe()}")
+        say(f"  recurrence  {resolve_backend(c.model.backend, self.world.device)} backend")
+        for name, value in self.facts.items():
+            say(f"  {name:<11} {value}")
+        say(f"  data        {self.loader.describe(self.batch.tokens)}")
+        say(f"  optimizer   {self.optimizers.describe()}")
+        say(
+            f"  compile     {'every block, fullgraph' if c.compile.enable else 'off'}; activation checkpointing "
+            f"{c.activation_checkpoint.mode}"
+        )
+        say(f"  run folder  {self.run_folder}")
+        for warning in self.loaded.warnings():
+            say(f"  [yellow]warning[/yellow]     {warning}")
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run to the last step, then validate, save, and show a sample."""
+        c = self.config
+        self._announce()
+        metrics = Metrics(
+            c.metrics,
+            self.run_folder,
+            world=self.world,
+            total_steps=self.batch.steps,
+            tokens_per_step=self.batch.tokens_per_step,
+            flops_per_token=self.flops_per_token,
+            start_step=self.step,
+        )
+        batches = iter(self.loader)
+        gc.disable()  # collections at different moments on different ranks make all of them wait
+        try:
+            with Profiler(c.profiling, self.run_folder, self.world.rank) as profiler:
+                while self.step < self.batch.steps:
+                    with metrics.data_wait():
+                        micro_batches = list(itertools.islice(batches, self.batch.accumulation))
+                    loss, grad_norm, lr = self._train_step(micro_batches)
+                    self.step += 1
+                    first, last = self.step == metrics.start_step + 1, self.step == self.batch.steps
+                    if self.step % c.metrics.log_freq == 0 or first or last:
+                        self.guard.check(c.training.max_nonfinite_steps)
+                        metrics.log_step(self.step, loss=loss, grad_norm=grad_norm, lr=lr, skipped=self.guard.total)
+                    if self.validation_loader is not None and (self.step % c.validation.freq == 0 or last):
+                        self._validate(metrics)
+                    if c.checkpoint.enable and (self.step % c.checkpoint.interval == 0 or last):
+                        with metrics.checkpoint_stall():
+                            self._save(last)
+                    if self.step % c.training.gc_freq == 0:
+                        gc.collect(1)
+                    if first:
+                        distributed.set_timeout(c.comm.train_timeout_seconds)
+                    profiler.step()
+            self.checkpointer.wait()
+            self._show_result(metrics)
+        finally:
+            gc.enable()
+            metrics.close()
+            self.checkpointer.close()
+
+    def _train_step(self, micro_batches: list[dict[str, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """One optimizer step; returns the mean loss and the gradient norm as device tensors, and the learning rate."""
+        device = self.world.device
+        tensors = [to_device(batch, device) for batch in micro_batches]
+        valid = distributed.all_reduce_sum(sum((b["labels"] != -100).sum() for b in tensors))  # type: ignore[arg-type]
+        loss_sum = torch.zeros((), device=device)
+        for i, batch in enumerate(tensors):
+            self.model.set_requires_gradient_sync(i == len(tensors) - 1)
+            loss = self.model(batch["input_ids"], batch["labels"], batch["cu_seqlens"])
+            # FSDP averages gradients over ranks; times the number of ranks, that is the sum the global count divides.
+            (loss * (self.world.size / valid)).backward()
+            loss_sum += loss.detach()
+        grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
+        factor = self.lr_factor(self.step)
+        self.optimizers.set_lr(factor)
+        self.optimizers.step(self.guard.update(grad_norm))
+        self.optimizers.zero_grad()
+        return distributed.all_reduce_sum(loss_sum) / valid, grad_norm, self.config.optimizer.lr * factor
+
+    def _validate(self, metrics: Metrics) -> None:
+        assert self.validation_loader is not None
+        limit = None if self.config.validation.steps == -1 else self.config.validation.steps
+        with metrics.validation():
+            result = evaluate_loss(self.model, itertools.islice(iter(self.validation_loader), limit), self.world.device)
+        metrics.log_validation(self.step, loss=result.loss, tokens=result.tokens)
+
+    def _save(self, last: bool) -> None:
+        meta = self._identity() | {
+            "loader": self.loader.state_dict(),
+            "samples": self.step * self.batch.global_batch_size,
+            "tokens": self.step * self.batch.tokens_per_step,
+        }
+        self.checkpointer.save(self.step, self.model, self.optimizers, meta=meta, healthy=self.guard.healthy(), blocking=last)
+
+    def _show_result(self, metrics: Metrics) -> None:
+        """Where everything is, and a sample read back from the checkpoint just written."""
+        say, c = self.console.print, self.config
+        if self.world.is_main:
+            if c.checkpoint.enable:
+                folder = self.checkpointer.newest()
+                if c.generate.enable:
+                    model, tokenizer = load_model(folder, self.world.device)
+                    pieces = generate(
+                        model,
+                        tokenizer,
+                        c.generate.prompt,
+                        max_new_tokens=c.generate.max_new_tokens,
+                        temperature=c.generate.temperature,
+                        seed=c.debug.seed,
+                    )
+                    say("\n[bold]sample[/bold]", c.generate.prompt + "".join(pieces), "", sep="\n", markup=False)
+                say(f"checkpoint  {folder}")
+            if c.metrics.enable_tensorboard:
+                say(f"logs        tensorboard --logdir {self.run_folder / 'tb'}")
+            say(f"metrics     {self.run_folder / 'metrics.jsonl'}")
+            if metrics.validation_loss is not None:
+                say(f"final validation loss {metrics.validation_loss:.4f} nats a token")
+        dist.barrier()

@@ -1,0 +1,33 @@
+"""Train a model: `torchrun --nproc_per_node=8 train.py --config 800m.toml [--section.key VALUE ...]`.
+
+Read on in titan_dp/trainer.py (the loop), titan_dp/config.py (every setting) and titan_dp/model/ (what is trained).
+One process without torchrun works too. Exit codes: 0 done, 2 the user's mistake, 1 anything else.
+"""
+
+import sys
+
+from titan_dp.config_loader import load_config
+from titan_dp.errors import run_main
+
+
+def main() -> int:
+    loaded = load_config(sys.argv[1:])  # answers --help by itself
+    if loaded.print_config:
+        print(loaded.annotated_toml())
+        return 0
+    # torch takes seconds to import: only from here on.
+    if loaded.dry_run:
+        from titan_dp.plan import print_plan
+
+        print_plan(loaded)
+        return 0
+    from titan_dp.distributed import distributed
+    from titan_dp.trainer import Trainer
+
+    with distributed(loaded.config.comm) as world:
+        Trainer(loaded, world).train()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
