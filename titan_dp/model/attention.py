@@ -1,0 +1,100 @@
+"""Causal softmax attention with rotary positions: the Transformer baseline and the attention layers of hybrids.
+
+Grouped keys and values, an optional sliding window, and document boundaries; positions restart with each document. A plain
+causal sequence takes torch's fused causal path, everything else an explicit mask [T, T].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_dp import config
+from titan_dp.model.initialise import Initializer
+from titan_dp.model.packing import Packing
+
+
+class AttentionCache(NamedTuple):
+    """Keys and values seen, at most `window - 1` of them when there is a window."""
+
+    k: Tensor  # [B, kv heads, T, d]
+    v: Tensor
+    position: int  # of the next token
+
+
+class Attention(nn.Module):
+    """Token mixer x [B, T, D] -> [B, T, D]; heads of dimension D / heads."""
+
+    def __init__(self, c: config.Model) -> None:
+        super().__init__()
+        D = c.hidden_size
+        self.heads = c.softmax_heads
+        self.kv_heads = c.attention_num_kv_heads or self.heads
+        self.d, self.window, self.theta = D // self.heads, c.attention_window, c.rope_theta
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.k_proj = nn.Linear(D, self.kv_heads * self.d, bias=False)
+        self.v_proj = nn.Linear(D, self.kv_heads * self.d, bias=False)
+        self.o_proj = nn.Linear(D, D, bias=False)
+
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        T = x.shape[1]
+        position = torch.arange(T, device=x.device) if packing is None else packing.position
+        q, k, v = self._project(x, position)
+        if packing is None and self.window is None:
+            return self._attend(q, k, v, None)
+        index = torch.arange(T, device=x.device)
+        mask = self._visible(index[:, None], index)
+        if packing is not None:
+            mask = mask & (packing.document[:, None] == packing.document)
+        return self._attend(q, k, v, mask)
+
+    def step(self, x: Tensor, cache: AttentionCache | None) -> tuple[Tensor, AttentionCache]:
+        """The tokens x [B, T, D] after those in `cache`."""
+        T, start = x.shape[1], cache.position if cache else 0
+        position = torch.arange(start, start + T, device=x.device)
+        q, k, v = self._project(x, position)
+        if cache is not None:
+            k, v = torch.cat([cache.k, k], 2), torch.cat([cache.v, v], 2)
+        keys = torch.arange(start + T - k.shape[2], start + T, device=x.device)
+        out = self._attend(q, k, v, self._visible(position[:, None], keys))
+        keep = k.shape[2] if self.window is None else min(k.shape[2], self.window - 1)
+        return out, AttentionCache(k[:, :, k.shape[2] - keep :], v[:, :, v.shape[2] - keep :], start + T)
+
+    def _visible(self, query: Tensor, key: Tensor) -> Tensor:
+        mask = key <= query
+        return mask if self.window is None else mask & (query - key < self.window)
+
+    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (p(x).unflatten(-1, (-1, self.d)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        frequency = self.theta ** (-torch.arange(0, self.d, 2, device=x.device, dtype=torch.float32) / self.d)
+        angle = position[:, None].float() * frequency  # [T, d/2]
+        cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        grouped = self.kv_heads != self.heads
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    def init_weights(self, init: Initializer) -> None:
+        init.normal_(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.o_proj.weight)
+
+    def flops_per_token(self, seq_len: int) -> dict[str, int]:
+        """Forward and backward; scores and their use count only visible tokens (causal, windowed), mean over the row."""
+        matrices = sum(m.weight.numel() for m in self.children() if isinstance(m, nn.Linear))
+        w = min(self.window or seq_len, seq_len)
+        visible = (w * (w + 1) // 2 + (seq_len - w) * w) / seq_len
+        return {"matmul": 6 * matrices, "attention": round(3 * 4 * self.heads * self.d * visible)}
+
+    def describe(self) -> str:
+        window = f", window {self.window}" if self.window else ""
+        return f"softmax attention, {self.heads} heads ({self.kv_heads} key/value) of {self.d}{window}"
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding on pairs (i, i + d/2) of x [B, H, T, d] (Su et al. 2021), in float32."""
+    first, second = x.float().chunk(2, -1)
+    return (x.float() * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)

@@ -1,0 +1,160 @@
+"""The backbone: embedding, pre-norm blocks of a token mixer and a SwiGLU, final norm, output matrix.
+
+The mixer of each block is DeltaProduct, gated linear attention or softmax attention, as the configuration says; hybrids list
+their attention layers. Tensor names are flash-linear-attention's (`layers.N.attn.k_proj.weight`, ...), but for A_log and
+dt_bias, which sit in `attn.forget_gate`. Nothing here knows of ranks or devices.
+
+FLOP convention (`flops_breakdown`): model FLOPs of forward and backward, three times the forward. Matmuls count 6 a weight,
+the output matrix included (tied or not) and the embedding lookup not; convolutions 6 a weight; the recurrence what its
+definition needs, whatever algorithm runs it; attention only visible pairs. Recomputation and the extra work of
+chunked algorithms are executed FLOPs, not model FLOPs: MFU uses the latter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_dp import config
+from titan_dp.model.attention import Attention
+from titan_dp.model.deltaproduct import DeltaProduct, ForgetGate
+from titan_dp.model.initialise import Initializer
+from titan_dp.model.loss import summed_cross_entropy
+from titan_dp.model.norm import RMSNorm
+from titan_dp.model.packing import Packing
+
+
+def build_model(c: config.Model) -> Transformer:
+    """An uninitialised model; under `torch.device("meta")` it takes no memory."""
+    return Transformer(c)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x), x [..., D] (Shazeer 2020)."""
+
+    def __init__(self, size: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(size, hidden, bias=False)
+        self.up_proj = nn.Linear(size, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def init_weights(self, init: Initializer) -> None:
+        init.normal_(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+
+    def flops_per_token(self) -> int:
+        return 6 * sum(p.numel() for p in self.parameters())
+
+
+class Block(nn.Module):
+    """x + attn(norm x), then x + mlp(norm x), for x [B, T, D]."""
+
+    def __init__(self, c: config.Model, mixer: str) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.attn: DeltaProduct | Attention = Attention(c) if mixer == "attention" else DeltaProduct(c)
+        self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.mlp = SwiGLU(c.hidden_size, c.mlp_size)
+
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        x = x + self.attn(self.attn_norm.apply_to(x), packing)
+        return x + self.mlp(self.mlp_norm.apply_to(x))
+
+    def step(self, x: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        mixed, cache = self.attn.step(self.attn_norm.apply_to(x), cache)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm.apply_to(x)), cache
+
+    def init_weights(self, init: Initializer) -> None:
+        for module in (self.attn_norm, self.attn, self.mlp_norm, self.mlp):
+            module.init_weights(init)
+
+    def flops_per_token(self, seq_len: int) -> dict[str, int]:
+        flops = self.attn.flops_per_token(seq_len)
+        return flops | {"matmul": flops["matmul"] + self.mlp.flops_per_token()}
+
+
+class Transformer(nn.Module):
+    """A causal language model over token ids [B, T]."""
+
+    def __init__(self, c: config.Model) -> None:
+        super().__init__()
+        self.std = c.initializer_range
+        self.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c, c.mixer_of(i)) for i in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """With labels the SUM of token losses, a float32 scalar; else logits [B, T, V] in float32.
+
+        Args:
+            tokens: [B, T] int64.
+            labels: [B, T] int64: the id each position should predict, -100 for none.
+            cu_seqlens: [N + 1] int32 document boundaries as offsets into the B*T tokens, from 0 to B*T; neither recurrence,
+                convolution nor attention crosses one. Repeated offsets are empty documents. None: each row is one document.
+        """
+        x = self.embeddings(tokens)
+        packing = None
+        if cu_seqlens is not None:
+            packing = Packing.build(cu_seqlens, tokens.numel())
+            x = x.view(1, tokens.numel(), -1)
+        for block in self.layers:
+            x = block(x, packing)
+        x = self.norm.apply_to(x)
+        if labels is not None:
+            return summed_cross_entropy(x.flatten(0, 1), self.output_weight, labels.flatten())
+        return F.linear(x, self.output_weight).float().view(*tokens.shape, -1)
+
+    def step(self, tokens: Tensor, cache: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
+        """Logits [B, V] of the token after `tokens` [B, T], which follow those in `cache`; and the new cache."""
+        x, caches = self.embeddings(tokens), []
+        for i, block in enumerate(self.layers):
+            x, block_cache = block.step(x, cache[i] if cache else None)
+            caches.append(block_cache)
+        return F.linear(self.norm.apply_to(x[:, -1]), self.output_weight).float(), caches
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.embeddings.weight if self.lm_head is None else self.lm_head.weight
+
+    def fp32_modules(self) -> list[nn.Module]:
+        """Holders of the parameters that compute in float32: norms, A_log and dt_bias."""
+        return [module for module in self.modules() if isinstance(module, RMSNorm | ForgetGate)]
+
+    def init_weights(self, seed: int) -> None:
+        """Write every parameter, the same on any number of ranks."""
+        init = Initializer(seed, self.embeddings.weight.device, self.std)
+        init.normal_(self.embeddings.weight)
+        for block in self.layers:
+            block.init_weights(init)
+        self.norm.init_weights(init)
+        if self.lm_head is not None:
+            init.normal_(self.lm_head.weight)
+        init.check(self)
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_breakdown(self, seq_len: int) -> dict[str, int]:
+        """Model FLOPs a token, forward and backward, by kind (convention above)."""
+        total = {"matmul": 6 * self.output_weight.numel()}
+        for block in self.layers:
+            for kind, flops in block.flops_per_token(seq_len).items():
+                total[kind] = total.get(kind, 0) + flops
+        return total
+
+    def flops_per_token(self, seq_len: int) -> int:
+        return sum(self.flops_breakdown(seq_len).values())
+
+    def describe(self) -> str:
+        """'24 blocks, width 1024: DeltaProduct_2, 8 heads, ...'; hybrids list each kind once."""
+        kinds: dict[str, int] = {}
+        for block in self.layers:
+            kinds[block.attn.describe()] = kinds.get(block.attn.describe(), 0) + 1
+        mixers = "; ".join(f"{count} x {kind}" if len(kinds) > 1 else kind for kind, count in kinds.items())
+        return f"{len(self.layers)} blocks, width {self.embeddings.embedding_dim}: {mixers}"
