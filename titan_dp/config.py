@@ -12,20 +12,29 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_count(value: object) -> object:
-    """'19B' -> 19_000_000_000; integers pass through; anything else is left for the type check to refuse."""
+    """'19B' -> 19_000_000_000, 19e9 too; integers pass through; the rest is left for the type check to refuse."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     if isinstance(value, str) and (match := re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBT]?)", value.strip())):
         return round(float(match[1].replace("_", "")) * _UNITS[match[2]])
     return value
 
 
-Count = Annotated[int, BeforeValidator(parse_count)]
+def refuse(problems: list[str]) -> None:
+    """Raise all `problems` of a section at once, a line each."""
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+Count = Annotated[int, BeforeValidator(parse_count), WithJsonSchema({"title": 'count such as 500_000 or "19B"'})]
 Positive = Annotated[int, Field(gt=0)]
+PositiveOrAll = Literal[-1] | Positive
 
 
 class Section(BaseModel):
@@ -123,8 +132,7 @@ class Model(Section):
             problems.append(f"mixer = 'gla' takes one step a token, so num_householder = {self.num_householder} must be 1")
         if self.head_v_dim < 1:
             problems.append(f"head_dim = {self.head_dim} times expand_v = {self.expand_v} leaves no value dimension")
-        if problems:
-            raise ValueError("; ".join(problems))
+        refuse(problems)
         return self
 
 
@@ -140,7 +148,7 @@ class Data(Section):
     seed: int = 42
     """Seed of the sample order, apart from `debug.seed` so that data order and initialisation vary independently."""
     tokenizer: str = ""
-    """Name or path of the tokenizer. Shards carry their own, so it is needed only for source = hf; where given, it must agree."""
+    """Name or path of the tokenizer. Shards carry their own, so only source = hf needs it; where given, it must agree."""
     hf_dataset: str = ""
     """source = hf: name or folder of the dataset."""
     hf_name: str = ""
@@ -160,11 +168,8 @@ class Data(Section):
         if self.source == "hf" and not self.hf_dataset:
             problems.append("source = 'hf' needs hf_dataset (a dataset's name or folder)")
         if self.source == "hf" and not self.tokenizer:
-            problems.append(
-                "source = 'hf' needs tokenizer (bytes, a tiktoken encoding, a .tiktoken file or a Hugging Face tokenizer)"
-            )
-        if problems:
-            raise ValueError("; ".join(problems))
+            problems.append("source = 'hf' needs tokenizer (bytes, a tiktoken encoding, a .tiktoken file, a Hugging Face one)")
+        refuse(problems)
         return self
 
     @property
@@ -184,7 +189,7 @@ class Dataloader(Section):
 class Training(Section):
     local_batch_size: Positive = 8
     """Sequences a rank processes at once (micro-batch)."""
-    global_batch_size: int = -1
+    global_batch_size: PositiveOrAll = -1
     """Sequences an optimizer step, over all ranks and accumulation; -1: local_batch_size times ranks (no accumulation)."""
     seq_len: Positive = 2048
     """Tokens a sequence."""
@@ -242,10 +247,10 @@ class LRScheduler(Section):
 class Parallelism(Section):
     data_parallel_replicate_degree: Positive = 1
     """Replicas of the sharded model (HSDP when more than 1)."""
-    data_parallel_shard_degree: int = -1
+    data_parallel_shard_degree: PositiveOrAll = -1
     """Ranks that share one copy of the model (FSDP2); -1: all that replication leaves."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free a block's gathered parameters after its forward; default: always (the last block is kept, backward needs it first)."""
+    """Free a block's gathered parameters after its forward; default: of all blocks but the last, which backward needs first."""
 
 
 class ActivationCheckpoint(Section):
@@ -269,8 +274,8 @@ class Checkpoint(Section):
     """Steps between checkpoints; the last step is always saved."""
     async_mode: Literal["async", "disabled"] = "async"
     """async: copy, then write in the background while training goes on; disabled: wait for the write."""
-    keep_latest_k: Annotated[int, Field(ge=0)] = 10
-    """Committed checkpoints kept; 0 keeps all. The newest healthy one is never removed."""
+    keep_latest_k: Literal[0] | Annotated[int, Field(ge=2)] = 10
+    """Committed checkpoints kept; 0 keeps all, 1 would leave none while the next is written. The newest healthy one stays."""
     load_step: Annotated[int, Field(ge=-1)] = -1
     """Step to resume from; -1: the newest committed one."""
     resume: bool = True
@@ -280,12 +285,6 @@ class Checkpoint(Section):
     allow_changed: list[str] = []
     """Keys allowed to differ from the checkpoint's on resume although they change the architecture or the data."""
 
-    @model_validator(mode="after")
-    def _keeps_two(self) -> Checkpoint:
-        if self.keep_latest_k == 1:
-            raise ValueError("keep_latest_k = 1 would leave nothing while the next one is written; use 2 or more, or 0 for all")
-        return self
-
 
 class Validation(Section):
     enable: bool = True
@@ -294,7 +293,7 @@ class Validation(Section):
     """Folder or folders of held-out token shards."""
     freq: Positive = 500
     """Steps between validations; one is always run at the end."""
-    steps: int = -1
+    steps: PositiveOrAll = -1
     """Batches of each validation; -1: every held-out token once."""
     local_batch_size: Positive | None = None
     """Sequences a rank evaluates at once; default: training.local_batch_size."""
@@ -331,11 +330,9 @@ class Profiling(Section):
 
     @model_validator(mode="after")
     def _cycle_fits(self) -> Profiling:
-        if self.profile_freq < self.profiler_warmup + self.profiler_active:
-            raise ValueError(
-                f"profile_freq = {self.profile_freq} is shorter than profiler_warmup + profiler_active = "
-                f"{self.profiler_warmup + self.profiler_active}"
-            )
+        cycle = self.profiler_warmup + self.profiler_active
+        if self.profile_freq < cycle:
+            raise ValueError(f"profile_freq = {self.profile_freq} is shorter than profiler_warmup + profiler_active = {cycle}")
         return self
 
 
@@ -347,8 +344,6 @@ class Comm(Section):
 
 
 class Generate(Section):
-    """A sample of text at the end of training, so that a person sees what was learnt."""
-
     enable: bool = True
     """Generate a sample when training ends."""
     prompt: str = "The "
@@ -367,8 +362,6 @@ class Debug(Section):
 
 
 class Config(Section):
-    """A whole run."""
-
     job: Job = Job()
     model: Model = Model()
     data: Data = Data()
@@ -386,10 +379,20 @@ class Config(Section):
     generate: Generate = Generate()
     debug: Debug = Debug()
 
+    def problems_across_sections(self) -> list[tuple[set[str], str]]:
+        """(sections involved, what is wrong) of every rule that needs more than one section or a whole run."""
+        problems: list[tuple[set[str], str]] = []
+        steps, tokens = self.training.steps, self.training.tokens
+        if (steps is None) == (tokens is None):
+            given = "neither is given" if steps is None else f"steps = {steps} and tokens = {tokens}"
+            problems.append(({"training"}, f"training: give exactly one of steps and tokens ({given})"))
+        if self.validation.enable and self.data.source == "shards":
+            for path in sorted(set(self.data.paths) & set(self.validation.paths)):
+                rule = f"data.path and validation.path both name {path!r}: validation must see text that training does not"
+                problems.append(({"data", "validation"}, rule))
+        return problems
+
     @model_validator(mode="after")
-    def _length_is_given_once(self) -> Config:
-        if (self.training.steps is None) == (self.training.tokens is None):
-            raise ValueError(
-                f"training: give exactly one of steps and tokens (steps = {self.training.steps}, tokens = {self.training.tokens})"
-            )
+    def _sections_agree(self) -> Config:
+        refuse([problem for _, problem in self.problems_across_sections()])
         return self
