@@ -1,0 +1,214 @@
+"""Token shards on disk: the format, its writer, its reader, its verification.
+
+A folder holds `manifest.json`, `shard-00000.npy` (1-D uint16 or uint32 token ids) and `shard-00000.starts.npy` (1-D int64
+offsets at which documents begin in that shard; a document never spans shards), and so on. Every file is written under
+another name, synced and renamed; the manifest comes last, so a folder with a manifest is complete. The sha256 of the
+manifest, which holds those of the shards, is the data's fingerprint: the same tokens have the same fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from titan_dp.data.tokenizer import Tokenizer
+from titan_dp.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One entry of the manifest."""
+
+    file: str
+    tokens: int
+    sha256: str
+    text_bytes: int
+    """UTF-8 bytes of the documents' text: turns nats a token into bits a byte."""
+    starts_file: str
+    documents: int
+    starts_sha256: str
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> str:
+    """Write a file so that it exists whole or not at all; returns its sha256."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return file_sha256(path)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: object) -> str:
+    return write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+class ShardWriter:
+    """Collects documents and writes a shard whenever `shard_tokens` are reached.
+
+    Args:
+        folder: of the shards; created.
+        dtype: of the ids, uint16 or uint32.
+        shard_tokens: a shard is closed by the document that reaches this many.
+        shards: those already written, when continuing.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype, shard_tokens: int, shards: list[Shard]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.dtype, self.shard_tokens, self.shards = folder, dtype, shard_tokens, shards
+        self._documents: list[np.ndarray] = []
+        self._tokens = self._bytes = 0
+
+    def add(self, document: np.ndarray, text_bytes: int) -> bool:
+        """Take a document's ids, made of so many bytes of text; True when that closed a shard."""
+        self._documents.append(document)
+        self._tokens += len(document)
+        self._bytes += text_bytes
+        if self._tokens < self.shard_tokens:
+            return False
+        self.flush()
+        return True
+
+    def flush(self) -> None:
+        """Write what has been collected, if anything, as a shard."""
+        if not self._documents:
+            return
+        lengths = np.array([len(document) for document in self._documents], dtype=np.int64)
+        starts, tokens = np.cumsum(lengths) - lengths, np.concatenate(self._documents).astype(self.dtype)
+        name = f"shard-{len(self.shards):05}"
+        sha256 = write_atomically(self.folder / f"{name}.npy", lambda file: np.save(file, tokens))
+        starts_sha256 = write_atomically(self.folder / f"{name}.starts.npy", lambda file: np.save(file, starts))
+        starts_file = f"{name}.starts.npy"
+        self.shards.append(Shard(f"{name}.npy", len(tokens), sha256, self._bytes, starts_file, len(starts), starts_sha256))
+        self._documents, self._tokens, self._bytes = [], 0, 0
+
+    def finish(self, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
+        """Flush and write the manifest; `facts` are further entries."""
+        self.flush()
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "dtype": self.dtype.name,
+            "tokenizer": {
+                "name": tokenizer.name,
+                "hash": tokenizer.hash,
+                "vocab_size": tokenizer.vocab_size,
+                "bos_id": tokenizer.bos_id,
+                "eos_id": tokenizer.eos_id,
+            },
+            "tokens": sum(shard.tokens for shard in self.shards),
+            "documents": sum(shard.documents for shard in self.shards),
+            "text_bytes": sum(shard.text_bytes for shard in self.shards),
+            **facts,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        write_json(self.folder / MANIFEST, manifest)
+
+
+class TokenShards:
+    """Read-only view of a folder of shards as one long row of tokens, by memory map.
+
+    Raises UserError where the folder is no complete, readable set of shards; the check costs a few system calls a
+    shard (sizes, not contents: `verify` reads contents).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / MANIFEST
+        if not path.exists():
+            raise UserError(
+                f"there are no token shards in {str(folder)!r} (no {MANIFEST}); write them with "
+                f"`titan-dp prepare INPUT --out {folder.parent} --tokenizer NAME`"
+            )
+        raw = path.read_bytes()
+        self.fingerprint = hashlib.sha256(raw).hexdigest()
+        try:
+            self.manifest: dict[str, Any] = json.loads(raw)
+            version = self.manifest["format_version"]
+            if version != FORMAT_VERSION:
+                raise UserError(
+                    f"{path} has format version {version}, this program reads {FORMAT_VERSION}; prepare the data again"
+                )
+            self.dtype = np.dtype(self.manifest["dtype"])
+            self.shards = [Shard(**entry) for entry in self.manifest["shards"]]
+            self.tokens, self.vocab_size = int(self.manifest["tokens"]), int(self.manifest["tokenizer"]["vocab_size"])
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is no manifest of token shards ({error}); prepare the data again") from error
+        if self.dtype not in (np.uint16, np.uint32):
+            raise UserError(f"{path} has dtype {self.dtype}; token shards are uint16 or uint32")
+        self._tokens = [self._map(s.file, self.dtype, s.tokens) for s in self.shards]
+        self._starts = [self._map(s.starts_file, np.dtype(np.int64), s.documents) for s in self.shards]
+        self._offsets = np.concatenate([[0], np.cumsum([s.tokens for s in self.shards], dtype=np.int64)]).astype(np.int64)
+        assert int(self._offsets[-1]) == self.tokens
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def _map(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
+        path = self.folder / name
+        if Path(name).name != name:
+            raise UserError(f"{self.folder / MANIFEST} names {name!r}, which is not a file of its folder")
+        remedy = f"restore it, or delete {self.folder.parent} and run `titan-dp prepare` again"
+        if not path.exists():
+            raise UserError(f"token shard {path} is missing; {remedy}")
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"token shard {path} is cut off or no .npy file ({error}); {remedy}") from error
+        if array.shape != (count,) or array.dtype != dtype:
+            raise UserError(
+                f"token shard {path} holds {array.shape} {array.dtype}, the manifest says ({count},) {dtype}; {remedy}"
+            )
+        return array
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Copy tokens [start, start + len(out)) into `out`, across shards."""
+        shard = int(np.searchsorted(self._offsets, start, side="right")) - 1
+        done = 0
+        while done < len(out):
+            part = self._tokens[shard][start + done - self._offsets[shard] :][: len(out) - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+            shard += 1
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Positions in [start, stop) at which documents begin, relative to `start`."""
+        first = int(np.searchsorted(self._offsets, start, side="right")) - 1
+        last = int(np.searchsorted(self._offsets, stop, side="left"))
+        found = []
+        for shard in range(first, last):
+            starts, offset = self._starts[shard], int(self._offsets[shard])
+            low, high = np.searchsorted(starts, [start - offset, stop - offset])
+            found.append(starts[low:high] + (offset - start))
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def verify(self) -> Iterator[str]:
+        """Read everything; yield one sentence for each thing that is wrong."""
+        for shard, tokens, starts in zip(self.shards, self._tokens, self._starts, strict=True):
+            for name, expected in ((shard.file, shard.sha256), (shard.starts_file, shard.starts_sha256)):
+                if (actual := file_sha256(self.folder / name)) != expected:
+                    yield f"{self.folder / name} has sha256 {actual[:16]}..., the manifest says {expected[:16]}..."
+            if len(tokens) and int(tokens.max()) >= self.vocab_size:
+                yield f"{self.folder / shard.file} holds id {int(tokens.max())}, the vocabulary has {self.vocab_size}"
+            in_order = len(starts) and starts[0] == 0 and bool((np.diff(starts) > 0).all()) and starts[-1] < len(tokens)
+            if not in_order:
+                yield f"{self.folder / shard.starts_file} is not a rising list of offsets from 0 below {len(tokens)}"

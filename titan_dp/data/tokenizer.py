@@ -1,0 +1,144 @@
+"""Text to ids and back: one small interface over tiktoken encodings and Hugging Face tokenizers.
+
+`load_tokenizer` takes the embedded "bytes", the name of a tiktoken encoding, a local `.tiktoken` rank file, or a folder or
+Hub name of a Hugging Face tokenizer. Special tokens in the text are ordinary text; only `bos_id` and `eos_id` are used,
+and only by those who add them. The hash names the vocabulary: token shards keep it, so that ids are never read with
+another tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from titan_dp.errors import UserError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+# cl100k_base's rule for splitting text before merging, for rank files that come without one.
+_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ALTERNATIVES = "use 'bytes' (built in), a local .tiktoken rank file or the folder of a Hugging Face tokenizer"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary and its two directions."""
+
+    name: str
+    hash: str
+    """sha256 of the vocabulary and the splitting rule."""
+    vocab_size: int
+    """One more than the largest id."""
+    bos_id: int | None
+    eos_id: int | None
+    encode_batch: Callable[[list[str]], list[list[int]]]
+    """Ids of each text, without bos or eos."""
+    decode: Callable[[list[int]], str]
+    """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that `name` means (see the module's docstring).
+
+    Raises UserError where there is none, or where it would have to be downloaded and cannot be.
+    """
+    import tiktoken
+
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        return _from_tiktoken(
+            tiktoken.Encoding(
+                "bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|bos|>": 256, "<|eos|>": 257}
+            )
+        )
+    if name.endswith(".tiktoken"):
+        return _from_rank_file(Path(name))
+    if name in tiktoken.list_encoding_names():
+        try:
+            return _from_tiktoken(tiktoken.get_encoding(name))
+        except Exception as error:  # requests' errors, or whatever a proxy makes of them
+            raise UserError(
+                f"tokenizer {name!r} has to be downloaded and cannot be ({_short(error)}); {_ALTERNATIVES}"
+            ) from error
+    return _from_hugging_face(name)
+
+
+def _from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
+    special = encoding._special_tokens
+    vocabulary = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
+    digest = hashlib.sha256(json.dumps([encoding._pat_str, vocabulary, sorted(special.items())]).encode()).hexdigest()
+    return Tokenizer(
+        name=encoding.name,
+        hash=digest,
+        vocab_size=encoding.n_vocab,
+        bos_id=special.get("<|bos|>"),
+        eos_id=special.get("<|eos|>", special.get("<|endoftext|>")),
+        encode_batch=lambda texts: [encoding.encode_ordinary(text) for text in texts],
+        decode=encoding.decode,
+    )
+
+
+def _from_rank_file(path: Path) -> Tokenizer:
+    import tiktoken
+    from tiktoken.load import load_tiktoken_bpe
+
+    try:
+        ranks = load_tiktoken_bpe(str(path))
+    except FileNotFoundError:
+        raise UserError(f"tokenizer {str(path)!r}: there is no such rank file") from None
+    except Exception as error:
+        raise UserError(f"tokenizer {str(path)!r} is no tiktoken rank file: {_short(error)}") from error
+    special = {"<|endoftext|>": max(ranks.values()) + 1}
+    return _from_tiktoken(tiktoken.Encoding(str(path), pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens=special))
+
+
+def _from_hugging_face(name: str) -> Tokenizer:
+    from tokenizers import Tokenizer as HFTokenizer
+
+    folder = Path(name)
+    try:
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"], etag_timeout=10))
+        backend = HFTokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:
+        import tiktoken
+
+        raise UserError(
+            f"tokenizer {name!r} is no tiktoken encoding ({', '.join(tiktoken.list_encoding_names())}), no folder with a "
+            f"tokenizer.json, and cannot be had from the Hugging Face Hub ({_short(error)}); {_ALTERNATIVES}"
+        ) from error
+    settings = folder / "tokenizer_config.json"
+    declared = json.loads(settings.read_text()) if settings.exists() else {}
+
+    def id_of(role: str) -> int | None:
+        token = declared.get(role)
+        content = token["content"] if isinstance(token, dict) else token
+        return None if content is None else backend.token_to_id(content)
+
+    def encode_batch(texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    return Tokenizer(
+        name=name,
+        hash=hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        vocab_size=max(vocabulary.values()) + 1,
+        bos_id=id_of("bos_token"),
+        eos_id=id_of("eos_token"),
+        encode_batch=encode_batch,
+        decode=lambda ids: backend.decode(ids, skip_special_tokens=False),
+    )
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
