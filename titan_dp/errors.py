@@ -1,8 +1,73 @@
 """The one exception for a user's mistake, and how a command turns exceptions into exit codes.
 
-Exit codes: 0 done, 2 the user's mistake (one message, no traceback), 1 anything else. Asserts are for ours.
+Exit codes: 0 done, 2 the user's mistake (one message, no traceback), 1 anything else: the machine's faults with one
+message, our own with a traceback. 130 after Ctrl-C. Asserts are for ours. Nothing here imports torch.
 """
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+# What a machine may lack, whoever wrote the program, and what to say beyond the operating system's own words.
+_MACHINE_FAULTS = {
+    errno.ENOSPC: "free some space or choose another folder; what was committed before is unharmed",
+    errno.EDQUOT: "free some of your quota or choose another folder; what was committed before is unharmed",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder you may use, or change its permissions",
+    errno.EPERM: "choose a folder you may use, or change its permissions",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "the disk or the network file system failed",
+}
 
 
 class UserError(ValueError):
     """A mistake only the user can mend. The message names the key or file, the value, and the way out."""
+
+
+def run_main(command: Callable[[], int]) -> int:
+    """Run `command` and return the process's exit code, printing what went wrong to stderr."""
+    try:
+        code = command()
+        sys.stdout.flush()  # here, where a closed pipe or a full disk is still ours to report
+        return code
+    except UserError as error:
+        _report(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _report("interrupted")
+        return 130
+    except BrokenPipeError:  # `... | head`: the reader has seen enough, and flushing at exit must not complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if (fault := machine_fault(error)) is not None:
+            _report(fault)
+        else:
+            traceback.print_exc()
+        return 1
+
+
+def machine_fault(error: BaseException | None) -> str | None:
+    """One sentence if `error`, or one it was raised from, is the machine's fault (a full disk, a missing permission)."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _MACHINE_FAULTS:
+            return f"{error}; {_MACHINE_FAULTS[error.errno]}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _report(message: str) -> None:
+    """Print to stderr, once for all ranks where they all say the same.
+
+    torchrun ends the other ranks as soon as the first has left, so those wait a moment: they are heard only if rank 0
+    had nothing to say.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(2)
+    print(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr, flush=True)

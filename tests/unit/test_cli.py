@@ -1,0 +1,104 @@
+"""The commands as a shell sees them: what they print, what they import, and their exit codes."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from titan_dp.cli import COMMANDS
+from titan_dp.errors import UserError, machine_fault, run_main
+
+
+def python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, timeout=60)
+
+
+HELPS = {
+    "train.py": ["train.py", "--help"],
+    "titan-dp": ["-m", "titan_dp.cli", "--help"],
+    **{f"titan-dp {name}": ["-m", "titan_dp.cli", name, "--help"] for name in COMMANDS},
+}
+
+
+@pytest.mark.parametrize("command", HELPS)
+def test_help_answers_at_once_without_importing_torch(command: str, root: Path) -> None:
+    start = time.monotonic()
+    answer = python(root, "-X", "importtime", *HELPS[command])
+    assert time.monotonic() - start < 3
+    assert answer.returncode == 0, answer.stderr
+    assert "usage:" in answer.stdout
+    imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
+    assert "titan_dp.errors" in imported
+    assert "torch" not in imported
+
+
+def test_the_list_of_commands_says_what_each_is_for(root: Path) -> None:
+    answer = python(root, "-m", "titan_dp.cli", "--help").stdout
+    for name, (_, summary) in COMMANDS.items():
+        assert f"    {name}" in answer
+        assert " ".join(summary.split()[:3]) in answer
+
+
+def test_a_command_that_does_not_exist_is_the_users_mistake(root: Path) -> None:
+    answer = python(root, "-m", "titan_dp.cli", "prepair")
+    assert answer.returncode == 2
+    assert "prepair" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_mistake_in_a_config_is_one_message_and_exit_code_2(root: Path) -> None:
+    answer = python(root, "train.py", "--config", "debug.toml", "--optimizer.lrr", "1", "--print-config")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr == "error: command line: unknown key optimizer.lrr; did you mean optimizer.lr?\n"
+
+
+def failing(error: BaseException) -> int:
+    def command() -> int:
+        raise error
+
+    return run_main(command)
+
+
+def test_a_commands_own_exit_code_passes_through() -> None:
+    assert run_main(lambda: 0) == 0
+    assert run_main(lambda: 1) == 1
+
+
+def test_the_users_mistakes_exit_with_2_and_interrupts_with_130_without_a_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    assert failing(UserError("training.steps = 0: give a positive number")) == 2
+    assert failing(KeyboardInterrupt()) == 130
+    assert capfd.readouterr().err == "error: training.steps = 0: give a positive number\nerror: interrupted\n"
+
+
+def test_a_full_disk_is_one_sentence_and_exit_code_1_even_when_wrapped(capfd: pytest.CaptureFixture[str]) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "outputs/x")
+    wrapped = RuntimeError("could not save")
+    wrapped.__cause__ = full
+    assert failing(full) == failing(wrapped) == 1
+    error = capfd.readouterr().err
+    assert error.count("No space left on device: 'outputs/x'; free some space") == 2
+    assert "Traceback" not in error
+
+
+def test_our_own_mistakes_show_a_traceback_and_exit_with_1(capfd: pytest.CaptureFixture[str]) -> None:
+    assert failing(AssertionError("impossible")) == failing(FileNotFoundError("lost")) == 1
+    assert capfd.readouterr().err.count("Traceback") == 2
+    assert machine_fault(ValueError("no fault of the machine")) is None
+
+
+def test_other_ranks_name_themselves(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert failing(UserError("shard 7 is missing")) == 2
+    assert capfd.readouterr().err == "error (rank 3): shard 7 is missing\n"
+
+
+def test_a_reader_that_stops_reading_ends_the_command_quietly(root: Path) -> None:
+    script = f"{sys.executable} train.py --config debug.toml --print-config | true; echo ${{PIPESTATUS[0]}}"
+    answer = subprocess.run(["bash", "-c", script], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (answer.stdout, answer.stderr) == ("1\n", "")

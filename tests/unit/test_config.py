@@ -1,0 +1,308 @@
+"""Reading a configuration: who wins, what is refused and with which words."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.unit.conftest import MINIMAL, Folder
+from titan_dp import config_docs, config_hints
+from titan_dp.config import parse_count
+from titan_dp.config_loader import config_from_toml, load_config
+from titan_dp.errors import UserError
+
+# -- precedence and inheritance ----------------------------------------------------------------------------------------
+
+
+def test_the_command_line_beats_the_file_beats_its_base_beats_the_defaults(folder: Folder) -> None:
+    folder.write("[training]\nsteps = 1\nseq_len = 1\nlocal_batch_size = 1\n", "base.toml")
+    loaded = folder.load('extends = "base.toml"\n[training]\nsteps = 2\nseq_len = 2\n', "--training.steps", "3")
+    training = loaded.config.training
+    assert (training.steps, training.seq_len, training.local_batch_size, training.gc_freq) == (3, 2, 1, 50)
+    origins = {key: loaded.provenance[f"training.{key}"] for key in ("steps", "seq_len", "local_batch_size", "gc_freq")}
+    assert origins == {
+        "steps": "command line",
+        "seq_len": f"{folder.path}/run.toml:4",
+        "local_batch_size": f"{folder.path}/base.toml:4",
+        "gc_freq": "default",
+    }
+
+
+def test_extends_chains_and_is_relative_to_the_file_that_says_it(folder: Folder) -> None:
+    folder.write("[optimizer]\nlr = 0.5\n" + MINIMAL, "shared/root.toml")
+    folder.write('extends = "root.toml"\n[optimizer]\nbeta1 = 0.5\n', "shared/middle.toml")
+    optimizer = folder.load('extends = "shared/middle.toml"\n[optimizer]\nbeta2 = 0.5\n').config.optimizer
+    assert (optimizer.lr, optimizer.beta1, optimizer.beta2) == (0.5, 0.5, 0.5)
+
+
+def test_a_circle_of_extends_is_named(folder: Folder) -> None:
+    folder.write('extends = "run.toml"\n', "base.toml")
+    (circle,) = folder.problems('extends = "base.toml"\n' + MINIMAL)
+    assert circle == "run.toml: `extends` goes round in a circle: run.toml -> base.toml -> run.toml"
+
+
+def test_a_base_that_is_missing_or_no_name_is_named_with_its_line(folder: Folder) -> None:
+    assert folder.problems('\nextends = "gone.toml"\n' + MINIMAL) == [
+        'run.toml:2: extends = "gone.toml": there is no gone.toml'
+    ]
+    assert folder.problems("extends = 3\n" + MINIMAL) == ["run.toml:1: extends = 3: expected the name of one file"]
+
+
+# -- finding the file --------------------------------------------------------------------------------------------------
+
+
+def test_a_bare_name_means_train_configs_from_any_folder_with_or_without_toml(
+    monkeypatch: pytest.MonkeyPatch, folder: Folder
+) -> None:
+    folder.write("[training]\nsteps = 999\n", "debug.toml")
+    monkeypatch.chdir(folder.path)
+    assert (
+        load_config(["--config", "debug"])
+        == load_config(["--config=debug.toml"])
+        == load_config(["--job.config_file", "debug"])
+    )
+    assert load_config(["--config", "debug.toml"]).config.training.steps != 999
+    assert load_config(["--config", "./debug.toml"]).config.training.steps == 999
+
+
+def test_a_bare_name_that_is_not_in_train_configs_may_be_a_file_here(monkeypatch: pytest.MonkeyPatch, folder: Folder) -> None:
+    folder.write(MINIMAL, "mine.toml")
+    monkeypatch.chdir(folder.path)
+    assert load_config(["--config", "mine.toml"]).provenance["training.steps"] == "mine.toml:2"
+
+
+@pytest.mark.parametrize("arguments", [["--config", "no_such_run"], [], ["--config"]])
+def test_a_missing_config_lists_those_there_are(arguments: list[str]) -> None:
+    with pytest.raises(UserError, match=r"213m\.toml.*800m_gated\.toml.*debug\.toml"):
+        load_config(arguments)
+
+
+def test_the_run_is_named_after_its_file_unless_it_has_a_name(folder: Folder) -> None:
+    assert folder.load(MINIMAL).run_name == folder.load(MINIMAL + '[job]\nrun_name = ""\n').run_name == "run"
+    assert folder.load(MINIMAL, "--job.run_name", "other").config.job.run_name == "other"
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "value"),
+    [
+        (["--optimizer.lr", "1e-3"], "optimizer.lr", 1e-3),
+        (["--optimizer.lr=1e-3"], "optimizer.lr", 1e-3),
+        (["--optimizer.lr", "1"], "optimizer.lr", 1.0),
+        (["--validation.steps", "-1"], "validation.steps", -1),
+        (["--compile.enable"], "compile.enable", True),
+        (["--compile.enable", "true"], "compile.enable", True),
+        (["--checkpoint.enable=false"], "checkpoint.enable", False),
+        (["--checkpoint.enable", "false"], "checkpoint.enable", False),
+        (["--training.dataloader.num_workers", "2"], "training.dataloader.num_workers", 2),
+        (["--model.attention_layers", "[1, 3]"], "model.attention_layers", [1, 3]),
+        (["--data.path", '["a", "b"]'], "data.path", ["a", "b"]),
+        (["--data.path", "some/folder"], "data.path", "some/folder"),
+        (["--job.run_name", "123"], "job.run_name", "123"),
+        (["--job.run_name", "2026-01-01"], "job.run_name", "2026-01-01"),
+        (["--job.run_name", "true"], "job.run_name", "true"),
+        (["--job.run_name", '"quoted"'], "job.run_name", "quoted"),
+        (["--job.description=a = b"], "job.description", "a = b"),
+        (["--generate.prompt="], "generate.prompt", ""),
+        (["--activation_checkpoint.selective_ac_option", "2"], "activation_checkpoint.selective_ac_option", 2),
+        (["--activation_checkpoint.selective_ac_option", "op"], "activation_checkpoint.selective_ac_option", "op"),
+    ],
+)
+def test_values_on_the_command_line_are_toml_or_else_plain_text(
+    folder: Folder, arguments: list[str], key: str, value: object
+) -> None:
+    loaded = folder.load(MINIMAL, *arguments)
+    assert config_docs.all_keys()[key].of(loaded.config) == value
+    assert loaded.provenance[key] == "command line"
+
+
+def test_flags_of_the_program_itself_take_no_value(folder: Folder) -> None:
+    loaded = folder.load(MINIMAL, "--print-config", "--dry-run")
+    assert loaded.print_config
+    assert loaded.dry_run
+    assert not folder.load(MINIMAL).dry_run
+
+
+def test_arguments_that_are_no_settings_are_refused(folder: Folder) -> None:
+    assert folder.problems(MINIMAL, "800m.toml") == ["command line: unexpected '800m.toml'; write --config 800m.toml"]
+    assert folder.problems(MINIMAL, "--training.seq_len") == [
+        "command line: --training.seq_len needs a value; expected integer > 0"
+    ]
+    (twice,) = folder.problems(MINIMAL, "--config", folder.write(MINIMAL))
+    assert "--config is given twice" in twice
+
+
+def test_tokens_are_counted_in_thousands_to_trillions(folder: Folder) -> None:
+    for text, count in {'"19B"': 19 * 10**9, '"1.5T"': 1.5e12, '"500_000"': 500_000, '"2 K"': 2000, "19e9": 19 * 10**9}.items():
+        assert folder.load(f"[training]\ntokens = {text}\n").config.training.tokens == count
+    assert parse_count("19 apples") == "19 apples"
+    assert folder.problems('[training]\ntokens = "19X"\n') == [
+        'run.toml:2: training.tokens = "19X": expected count such as 500_000 or "19B"'
+    ]
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[optimizer]\nlrr = 1", "run.toml:2: unknown key optimizer.lrr; did you mean optimizer.lr?"),
+        ("[modell]\nhidden_size = 1", "run.toml:2: unknown key modell.hidden_size; did you mean model.hidden_size?"),
+        ("[checkpont]\nkeep = 1", "run.toml:2: unknown key checkpont.keep; did you mean the section [checkpoint]?"),
+        ("[model]\nseq_len = 1", "run.toml:2: unknown key model.seq_len; did you mean training.seq_len?"),
+        ("[optimizer]\nsteps = 1", "run.toml:2: unknown key optimizer.steps; did you mean training.steps or validation.steps?"),
+        ("compile = true", "run.toml:1: unknown key compile; it is a section; its keys are enable"),
+        ("[comm]\nmode = 1", "run.toml:2: unknown key comm.mode; did you mean activation_checkpoint.mode?"),
+        ("[debug]\nxyzzy = 1", "run.toml:2: unknown key debug.xyzzy; the keys of [debug] are seed, deterministic"),
+        ("[float8]\nx = 1", "run.toml:2: unknown key float8.x; [float8] has no counterpart here; remove it"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(folder: Folder, text: str, problem: str) -> None:
+    assert problem in folder.problems(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "means"),
+    {
+        "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
+        "training.batch_size": "training.local_batch_size",
+        "training.gradient_accumulation_steps": "training.global_batch_size",
+        "training.context_len": "training.seq_len",
+        "training.compile": "compile.enable",
+        "training.data_parallel_degree": "parallelism.data_parallel_shard_degree",
+        "checkpoint.enable_checkpoint": "checkpoint.enable",
+        "model.d_model": "model.hidden_size",
+        "model.n_layers": "model.num_hidden_layers",
+        "model.n_heads": "model.num_heads",
+        "model.use_gate": "model.use_output_gate",
+        "model.flavor": "model.hidden_size",
+        "job.config_file": "--config",
+    }.items(),
+)
+def test_the_words_of_torchtitan_and_flame_are_translated(folder: Folder, key: str, means: str) -> None:
+    section, name = key.split(".")
+    text = f"[{section}]\n{name} = 1\n"
+    assert any(f"unknown key {key}; " in line and means in line for line in folder.problems(text))
+
+
+def test_every_key_a_hint_names_exists() -> None:
+    for key, hint in config_hints.HINTS.items():
+        for dotted in re.findall(r"\b[a-z_]+\.[a-z_.0-9]*[a-z0-9]\b", hint):
+            assert dotted in config_docs.all_keys(), hint
+        assert key not in config_docs.all_keys(), f"{key} is a valid key: its hint can never be shown"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[training]\nseq_len = "8"', 'run.toml:2: training.seq_len = "8": expected integer > 0'),
+        ("[training]\nseq_len = 0", "run.toml:2: training.seq_len = 0: expected integer > 0"),
+        ("[training]\nseq_len = true", "run.toml:2: training.seq_len = true: expected integer > 0"),
+        ("[training]\nseq_len = 8.5", "run.toml:2: training.seq_len = 8.5: expected integer > 0"),
+        ("[compile]\nenable = 1", "run.toml:2: compile.enable = 1: expected true or false"),
+        ("[optimizer]\nbeta1 = 1.0", "run.toml:2: optimizer.beta1 = 1.0: expected number >= 0 and < 1"),
+        ('[optimizer]\nname = "Adam"', 'run.toml:2: optimizer.name = "Adam": expected "AdamW" or "Muon"'),
+        ("[job]\ndump_folder = 3", "run.toml:2: job.dump_folder = 3: expected string"),
+        ("[checkpoint]\nkeep_latest_k = 1", "run.toml:2: checkpoint.keep_latest_k = 1: expected 0 or integer >= 2"),
+        ("[model]\nattention_layers = [-1]", "run.toml:2: model.attention_layers = [-1]: expected list of integers >= 0"),
+        ("[data]\nseed = 2026-01-01", "run.toml:2: data.seed = 2026-01-01: expected integer"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_its_line_and_what_is_expected(folder: Folder, text: str, problem: str) -> None:
+    assert problem in folder.problems(text)
+
+
+def test_a_syntax_error_is_named_with_its_line(folder: Folder) -> None:
+    (problem,) = folder.problems("[training]\nsteps = 10\nseq_len =\n")
+    assert problem.startswith("run.toml:3: not valid TOML: ")
+    (problem,) = folder.problems('[job]\ndescription = """never closed\n')
+    assert problem.startswith("run.toml:3: not valid TOML: ")
+
+
+def test_all_problems_of_a_file_its_base_and_the_command_line_are_reported_at_once(folder: Folder) -> None:
+    folder.write("[optimizer]\nlr = -1\n[metrics]\nlog = 1\n", "base.toml")
+    text = 'extends = "base.toml"\n[training]\ntokens = "1B"\nsteps = 3\n[model]\nhidden_size = 100\nmixer = "attention"\n'
+    problems = folder.problems(text, "--comm.train_timeout", "9", "--debug.seed", "x", "stray")
+    assert problems == [
+        "command line: unexpected 'stray'; a setting is --section.key VALUE",
+        "base.toml:2: optimizer.lr = -1: expected number > 0",
+        "base.toml:4: unknown key metrics.log; did you mean metrics.log_freq?",
+        "command line: unknown key comm.train_timeout; did you mean comm.train_timeout_seconds?",
+        'command line: debug.seed = "x": expected integer',
+        "training: give exactly one of steps and tokens (steps = 3 and tokens = 1000000000)",
+    ]
+
+
+def test_a_rule_within_a_section_names_where_its_values_were_set(folder: Folder) -> None:
+    (problem,) = folder.problems(MINIMAL + "[model]\nnum_hidden_layers = 2\n", "--model.attention_layers", "[5]")
+    assert problem == (
+        "[model] attention_layers names [5], but num_hidden_layers = 2 "
+        "(num_hidden_layers from run.toml:4, attention_layers from command line)"
+    )
+
+
+def test_several_rules_of_one_section_are_reported_a_line_each(folder: Folder) -> None:
+    problems = folder.problems(MINIMAL + '[model]\nmixer = "gla"\nattention_layers = [99]\nattention_num_heads = 7\n')
+    assert [line.split(" ")[1] for line in problems] == ["attention_layers", "hidden_size", "mixer"]
+
+
+def test_training_text_may_not_be_the_validation_text(folder: Folder) -> None:
+    (problem,) = folder.problems(MINIMAL + '[data]\npath = ["a", "b"]\n[validation]\npath = "b"\n')
+    assert problem.startswith("data.path and validation.path both name 'b'")
+
+
+def test_the_length_of_the_run_must_be_given(folder: Folder) -> None:
+    assert folder.problems("[model]\n") == ["training: give exactly one of steps and tokens (neither is given)"]
+
+
+# -- lines of TOML -----------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_right_around_comments_multi_line_values_dotted_keys_and_inline_tables(folder: Folder) -> None:
+    text = '''# a comment with [a header] and key = value
+
+training.steps = 10           # a dotted key above all headers
+[job]                         # a header with a comment
+description = """
+[not a header]
+nor = "a key"
+"""
+dump_folder = "x"
+[model]
+attention_layers = [
+    1,  # a comment inside
+    3,
+]
+num_heads = 4
+[ optimizer ]
+"lr" = 0.1
+[validation]
+freq = 1
+'''
+    loaded = folder.load(text)
+    lines = {key: int(origin.rpartition(":")[2]) for key, origin in loaded.provenance.items() if "run.toml:" in origin}
+    assert lines == {
+        "training.steps": 3,
+        "job.description": 5,
+        "job.dump_folder": 9,
+        "model.attention_layers": 11,
+        "model.num_heads": 15,
+        "optimizer.lr": 17,
+        "validation.freq": 19,
+    }
+
+
+def test_an_inline_table_and_a_subsection_mean_the_same(folder: Folder) -> None:
+    inline = folder.load("[training]\nsteps = 1\ndataloader = { num_workers = 1, prefetch_factor = 3 }\n")
+    section = folder.load("[training]\nsteps = 1\n[training.dataloader]\nnum_workers = 1\nprefetch_factor = 3\n")
+    assert inline.config == section.config
+    assert inline.provenance["training.dataloader.prefetch_factor"].endswith("run.toml:3")
+
+
+def test_a_bad_checkpoint_configuration_names_itself() -> None:
+    with pytest.raises(UserError, match=r"^step-7:2: unknown key model\.colour"):
+        config_from_toml("[model]\ncolour = 1\n" + MINIMAL, name="step-7")

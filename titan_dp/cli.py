@@ -1,0 +1,43 @@
+"""`titan-dp COMMAND ...`: everything but training, which is train.py's.
+
+A command is a module with `add_arguments(parser)` and `run(args) -> exit code`. Only the chosen one is imported, and
+such modules import torch late, so that every --help answers at once. A new command is a line in COMMANDS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from titan_dp.errors import run_main
+
+# name: (module, what it does)
+COMMANDS = {
+    "prepare": ("titan_dp.data.prepare", "turn text files or a Hugging Face dataset into token shards"),
+    "checkpoint": ("titan_dp.checkpoint", "list the checkpoints of a run, or verify one"),
+    "generate": ("titan_dp.generate", "continue a prompt with a trained model"),
+}
+
+
+def main() -> int:
+    """Entry point of the console script: returns the exit code."""
+    return run_main(lambda: dispatch(sys.argv[1:]))
+
+
+def dispatch(argv: list[str]) -> int:
+    """Parse `argv` and run the command it names. argparse itself leaves with code 2 on a wrong argument."""
+    parser = argparse.ArgumentParser(prog="titan-dp", description="Work around training runs; training itself is train.py.")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module_name, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
+        if argv[:1] == [name]:
+            module = import_module(module_name)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

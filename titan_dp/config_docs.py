@@ -1,0 +1,185 @@
+"""The schema as people see it: names, expected values and explanations, drawn from config.py's types and docstrings.
+
+Three texts come from here and so cannot disagree: the "expected ..." of an error message, `train.py --help`, and
+docs/config.md (`python -m titan_dp.config_docs > docs/config.md`; a test fails when the committed page is stale).
+Reading values is config_loader.py's. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.fields import FieldInfo
+
+from titan_dp.config import Config, Section
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting: `training.seq_len` is the key `seq_len` of the section `training`."""
+
+    section: str
+    name: str
+    expected: str
+    doc: str
+    default: Any
+    field: FieldInfo
+
+    @property
+    def dotted(self) -> str:
+        return f"{self.section}.{self.name}"
+
+    @property
+    def is_flag(self) -> bool:
+        return self.field.annotation is bool
+
+    def of(self, config: Config) -> Any:
+        """The value of this key in `config`."""
+        value: Any = config
+        for part in self.dotted.split("."):
+            value = getattr(value, part)
+        return value
+
+    def accepts(self, value: object) -> bool:
+        """Whether the field's type takes `value`, apart from the rules of its section."""
+        annotation: Any = Annotated[self.field.annotation, self.field]  # the field carries the bounds
+        try:
+            TypeAdapter(annotation, config=ConfigDict(strict=True)).validate_python(value)
+        except ValueError:
+            return False
+        return True
+
+
+@cache
+def all_keys() -> dict[str, Key]:
+    """Every key by its dotted name, in schema order."""
+    return {key.dotted: key for key in _walk(Config, "")}
+
+
+@cache
+def sections() -> dict[str, list[Key]]:
+    """The keys of every section, in schema order; 'training.dataloader' follows 'training'."""
+    result: dict[str, list[Key]] = {}
+    for key in all_keys().values():
+        result.setdefault(key.section, []).append(key)
+    return result
+
+
+def _walk(model: type[Section], section: str) -> Iterator[Key]:
+    properties = model.model_json_schema()["properties"]
+    inner = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            inner.append((field.annotation, f"{section}.{name}".lstrip(".")))
+        else:
+            yield Key(section, name, describe(properties[name]), field.description or "", field.default, field)
+    for child, path in inner:
+        yield from _walk(child, path)
+
+
+def describe(schema: dict[str, Any]) -> str:
+    """The JSON schema of a value in words: 'integer > 0', '"auto" or "torch"', 'list of numbers > 0'."""
+    if "anyOf" in schema:
+        return " or ".join(describe(option) for option in schema["anyOf"] if option.get("type") != "null")
+    if "enum" in schema or "const" in schema:
+        return " or ".join(json.dumps(value) for value in schema.get("enum", [schema.get("const")]))
+    if schema.get("type") == "array":
+        kind, _, bounds = describe(schema["items"]).partition(" ")
+        return f"list of {kind}s {bounds}".strip()
+    if schema.get("type") == "boolean":
+        return "true or false"
+    kind = schema.get("type") or schema["title"]  # a type with a spelling of its own, such as Count, has only a title
+    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    return kind + " and".join(f" {sign} {schema[bound]:g}" for bound, sign in signs.items() if bound in schema)
+
+
+def to_toml(value: object) -> str:
+    """`value` as TOML: strings escaped, floats in the shortest form that reads back the same."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return "[" + ", ".join(to_toml(item) for item in value) + "]"
+    assert isinstance(value, int | float), value
+    return repr(value)
+
+
+def default_text(key: Key) -> str:
+    return "unset" if key.default is None else to_toml(key.default)
+
+
+USAGE = """\
+usage: train.py --config NAME [--section.key VALUE ...] [--print-config | --dry-run]
+
+  --config NAME         a file in train_configs/ by name, or any file by path
+  --section.key VALUE   override one setting (a flag needs no VALUE); --section.key=VALUE works too
+  --print-config        print every setting and where it comes from, as TOML, and exit
+  --dry-run             print parameters, FLOPs, tokens and memory of the run, and exit
+  --help                print this and exit
+
+Under torchrun: torchrun --nproc_per_node=8 train.py --config NAME ...
+The command line wins over the file, the file over the one it extends, that over the defaults below.
+"""
+
+
+def help_text() -> str:
+    """What `train.py --help` prints."""
+    width = min(110, int(os.environ.get("COLUMNS", 100)))
+    parts = [USAGE]
+    for section, members in sections().items():
+        parts.append(f"[{section}]")
+        for key in members:
+            parts.append(f"  --{key.dotted}  ({key.expected}; default: {default_text(key)})")
+            parts.append(textwrap.fill(key.doc, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        parts.append("")
+    return "\n".join(parts)
+
+
+PAGE = """\
+# Configuration
+
+<!-- Generated from titan_dp/config.py by `python -m titan_dp.config_docs > docs/config.md`; edit the docstrings there. -->
+
+A run is described by one TOML file; any setting can be overridden on the command line:
+
+    torchrun --nproc_per_node=8 train.py --config 800m.toml --optimizer.lr 1e-3 --compile.enable=false
+
+* `--config NAME` takes a file of `train_configs/` by its bare name, or any file by its path (with a `/`).
+  `--job.config_file`, torchtitan's spelling, means the same.
+* `extends = "base.toml"` at the top of a file inherits from another, found relative to the file itself.
+* Values on the command line are TOML: `3e-4`, `true`, `[3, 7]`. What does not parse as TOML is a string, so quotes are
+  rarely needed. A flag without a value (`--debug.deterministic`) is `true`.
+* The command line wins over the file, the file over the one it extends, and that over the defaults.
+* `--print-config` shows every setting and where it comes from; its output is itself a config file. `--dry-run` shows
+  what the run would be (parameters, FLOPs, tokens, memory) and needs no GPU and no data.
+* Mistakes are reported all at once, each with file and line, and with exit code 2. Settings that have no effect are
+  named in the first lines of the run.
+* A run writes its resolved configuration into the run folder and into every checkpoint.
+
+Section and key names are torchtitan v0.2.2's wherever it has the setting. A key "unset" by default is left out of a file
+to keep it so: TOML has no null.
+"""
+
+
+def page() -> str:
+    """The text of docs/config.md."""
+    parts = [PAGE]
+    for section, members in sections().items():
+        parts += [f"## [{section}]", "", "| key | default | expected | meaning |", "|---|---|---|---|"]
+        for key in members:
+            cells = (f"`{key.name}`", f"`{default_text(key)}`", key.expected, key.doc)
+            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
