@@ -157,7 +157,8 @@ A run is described by one TOML file; any setting can be overridden on the comman
 * `extends = "base.toml"` at the top of a file inherits from another, found relative to the file itself.
 * Values on the command line are TOML: `3e-4`, `true`, `[3, 7]`. What does not parse as TOML is a string, so quotes are
   rarely needed. A flag without a value (`--debug.deterministic`) is `true`.
-* The command line wins over the file, the file over the one it extends, and that over the defaults.
+* The command line wins over the file, the file over the one it extends, and that over the defaults. `training.steps` and
+  `training.tokens` are two spellings of one length: either undoes the other of a lower source.
 * `--print-config` shows every setting and where it comes from; its output is itself a config file. `--dry-run` shows
   what the run would be (parameters, FLOPs, tokens, memory) and needs no GPU and no data.
 * Mistakes are reported all at once, each with file and line, and with exit code 2. Settings that have no effect are

@@ -28,6 +28,9 @@ from titan_dp.config_hints import explain_unknown
 from titan_dp.config_warnings import ineffective_settings
 from titan_dp.errors import UserError
 
+# Two spellings of one quantity: setting one undoes the other of a source that ranks lower.
+_ALTERNATIVES = {"training.steps": "training.tokens", "training.tokens": "training.steps"}
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -98,6 +101,11 @@ class Setting:
     key: str
     value: object
     origin: str
+
+    @property
+    def source(self) -> str:
+        """The file, or "command line"."""
+        return re.sub(r":\d+$", "", self.origin)
 
 
 @dataclass
@@ -317,6 +325,9 @@ def build_config(settings: list[Setting], problems: Problems) -> tuple[Config, d
             problems.add(f"{setting.origin}: {setting.key} = {_show(setting.value)}: expected {key.expected}", section)
         else:
             merged[setting.key] = setting
+            other = merged.get(_ALTERNATIVES.get(setting.key, ""))
+            if other is not None and other.source != setting.source:
+                del merged[other.key]
     checked: dict[str, Section] = {}
     for name, info in Config.model_fields.items():
         try:

@@ -29,6 +29,16 @@ def test_the_command_line_beats_the_file_beats_its_base_beats_the_defaults(folde
     }
 
 
+def test_steps_of_a_higher_source_replace_the_tokens_of_a_lower_one_and_the_reverse(
+    folder: Folder,
+) -> None:
+    training = folder.load('[training]\ntokens = "1B"\n', "--training.steps", "4").config.training
+    assert (training.steps, training.tokens) == (4, None)
+    folder.write(MINIMAL, "base.toml")
+    training = folder.load('extends = "base.toml"\n[training]\ntokens = "1B"\n').config.training
+    assert (training.steps, training.tokens) == (None, 10**9)
+
+
 def test_extends_chains_and_is_relative_to_the_file_that_says_it(folder: Folder) -> None:
     folder.write("[optimizer]\nlr = 0.5\n" + MINIMAL, "shared/root.toml")
     folder.write('extends = "root.toml"\n[optimizer]\nbeta1 = 0.5\n', "shared/middle.toml")
