@@ -32,9 +32,10 @@ class UserError(ValueError):
 def run_main(command: Callable[[], int]) -> int:
     """Run `command` and return the process's exit code, printing what went wrong to stderr."""
     try:
-        code = command()
-        sys.stdout.flush()  # here, where a closed pipe or a full disk is still ours to report
-        return code
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe or a full disk is still ours to report
     except UserError as error:
         _report(str(error))
         return 2

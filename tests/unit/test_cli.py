@@ -98,7 +98,8 @@ def test_other_ranks_name_themselves(monkeypatch: pytest.MonkeyPatch, capfd: pyt
     assert capfd.readouterr().err == "error (rank 3): shard 7 is missing\n"
 
 
-def test_a_reader_that_stops_reading_ends_the_command_quietly(root: Path) -> None:
-    script = f"{sys.executable} train.py --config debug.toml --print-config | true; echo ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize("arguments", ["train.py --config debug.toml --print-config", "-m titan_dp.cli --help"])
+def test_a_reader_that_stops_reading_ends_the_command_quietly(arguments: str, root: Path) -> None:
+    script = f"{sys.executable} {arguments} | true; echo ${{PIPESTATUS[0]}}"
     answer = subprocess.run(["bash", "-c", script], cwd=root, capture_output=True, text=True, timeout=60)
     assert (answer.stdout, answer.stderr) == ("1\n", "")
