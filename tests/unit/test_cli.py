@@ -100,6 +100,6 @@ def test_other_ranks_name_themselves(monkeypatch: pytest.MonkeyPatch, capfd: pyt
 
 @pytest.mark.parametrize("arguments", ["train.py --config debug.toml --print-config", "-m titan_dp.cli --help"])
 def test_a_reader_that_stops_reading_ends_the_command_quietly(arguments: str, root: Path) -> None:
-    script = f"{sys.executable} {arguments} | true; echo ${{PIPESTATUS[0]}}"
+    script = f"unset PYTHONUNBUFFERED; {sys.executable} {arguments} | true; echo ${{PIPESTATUS[0]}}"
     answer = subprocess.run(["bash", "-c", script], cwd=root, capture_output=True, text=True, timeout=60)
     assert (answer.stdout, answer.stderr) == ("1\n", "")
