@@ -4,6 +4,7 @@ Read on in titan_dp/trainer.py (the loop), titan_dp/config.py (every setting) an
 One process without torchrun works too. Exit codes: 0 done, 2 the user's mistake, 1 anything else.
 """
 
+import os
 import sys
 
 from titan_dp.config_loader import load_config
@@ -13,7 +14,8 @@ from titan_dp.errors import run_main
 def main() -> int:
     loaded = load_config(sys.argv[1:])  # answers --help by itself
     if loaded.print_config:
-        print(loaded.annotated_toml())
+        if os.environ.get("RANK", "0") == "0":
+            print(loaded.annotated_toml())
         return 0
     # torch takes seconds to import: only from here on.
     if loaded.dry_run:

@@ -53,19 +53,18 @@ def load_model(path: Path, device: torch.device) -> tuple[Transformer, Tokenizer
     """
     import torch
 
-    from titan_dp.checkpoint import load_model_weights, read_manifest, resolve_checkpoint
-    from titan_dp.config import Config
+    from titan_dp.checkpoint import read_manifest, resolve_checkpoint
+    from titan_dp.checkpointer import load_model_weights
     from titan_dp.config_loader import config_from_toml
     from titan_dp.data.tokenizer import load_tokenizer
     from titan_dp.model import build_model
 
     folder = resolve_checkpoint(path)
     manifest = read_manifest(folder)
-    config: Config = config_from_toml(manifest["config"])
     with torch.device("meta"):
-        model = build_model(config.model)
+        model = build_model(config_from_toml(manifest["config"]).model)
     model.to_empty(device=device)
-    load_model_weights(folder, model)
+    load_model_weights(folder, model, no_dist=True)
     model.eval()
     return model, load_tokenizer(manifest["tokenizer"])
 

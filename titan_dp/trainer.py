@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from deltaproduct_kernels import resolve_backend
 from rich.console import Console
 
 from titan_dp import distributed
-from titan_dp.checkpoint import Checkpointer
+from titan_dp.checkpointer import Checkpointer, load_model_weights
 from titan_dp.config_loader import Loaded
 from titan_dp.data.loader import build_dataloader, build_validation_loader
 from titan_dp.distributed import World
@@ -41,7 +42,7 @@ class Trainer:
         c = self.config = loaded.config
         self.loaded, self.world = loaded, world
         self.run_folder = Path(c.job.dump_folder) / loaded.run_name
-        self.console = Console(highlight=False, quiet=not world.is_main)
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
         distributed.set_seeds(c.debug)
         mesh = distributed.build_mesh(c.parallelism, world)
         self.batch = plan_batches(c.training, world.size)
@@ -98,22 +99,23 @@ class Trainer:
     def _resume(self) -> None:
         """Take up the run folder's newest committed checkpoint, or another run's weights, or start afresh."""
         c = self.config.checkpoint
-        meta = self.checkpointer.load(c.load_step, self.model, self.optimizers, current=self._identity()) if c.resume else None
-        if meta is not None:
-            self.step = meta["step"]
-            self.loader.load_state_dict(meta["loader"])
-            self.console.print(f"resumed at step {self.step} from {meta['folder']}")
+        manifest = self.checkpointer.load(self.model, self.optimizers, current=self._identity())
+        if manifest is not None:
+            self.step = manifest["step"]
+            self.loader.load_state_dict(manifest["loader"])
+            self.console.print(f"resumed at step {self.step} from {self.checkpointer.folder}")
         elif c.initial_load_path:
-            self.checkpointer.load_initial(Path(c.initial_load_path), self.model)
+            load_model_weights(Path(c.initial_load_path), self.model)
             self.console.print(f"weights loaded from {c.initial_load_path}; optimizer, step and data start afresh")
 
-    def _identity(self) -> dict[str, object]:
-        """What a checkpoint keeps besides tensors: enough to resume, to refuse a wrong resume, and to rebuild the model."""
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors: enough to refuse a wrong resume and to rebuild the model."""
         return {
             "config": self.loaded.resolved_toml(),
             "git_commit": self.loaded.git_commit,
             "fingerprint": self.loader.fingerprint,
-            "tokenizer": self.loader.tokenizer.name,
+            "tokenizer": self.loader.tokenizer_name,
+            "global_batch_size": self.batch.global_batch_size,
             "seed": self.config.debug.seed,
         }
 
@@ -150,6 +152,7 @@ class Trainer:
             tokens_per_step=self.batch.tokens_per_step,
             flops_per_token=self.flops_per_token,
             start_step=self.step,
+            bytes_per_token=self.validation_loader.bytes_per_token if self.validation_loader else None,
         )
         batches = iter(self.loader)
         gc.disable()  # collections at different moments on different ranks make all of them wait
@@ -167,7 +170,7 @@ class Trainer:
                     if self.validation_loader is not None and (self.step % c.validation.freq == 0 or last):
                         self._validate(metrics)
                     if c.checkpoint.enable and (self.step % c.checkpoint.interval == 0 or last):
-                        with metrics.checkpoint_stall():
+                        with metrics.excluded():
                             self._save(last)
                     if self.step % c.training.gc_freq == 0:
                         gc.collect(1)
@@ -203,15 +206,17 @@ class Trainer:
     def _validate(self, metrics: Metrics) -> None:
         assert self.validation_loader is not None
         limit = None if self.config.validation.steps == -1 else self.config.validation.steps
-        with metrics.validation():
+        with metrics.excluded():
             result = evaluate_loss(self.model, itertools.islice(iter(self.validation_loader), limit), self.world.device)
         metrics.log_validation(self.step, loss=result.loss, tokens=result.tokens)
 
     def _save(self, last: bool) -> None:
-        meta = self._identity() | {
-            "loader": self.loader.state_dict(),
-            "samples": self.step * self.batch.global_batch_size,
-            "tokens": self.step * self.batch.tokens_per_step,
+        position = self.loader.state_dict()
+        meta = {
+            **self._identity(),
+            "loader": position,
+            "samples": position["samples"],
+            "tokens": position["samples"] * self.batch.seq_len,
         }
         self.checkpointer.save(self.step, self.model, self.optimizers, meta=meta, healthy=self.guard.healthy(), blocking=last)
 

@@ -8,6 +8,7 @@ token of an unrelated one, is -100.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,6 +133,7 @@ def _stateful_loader(dataset: Any, workers: config.Dataloader, **options: Any) -
     if workers.num_workers:
         options["prefetch_factor"] = workers.prefetch_factor
     # Items are whole micro-batches, so there is nothing to collate; our own integer is the state, not torchdata's.
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
     return StatefulDataLoader(
         dataset,
         batch_size=None,

@@ -1,0 +1,218 @@
+"""Checkpoints on disk, without torch: what a folder must hold to exist, listing, verifying, retention, and whether a
+run may go on from one.
+
+    outputs/<run>/checkpoint/step-00001000/    __0_0.distcp ...   torch.distributed.checkpoint's files
+                                               .metadata          its index, written when every rank has written
+                                               manifest.json      the commit marker, written last
+
+A folder without a manifest was cut off: it is never loaded, never counted by retention, never a reason to delete another.
+The manifest holds sizes and sha256 of all files, the step, the health bit, the resolved configuration, the git commit, the
+data's fingerprint and the position in the data. `checkpointer.py` writes and reads the tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import tomllib
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from titan_dp.data.shards import file_sha256, write_json
+from titan_dp.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08}"
+
+
+def all_steps(folder: Path) -> list[int]:
+    """Steps with a folder, committed or cut off, rising."""
+    found = (re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("step-*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def committed_steps(folder: Path) -> list[int]:
+    """Steps with a committed checkpoint, rising."""
+    return [step for step in all_steps(folder) if (step_folder(folder, step) / MANIFEST).exists()]
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a committed checkpoint. Raises UserError for a folder that is none."""
+    path = checkpoint / MANIFEST
+    if not path.exists():
+        others = ", ".join(map(str, committed_steps(checkpoint.parent))) or "none"
+        state = "was cut off while it was saved (no manifest.json)" if checkpoint.exists() else "does not exist"
+        raise UserError(f"checkpoint {checkpoint} {state}; committed steps there: {others}")
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format_version"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); resume from another step with checkpoint.load_step") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
+    return manifest
+
+
+def write_manifest(checkpoint: Path, meta: dict[str, Any], files: list[dict[str, Any]]) -> None:
+    """Commit: from now on the checkpoint exists."""
+    write_json(
+        checkpoint / MANIFEST, {"format_version": FORMAT_VERSION, **meta, "files": sorted(files, key=lambda f: f["name"])}
+    )
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """A file as the manifest lists it."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest committed one of a checkpoint folder or run folder.
+
+    Raises UserError where there is none.
+    """
+    if re.fullmatch(r"step-\d+", path.name):
+        read_manifest(path)
+        return path
+    for folder in (path, path / "checkpoint"):
+        if steps := committed_steps(folder):
+            return step_folder(folder, steps[-1])
+    raise UserError(f"{path} holds no committed checkpoint; give a run folder, its checkpoint folder, or one step-... of it")
+
+
+def size_problems(checkpoint: Path) -> list[str]:
+    """A sentence for each file that is missing or not as long as the manifest says; reads no contents."""
+    problems = []
+    for entry in read_manifest(checkpoint)["files"]:
+        path = checkpoint / entry["name"]
+        if path.name != entry["name"]:
+            problems.append(f"{checkpoint / MANIFEST} names {entry['name']!r}, which is not a file of its folder")
+        elif not path.exists():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            problems.append(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
+    return problems
+
+
+def verify(checkpoint: Path) -> list[str]:
+    """A sentence for each file that is not what was saved; reads everything."""
+    problems = size_problems(checkpoint)
+    if not problems:
+        for entry in read_manifest(checkpoint)["files"]:
+            if file_sha256(checkpoint / entry["name"]) != entry["sha256"]:
+                problems.append(f"{checkpoint / entry['name']} is not what was saved (its sha256 differs)")
+    return problems
+
+
+def apply_retention(folder: Path, keep_latest_k: int) -> None:
+    """Keep the newest `keep_latest_k` committed checkpoints (0: all) and the newest healthy one; delete older ones.
+
+    Older folders that were cut off go as well. A checkpoint loses its manifest first, so that a kill in between leaves a
+    cut-off folder, not a committed one with missing files.
+    """
+    committed = committed_steps(folder)
+    if keep_latest_k == 0 or not committed:
+        return
+    healthy = [step for step in committed if read_manifest(step_folder(folder, step)).get("healthy")]
+    kept = {*committed[-keep_latest_k:], *healthy[-1:]}
+    for step in all_steps(folder):
+        if step not in kept and step < committed[-1]:
+            path = step_folder(folder, step)
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# What must not change between a checkpoint and the run that resumes it, beyond the architecture: [model] but its backend.
+_FIXED = ("data.source", "data.weights", "data.document_boundaries", "data.seed", "training.seq_len", "optimizer.name")
+
+
+def check_resumable(saved: dict[str, Any], current: dict[str, Any], allow_changed: list[str]) -> None:
+    """Compare a manifest with the same entries of the run at hand: config (TOML), fingerprint, global_batch_size.
+
+    Raises UserError naming every architecture or data key that differs and is not in `allow_changed`.
+    """
+    before, now = tomllib.loads(saved["config"]), tomllib.loads(current["config"])
+    keys = {f"model.{key}" for key in {**before["model"], **now["model"]}} - {"model.backend"}
+    values = {
+        key: tuple(c.get(key.split(".")[0], {}).get(key.split(".")[1]) for c in (before, now)) for key in (*keys, *_FIXED)
+    }
+    values["data.path"] = saved["fingerprint"], current["fingerprint"]
+    values["training.global_batch_size"] = saved["global_batch_size"], current["global_batch_size"]
+    changed = {key: pair for key, pair in values.items() if pair[0] != pair[1] and key not in allow_changed}
+    if changed:
+        listed = ", ".join(f"{key} (was {_show(old)}, now {_show(new)})" for key, (old, new) in sorted(changed.items()))
+        raise UserError(
+            f"the run to resume (step {saved['step']}) was started with another {listed}; restore it, choose another "
+            f"job.run_name, or name the keys in checkpoint.allow_changed"
+        )
+
+
+def _show(value: object) -> str:
+    """A fingerprint by its beginning, anything else as it is."""
+    return f"tokens {value[:12]}..." if isinstance(value, str) and len(value) >= 64 else repr(value)
+
+
+# -- titan-dp checkpoint ------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="action", metavar="list|verify", required=True)
+    listing = commands.add_parser("list", help="the checkpoints of a run")
+    listing.add_argument("path", type=Path, help="run folder or checkpoint folder")
+    check = commands.add_parser("verify", help="compare every file with its sha256")
+    check.add_argument("path", type=Path, help="a checkpoint, or a run or checkpoint folder (all committed ones)")
+
+
+def run(args: argparse.Namespace) -> int:
+    return _list(args.path) if args.action == "list" else _verify(args.path)
+
+
+def _folder_of(path: Path) -> Path:
+    folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+    if not folder.is_dir() or not all_steps(folder):
+        raise UserError(f"{path} holds no checkpoints; give a run folder or its checkpoint folder")
+    return folder
+
+
+def _list(path: Path) -> int:
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    folder = _folder_of(path)
+    table = Table("step", "state", "tokens", "ranks", "size", "saved", title=str(folder))
+    committed = set(committed_steps(folder))
+    for step in all_steps(folder):
+        checkpoint = step_folder(folder, step)
+        if step not in committed:
+            table.add_row(str(step), "cut off", "", "", "", "")
+            continue
+        manifest = read_manifest(checkpoint)
+        saved = datetime.fromisoformat(manifest["saved"]).strftime("%Y-%m-%d %H:%M:%S")
+        size = decimal(sum(entry["bytes"] for entry in manifest["files"]))
+        state = "healthy" if manifest["healthy"] else "NOT finite"
+        table.add_row(str(step), state, f"{manifest['tokens']:,}", str(manifest["world_size"]), size, saved)
+    Console().print(table)
+    return 0
+
+
+def _verify(path: Path) -> int:
+    single = re.fullmatch(r"step-\d+", path.name)
+    folder = path.parent if single else _folder_of(path)
+    checkpoints = [path] if single else [step_folder(folder, step) for step in committed_steps(folder)]
+    if not checkpoints:
+        raise UserError(f"{path} holds no committed checkpoint: every save was cut off")
+    problems = []
+    for checkpoint in checkpoints:
+        found = verify(checkpoint)
+        print(f"{checkpoint}: {'BAD' if found else 'good'}")
+        problems += found
+    if problems:
+        raise UserError("; ".join(problems))
+    return 0

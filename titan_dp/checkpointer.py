@@ -1,0 +1,323 @@
+"""Saving and loading tensors: torch.distributed.checkpoint under the commit protocol of `checkpoint.py`.
+
+An asynchronous save copies the state to the CPU, returns, and writes and commits in a background thread, with collectives
+on a gloo group of its own; the next save, `wait` and `close` surface its failure on every rank. Only tensors are saved (what
+is not goes into the manifest as JSON), so loading unpickles nothing but DCP's own index, through an allow-list. Optimizer
+state is keyed by parameter names and reshards to any world size; learning rates, betas and decay are the configuration's, not
+the checkpoint's. Random-number states are restored on the same number of ranks, else derived from (seed, step, rank).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import pickle
+import random
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from titan_dp import config
+from titan_dp.checkpoint import (
+    apply_retention,
+    check_resumable,
+    committed_steps,
+    file_entry,
+    read_manifest,
+    resolve_checkpoint,
+    size_problems,
+    step_folder,
+    write_manifest,
+)
+from titan_dp.errors import UserError
+
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+_SAVE_TIMEOUT = timedelta(hours=1)  # a slow file system is not a hang
+
+
+class Checkpointer:
+    """The checkpoints of one run. Every rank calls every method, in the same order.
+
+    Args:
+        c: the [checkpoint] section.
+        run_folder: the run's; checkpoints go to `c.folder` inside it.
+    """
+
+    def __init__(self, c: config.Checkpoint, run_folder: Path) -> None:
+        self.c, self.folder = c, run_folder / c.folder
+        self.group = dist.new_group(backend="gloo", timeout=_SAVE_TIMEOUT)
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizers: Iterable[Optimizer],
+        *,
+        meta: dict[str, Any],
+        healthy: bool,
+        blocking: bool,
+    ) -> None:
+        """Save after `step` steps; returns once the state is copied, unless `blocking` or async_mode is disabled.
+
+        Waits for the save before it. Raises OSError where that or this one could not be written.
+        """
+        self.wait()
+        folder = step_folder(self.folder, step)
+        self._on_main(lambda: _make_empty(folder))
+        tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizers)[0], **_rng_tensors()}
+        meta = {
+            "step": step,
+            "healthy": healthy,
+            "world_size": dist.get_world_size(),
+            "torch": torch.__version__,
+            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+            **meta,
+        }
+        if blocking or self.c.async_mode == "disabled":
+            try:
+                dcp.save(tensors, checkpoint_id=folder, process_group=self.group)
+                self._commit(folder, meta)
+            except BaseException as error:
+                raise self._explain(error, folder) from error
+            return
+        written = dcp.async_save(tensors, checkpoint_id=folder, process_group=self.group)
+
+        def finish() -> None:
+            try:
+                written.result()  # type: ignore[union-attr]
+                self._commit(folder, meta)
+            except BaseException as error:
+                self._failure = self._explain(error, folder)
+
+        self._thread = threading.Thread(target=finish, name=f"checkpoint-{step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when no save is running. Raises OSError where the last one failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Let a running save end, without raising: for the way out, perhaps after another error."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _commit(self, folder: Path, meta: dict[str, Any]) -> None:
+        """Write the manifest once every file of every rank is there. DCP has synchronised all ranks before this."""
+        own = sorted(folder.glob(f"__{dist.get_rank()}_*.distcp"))
+        if dist.get_rank() == 0:
+            own.append(folder / ".metadata")
+        entries: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(entries, [file_entry(path) for path in own], group=self.group)
+
+        def commit() -> None:
+            write_manifest(folder, meta, [entry for rank in entries for entry in rank])
+            apply_retention(self.folder, self.c.keep_latest_k)
+
+        self._on_main(commit)
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0; all ranks return together, or raise together if it failed."""
+        outcome: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except OSError as error:
+                outcome = [(error.errno, str(error))]
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[0] is not None:
+            raise OSError(*outcome[0])
+
+    def _explain(self, error: BaseException, folder: Path) -> BaseException:
+        """A failed save as one sentence, the half-written folder removed."""
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        if (cause := _os_error(error)) is None:
+            return error
+        steps = committed_steps(self.folder)
+        newest = f"the newest committed checkpoint is step {steps[-1]}" if steps else "there is no earlier checkpoint"
+        return OSError(cause.errno, f"checkpoint {folder} could not be written: {cause.strerror or cause}; {newest}")
+
+    def load(self, model: nn.Module, optimizers: Iterable[Optimizer], current: dict[str, Any]) -> dict[str, Any] | None:
+        """Restore everything from step `load_step` (-1: the newest committed) and return its manifest; None if there is none.
+
+        Args:
+            model, optimizers: to write into.
+            current: this run's entries of the manifest, to compare with the saved ones.
+
+        Raises UserError where the checkpoint is cut off, damaged, of another architecture or other data, or where
+        `resume` is off and there is one.
+        """
+        steps = committed_steps(self.folder)
+        if not self.c.resume and steps:
+            raise UserError(
+                f"checkpoint.resume = false, but {self.folder} holds step {steps[-1]}; choose another job.run_name, delete the "
+                "folder, or resume"
+            )
+        if not steps and self.c.load_step == -1:
+            return None
+        folder = step_folder(self.folder, steps[-1] if self.c.load_step == -1 else self.c.load_step)
+        manifest = read_manifest(folder)
+        if problems := size_problems(folder):
+            raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; resume from another with checkpoint.load_step")
+        check_resumable(manifest, current, self.c.allow_changed)
+        optimizers = list(optimizers)
+        model_tensors, rng = _model_tensors(model), {}
+        optimizer_tensors, rest = _optimizer_tensors(model, optimizers)
+        if manifest["world_size"] == dist.get_world_size():
+            rng = _rng_tensors()
+        dcp.load({**model_tensors, **optimizer_tensors, **rng}, storage_reader=_Reader(folder), process_group=self.group)
+        set_model_state_dict(model, _without_prefix(model_tensors, "model."), options=_OPTIONS)
+        state = {**rest, **_without_prefix(optimizer_tensors, "optimizer.")}
+        set_optimizer_state_dict(model, optimizers, optim_state_dict=state, options=_OPTIONS)  # type: ignore[arg-type]
+        _restore_rng(rng, current["seed"], manifest["step"])
+        return manifest
+
+    def newest(self) -> Path:
+        return step_folder(self.folder, committed_steps(self.folder)[-1])
+
+
+def load_model_weights(path: Path, model: nn.Module, no_dist: bool = False) -> dict[str, Any]:
+    """Only the model's tensors of a checkpoint (or of the newest in a folder); returns its manifest.
+
+    Args:
+        path: a checkpoint, checkpoint folder or run folder.
+        model: sharded or not; its architecture must be the checkpoint's.
+        no_dist: load in this process alone, without a process group.
+
+    Raises UserError where there is no committed checkpoint or it is of another architecture.
+    """
+    folder = resolve_checkpoint(path)
+    manifest = read_manifest(folder)
+    tensors = _model_tensors(model)
+    saved = _Reader(folder).read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        shape = getattr(saved.get(name), "size", None)
+        if shape != tensor.shape:
+            was = "is not in it" if shape is None else f"has shape {tuple(shape)} there"
+            raise UserError(
+                f"checkpoint {folder} is of another architecture: {name.removeprefix('model.')} of shape {tuple(tensor.shape)} "
+                f"{was}; use the [model] section the checkpoint was made with"
+            )
+    dcp.load(tensors, storage_reader=_Reader(folder), no_dist=no_dist)
+    set_model_state_dict(model, _without_prefix(tensors, "model."), options=_OPTIONS)
+    return manifest
+
+
+# -- state as flat dictionaries of tensors -----------------------------------------------------------------------------
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Any]:
+    return {f"model.{name}": tensor for name, tensor in get_model_state_dict(model, options=_OPTIONS).items()}
+
+
+def _optimizer_tensors(model: nn.Module, optimizers: Iterable[Optimizer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Moments and step counts by parameter name; and the hyper-parameters, which are not saved."""
+    state: dict[str, Any] = get_optimizer_state_dict(model, list(optimizers), options=_OPTIONS)  # type: ignore[assignment]
+    tensors = {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+
+
+def _without_prefix(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _rng_tensors() -> dict[str, Tensor]:
+    """Generator states of this rank; `random`'s as its 624 words and position."""
+    rank = dist.get_rank()
+    state = {f"rng.{rank}.torch": torch.get_rng_state(), f"rng.{rank}.python": torch.tensor(random.getstate()[1])}
+    if torch.cuda.is_available():
+        state[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_rng(state: dict[str, Tensor], seed: int, step: int) -> None:
+    rank = dist.get_rank()
+    if not state:
+        derived = int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:6], "big")
+        random.seed(derived)
+        torch.manual_seed(derived)
+        return
+    torch.set_rng_state(state[f"rng.{rank}.torch"])
+    random.setstate((3, tuple(state[f"rng.{rank}.python"].tolist()), None))
+    if f"rng.{rank}.cuda" in state:
+        torch.cuda.set_rng_state(state[f"rng.{rank}.cuda"])
+
+
+# -- helpers ------------------------------------------------------------------------------------------------------------
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader, but the index is unpickled through an allow-list: a foreign checkpoint cannot run code."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _IndexUnpickler(file).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = dcp.metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    _MODULES = frozenset({"torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"})
+    _NAMES = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("torch._utils", "_get_dtype"),
+            ("collections", "OrderedDict"),
+            ("pathlib", "PosixPath"),
+            ("pathlib._local", "PosixPath"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if module in self._MODULES or (module, name) in self._NAMES or is_dtype:
+            return super().find_class(module, name)
+        raise UserError(
+            f"a checkpoint's .metadata asks for {module}.{name}, which none of ours needs; do not trust this checkpoint"
+        )
+
+
+def _make_empty(folder: Path) -> None:
+    """A folder for a new checkpoint; one of the same step that was cut off, or is saved again, goes."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error inside DCP's, which wraps what each rank raised."""
+    if isinstance(error, dcp.api.CheckpointException):
+        found = (_os_error(failure[0]) for failure in error.failures.values())
+        return next((e for e in found if e is not None), None)
+    if isinstance(error, OSError):
+        return error
+    if error is not None and "No space left" in str(error):
+        return OSError(errno.ENOSPC, "No space left on device")  # torch's writer reports it as a RuntimeError
+    return None if error is None else _os_error(error.__cause__ or error.__context__)

@@ -1,0 +1,225 @@
+"""What a person sees of a run: one line a log step, and the same record in metrics.jsonl, TensorBoard and W&B.
+
+`metrics.jsonl` is appended to and keyed by step. A resumed run first drops the records of steps it is about to repeat, so
+each step stands there once. Only rank 0 writes. Tokens a second and MFU are taken over the interval since the last line,
+without validation and checkpoints; device tensors are read only here, once a line.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from titan_dp import config
+from titan_dp.data.shards import write_atomically
+from titan_dp.distributed import World
+from titan_dp.errors import UserError
+
+# Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets (without sparsity); the first name contained in the device's wins.
+_PEAKS = {
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "A10G": 70.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+
+
+def peak_flops(c: config.Metrics, device: torch.device) -> float | None:
+    """FLOP/s one device can do at best, or None where that is not known (every CPU)."""
+    if c.peak_tflops is not None:
+        return c.peak_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for known, peak in _PEAKS.items() if known in name), None)
+
+
+class Metrics:
+    """The log of one run.
+
+    Args:
+        c: the [metrics] section.
+        run_folder: gets metrics.jsonl and tb/.
+        world: this process; only rank 0 writes.
+        total_steps: of the run.
+        start_step: steps done before (resumed).
+        tokens_per_step: over all ranks.
+        flops_per_token: model FLOPs, forward and backward.
+        bytes_per_token: of the validation text; gives bits a byte.
+    """
+
+    def __init__(
+        self,
+        c: config.Metrics,
+        run_folder: Path,
+        *,
+        world: World,
+        total_steps: int,
+        start_step: int,
+        tokens_per_step: int,
+        flops_per_token: int,
+        bytes_per_token: float | None = None,
+    ) -> None:
+        self.total_steps, self.start_step = total_steps, start_step
+        self.tokens_per_step, self.flops_per_token, self.bytes_per_token = tokens_per_step, flops_per_token, bytes_per_token
+        self.world = world
+        self.peak = peak_flops(c, world.device)
+        self.validation_loss: float | None = None
+        self._console = Console(highlight=False, quiet=not world.is_main, soft_wrap=True)
+        self._last_step, self._step_seconds = start_step, 0.0
+        self._data = self._other = 0.0
+        self._file = self._tensorboard = self._wandb = None
+        if world.is_main:
+            run_folder.mkdir(parents=True, exist_ok=True)
+            path = run_folder / "metrics.jsonl"
+            drop_repeated_steps(path, start_step)
+            self._file = path.open("a")
+            if c.enable_tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._tensorboard = SummaryWriter(str(run_folder / "tb"), purge_step=start_step + 1)
+            if c.enable_wandb:
+                self._wandb = _start_wandb(c, run_folder)
+        if self.peak is None and world.device.type == "cuda":
+            name = torch.cuda.get_device_name(world.device)
+            self._console.print(f'MFU n/a (unknown peak for "{name}"): set metrics.peak_tflops')
+        self._clock = time.perf_counter()
+
+    # -- time that is not training -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def data_wait(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._data += time.perf_counter() - start
+
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Validation and checkpoint stalls: not counted in tokens a second."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        yield
+        self._other += time.perf_counter() - start
+
+    # -- records -----------------------------------------------------------------------------------------------------
+
+    def log_step(self, step: int, *, loss: Tensor, grad_norm: Tensor, lr: float, skipped: int) -> None:
+        """Record step `step` (steps done); reads the device tensors."""
+        loss_value, norm_value = torch.stack([loss.detach(), grad_norm.detach()]).tolist()
+        now = time.perf_counter()
+        elapsed = max(now - self._clock - self._other, 1e-9)
+        steps = step - self._last_step
+        tokens_per_second = steps * self.tokens_per_step / elapsed
+        flops = tokens_per_second * self.flops_per_token / self.world.size
+        record: dict[str, Any] = {
+            "step": step,
+            "loss": loss_value,
+            "lr": lr,
+            "grad_norm": norm_value,
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": tokens_per_second,
+            "tflops_per_device": flops / 1e12,
+            "memory_gib": memory_gib(self.world.device),
+            "data_wait": self._data / elapsed,
+            "step_seconds": elapsed / steps,
+            "skipped_steps": skipped,
+        }
+        speed = f"{flops / 1e9:.3g} GFLOP/s"
+        if self.peak is not None:
+            record["mfu"] = flops / self.peak
+            speed = f"MFU {record['mfu']:.1%}" if record["mfu"] <= 1 else "MFU above 100 %: metrics.peak_tflops is wrong"
+        # The first line's speed is warmup and compilation: no estimate from it alone once there is a better one.
+        self._step_seconds = (
+            elapsed / steps
+            if self._step_seconds == 0 or self._last_step <= self.start_step + 1
+            else (0.8 * self._step_seconds + 0.2 * elapsed / steps)
+        )
+        eta = timedelta(seconds=round(self._step_seconds * (self.total_steps - step)))
+        width = len(f"{self.total_steps:,}")
+        self._console.print(
+            f"step {step:>{width},}/{self.total_steps:,} ({step / self.total_steps:4.0%}) | "
+            f"loss [bold]{loss_value:.4f}[/bold] | lr {lr:.2e} | norm {norm_value:.3f} | {tokens_per_second:,.0f} tok/s | "
+            f"{speed} | "
+            f"{record['memory_gib']:.2f} GiB | data {record['data_wait']:.1%} | ETA {eta}"
+            + (f" | {skipped} skipped" if skipped else "")
+        )
+        self._write(step, record)
+        self._last_step, self._clock, self._data, self._other = step, now, 0.0, 0.0
+
+    def log_validation(self, step: int, *, loss: float, tokens: int) -> None:
+        """Record a validation after `step` steps."""
+        self.validation_loss = loss
+        record = {"step": step, "validation_loss": loss, "validation_tokens": tokens}
+        line = f"step {step:,} | validation loss [bold]{loss:.4f}[/bold] nats a token over {tokens:,} tokens"
+        if self.bytes_per_token:
+            record["validation_bits_per_byte"] = loss / self.bytes_per_token * 1.4426950408889634  # 1 / ln 2
+            line += f" | {record['validation_bits_per_byte']:.4f} bits a byte"
+        self._console.print(line)
+        self._write(step, record)
+
+    def _write(self, step: int, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        if self._tensorboard is not None:
+            for key, value in record.items():
+                if key != "step":
+                    self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(record, step=step)
+
+    def close(self) -> None:
+        for sink in (self._file, self._tensorboard):
+            if sink is not None:
+                sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: reserved by the allocator on CUDA, resident set of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def drop_repeated_steps(path: Path, step: int) -> None:
+    """Keep only records of steps up to `step`; a line cut off by a kill goes as well."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+
+def _start_wandb(c: config.Metrics, run_folder: Path) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("metrics.enable_wandb = true needs the package wandb: pip install wandb, or set it to false") from error
+    return wandb.init(project=c.wandb_project, name=run_folder.name, dir=str(run_folder), id=run_folder.name, resume="allow")

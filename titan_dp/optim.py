@@ -1,0 +1,179 @@
+"""Optimizers: parameter groups by role, AdamW or Muon, gradient clipping, and the guard against non-finite gradients.
+
+A step with a non-finite gradient leaves parameters and moments untouched to the last bit, decided on the device: multiplying
+an update by 0 would not do (0 * NaN is NaN), and reading the norm on the host would stall every step. Fused AdamW skips
+by itself when `found_inf` is 1; Muon, which has no such switch, is fed a gradient and a rate that change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_dp import config
+from titan_dp.errors import UserError
+from titan_dp.model.transformer import Transformer
+
+
+class NonFiniteError(RuntimeError):
+    """Training went non-finite and stayed so."""
+
+
+def build_optimizer(model: Transformer, c: config.Optimizer) -> Optimizers:
+    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Matrices decay; norms, A_log, dt_bias and convolutions do not; embeddings (and the output matrix) if
+    `decay_embeddings`. Every parameter is in exactly one group.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "convolutions": [], "norms and gates": []}
+    for name, parameter in model.named_parameters():
+        groups[_role(name, parameter)].append(parameter)
+    decay = {"matrices": c.weight_decay, "embeddings": c.weight_decay if c.decay_embeddings else 0.0}
+    adam_roles = [role for role in groups if groups[role] and not (c.name == "Muon" and role == "matrices")]
+    optimizers: list[torch.optim.Optimizer] = []
+    if c.name == "Muon":
+        optimizers.append(
+            torch.optim.Muon(
+                [{"params": groups["matrices"], "role": "matrices", "peak_lr": c.muon_lr}],
+                lr=c.muon_lr,
+                momentum=c.muon_momentum,
+                weight_decay=c.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    adam_groups = [
+        {"params": groups[role], "weight_decay": decay.get(role, 0.0), "role": role, "peak_lr": c.lr} for role in adam_roles
+    ]
+    optimizers.append(torch.optim.AdamW(adam_groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True))
+    return Optimizers(optimizers)
+
+
+def _role(name: str, parameter: nn.Parameter) -> str:
+    if name.startswith(("embeddings.", "lm_head.")):
+        return "embeddings"
+    if "conv1d" in name:
+        return "convolutions"
+    return "matrices" if parameter.dim() == 2 else "norms and gates"
+
+
+class Optimizers:
+    """One or two torch optimizers stepped as one."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+
+    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
+        return iter(self.optimizers)
+
+    def set_lr(self, factor: float) -> None:
+        """Set every group's learning rate to `factor` times its peak."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+
+    def step(self, found_inf: Tensor) -> None:
+        """Update the parameters, or nothing at all where `found_inf` (a float32 scalar on the device) is 1."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.Muon):
+                _step_muon(optimizer, found_inf)
+            else:
+                optimizer.grad_scale, optimizer.found_inf = None, found_inf  # type: ignore[attr-defined]
+                optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def describe(self) -> str:
+        """'AdamW lr 0.0003: 12 matrices (1.2 M, decay 0.01), ...' for the banner."""
+        parts = []
+        for optimizer in self.optimizers:
+            groups = [
+                f"{len(g['params'])} {g['role']} ({sum(p.numel() for p in g['params']):,}"
+                + (f", decay {g['weight_decay']:g})" if g["weight_decay"] else ", no decay)")
+                for g in optimizer.param_groups
+            ]
+            parts.append(f"{type(optimizer).__name__} lr {optimizer.param_groups[0]['peak_lr']:g}: {', '.join(groups)}")
+        return "; ".join(parts)
+
+
+@torch.no_grad()
+def _step_muon(optimizer: torch.optim.Muon, found_inf: Tensor) -> None:
+    """A Muon step that is the identity where found_inf is 1.
+
+    The momentum buffer is moved towards the gradient, so a gradient equal to the buffer leaves it as it is; a rate of
+    zero then leaves the weights as they are, since the orthogonalised buffer is finite.
+    """
+    bad = found_inf.bool()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            gradient = _local(parameter.grad)
+            buffer = optimizer.state[parameter].get("momentum_buffer")
+            gradient.copy_(torch.where(bad, torch.zeros_like(gradient) if buffer is None else _local(buffer), gradient))
+        group["lr"] = torch.where(bad, 0.0, torch.as_tensor(group["lr"], dtype=torch.float32, device=bad.device))
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients down to the global L2 norm `max_norm`; returns the norm before, a plain device tensor.
+
+    Right for any mixture of plain tensors and DTensors: each gradient's norm is taken over all its shards. A non-finite
+    norm makes all gradients non-finite, which the guard then refuses.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        raise UserError("no parameter has a gradient: every label of the batch is ignored or the model is frozen")
+    norms = torch.nn.utils.get_total_norm(gradients)
+    norm = norms.full_tensor() if isinstance(norms, DTensor) else norms
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        _local(gradient).mul_(scale)
+    return norm
+
+
+class NonFiniteGuard:
+    """Counts skipped steps on the device; the host looks only at log steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._run = torch.zeros((), device=device)  # consecutive skips up to now
+        self._longest = torch.zeros((), device=device)  # longest run since the last check
+        self._total = torch.zeros((), device=device)
+        self.total = 0
+        """Steps skipped so far, as of the last check."""
+
+    def update(self, grad_norm: Tensor) -> Tensor:
+        """found_inf for this step: a float32 scalar, 1 where the norm is not finite."""
+        found = (~torch.isfinite(grad_norm)).float()
+        self._run = (self._run + 1) * found
+        self._longest = torch.maximum(self._longest, self._run)
+        self._total = self._total + found
+        return found
+
+    def check(self, limit: int) -> None:
+        """Read the counters. Raises NonFiniteError where `limit` steps in a row were skipped since the last check."""
+        longest, total = (int(x) for x in torch.stack([self._longest, self._total]).tolist())
+        self.total = total
+        self._longest = self._run.clone()
+        if longest >= limit:
+            raise NonFiniteError(
+                f"the gradient was not finite for {longest} steps in a row (training.max_nonfinite_steps = {limit}; {total} "
+                "skipped in all); nothing was written since. Resume from the newest healthy checkpoint with a lower "
+                "optimizer.lr, or look at the data of these steps"
+            )
+
+    def healthy(self) -> bool:
+        """Whether the last step was taken; a host synchronisation, for checkpoints only."""
+        return not bool(self._run)
