@@ -16,9 +16,9 @@ from deltaproduct_kernels.chunked import chunk_tokens, chunked_backward, chunked
 from deltaproduct_kernels.recurrent import compute_dtype
 
 
-def max_chunks(B: int, T: int, n: int, sequences: int | None) -> int:
+def max_chunks(B: int, T: int, n: int, dk: int, sequences: int | None) -> int:
     """Chunks that B rows of T tokens need; for packed sequences a bound that needs no look at their lengths."""
-    C = chunk_tokens(n)
+    C = chunk_tokens(n, dk)
     return B * -(-T // C) if sequences is None else T // C + sequences
 
 
@@ -36,7 +36,7 @@ def chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state and the states before every chunk (padded to `max_chunks`: a shape known without the data)."""
     o, final, states = chunked_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase)
-    bound = max_chunks(*k.shape[:3], None if cu_seqlens is None else len(cu_seqlens) - 1)
+    bound = max_chunks(*k.shape[:3], k.shape[-1], None if cu_seqlens is None else len(cu_seqlens) - 1)
     if len(states) < bound:
         states = torch.cat([states, states.new_zeros(bound - len(states), *states.shape[1:])])
     return o, final, states
@@ -49,7 +49,7 @@ def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase):  # type: ignor
     dtype = compute_dtype(q.dtype)
     o = q.new_empty(B, T, H, dv)
     final = q.new_empty(B if sequences is None else sequences, H, dk, dv, dtype=dtype)
-    return o, final, q.new_empty(max_chunks(B, T, n, sequences), H, dk, dv, dtype=dtype)
+    return o, final, q.new_empty(max_chunks(B, T, n, dk, sequences), H, dk, dv, dtype=dtype)
 
 
 @torch.library.custom_op("deltaproduct::chunk_backward", mutates_args=())
@@ -114,7 +114,7 @@ def executed_flops(k: torch.Size, v: torch.Size, chunks: int, *, erase: bool, ba
     """
     n, H, dk = k[2:]
     dv = v[-1]
-    C = chunk_tokens(n)
+    C = chunk_tokens(n, dk)
     R = C * n
     prepare = C * R * dk + (R * R * dk if erase else 0)
     updates = R * R * (dk + dv) if erase else 0
@@ -137,10 +137,10 @@ def _shape(x: Any) -> torch.Size:
 @register_flop_formula(torch.ops.deltaproduct.chunk)
 def _chunk_flops(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
     sequences = None if cu_seqlens is None else _shape(cu_seqlens)[0] - 1
-    return executed_flops(k, v, max_chunks(*k[:3], sequences), erase=erase, backward=False)
+    return executed_flops(k, v, max_chunks(*k[:3], k[4], sequences), erase=erase, backward=False)
 
 
 @register_flop_formula(torch.ops.deltaproduct.chunk_backward)
 def _chunk_backward_flops(do, dfinal, q, k, v, beta, g, states, cu_seqlens, scale, erase, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
-    gate = 0 if g is None else 2 * states[0] * k[3] * chunk_tokens(k[2]) ** 2 * k[2] * k[4]  # Q K^T again for dg
+    gate = 0 if g is None else 2 * states[0] * k[3] * chunk_tokens(k[2], k[4]) ** 2 * k[2] * k[4]  # Q K^T again for dg
     return executed_flops(k, v, states[0], erase=erase, backward=True) + gate

@@ -97,9 +97,10 @@ def test_chunked_equals_the_recurrence_for_every_number_of_steps(n: int) -> None
     assert_same(results(inputs, "torch"), results(inputs, "recurrent"), 1e-10)
 
 
-@pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 64, 65])
-def test_chunked_equals_the_recurrence_at_every_edge_of_a_chunk(T: int) -> None:
-    inputs = make(T)
+@pytest.mark.parametrize("dk", [8, 64])
+@pytest.mark.parametrize("T", [1, 7, 8, 9, 31, 32, 33, 65])
+def test_chunked_equals_the_recurrence_at_every_edge_of_a_chunk(T: int, dk: int) -> None:
+    inputs = make(T, dk=dk)
     assert_same(results(inputs, "torch"), results(inputs, "recurrent"), 1e-10)
 
 
@@ -286,7 +287,7 @@ def test_selective_checkpointing_does_not_run_the_recurrence_twice(monkeypatch: 
 def test_the_flop_formula_counts_what_the_chunked_algorithm_executes(n: int, erase: bool) -> None:
     x = {name: t.detach() for name, t in make(70, n=n, gate=None).items()}
     arguments = (x["q"], x["k"], x["v"], x["beta"], None)
-    chunks = max_chunks(2, 70, n, None)
+    chunks = max_chunks(2, 70, n, 8, None)
     with FlopCounterMode(display=False) as forward:
         o, final, states = chunked_forward(*arguments, x["initial_state"], None, 1.0, erase)
     with FlopCounterMode(display=False) as backward:
@@ -317,8 +318,9 @@ def test_model_flops_count_each_read_and_rank_one_write_of_the_definition() -> N
     assert recurrence_flops(10, H, dk, dv, 1, gated=False, erase=False) == 10 * H * (write + read)
 
 
-def test_chunks_hold_at_most_64_rows() -> None:
-    assert [chunk_tokens(n) * n for n in range(1, 9)] == [64, 64, 63, 64, 60, 60, 63, 64]
+def test_chunks_hold_at_most_64_rows_and_16_for_small_heads() -> None:
+    assert [chunk_tokens(n, 64) * n for n in range(1, 9)] == [64, 64, 63, 64, 60, 60, 63, 64]
+    assert [chunk_tokens(n, 32) * n for n in range(1, 9)] == [16, 16, 15, 16, 15, 12, 14, 16]
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
