@@ -49,10 +49,7 @@ def distributed(comm: config.Comm) -> Iterator[World]:
     """Initialise the process group and tear it down, even after an exception."""
     use_cuda = torch.cuda.is_available()
     if use_cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # CUDA gets a gloo group beside nccl: asynchronous checkpoints are written from CPU copies.
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     timeout = timedelta(seconds=comm.init_timeout_seconds)
@@ -61,9 +58,15 @@ def distributed(comm: config.Comm) -> Iterator[World]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        yield current_world()
     finally:
         dist.destroy_process_group()
+
+
+def current_world() -> World:
+    """This process in the group that is initialised."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), device)
 
 
 def set_timeout(seconds: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -130,18 +131,36 @@ def _local(tensor: Tensor) -> Tensor:
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients down to the global L2 norm `max_norm`; returns the norm before, a plain device tensor.
 
-    Right for any mixture of plain tensors and DTensors: each gradient's norm is taken over all its shards. A non-finite
-    norm makes all gradients non-finite, which the guard then refuses.
+    Norms of local shards are squared and summed over the ranks that share a gradient, replicas left out: one small
+    reduction a mesh, whatever the number of parameters. A non-finite norm makes every gradient non-finite, which the
+    guard then refuses.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
+    shards: dict[dist.ProcessGroup | None, list[Tensor]] = {}
+    for parameter in parameters:
+        if (gradient := parameter.grad) is not None:
+            shards.setdefault(_shard_group(gradient), []).append(_local(gradient))
+    if not shards:
         raise UserError("no parameter has a gradient: every label of the batch is ignored or the model is frozen")
-    norms = torch.nn.utils.get_total_norm(gradients)
-    norm = norms.full_tensor() if isinstance(norms, DTensor) else norms
+    squares = []
+    for group, gradients in shards.items():
+        square = torch.nn.utils.get_total_norm(gradients).float().square()
+        if group is not None:
+            dist.all_reduce(square, group=group)
+        squares.append(square)
+    norm = torch.stack(squares).sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        _local(gradient).mul_(scale)
+    for gradients in shards.values():
+        torch._foreach_mul_(gradients, scale)
     return norm
+
+
+def _shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
+    """The ranks over which `tensor` is split; None where this rank has all of it. FSDP2 shards over one mesh dimension."""
+    if not isinstance(tensor, DTensor):
+        return None
+    dims = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
+    assert len(dims) <= 1, tensor.placements
+    return tensor.device_mesh.get_group(dims[0]) if dims else None
 
 
 class NonFiniteGuard:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from deltaproduct_kernels.recurrent import compute_dtype
 
+
 def chunk_tokens(n: int, dk: int) -> int:
     """Tokens a chunk for n steps a token: 64 rows, or 16 for small heads.
 
