@@ -1,0 +1,246 @@
+"""Tensors through a checkpoint: bit-equal on any number of ranks, whatever training does meanwhile, whatever fails."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_ranks
+from tests.distributed.helpers import backward, full_state, optimizer_of, sharded_model
+from titan_dp import config
+from titan_dp.checkpoint import committed_steps, step_folder, verify
+from titan_dp.checkpointer import Checkpointer, _Reader, load_model_weights
+from titan_dp.errors import UserError
+
+META = {"config": "[model]\n", "fingerprint": "f", "global_batch_size": 2, "seed": 0, "tokens": 0}
+
+
+def trained(replicate: int, name: str = "AdamW"):  # type: ignore[no-untyped-def]
+    """A model and optimizers after two steps."""
+    model = sharded_model(replicate)
+    optimizers = optimizer_of(model, name=name)
+    for seed in range(2):
+        take_step(model, optimizers, seed)
+    return model, optimizers
+
+
+def take_step(model, optimizers, seed: int) -> None:  # type: ignore[no-untyped-def]
+    backward(model, seed)
+    optimizers.step(torch.zeros(()))
+    optimizers.zero_grad()
+
+
+def full_moments(optimizers) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
+    """Whole moments and step counts in parameter order."""
+    tensors = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for _, value in sorted(optimizer.state[parameter].items()):
+                    tensors.append((value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone())
+    return tensors
+
+
+def save(folder: Path, replicate: int, mode: str, name: str):  # type: ignore[no-untyped-def]
+    """Save, then go on training at once; returns what must have been saved and the loss of the step after."""
+    model, optimizers = trained(replicate, name)
+    checkpointer = Checkpointer(config.Checkpoint(async_mode=mode), folder)  # type: ignore[arg-type]
+    expected = full_state(model), full_moments(optimizers)
+    checkpointer.save(2, model, optimizers, meta=META, healthy=True, blocking=False)
+    take_step(model, optimizers, 2)
+    checkpointer.wait()
+    return *expected, full_state(model)
+
+
+def load(folder: Path, replicate: int, name: str):  # type: ignore[no-untyped-def]
+    """Load into a model of other first values; returns state, moments and the state a step later."""
+    model = sharded_model(replicate, seed=99)
+    optimizers = optimizer_of(model, name=name, lr=3e-4)
+    manifest = Checkpointer(config.Checkpoint(), folder).load(model, optimizers, META)
+    assert manifest is not None
+    assert manifest["step"] == 2
+    assert [g["peak_lr"] for o in optimizers for g in o.param_groups] == [3e-4] * sum(len(o.param_groups) for o in optimizers)
+    loaded = full_state(model), full_moments(optimizers)
+    take_step(model, optimizers, 2)
+    return *loaded, full_state(model)
+
+
+@pytest.mark.parametrize("mode", ["async", "disabled"])
+def test_what_is_loaded_on_any_mesh_is_bit_equal_to_what_was_saved_on_another(tmp_path: Path, mode: str) -> None:
+    state, moments, after = run_ranks(2, save, tmp_path, 1, mode, "AdamW")[0]
+    assert verify(step_folder(tmp_path / "checkpoint", 2)) == []
+    for world_size, replicate in ((1, 1), (2, 1), (4, 1), (4, 2)):
+        got_state, got_moments, got_after = run_ranks(world_size, load, tmp_path, replicate, "AdamW")[0]
+        assert all(torch.equal(got_state[name], state[name]) for name in state), world_size
+        assert all(torch.equal(a, b) for a, b in zip(got_moments, moments, strict=True)), world_size
+        for name in after:
+            torch.testing.assert_close(got_after[name], after[name], rtol=1e-5, atol=1e-6)
+
+
+def test_muon_and_adamw_side_by_side_survive_as_well(tmp_path: Path) -> None:
+    state, moments, _ = run_ranks(2, save, tmp_path, 1, "async", "Muon")[0]
+    got_state, got_moments, _ = run_ranks(1, load, tmp_path, 1, "Muon")[0]
+    assert all(torch.equal(got_state[name], state[name]) for name in state)
+    assert all(torch.equal(a, b) for a, b in zip(got_moments, moments, strict=True))
+
+
+def eight_ranks(folder: Path) -> None:
+    model = sharded_model(seed=99)
+    load_model_weights(folder, model)
+    assert all(bool(p.isfinite().all()) for p in full_state(model).values())
+
+
+def test_eight_ranks_load_what_two_saved(tmp_path: Path) -> None:
+    run_ranks(2, save, tmp_path, 1, "disabled", "AdamW")
+    run_ranks(8, eight_ranks, tmp_path)
+
+
+def random_numbers_after(folder: Path, resume: bool) -> tuple[float, float]:
+    model, optimizers = trained(1)
+    checkpointer = Checkpointer(config.Checkpoint(async_mode="disabled"), folder)
+    rank = torch.distributed.get_rank()
+    random.seed(rank if not resume else 77)
+    torch.manual_seed(rank if not resume else 77)
+    if resume:
+        checkpointer.load(model, optimizers, META)
+    else:
+        checkpointer.save(1, model, optimizers, meta=META, healthy=True, blocking=True)
+    return random.random(), float(torch.rand(()))
+
+
+def test_random_numbers_go_on_where_each_rank_left_off(tmp_path: Path) -> None:
+    before = run_ranks(2, random_numbers_after, tmp_path, False)
+    assert run_ranks(2, random_numbers_after, tmp_path, True) == before
+    assert before[0] != before[1]
+
+
+def test_on_another_number_of_ranks_random_numbers_are_derived_and_differ_by_rank(tmp_path: Path) -> None:
+    run_ranks(1, random_numbers_after, tmp_path, False)
+    first = run_ranks(2, random_numbers_after, tmp_path, True)
+    assert first == run_ranks(2, random_numbers_after, tmp_path, True)
+    assert first[0] != first[1]
+
+
+def refuse(folder: Path, settings: dict, message: str) -> None:
+    model, optimizers = trained(1)
+    with pytest.raises(UserError, match=message):
+        Checkpointer(config.Checkpoint(**settings), folder).load(model, optimizers, META)
+
+
+def test_what_cannot_be_resumed_says_so(tmp_path: Path) -> None:
+    run_ranks(1, save, tmp_path, 1, "disabled", "AdamW")
+    run_ranks(1, refuse, tmp_path, {"resume": False}, r"checkpoint.resume = false, but .* holds step 2")
+    run_ranks(1, refuse, tmp_path, {"load_step": 7}, r"step-00000007 does not exist; committed steps there: 2")
+    tensors = next(step_folder(tmp_path / "checkpoint", 2).glob("*.distcp"))
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    run_ranks(1, refuse, tmp_path, {}, "is damaged: .*distcp has")
+    step_folder(tmp_path / "checkpoint", 2).joinpath("manifest.json").unlink()
+    run_ranks(1, refuse, tmp_path, {"load_step": 2}, r"was cut off while it was saved .* committed steps there: none")
+
+
+def other_architecture(folder: Path) -> None:
+    from tests.distributed.helpers import TINY
+    from titan_dp.model import build_model
+
+    model = build_model(TINY.model_copy(update={"num_householder": 3}))
+    with pytest.raises(UserError, match=r"another architecture: layers.0.attn.k_proj.weight of shape \(96, 32\) has shape"):
+        load_model_weights(folder, model)
+
+
+def test_weights_of_another_architecture_are_refused_by_the_tensor_that_differs(tmp_path: Path) -> None:
+    run_ranks(1, save, tmp_path, 1, "disabled", "AdamW")
+    run_ranks(1, other_architecture, tmp_path)
+
+
+class _Evil:
+    def __reduce__(self) -> tuple:
+        return os.system, ("true",)
+
+
+def test_an_index_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Evil()))
+    with pytest.raises(UserError, match="asks for posix.system, which none of ours needs"):
+        _Reader(tmp_path).read_metadata()
+
+
+def save_on_a_full_disk(folder: Path, mode: str) -> None:
+    """A good save, then one that does not fit, then one that does again."""
+    model, optimizers = trained(1)
+    checkpointer = Checkpointer(config.Checkpoint(async_mode=mode), folder)  # type: ignore[arg-type]
+
+    def save(step: int) -> None:
+        checkpointer.save(step, model, optimizers, meta=META, healthy=True, blocking=False)
+        checkpointer.wait()
+
+    save(1)
+    filler = folder / "filler"
+    if torch.distributed.get_rank() == 0:
+        with pytest.raises(OSError, match="No space"), filler.open("wb") as file:
+            while True:
+                file.write(bytes(65536))
+                file.flush()
+    torch.distributed.barrier()
+    with pytest.raises(
+        OSError, match=r"step-00000002 could not be written: No space left.*newest committed checkpoint is step 1"
+    ):
+        save(2)
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        assert committed_steps(folder / "checkpoint") == [1]
+        assert verify(step_folder(folder / "checkpoint", 1)) == []
+        filler.unlink()
+    torch.distributed.barrier()
+    save(2)
+    assert committed_steps(folder / "checkpoint") == [1, 2]
+
+
+@pytest.mark.parametrize("mode", ["async", "disabled"])
+def test_a_full_disk_is_one_clear_message_on_every_rank_and_harms_nothing(tmp_path: Path, mode: str) -> None:
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"needs the right to mount a small tmpfs: {mount.stderr.strip()}")
+    try:
+        run_ranks(2, save_on_a_full_disk, tmp_path, mode)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+SAVE_FOREVER = """
+import sys, torch
+from tests.distributed.test_checkpoint import META, config, trained
+from titan_dp.checkpointer import Checkpointer
+from titan_dp.distributed import distributed
+from pathlib import Path
+with distributed(config.Comm()):
+    model, optimizers = trained(1)
+    checkpointer = Checkpointer(config.Checkpoint(keep_latest_k=2), Path(sys.argv[1]))
+    print("ready", flush=True)
+    for step in range(1, 10_000):
+        checkpointer.save(step, model, optimizers, meta=META, healthy=True, blocking=False)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path, root: Path) -> None:
+    """Saves as fast as it can, so that kills hit writing, committing and retention alike."""
+    folder = tmp_path / "checkpoint"
+    rng = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(tmp_path)], cwd=root, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.3 + 0.5 * rng.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        committed = committed_steps(folder)
+        assert committed
+        assert all(verify(step_folder(folder, step)) == [] for step in committed)

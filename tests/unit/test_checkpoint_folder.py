@@ -1,0 +1,145 @@
+"""The protocol on disk: what counts as a checkpoint, what is kept, what is noticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from titan_dp import checkpoint as ckpt
+from titan_dp.cli import dispatch
+from titan_dp.errors import UserError
+
+
+def make(folder: Path, step: int, *, healthy: bool = True, committed: bool = True, **meta: object) -> Path:
+    """A checkpoint with one file; `committed=False` leaves it as a kill would."""
+    path = ckpt.step_folder(folder, step)
+    path.mkdir(parents=True)
+    (path / "__0_0.distcp").write_bytes(b"tensors of step %d" % step)
+    if committed:
+        facts = {"step": step, "healthy": healthy, "tokens": step * 10, "world_size": 1, "saved": "2026-01-01T00:00:00+00:00"}
+        ckpt.write_manifest(path, {**facts, **meta}, [ckpt.file_entry(path / "__0_0.distcp")])
+    return path
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    make(tmp_path, 10)
+    make(tmp_path, 20, committed=False)
+    assert ckpt.committed_steps(tmp_path) == [10]
+    assert ckpt.resolve_checkpoint(tmp_path).name == "step-00000010"
+    with pytest.raises(UserError, match=r"step-00000020 was cut off while it was saved .* committed steps there: 10"):
+        ckpt.read_manifest(ckpt.step_folder(tmp_path, 20))
+
+
+def test_a_step_that_was_never_saved_lists_those_that_were(tmp_path: Path) -> None:
+    make(tmp_path, 10)
+    with pytest.raises(UserError, match="step-00000099 does not exist; committed steps there: 10"):
+        ckpt.read_manifest(ckpt.step_folder(tmp_path, 99))
+
+
+@pytest.mark.parametrize(("k", "left"), [(0, [1, 2, 3, 4]), (2, [3, 4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])
+def test_retention_keeps_the_newest_k(tmp_path: Path, k: int, left: list[int]) -> None:
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step)
+    ckpt.apply_retention(tmp_path, k)
+    assert ckpt.all_steps(tmp_path) == left
+
+
+def test_retention_never_removes_the_newest_healthy_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        make(tmp_path, step, healthy=step <= 2)
+    ckpt.apply_retention(tmp_path, 2)
+    assert ckpt.all_steps(tmp_path) == [2, 4, 5]
+
+
+def test_a_cut_off_folder_neither_counts_nor_deletes_a_good_one(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    make(tmp_path, 2)
+    make(tmp_path, 3, committed=False)
+    ckpt.apply_retention(tmp_path, 2)
+    assert ckpt.committed_steps(tmp_path) == [1, 2]
+    assert ckpt.all_steps(tmp_path) == [1, 2, 3], "a newer folder may be one that is being written"
+
+
+def test_old_cut_off_folders_are_swept(tmp_path: Path) -> None:
+    make(tmp_path, 1, committed=False)
+    make(tmp_path, 2)
+    ckpt.apply_retention(tmp_path, 5)
+    assert ckpt.all_steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.write_bytes(b"short"), "has 5 bytes, the manifest says 17"),
+        (lambda p: p.unlink(), "is missing"),
+        (lambda p: p.write_bytes(b"tensors of step X"), "is not what was saved"),
+    ],
+    ids=["truncated", "missing", "flipped"],
+)
+def test_verify_names_the_damaged_file(tmp_path: Path, damage, message: str, capsys: pytest.CaptureFixture) -> None:  # type: ignore[no-untyped-def]
+    file = make(tmp_path, 1) / "__0_0.distcp"
+    make(tmp_path, 2)
+    assert dispatch(["checkpoint", "verify", str(tmp_path)]) == 0
+    damage(file)
+    with pytest.raises(UserError, match=f"__0_0.distcp {message}"):
+        dispatch(["checkpoint", "verify", str(tmp_path)])
+    assert "step-00000002: good" in capsys.readouterr().out
+
+
+def test_list_shows_every_step_and_its_state(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    make(tmp_path / "checkpoint", 1)
+    make(tmp_path / "checkpoint", 2, healthy=False)
+    make(tmp_path / "checkpoint", 3, committed=False)
+    assert dispatch(["checkpoint", "list", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    states = [next((s for s in ("healthy", "NOT finite", "cut off") if s in line), None) for line in lines]
+    assert [s for s in states if s] == ["healthy", "NOT finite", "cut off"]
+
+
+@pytest.mark.parametrize("command", ["list", "verify"])
+def test_a_folder_without_checkpoints_is_said_to_be_one(tmp_path: Path, command: str) -> None:
+    with pytest.raises(UserError, match="holds no checkpoints; give a run folder"):
+        dispatch(["checkpoint", command, str(tmp_path)])
+
+
+def test_a_damaged_manifest_is_said_to_be_one(tmp_path: Path) -> None:
+    path = make(tmp_path, 1)
+    (path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest.json is damaged"):
+        ckpt.read_manifest(path)
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    path = make(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][0]["name"] = "../../secret"
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert ckpt.size_problems(path) == [f"{path / 'manifest.json'} names '../../secret', which is not a file of its folder"]
+
+
+CONFIG = "[model]\nnum_heads = 4\nbackend = 'torch'\n[data]\nseed = 1\n[training]\nseq_len = 64\n[optimizer]\nname = 'AdamW'\nlr = 1.0\n"
+SAVED = {"config": CONFIG, "fingerprint": "a" * 64, "global_batch_size": 8, "step": 5}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": CONFIG.replace("num_heads = 4", "num_heads = 8")}, r"another model.num_heads \(was 4, now 8\)"),
+        ({"config": CONFIG.replace("seed = 1", "seed = 2")}, r"another data.seed \(was 1, now 2\)"),
+        ({"config": CONFIG.replace("seq_len = 64", "seq_len = 32")}, "another training.seq_len"),
+        ({"config": CONFIG.replace("'AdamW'", "'Muon'")}, "another optimizer.name"),
+        ({"fingerprint": "b" * 64}, r"another data.path \(was tokens aaaaaaaaaaaa..., now tokens bbbbbbbbbbbb...\)"),
+        ({"global_batch_size": 16}, r"another training.global_batch_size \(was 8, now 16\)"),
+    ],
+)
+def test_resuming_with_another_architecture_or_other_data_is_refused_by_name(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ckpt.check_resumable(SAVED, {**SAVED, **change}, [])
+
+
+def test_a_change_that_was_allowed_and_changes_that_do_no_harm_pass() -> None:
+    ckpt.check_resumable(SAVED, {**SAVED, "config": CONFIG.replace("seed = 1", "seed = 2")}, ["data.seed"])
+    harmless = CONFIG.replace("lr = 1.0", "lr = 0.5").replace("'torch'", "'recurrent'")
+    ckpt.check_resumable(SAVED, {**SAVED, "config": harmless}, [])
