@@ -7,6 +7,8 @@ Both run in one process on the same inputs; the ratio is what counts, the times 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from common import Report, median_seconds
 from deltaproduct_kernels import gated_delta_product
@@ -34,8 +36,8 @@ def main() -> None:
 
         row: dict[str, object] = {"n_h": n, "T": T}
         for name, function in (("forward", forward), ("forward+backward", both)):
-            chunked = median_seconds(lambda f=function: f("torch"), repeats=9)
-            recurrent = median_seconds(lambda f=function: f("recurrent"), repeats=3)
+            chunked = median_seconds(partial(function, "torch"), repeats=9)
+            recurrent = median_seconds(partial(function, "recurrent"), repeats=3)
             row |= {
                 f"{name} chunked ms": chunked * 1e3,
                 f"{name} recurrent ms": recurrent * 1e3,

@@ -191,7 +191,7 @@ class Trainer:
         valid = distributed.all_reduce_sum(sum((b["labels"] != -100).sum() for b in tensors))  # type: ignore[arg-type]
         loss_sum = torch.zeros((), device=device)
         for i, batch in enumerate(tensors):
-            self.model.set_requires_gradient_sync(i == len(tensors) - 1)
+            self.model.set_requires_gradient_sync(i == len(tensors) - 1)  # type: ignore[operator]  # FSDP added it
             loss = self.model(batch["input_ids"], batch["labels"], batch["cu_seqlens"])
             # FSDP averages gradients over ranks; times the number of ranks, that is the sum the global count divides.
             (loss * (self.world.size / valid)).backward()

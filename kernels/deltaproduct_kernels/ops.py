@@ -36,7 +36,7 @@ def chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state and the states before every chunk (padded to `max_chunks`: a shape known without the data)."""
     o, final, states = chunked_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase)
-    bound = max_chunks(*k.shape[:3], k.shape[-1], None if cu_seqlens is None else len(cu_seqlens) - 1)
+    bound = max_chunks(k.shape[0], k.shape[1], k.shape[2], k.shape[-1], None if cu_seqlens is None else len(cu_seqlens) - 1)
     if len(states) < bound:
         states = torch.cat([states, states.new_zeros(bound - len(states), *states.shape[1:])])
     return o, final, states
@@ -137,7 +137,7 @@ def _shape(x: Any) -> torch.Size:
 @register_flop_formula(torch.ops.deltaproduct.chunk)
 def _chunk_flops(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
     sequences = None if cu_seqlens is None else _shape(cu_seqlens)[0] - 1
-    return executed_flops(k, v, max_chunks(*k[:3], k[4], sequences), erase=erase, backward=False)
+    return executed_flops(k, v, max_chunks(k[0], k[1], k[2], k[4], sequences), erase=erase, backward=False)
 
 
 @register_flop_formula(torch.ops.deltaproduct.chunk_backward)

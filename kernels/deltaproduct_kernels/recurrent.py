@@ -6,6 +6,8 @@ in float64 for float64 inputs and in float32 otherwise. It is slow by design; on
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def recurrent_forward(
         return _one_length(q, k, v, beta, g, initial_state, scale, erase)
     offsets = cu_seqlens.tolist()
     outputs, states = [], []
-    for i, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(offsets)):
         token = slice(start, end)
         o, state = _one_length(
             q[:, token],

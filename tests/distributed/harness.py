@@ -1,8 +1,8 @@
 """Multi-process tests that read like unit tests: `run_ranks(4, function, *arguments)`.
 
-`function` runs in as many processes with gloo as there are ranks, as under torchrun, and its results come back in rank order; the first
-exception of any rank is raised here, with that rank's traceback. Starting Python and importing torch costs seconds, so the
-processes are kept in a pool for the whole session and only the process group is made anew for each call.
+`function` runs in as many processes with gloo as there are ranks, as under torchrun, and its results come back in rank
+order; the first exception of any rank is raised here, with that rank's traceback. Starting Python and importing torch costs
+seconds, so processes are kept in a pool for the whole session and only the process group is made anew for each call.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -163,7 +164,7 @@ def test_packed_sequences_equal_each_sequence_alone(backend: str) -> None:
     whole = torch.Generator().manual_seed(0)
     do = torch.randn(packed["o"].shape, generator=whole, dtype=torch.float64)
     dstate = torch.randn(packed["state"].shape, generator=whole, dtype=torch.float64)
-    for i, (start, end) in enumerate(zip(CU_SEQLENS[:-1], CU_SEQLENS[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(CU_SEQLENS)):
         part = {
             name: (x[i : i + 1] if name == "initial_state" else x[:, start:end]).detach().clone().requires_grad_()
             for name, x in inputs.items()

@@ -119,7 +119,18 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     assert ckpt.size_problems(path) == [f"{path / 'manifest.json'} names '../../secret', which is not a file of its folder"]
 
 
-CONFIG = "[model]\nnum_heads = 4\nbackend = 'torch'\n[data]\nseed = 1\n[training]\nseq_len = 64\n[optimizer]\nname = 'AdamW'\nlr = 1.0\n"
+CONFIG = """
+[model]
+num_heads = 4
+backend = 'torch'
+[data]
+seed = 1
+[training]
+seq_len = 64
+[optimizer]
+name = 'AdamW'
+lr = 1.0
+"""
 SAVED = {"config": CONFIG, "fingerprint": "a" * 64, "global_batch_size": 8, "step": 5}
 
 

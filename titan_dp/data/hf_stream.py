@@ -9,6 +9,7 @@ price is that each rank tokenises everything; for more than a few ranks, or more
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -132,12 +133,33 @@ class _Stream(IterableDataset[tuple[Batch, State]]):
         while True:
             stream: Any = load_hugging_face(d.hf_dataset, d.hf_name, d.hf_split, d.hf_column, streaming=True)
             if d.hf_shuffle_buffer:
-                stream = stream.shuffle(seed=d.seed + epoch, buffer_size=d.hf_shuffle_buffer)
+                rows = islice(_shuffle(stream, d.hf_shuffle_buffer, f"{d.seed} {epoch}"), skip, None)
+            else:
+                rows = iter(stream.skip(skip))
             empty = True
-            for index, row in enumerate(stream.skip(skip), skip):
+            for index, row in enumerate(rows, skip):
                 empty = False
                 if ids := before + tokenizer.encode(row[d.hf_column]) + after:
                     yield epoch, index, ids
             if empty and not skip:
                 raise UserError(f"data.hf_dataset {d.hf_dataset!r} holds no documents in split {d.hf_split!r}")
             epoch, skip = epoch + 1, 0
+
+
+def _shuffle(rows: Iterator[Any], size: int, seed: str) -> Iterator[Any]:
+    """Rows through a buffer that gives out a random one for each that comes in.
+
+    Not `datasets`' own shuffle, whose order differs between the main process and a worker, so that a state saved by one
+    could not be continued by the other.
+    """
+    rng = random.Random(seed)
+    buffer: list[Any] = []
+    for row in rows:
+        if len(buffer) < size:
+            buffer.append(row)
+            continue
+        i = rng.randrange(size)
+        buffer[i], row = row, buffer[i]
+        yield row
+    rng.shuffle(buffer)
+    yield from buffer

@@ -8,6 +8,7 @@ another tokenizer.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable
@@ -88,14 +89,17 @@ def _from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
 
 def _from_rank_file(path: Path) -> Tokenizer:
     import tiktoken
-    from tiktoken.load import load_tiktoken_bpe
 
+    # Not tiktoken.load: that caches by path, so that a file changed since would be read as it was.
     try:
-        ranks = load_tiktoken_bpe(str(path))
+        pairs = (line.split() for line in path.read_bytes().splitlines() if line.strip())
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except FileNotFoundError:
         raise UserError(f"tokenizer {str(path)!r}: there is no such rank file") from None
-    except Exception as error:
+    except ValueError as error:
         raise UserError(f"tokenizer {str(path)!r} is no tiktoken rank file: {_short(error)}") from error
+    if len(ranks) < 256:
+        raise UserError(f"tokenizer {str(path)!r} is no tiktoken rank file: it has {len(ranks)} tokens, not even all bytes")
     special = {"<|endoftext|>": max(ranks.values()) + 1}
     return _from_tiktoken(tiktoken.Encoding(str(path), pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens=special))
 

@@ -30,19 +30,19 @@ class Initializer:
         self.std = std
         self.written: Counter[int] = Counter()
 
-    def normal_(self, *parameters: nn.Parameter) -> None:
+    def normal_(self, *parameters: Tensor) -> None:
         """N(0, std^2)."""
         for parameter in parameters:
             self.fill_(parameter, lambda full: full.normal_(0, self.std, generator=self.generator))
 
-    def ones_(self, parameter: nn.Parameter) -> None:
+    def ones_(self, parameter: Tensor) -> None:
         self.fill_(parameter, lambda full: full.fill_(1))
 
     def uniform(self, full: Tensor, low: float, high: float) -> Tensor:
         return full.uniform_(low, high, generator=self.generator)
 
     @torch.no_grad()
-    def fill_(self, parameter: nn.Parameter, draw: Callable[[Tensor], Tensor]) -> None:
+    def fill_(self, parameter: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
         """Write `draw(an empty full tensor)` into `parameter`."""
         self.written[id(parameter)] += 1
         full = draw(torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device))

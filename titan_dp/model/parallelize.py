@@ -52,11 +52,12 @@ def parallelize(
 
 def apply_activation_checkpoint(model: Transformer, ac: config.ActivationCheckpoint) -> None:
     """Wrap blocks so that their activations are recomputed in the backward pass."""
+    by_op = ac.mode == "selective" and ac.selective_ac_option == "op"
+    options: dict[str, Any] = {"context_fn": _selective_context} if by_op else {}
     for i, block in enumerate(model.layers):
         if ac.mode == "full" or (ac.mode == "selective" and is_recomputed(i, ac)):
-            context = {"context_fn": _selective_context} if ac.selective_ac_option == "op" and ac.mode == "selective" else {}
             # The model draws no random numbers in its forward, so there is no RNG state to preserve.
-            model.layers[i] = checkpoint_wrapper(block, preserve_rng_state=False, **context)
+            model.layers[i] = checkpoint_wrapper(block, preserve_rng_state=False, **options)
 
 
 def is_recomputed(layer: int, ac: config.ActivationCheckpoint) -> bool:
@@ -93,7 +94,7 @@ def apply_fsdp(model: Transformer, mesh: DeviceMesh, training: config.Training, 
     reduce_dtype = getattr(torch, training.mixed_precision_reduce)
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, training.mixed_precision_param), reduce_dtype=reduce_dtype)
     keep_fp32 = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    holders = model.fp32_modules()
+    holders: Any = model.fp32_modules()  # fully_shard makes FSDPModules of them, in place
     fully_shard(holders, mesh=mesh, mp_policy=keep_fp32, reshard_after_forward=False)
     last = len(model.layers) - 1
     for i, block in enumerate(model.layers):

@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         if cu_seqlens is not None:
             packing = Packing.build(cu_seqlens, tokens.numel())
             x = x.view(1, tokens.numel(), -1)
-        for block in self.layers:
+        for block in self.blocks:
             x = block(x, packing)
         x = self.norm.apply_to(x)
         if labels is not None:
@@ -113,10 +113,14 @@ class Transformer(nn.Module):
     def step(self, tokens: Tensor, cache: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
         """Logits [B, V] of the token after `tokens` [B, T], which follow those in `cache`; and the new cache."""
         x, caches = self.embeddings(tokens), []
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(self.blocks):
             x, block_cache = block.step(x, cache[i] if cache else None)
             caches.append(block_cache)
         return F.linear(self.norm.apply_to(x[:, -1]), self.output_weight).float(), caches
+
+    @property
+    def blocks(self) -> list[Block]:
+        return list(self.layers)  # type: ignore[arg-type]
 
     @property
     def output_weight(self) -> Tensor:
@@ -130,7 +134,7 @@ class Transformer(nn.Module):
         """Write every parameter, the same on any number of ranks."""
         init = Initializer(seed, self.embeddings.weight.device, self.std)
         init.normal_(self.embeddings.weight)
-        for block in self.layers:
+        for block in self.blocks:
             block.init_weights(init)
         self.norm.init_weights(init)
         if self.lm_head is not None:
@@ -143,7 +147,7 @@ class Transformer(nn.Module):
     def flops_breakdown(self, seq_len: int) -> dict[str, int]:
         """Model FLOPs a token, forward and backward, by kind (convention above)."""
         total = {"matmul": 6 * self.output_weight.numel()}
-        for block in self.layers:
+        for block in self.blocks:
             for kind, flops in block.flops_per_token(seq_len).items():
                 total[kind] = total.get(kind, 0) + flops
         return total
@@ -154,7 +158,7 @@ class Transformer(nn.Module):
     def describe(self) -> str:
         """'24 blocks, width 1024: DeltaProduct_2, 8 heads, ...'; hybrids list each kind once."""
         kinds: dict[str, int] = {}
-        for block in self.layers:
+        for block in self.blocks:
             kinds[block.attn.describe()] = kinds.get(block.attn.describe(), 0) + 1
         mixers = "; ".join(f"{count} x {kind}" if len(kinds) > 1 else kind for kind, count in kinds.items())
         return f"{len(self.layers)} blocks, width {self.embeddings.embedding_dim}: {mixers}"

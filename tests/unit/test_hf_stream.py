@@ -1,0 +1,94 @@
+"""Streaming a dataset into training: packing, ranks, and resuming in the middle of a document."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from titan_dp import config
+from titan_dp.data.loader import Loader, build_dataloader
+from titan_dp.errors import UserError
+
+TEXTS = [f"Document {i}: " + "tale " * (i % 7) for i in range(60)]
+T, G = 16, 4
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return folder
+
+
+def stream(
+    dataset: Path, rank: int = 0, world_size: int = 1, L: int = 4, buffer: int = 0, workers: int = 0, **data: object
+) -> Loader:
+    return build_dataloader(
+        config.Data(source="hf", hf_dataset=str(dataset), tokenizer="bytes", hf_shuffle_buffer=buffer, **data),  # type: ignore[arg-type]
+        config.Dataloader(num_workers=workers),
+        seq_len=T, local_batch_size=L, global_batch_size=G, rank=rank, world_size=world_size, vocab_size=300,
+    )  # fmt: skip
+
+
+def ids(loader: Loader, batches: int) -> torch.Tensor:
+    return torch.cat([batch["input_ids"] for batch in islice(iter(loader), batches)])  # type: ignore[misc]
+
+
+def test_documents_are_packed_in_order_without_loss(dataset: Path) -> None:
+    row = [token for text in TEXTS for token in (256, *text.encode(), 257)]
+    assert ids(stream(dataset), 20).flatten().tolist() == row[: 80 * T]
+
+
+def test_labels_and_boundaries_mark_where_documents_meet(dataset: Path) -> None:
+    batch = next(iter(stream(dataset, document_boundaries="reset")))
+    tokens, labels, cu_seqlens = (batch[k] for k in ("input_ids", "labels", "cu_seqlens"))
+    assert torch.equal(labels[:, :-1] == -100, tokens[:, 1:] == 256)  # type: ignore[index]
+    begins = {int(i) for i in (tokens.flatten() == 256).nonzero()} | set(range(0, G * T + 1, T))  # type: ignore[union-attr]
+    assert sorted(set(cu_seqlens.tolist())) == sorted(begins)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("buffer", [0, 20])
+def test_two_ranks_share_the_stream_of_one(dataset: Path, buffer: int) -> None:
+    whole = ids(stream(dataset, buffer=buffer), 5).view(5, 2, 2, T)
+    for rank in range(2):
+        assert torch.equal(ids(stream(dataset, rank, 2, 2, buffer), 5).view(5, 2, T), whole[:, rank])
+
+
+@pytest.mark.parametrize("buffer", [0, 20])
+@pytest.mark.parametrize("stop", [1, 7, 30])
+def test_a_stream_resumed_in_the_middle_of_a_document_goes_on_with_the_next_token(
+    dataset: Path, buffer: int, stop: int
+) -> None:
+    whole = ids(stream(dataset, buffer=buffer), stop + 6)
+    first = stream(dataset, buffer=buffer, workers=1 if stop == 7 else 0)
+    ids(first, stop)
+    state = json.loads(json.dumps(first.state_dict()))
+    assert state["samples"] == stop * G
+    second = stream(dataset, 0, 1, 2, buffer)  # with accumulation this time
+    second.load_state_dict(state)
+    assert torch.equal(ids(second, 12), whole[stop * G :])
+
+
+def test_epochs_are_shuffled_anew(dataset: Path) -> None:
+    tokens = ids(stream(dataset, buffer=60), 70).flatten().tolist()
+    order = [text for text in bytes(t if t < 256 else 10 for t in tokens).decode().split("\n") if text.startswith("Document")]
+    first, second = order[:60], order[60:100]
+    assert first[: len(second)] != second
+    assert len(set(first)) == 60
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hf_column": "body"}, "has no column 'body'; it has text"),
+        ({"hf_split": "test"}, "cannot be loaded"),
+        ({"workers": 2}, "num_workers = 2: a stream is read in order by one process"),
+    ],
+)
+def test_a_stream_that_cannot_be_read_is_refused_at_the_start(dataset: Path, settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        stream(dataset, **settings)

@@ -1,0 +1,74 @@
+"""The sample order: permutations, exact mixtures, and nothing but arithmetic."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titan_dp.data.order import Order, permute
+from titan_dp.errors import UserError
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000), st.text())
+def test_permute_is_a_permutation_of_any_size_under_any_key(size: int, key: str) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+def test_permute_moves_neighbours_apart() -> None:
+    images = permute(np.arange(10_000), 10_000, "key")
+    assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 0.05
+    assert (images != np.arange(10_000)).mean() > 0.99
+
+
+def one_source(windows: int, seed: int = 1) -> Order:
+    return Order(["fingerprint"], [windows], [1.0], seed)
+
+
+def test_every_epoch_visits_every_window_once_in_another_order() -> None:
+    _, window = one_source(100).locate(np.arange(300))
+    epochs = window.reshape(3, 100)
+    assert all(np.array_equal(np.sort(epoch), np.arange(100)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_seed_and_fingerprint_change_the_order() -> None:
+    orders = [one_source(100), one_source(100, seed=2), Order(["other"], [100], [1.0], 1)]
+    assert len({tuple(order.locate(np.arange(100))[1]) for order in orders}) == 3
+
+
+def test_a_sample_does_not_depend_on_which_others_are_asked_for() -> None:
+    order = Order(["a", "b"], [37, 91], [1.0, 3.0], 0)
+    whole = np.stack(order.locate(np.arange(10_000)))
+    rng = np.random.default_rng(0)
+    some = rng.integers(0, 10_000, 500)
+    assert np.array_equal(np.stack(order.locate(some)), whole[:, some])
+    assert np.array_equal(np.stack([np.concatenate(order.locate(np.array([i]))) for i in some], 1), whole[:, some])
+
+
+def test_a_mixture_has_its_weights_exactly_in_every_block() -> None:
+    source, _ = Order(["a", "b", "c"], [50, 1000, 7], [1.0, 2.0, 5.0], 0).locate(np.arange(2 * 4096))
+    for block in source.reshape(2, 4096):
+        assert np.bincount(block).tolist() == [512, 1024, 2560]
+
+
+def test_a_mixture_reads_each_source_in_whole_epochs() -> None:
+    source, window = Order(["a", "b"], [64, 4096], [1.0, 1.0], 0).locate(np.arange(2 * 4096))
+    assert np.bincount(window[source == 0]).tolist() == [64] * 64
+    assert np.bincount(window[source == 1], minlength=4096).tolist() == [1] * 4096
+
+
+def test_any_step_is_reached_in_milliseconds() -> None:
+    order = Order(["a", "b"], [10**9, 10**7], [0.7, 0.3], 0)
+    start = time.perf_counter()
+    order.locate(np.arange(10**12, 10**12 + 256))
+    assert time.perf_counter() - start < 0.05
+
+
+def test_a_weight_too_small_to_be_read_is_refused() -> None:
+    with pytest.raises(UserError, match=r"source 1 has less than 1/4096 of the total weight"):
+        Order(["a", "b"], [10, 10], [1.0, 1e-9], 0)

@@ -1,0 +1,207 @@
+"""`titan-dp prepare`: the same shards from every kind of file, by any number of workers, across a kill."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from titan_dp.cli import dispatch
+from titan_dp.data.shards import TokenShards
+from titan_dp.errors import UserError
+
+TEXTS = [f"Document {i}. " + "word " * (i % 40) for i in range(400)]
+
+
+def prepare(*arguments: str | Path) -> None:
+    assert dispatch(["prepare", *map(str, arguments)]) == 0
+
+
+def write_jsonl(path: Path, texts: list[str] = TEXTS) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "texts.jsonl")
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file of both splits."""
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.parent != out}
+
+
+def documents(folder: Path) -> list[bytes]:
+    """The documents of a shard folder as bytes, BOS and EOS checked and removed."""
+    shards = TokenShards(folder)
+    tokens = np.empty(len(shards), np.int64)
+    shards.read(0, tokens)
+    starts = [*shards.document_starts(0, len(shards)), len(shards)]
+    found = []
+    for start, end in itertools.pairwise(starts):
+        assert (tokens[start], tokens[end - 1]) == (256, 257)
+        found.append(bytes(tokens[start + 1 : end - 1].tolist()))
+    return found
+
+
+def as_texts(folder: Path) -> None:
+    folder.mkdir()
+    for i, text in enumerate(TEXTS):
+        (folder / f"{i:04}.txt").write_text(text)
+
+
+def as_zst(path: Path) -> None:
+    import zstandard
+
+    path.write_bytes(zstandard.compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()))
+
+
+def as_parquet(path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, row_group_size=64)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "folder": as_texts,
+    "x.jsonl": write_jsonl,
+    "x.jsonl.gz": lambda p: p.write_bytes(gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in TEXTS).encode())),
+    "x.jsonl.zst": as_zst,
+    "x.parquet": as_parquet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    prepare(tmp_path / name, "--out", tmp_path / "out", "--workers", "1", "--validation-fraction", "0")
+    assert documents(tmp_path / "out/train") == [text.encode() for text in TEXTS]
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_a_hugging_face_dataset_gives_the_same_documents(
+    tmp_path: Path, jsonl: Path, streaming: list[str], monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    jsonl.rename(dataset / "train.jsonl")
+    common = ["--out", tmp_path / "out", "--workers", "1", "--validation-fraction", "0"]
+    prepare("--hf-dataset", dataset, *streaming, *common)
+    assert documents(tmp_path / "out/train") == [text.encode() for text in TEXTS]
+
+
+def test_the_number_of_workers_does_not_change_a_byte(tmp_path: Path, jsonl: Path) -> None:
+    for workers in ("1", "2"):
+        prepare(jsonl, "--out", tmp_path / workers, "--workers", workers, "--shard-tokens", "10K")
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert len(TokenShards(tmp_path / "1/train").shards) > 3
+
+
+def test_held_out_documents_are_not_trained_on_and_duplicates_stay_together(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", TEXTS * 2)
+    prepare(tmp_path / "x.jsonl", "--out", tmp_path / "out", "--workers", "1", "--validation-fraction", "0.2")
+    train, held_out = (documents(tmp_path / "out" / split) for split in ("train", "validation"))
+    assert not set(train) & set(held_out)
+    assert sorted(train + held_out) == sorted(text.encode() for text in TEXTS * 2)
+    assert 0.1 < len(held_out) / 800 < 0.3
+
+
+def test_a_run_killed_with_sigkill_goes_on_to_the_same_bytes(tmp_path: Path, root: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", [f"{i} " + "text " * 200 for i in range(6000)])
+    arguments = ["--workers", "1", "--shard-tokens", "100K", "--validation-fraction", "0.3"]
+    prepare(source, "--out", tmp_path / "whole", *arguments)
+    command = [sys.executable, "-m", "titan_dp.cli", "prepare", str(source), "--out", str(tmp_path / "killed"), *arguments]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed/train/shard-00005.npy").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/train/manifest.json").exists(), "the kill came too late to mean anything"
+    prepare(source, "--out", tmp_path / "killed", *arguments)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_finished_folder_is_left_alone(tmp_path: Path, jsonl: Path, capsys: pytest.CaptureFixture) -> None:
+    prepare(jsonl, "--out", tmp_path / "out", "--workers", "1")
+    before = contents(tmp_path / "out")
+    prepare(jsonl, "--out", tmp_path / "out", "--workers", "1")
+    assert "nothing to do" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == before
+
+
+def test_other_arguments_for_the_same_folder_are_refused_until_overwrite(tmp_path: Path, jsonl: Path) -> None:
+    prepare(jsonl, "--out", tmp_path / "out", "--workers", "1")
+    with pytest.raises(UserError, match="was prepared with another validation_fraction"):
+        prepare(jsonl, "--out", tmp_path / "out", "--workers", "1", "--validation-fraction", "0.5")
+    prepare(jsonl, "--out", tmp_path / "out", "--workers", "1", "--validation-fraction", "0.5", "--overwrite")
+
+
+def test_verify_finds_a_flipped_bit_and_names_the_file(tmp_path: Path, jsonl: Path) -> None:
+    prepare(jsonl, "--out", tmp_path / "out", "--workers", "1")
+    prepare("--out", tmp_path / "out", "--verify")
+    shard = tmp_path / "out/train/shard-00000.npy"
+    raw = bytearray(shard.read_bytes())
+    raw[-3] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(UserError, match=r"train/shard-00000.npy has sha256"):
+        prepare("--out", tmp_path / "out", "--verify")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b'{"text": "good"}\n{"text": \n', r"x.jsonl:2 is no JSON"),
+        ("x.jsonl", b'{"body": "good"}\n', r"x.jsonl:1 has no text under 'text' \(it has body\)"),
+        ("x.jsonl", b'{"text": 7}\n', r"x.jsonl:1 has no text under 'text'"),
+        ("x.jsonl", b'{"text": "\xff"}\n', r"x.jsonl:1 is not UTF-8"),
+        ("x.jsonl", b"", "the input holds no documents"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-9], "x.jsonl.gz cannot be decompressed"),
+        ("x.txt", b"caf\xe9", r"x.txt is not UTF-8 \(byte 3\)"),
+        ("x.parquet", b"no parquet", "x.parquet is no parquet file"),
+        ("x.pdf", b"%PDF", r"x.pdf' is none of .txt"),
+    ],
+)
+def test_input_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path / name, "--out", tmp_path / "out", "--workers", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.txt"], "input 'nowhere.txt' does not exist"),
+        ([], "give one of them"),
+        (["--hf-dataset", "/no/such/dataset"], "Hugging Face dataset '/no/such/dataset' .* cannot be loaded"),
+    ],
+)
+def test_input_that_is_not_there_is_named(tmp_path: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(*arguments, "--out", tmp_path / "out", "--workers", "1")
+
+
+def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path, jsonl: Path) -> None:
+    with pytest.raises(UserError, match="is not empty and holds no earlier prepare"):
+        prepare(jsonl, "--out", tmp_path)
+
+
+def test_a_boundary_token_the_tokenizer_lacks_is_refused(tmp_path: Path, jsonl: Path) -> None:
+    ranks = tmp_path / "x.tiktoken"
+    import base64
+
+    ranks.write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
+    with pytest.raises(UserError, match="--bos: tokenizer .* has no BOS token"):
+        prepare(jsonl, "--out", tmp_path / "out", "--tokenizer", ranks, "--bos")

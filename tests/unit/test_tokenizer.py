@@ -1,0 +1,91 @@
+"""Tokenizers from every source, and what is said where one cannot be had."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+
+from titan_dp.data.tokenizer import load_tokenizer
+from titan_dp.errors import UserError
+
+
+@given(st.text())
+def test_bytes_round_trips_any_text(text: str) -> None:
+    tokenizer = load_tokenizer("bytes")
+    ids = tokenizer.encode(text)
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_special_tokens_in_a_text_are_ordinary_text() -> None:
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (256, 257, 258)
+    assert tokenizer.encode("<|eos|>") == list(b"<|eos|>")
+
+
+@pytest.fixture
+def rank_file(tmp_path: Path) -> Path:
+    """A rank file of all bytes and two merges."""
+    tokens = [bytes([i]) for i in range(256)] + [b"th", b"the"]
+    path = tmp_path / "tiny.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    return path
+
+
+def test_a_local_rank_file_is_a_tokenizer(rank_file: Path) -> None:
+    tokenizer = load_tokenizer(str(rank_file))
+    assert tokenizer.encode("the") == [257]
+    assert tokenizer.decode([257]) == "the"
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (258, 259)
+
+
+@pytest.fixture
+def hugging_face_folder(tmp_path: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "the": 2, "fox": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}, "eos_token": null}')
+    return tmp_path
+
+
+def test_a_hugging_face_folder_is_a_tokenizer_with_the_special_tokens_it_declares(hugging_face_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(hugging_face_folder))
+    assert tokenizer.encode_batch(["the fox", "fox"]) == [[2, 3], [3]]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, None, 4)
+
+
+def test_the_hash_names_the_vocabulary(rank_file: Path) -> None:
+    before = load_tokenizer(str(rank_file)).hash
+    assert load_tokenizer(str(rank_file)).hash == before
+    rank_file.write_text(
+        rank_file.read_text().replace(f"{base64.b64encode(b'the').decode()}", base64.b64encode(b"tha").decode())
+    )
+    assert load_tokenizer(str(rank_file)).hash != before
+
+
+def test_an_encoding_that_cannot_be_downloaded_names_the_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(name: str) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    with pytest.raises(UserError, match=r"'gpt2' has to be downloaded and cannot be .*no route.* use 'bytes' .* \.tiktoken"):
+        load_tokenizer("gpt2")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.tiktoken", "there is no such rank file"),
+        ("no such tokenizer", "is no tiktoken encoding .* no folder with a tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_that_does_not_exist_is_named(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(name)
