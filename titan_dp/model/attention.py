@@ -69,8 +69,9 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (p(x).unflatten(-1, (-1, self.d)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        frequency = self.theta ** (-torch.arange(0, self.d, 2, device=x.device, dtype=torch.float32) / self.d)
-        angle = position[:, None].float() * frequency  # [T, d/2]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        frequency = self.theta ** (-torch.arange(0, self.d, 2, device=x.device, dtype=wide) / self.d)
+        angle = position[:, None] * frequency  # [T, d/2]
         cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
@@ -95,6 +96,7 @@ class Attention(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding on pairs (i, i + d/2) of x [B, H, T, d] (Su et al. 2021), in float32."""
-    first, second = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+    """Rotary embedding on pairs (i, i + d/2) of x [B, H, T, d] (Su et al. 2021), in cos's dtype."""
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, -1)
+    return (wide * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)

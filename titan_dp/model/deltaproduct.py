@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from titan_dp import config
 from titan_dp.model.initialise import Initializer
-from titan_dp.model.norm import RMSNorm
+from titan_dp.model.norm import RMSNorm, upcast
 from titan_dp.model.packing import Packing
 from titan_dp.model.short_conv import ShortConv
 
@@ -42,7 +42,7 @@ class ForgetGate(nn.Module):
 
     def log_decay(self, a: Tensor) -> Tensor:
         """[B, T, H] in float32, all <= 0."""
-        return -self.A_log.exp() * F.softplus(a.float() + self.dt_bias)
+        return -self.A_log.exp() * F.softplus(upcast(a) + self.dt_bias)
 
     def init_weights(self, init: Initializer) -> None:
         """A uniform in (0, 16); the step softplus(dt_bias) log-uniform in [1e-3, 0.1], at least 1e-4."""
@@ -110,7 +110,7 @@ class DeltaProduct(nn.Module):
         q = _unit(q.view(B, T, self.heads, self.dk))
         k = _unit(k.view(B, T, self.n, self.heads, self.dk))
         v = v.view(B, T, self.n, self.heads, self.dv)
-        beta = self.max_beta * self.b_proj(x).float().sigmoid().view(B, T, self.n, self.heads)
+        beta = self.max_beta * upcast(self.b_proj(x)).sigmoid().view(B, T, self.n, self.heads)
         g = None
         if self.forget_gate is not None and self.a_proj is not None:
             g = self.forget_gate.log_decay(self.a_proj(x))
@@ -156,5 +156,5 @@ class DeltaProduct(nn.Module):
 
 def _unit(x: Tensor) -> Tensor:
     """x over its length in the last dimension; in float32 before it is rounded to x's dtype."""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + _L2_EPS)).to(x.dtype)
+    wide = upcast(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _L2_EPS)).to(x.dtype)

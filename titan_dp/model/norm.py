@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from titan_dp.model.initialise import Initializer
 
 
+def upcast(x: Tensor) -> Tensor:
+    """x in float32, or as it is if it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     """The weight [size] of a norm; use `apply_to`, do not call it."""
 
@@ -22,8 +27,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def apply_to(self, x: Tensor) -> Tensor:
-        """x / rms(x) * weight over the last dimension, in float32, returned in x's dtype."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        """x / rms(x) * weight over the last dimension, in float32 at least, returned in x's dtype."""
+        return F.rms_norm(upcast(x), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
     def init_weights(self, init: Initializer) -> None:
         init.ones_(self.weight)

@@ -22,7 +22,7 @@ from titan_dp.model.attention import Attention
 from titan_dp.model.deltaproduct import DeltaProduct, ForgetGate
 from titan_dp.model.initialise import Initializer
 from titan_dp.model.loss import summed_cross_entropy
-from titan_dp.model.norm import RMSNorm
+from titan_dp.model.norm import RMSNorm, upcast
 from titan_dp.model.packing import Packing
 
 
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
         x = self.norm.apply_to(x)
         if labels is not None:
             return summed_cross_entropy(x.flatten(0, 1), self.output_weight, labels.flatten())
-        return F.linear(x, self.output_weight).float().view(*tokens.shape, -1)
+        return upcast(F.linear(x, self.output_weight)).view(*tokens.shape, -1)
 
     def step(self, tokens: Tensor, cache: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
         """Logits [B, V] of the token after `tokens` [B, T], which follow those in `cache`; and the new cache."""
@@ -116,7 +116,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             x, block_cache = block.step(x, cache[i] if cache else None)
             caches.append(block_cache)
-        return F.linear(self.norm.apply_to(x[:, -1]), self.output_weight).float(), caches
+        return upcast(F.linear(self.norm.apply_to(x[:, -1]), self.output_weight)), caches
 
     @property
     def blocks(self) -> list[Block]:

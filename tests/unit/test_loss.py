@@ -1,0 +1,75 @@
+"""The loss: a sum in float32, exact gradients, and never all logits at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from titan_dp.model import loss as loss_module
+from titan_dp.model.loss import _ChunkedLoss, summed_cross_entropy
+
+N, D, V = 300, 16, 1000
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_CHUNK", 37 * V)
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    labels = torch.randint(0, V, (N,))
+    labels[::7] = -100
+    return torch.randn(N, D, dtype=dtype).requires_grad_(), torch.randn(V, D, dtype=dtype).requires_grad_(), labels
+
+
+@pytest.mark.parametrize("function", [summed_cross_entropy, _ChunkedLoss.apply], ids=["chosen", "chunked"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_loss_and_gradients_are_those_of_cross_entropy(function: Any, dtype: torch.dtype, tolerance: float) -> None:
+    hidden, weight, labels = inputs(dtype)
+    loss = function(hidden, weight, labels)
+    (3 * loss).backward()
+    reference = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = F.cross_entropy(reference[0] @ reference[1].T, labels, reduction="sum")
+    (3 * expected).backward()
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert float(loss) == pytest.approx(float(expected), rel=max(tolerance / 10, 1e-10))
+    for x, y in zip((hidden, weight), reference, strict=True):
+        assert x.grad is not None
+        assert y.grad is not None
+        assert float((x.grad.double() - y.grad).norm() / y.grad.norm()) < tolerance
+
+
+@pytest.mark.parametrize("function", [summed_cross_entropy, _ChunkedLoss.apply], ids=["chosen", "chunked"])
+def test_labels_all_ignored_give_zero_loss_and_zero_gradients(function: Any) -> None:
+    hidden, weight, labels = inputs(torch.float32)
+    loss = function(hidden, weight, torch.full_like(labels, -100))
+    loss.backward()
+    assert float(loss) == 0
+    assert not hidden.grad.any()  # type: ignore[union-attr]
+    assert not weight.grad.any()  # type: ignore[union-attr]
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements any tensor had that an operator returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_logits_of_all_tokens_never_exist_at_once(dtype: torch.dtype) -> None:
+    hidden, weight, labels = inputs(dtype)
+    with _Largest() as largest:
+        summed_cross_entropy(hidden, weight, labels).backward()
+    assert largest.elements < N * V / 2

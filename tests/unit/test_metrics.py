@@ -1,0 +1,128 @@
+"""The record of a run: complete, once a step, and honest about speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from titan_dp import config
+from titan_dp.distributed import World
+from titan_dp.errors import UserError
+from titan_dp.metrics import Metrics, drop_repeated_steps, peak_flops
+
+CPU = torch.device("cpu")
+
+
+def metrics(folder: Path, start_step: int = 0, rank: int = 0, **settings: object) -> Metrics:
+    return Metrics(
+        config.Metrics(**{"enable_tensorboard": False, **settings}),  # type: ignore[arg-type]
+        folder,
+        world=World(rank, 2, CPU),
+        total_steps=1000,
+        start_step=start_step,
+        tokens_per_step=512,
+        flops_per_token=10**6,
+        bytes_per_token=4.0,
+    )
+
+
+def log(m: Metrics, step: int, loss: float = 2.0, skipped: int = 0) -> None:
+    m.log_step(step, loss=torch.tensor(loss), grad_norm=torch.tensor(0.5), lr=3e-4, skipped=skipped)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_log_line_shows_all_a_person_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    m = metrics(tmp_path)
+    log(m, 10)
+    m.close()
+    line = capsys.readouterr().out
+    assert line.startswith("step    10/1,000 (  1%) | loss 2.0000 | lr 3.00e-04 | norm 0.500 | ")
+    assert all(part in line for part in ("tok/s", "FLOP/s", "GiB", "data 0.0%", "ETA 0:"))
+
+
+def test_speed_is_tokens_over_time_without_validation_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("titan_dp.metrics.time.perf_counter", lambda: now[0])
+    m = metrics(tmp_path, peak_tflops=1e-3)
+    with m.excluded():
+        now[0] += 50
+    with m.data_wait():
+        now[0] += 1
+    now[0] += 3
+    log(m, 10)
+    (record,) = records(tmp_path)
+    assert record["tokens_per_second"] == 10 * 512 / 4
+    assert record["tflops_per_device"] == pytest.approx(1280 * 1e6 / 2 / 1e12)
+    assert record["mfu"] == pytest.approx(0.64)
+    assert record["data_wait"] == 0.25
+
+
+def test_more_than_a_hundred_percent_mfu_is_called_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log(metrics(tmp_path, peak_tflops=1e-9), 10)
+    assert "metrics.peak_tflops is wrong" in capsys.readouterr().out
+
+
+def test_the_peak_of_a_cpu_is_not_guessed() -> None:
+    assert peak_flops(config.Metrics(), CPU) is None
+    assert peak_flops(config.Metrics(peak_tflops=2.0), CPU) == 2e12
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+    first = metrics(tmp_path)
+    for step in (10, 20, 30):
+        log(first, step, loss=1.0)
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')  # cut off by a kill
+    second = metrics(tmp_path, start_step=20)
+    log(second, 30, loss=5.0)
+    second.close()
+    assert [(r["step"], r["loss"]) for r in records(tmp_path)] == [(10, 1.0), (20, 1.0), (30, 5.0)]
+
+
+def test_validation_is_recorded_in_nats_and_bits_a_byte(tmp_path: Path) -> None:
+    m = metrics(tmp_path)
+    m.log_validation(10, loss=2.772588722239781, tokens=100)  # 4 ln 2
+    (record,) = records(tmp_path)
+    assert record["validation_bits_per_byte"] == pytest.approx(1.0)
+    assert m.validation_loss == record["validation_loss"]
+
+
+def test_skipped_steps_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log(metrics(tmp_path), 10, skipped=3)
+    assert capsys.readouterr().out.strip().endswith("3 skipped")
+
+
+def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    m = metrics(tmp_path / "run", rank=1)
+    log(m, 10)
+    m.close()
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    m = metrics(tmp_path, enable_tensorboard=True)
+    log(m, 10)
+    m.close()
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 2.0)]
+
+
+def test_a_missing_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(UserError, match="metrics.enable_wandb = true needs the package wandb"):
+        metrics(tmp_path, enable_wandb=True)
+
+
+def test_dropping_from_a_file_that_is_not_there_does_nothing(tmp_path: Path) -> None:
+    drop_repeated_steps(tmp_path / "metrics.jsonl", 5)
+    assert not (tmp_path / "metrics.jsonl").exists()
