@@ -15,6 +15,7 @@ import pickle
 import random
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -222,7 +223,9 @@ def load_model_weights(path: Path, model: nn.Module, no_dist: bool = False) -> d
                 f"checkpoint {folder} is of another architecture: {name.removeprefix('model.')} of shape {tuple(tensor.shape)} "
                 f"{was}; use the [model] section the checkpoint was made with"
             )
-    dcp.load(tensors, storage_reader=_Reader(folder), no_dist=no_dist)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's remark on no_dist
+        dcp.load(tensors, storage_reader=_Reader(folder), no_dist=no_dist)
     set_model_state_dict(model, _without_prefix(tensors, "model."), options=_OPTIONS)
     return manifest
 

@@ -29,6 +29,10 @@ class UserError(ValueError):
     """A mistake only the user can mend. The message names the key or file, the value, and the way out."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on through nobody's mistake; one message says what happened and what to do, exit code 1."""
+
+
 def run_main(command: Callable[[], int]) -> int:
     """Run `command` and return the process's exit code, printing what went wrong to stderr."""
     try:
@@ -39,6 +43,9 @@ def run_main(command: Callable[[], int]) -> int:
     except UserError as error:
         _report(str(error))
         return 2
+    except RunError as error:
+        _report(str(error))
+        return 1
     except KeyboardInterrupt:
         _report("interrupted")
         return 130

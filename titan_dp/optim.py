@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_dp import config
-from titan_dp.errors import UserError
+from titan_dp.errors import RunError, UserError
 from titan_dp.model.transformer import Transformer
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """Training went non-finite and stayed so."""
 
 

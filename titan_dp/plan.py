@@ -19,12 +19,21 @@ from torch.utils.checkpoint import CheckpointPolicy
 from titan_dp import config
 from titan_dp.config_loader import Loaded
 from titan_dp.distributed import rank_from_env, shard_degree, world_size_from_env
+from titan_dp.errors import UserError
 from titan_dp.model import build_model
 from titan_dp.model.parallelize import is_recomputed, keep_policy
 from titan_dp.model.transformer import Transformer
 from titan_dp.schedule import BatchPlan, plan_batches
 
 _GIB = 2**30
+
+
+def chosen_backend(model: config.Model, device: torch.device) -> str:
+    """The implementation of the recurrence on `device`. Raises UserError for one that is not available."""
+    try:
+        return resolve_backend(model.backend, device)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from error
 
 
 def print_plan(loaded: Loaded) -> None:
@@ -86,7 +95,7 @@ def memory_facts(model: Transformer, c: config.Config, batch: BatchPlan, shards:
         "gathered parameters": f"{gathered / _GIB:.2f} GiB a rank (two blocks and the embedding at once)",
         "activations": f"{activations / _GIB:.2f} GiB a rank (counted eagerly; checkpointing {c.activation_checkpoint.mode})",
         "sum": f"{(state + gathered + activations) / _GIB:.2f} GiB a rank",
-        "recurrence": resolve_backend(c.model.backend, torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "recurrence": chosen_backend(c.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
 
 

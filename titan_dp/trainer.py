@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deltaproduct_kernels import resolve_backend
 from rich.console import Console
 
 from titan_dp import distributed
@@ -23,13 +22,14 @@ from titan_dp.checkpointer import Checkpointer, load_model_weights
 from titan_dp.config_loader import Loaded
 from titan_dp.data.loader import build_dataloader, build_validation_loader
 from titan_dp.distributed import World
+from titan_dp.errors import UserError
 from titan_dp.generate import generate, load_model
 from titan_dp.lr_scheduler import build_lr_scheduler
 from titan_dp.metrics import Metrics
 from titan_dp.model import build_model
 from titan_dp.model.parallelize import parallelize
 from titan_dp.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
-from titan_dp.plan import model_facts, run_facts
+from titan_dp.plan import chosen_backend, model_facts, run_facts
 from titan_dp.profiling import Profiler
 from titan_dp.schedule import plan_batches
 from titan_dp.validate import evaluate_loss, to_device
@@ -43,6 +43,7 @@ class Trainer:
         self.loaded, self.world = loaded, world
         self.run_folder = Path(c.job.dump_folder) / loaded.run_name
         self.console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
+        self.backend = chosen_backend(c.model, world.device)
         distributed.set_seeds(c.debug)
         mesh = distributed.build_mesh(c.parallelism, world)
         self.batch = plan_batches(c.training, world.size)
@@ -125,7 +126,7 @@ class Trainer:
         say(f"[bold]{self.loaded.run_name}[/bold] {c.job.description}".rstrip())
         say(f"  device      {distributed.describe(self.world, c.parallelism)}")
         say(f"  model       {self.model.describe()}")
-        say(f"  recurrence  {resolve_backend(c.model.backend, self.world.device)} backend")
+        say(f"  recurrence  {self.backend} backend")
         for name, value in self.facts.items():
             say(f"  {name:<11} {value}")
         say(f"  data        {self.loader.describe(self.batch.tokens)}")
@@ -144,6 +145,9 @@ class Trainer:
         """Run to the last step, then validate, save, and show a sample."""
         c = self.config
         self._announce()
+        if self.world.is_main:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            (self.run_folder / "config.toml").write_text(self.loaded.annotated_toml())
         metrics = Metrics(
             c.metrics,
             self.run_folder,
@@ -224,23 +228,24 @@ class Trainer:
         """Where everything is, and a sample read back from the checkpoint just written."""
         say, c = self.console.print, self.config
         if self.world.is_main:
-            if c.checkpoint.enable:
-                folder = self.checkpointer.newest()
-                if c.generate.enable:
-                    model, tokenizer = load_model(folder, self.world.device)
-                    pieces = generate(
-                        model,
-                        tokenizer,
-                        c.generate.prompt,
-                        max_new_tokens=c.generate.max_new_tokens,
-                        temperature=c.generate.temperature,
-                        seed=c.debug.seed,
-                    )
-                    say("\n[bold]sample[/bold]", c.generate.prompt + "".join(pieces), "", sep="\n", markup=False)
-                say(f"checkpoint  {folder}")
-            if c.metrics.enable_tensorboard:
-                say(f"logs        tensorboard --logdir {self.run_folder / 'tb'}")
-            say(f"metrics     {self.run_folder / 'metrics.jsonl'}")
+            if c.checkpoint.enable and c.generate.enable:
+                say("\n[bold]sample[/bold]")
+                say(self._sample(), markup=False)
+            say()
             if metrics.validation_loss is not None:
-                say(f"final validation loss {metrics.validation_loss:.4f} nats a token")
+                say(f"final validation loss  {metrics.validation_loss:.4f} nats a token")
+            if c.checkpoint.enable:
+                say(f"checkpoint             {self.checkpointer.newest()}")
+            if c.metrics.enable_tensorboard:
+                say(f"TensorBoard logs       {self.run_folder / 'tb'}  (tensorboard --logdir {self.run_folder / 'tb'})")
+            say(f"metrics                {self.run_folder / 'metrics.jsonl'}")
         dist.barrier()
+
+    def _sample(self) -> str:
+        c = self.config.generate
+        try:
+            model, tokenizer = load_model(self.checkpointer.newest(), self.world.device)
+        except UserError as error:  # the run is done and saved: a tokenizer out of reach is no reason to fail it now
+            return f"no sample: {error}"
+        length, heat, seed = c.max_new_tokens, c.temperature, self.config.debug.seed
+        return c.prompt + "".join(generate(model, tokenizer, c.prompt, max_new_tokens=length, temperature=heat, seed=seed))
