@@ -25,6 +25,7 @@ from titan_dp.data.shards import TokenShards
 from titan_dp.errors import UserError
 
 IGNORE = -100
+_AHEAD = 1024
 Batch = dict[str, Tensor | None]
 """input_ids [L, T] int64, labels [L, T] int64, cu_seqlens [N + 1] int32 or None."""
 
@@ -163,11 +164,20 @@ class _Samples(Dataset[Batch]):
 
     def __init__(self, sources: list[TokenShards], order: Order, place: Place, reset: bool) -> None:
         self.sources, self.order, self.place, self.reset = sources, order, place, reset
+        self._located: tuple[int, np.ndarray, np.ndarray] = (0, np.empty(0, np.int64), np.empty(0, np.int64))
 
     def __getitem__(self, first: int) -> Batch:
-        source, window = self.order.locate(np.arange(first, first + self.place.local, dtype=np.int64))
+        start, source, window = self._located
+        end = first + self.place.local
+        if not start <= first < end <= start + len(source):
+            # The order of many samples costs as much as that of one: look it up for what will be asked for next as well.
+            start = first
+            source, window = self.order.locate(np.arange(first, first + max(_AHEAD, self.place.local), dtype=np.int64))
+            self._located = start, source, window
+        mine = slice(first - start, end - start)
         T = self.place.seq_len
-        return read_batch([(self.sources[s], int(w) * T) for s, w in zip(source, window, strict=True)], T, self.reset)
+        rows = [(self.sources[s], w * T) for s, w in zip(source[mine].tolist(), window[mine].tolist(), strict=True)]
+        return read_batch(rows, T, self.reset)
 
 
 def read_batch(rows: list[tuple[TokenShards, int]], T: int, reset: bool) -> Batch:

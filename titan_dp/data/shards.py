@@ -178,7 +178,7 @@ class TokenShards:
             raise UserError(
                 f"token shard {path} holds {array.shape} {array.dtype}, the manifest says ({count},) {dtype}; {remedy}"
             )
-        return array
+        return array.view(np.ndarray)  # still mapped; np.memmap's own class costs microseconds at every slice
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Copy tokens [start, start + len(out)) into `out`, across shards."""
