@@ -17,6 +17,7 @@ from importlib.util import find_spec
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from titan_dp import config
 from titan_dp.errors import UserError
@@ -106,6 +107,11 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """`value` summed over all ranks, in place; returns it."""
     dist.all_reduce(value)
     return value
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def set_seeds(debug: config.Debug) -> None:

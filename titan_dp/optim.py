@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_dp import config
+from titan_dp.distributed import local_tensor
 from titan_dp.errors import RunError, UserError
 from titan_dp.model.transformer import Transformer
 
@@ -114,17 +115,13 @@ def _step_muon(optimizer: torch.optim.Muon, found_inf: Tensor) -> None:
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            gradient = _local(parameter.grad)
+            gradient = local_tensor(parameter.grad)
             buffer = optimizer.state[parameter].get("momentum_buffer")
-            gradient.copy_(torch.where(bad, torch.zeros_like(gradient) if buffer is None else _local(buffer), gradient))
+            gradient.copy_(torch.where(bad, torch.zeros_like(gradient) if buffer is None else local_tensor(buffer), gradient))
         group["lr"] = torch.where(bad, 0.0, torch.as_tensor(group["lr"], dtype=torch.float32, device=bad.device))
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
@@ -138,7 +135,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     shards: dict[dist.ProcessGroup | None, list[Tensor]] = {}
     for parameter in parameters:
         if (gradient := parameter.grad) is not None:
-            shards.setdefault(_shard_group(gradient), []).append(_local(gradient))
+            shards.setdefault(_shard_group(gradient), []).append(local_tensor(gradient))
     if not shards:
         raise UserError("no parameter has a gradient: every label of the batch is ignored or the model is frozen")
     squares = []
