@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NPROC ?= 2
 
-.PHONY: train test test-slow lint install bench clean
+.PHONY: train test lint install bench clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -27,10 +27,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
-
-test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest
 
 bench: $(INSTALLED)
 	for script in op loader checkpoint trainer; do $(BIN)/python benchmarks/$$script.py || exit 1; done

@@ -21,8 +21,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from titan_dp.data.shards import file_sha256, write_json
 from titan_dp.errors import UserError
+from titan_dp.files import file_sha256, write_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1

@@ -21,9 +21,9 @@ from rich.console import Console
 from torch import Tensor
 
 from titan_dp import config
-from titan_dp.data.shards import write_atomically
 from titan_dp.distributed import World
 from titan_dp.errors import UserError
+from titan_dp.files import write_atomically
 
 # Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets (without sparsity); the first name contained in the device's wins.
 _PEAKS = {

@@ -20,6 +20,7 @@ from rich.console import Console
 from titan_dp import distributed
 from titan_dp.checkpointer import Checkpointer, load_model_weights
 from titan_dp.config_loader import Loaded
+from titan_dp.data.batches import IGNORE
 from titan_dp.data.loader import build_dataloader, build_validation_loader
 from titan_dp.distributed import World
 from titan_dp.errors import UserError
@@ -192,7 +193,7 @@ class Trainer:
         """One optimizer step; returns the mean loss and the gradient norm as device tensors, and the learning rate."""
         device = self.world.device
         tensors = [to_device(batch, device) for batch in micro_batches]
-        valid = distributed.all_reduce_sum(sum((b["labels"] != -100).sum() for b in tensors))  # type: ignore[arg-type]
+        valid = distributed.all_reduce_sum(sum((b["labels"] != IGNORE).sum() for b in tensors))  # type: ignore[arg-type]
         loss_sum = torch.zeros((), device=device)
         for i, batch in enumerate(tensors):
             self.model.set_requires_gradient_sync(i == len(tensors) - 1)  # type: ignore[operator]  # FSDP added it

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from titan_dp.data.batches import IGNORE
 from titan_dp.distributed import all_reduce_sum
 from titan_dp.model.transformer import Transformer
 
@@ -32,7 +33,7 @@ def evaluate_loss(model: Transformer, batches: Iterable[dict[str, torch.Tensor |
         tensors = to_device(batch, device)
         labels = tensors["labels"]
         total[0] += model(tensors["input_ids"], labels, tensors["cu_seqlens"])
-        total[1] += (labels != -100).sum()
+        total[1] += (labels != IGNORE).sum()
     model.train()
     loss, tokens = all_reduce_sum(total).tolist()
     return Evaluation(loss / max(tokens, 1), int(tokens))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from titan_dp import config
-from titan_dp.data.loader import Loader, build_dataloader
+from titan_dp.data.batches import Loader
+from titan_dp.data.loader import build_dataloader
 from titan_dp.errors import UserError
 
 TEXTS = [f"Document {i}: " + "tale " * (i % 7) for i in range(60)]

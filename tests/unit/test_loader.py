@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from titan_dp import config
-from titan_dp.data.loader import Loader, ValidationLoader, build_dataloader, build_validation_loader
+from titan_dp.data.batches import Loader
+from titan_dp.data.loader import ValidationLoader, build_dataloader, build_validation_loader
 from titan_dp.data.shards import TokenShards
 from titan_dp.errors import UserError
 

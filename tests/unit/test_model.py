@@ -161,7 +161,8 @@ def test_a_block_is_one_graph_with_and_without_packing(variant: Transformer) -> 
     block = variant.layers[1]
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     x = torch.randn(1, 80, 24, dtype=torch.float64)
-    for packing in (None, Packing.build(CU_SEQLENS, 80)):
+    longer = torch.cat([CU_SEQLENS, torch.full((64,), 80, dtype=torch.int32)])
+    for packing in (None, Packing.build(CU_SEQLENS, 80), Packing.build(longer, 80)):
         torch.testing.assert_close(compiled(x, packing), block(x, packing))
 
 

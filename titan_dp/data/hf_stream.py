@@ -18,7 +18,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from titan_dp import config
-from titan_dp.data.loader import IGNORE, Batch, Place, _stateful_loader, pack_boundaries
+from titan_dp.data.batches import IGNORE, Batch, Place, pack_boundaries, stateful_loader
 from titan_dp.data.sources import load_hugging_face
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
@@ -27,7 +27,7 @@ State = dict[str, int]
 
 
 class StreamLoader:
-    """Batches of this rank from the stream; the interface of `loader.Loader`."""
+    """Batches of this rank from the stream; the interface of `batches.Loader`."""
 
     def __init__(self, data: config.Data, workers: config.Dataloader, place: Place, vocab_size: int) -> None:
         if workers.num_workers > 1:
@@ -50,7 +50,7 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         stream = _Stream(self.data, self.place, self.state)
-        for batch, state in _stateful_loader(stream, self.workers):
+        for batch, state in stateful_loader(stream, self.workers):
             self.state = state
             yield batch
 

@@ -8,45 +8,21 @@ token of an unrelated one, is -100.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_dp import config
+from titan_dp.data.batches import IGNORE, Batch, Loader, Place, pack_boundaries, stateful_loader
+from titan_dp.data.hf_stream import StreamLoader
 from titan_dp.data.order import Order
 from titan_dp.data.shards import TokenShards
 from titan_dp.errors import UserError
 
-IGNORE = -100
 _AHEAD = 1024
-Batch = dict[str, Tensor | None]
-"""input_ids [L, T] int64, labels [L, T] int64, cu_seqlens [N + 1] int32 or None."""
-
-
-class Loader(Protocol):
-    """Endless micro-batches of one rank."""
-
-    fingerprint: str
-    tokenizer_name: str
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the run is, the same on every rank; call it between steps only."""
-        ...
-
-    def load_state_dict(self, state: dict[str, int]) -> None: ...
-
-    def describe(self, run_tokens: int) -> str:
-        """One line for the banner; `run_tokens` is the length of the run."""
-        ...
 
 
 def build_dataloader(
@@ -63,24 +39,8 @@ def build_dataloader(
     """The training loader of this rank. Raises UserError where the data does not exist or does not fit the settings."""
     place = Place(seq_len, local_batch_size, global_batch_size, rank, world_size)
     if data.source == "hf":
-        from titan_dp.data.hf_stream import StreamLoader
-
         return StreamLoader(data, workers, place, vocab_size)
     return ShardLoader(data, workers, place, vocab_size)
-
-
-class Place:
-    """Which samples are whose."""
-
-    def __init__(self, seq_len: int, local_batch_size: int, global_batch_size: int, rank: int, world_size: int) -> None:
-        self.seq_len, self.local, self.total = seq_len, local_batch_size, global_batch_size
-        self.rank, self.world_size = rank, world_size
-        assert global_batch_size % (local_batch_size * world_size) == 0
-        self.accumulation = global_batch_size // (local_batch_size * world_size)
-
-    def first_sample(self, step_start: int, micro: int) -> int:
-        """First sample of micro-batch `micro` of the step that begins with sample `step_start`."""
-        return step_start + (micro * self.world_size + self.rank) * self.local
 
 
 class ShardLoader:
@@ -105,7 +65,7 @@ class ShardLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         sampler = _MicroBatches(self.place, self.samples)
-        loader = _stateful_loader(self.dataset, self.workers, sampler=sampler)
+        loader = stateful_loader(self.dataset, self.workers, sampler=sampler)
         for number, batch in enumerate(loader, 1):
             if number % self.place.accumulation == 0:
                 self.samples += self.place.total
@@ -128,21 +88,6 @@ class ShardLoader:
             f"{shards} shard(s), {tokens:,} tokens of {self.tokenizer_name}, {run_tokens / tokens:.2f} epochs planned, "
             f"fingerprint {self.fingerprint[:12]}{mixture}"
         )
-
-
-def _stateful_loader(dataset: Any, workers: config.Dataloader, **options: Any) -> StatefulDataLoader:
-    if workers.num_workers:
-        options["prefetch_factor"] = workers.prefetch_factor
-    # Items are whole micro-batches, so there is nothing to collate; our own integer is the state, not torchdata's.
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
-    return StatefulDataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers.num_workers,
-        pin_memory=workers.pin_memory,
-        snapshot_every_n_steps=2**31,
-        **options,
-    )
 
 
 class _MicroBatches(Sampler[int]):
@@ -201,20 +146,6 @@ def read_batch(rows: list[tuple[TokenShards, int]], T: int, reset: bool) -> Batc
         "labels": torch.from_numpy(labels),
         "cu_seqlens": pack_boundaries(starts, T) if reset else None,
     }
-
-
-def pack_boundaries(starts: list[np.ndarray], T: int) -> Tensor:
-    """Document boundaries of rows of T tokens, flattened: int32 offsets from 0 to rows * T.
-
-    The list is filled up with rows * T to a multiple of 64 entries: empty documents, so that its length rarely changes
-    and compiled blocks keep their shapes.
-    """
-    end = len(starts) * T
-    offsets = [np.append(begins[begins < T], 0) + i * T for i, begins in enumerate(starts)]
-    unique = np.unique(np.concatenate(offsets))
-    padded = np.full(-(-(len(unique) + 1) // 64) * 64, end, dtype=np.int32)
-    padded[: len(unique)] = unique
-    return torch.from_numpy(padded)
 
 
 class ValidationLoader:

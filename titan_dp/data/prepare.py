@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 
 from titan_dp.data import sources
-from titan_dp.data.shards import MANIFEST, Shard, ShardWriter, TokenShards, write_json
+from titan_dp.data.shards import MANIFEST, Shard, ShardWriter, TokenShards
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
+from titan_dp.files import write_json
 
 SPLITS = ("train", "validation")
 _PROGRESS = "progress.json"

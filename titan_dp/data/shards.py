@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from titan_dp.data.tokenizer import Tokenizer
 from titan_dp.errors import UserError
+from titan_dp.files import file_sha256, write_atomically, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -37,30 +37,6 @@ class Shard:
     starts_file: str
     documents: int
     starts_sha256: str
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> str:
-    """Write a file so that it exists whole or not at all; returns its sha256."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return file_sha256(path)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: object) -> str:
-    return write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 class ShardWriter:

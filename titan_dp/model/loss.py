@@ -25,7 +25,7 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         weight: [V, D] in hidden's dtype.
         labels: [N] int64, -100 where there is none.
     """
-    if hidden.dtype == torch.float32 and hasattr(F, "linear_cross_entropy"):
+    if hidden.dtype == torch.float32 and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
         return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", ignore_index=IGNORE, options=options)
     return _ChunkedLoss.apply(hidden, weight, labels)  # type: ignore[no-any-return]
