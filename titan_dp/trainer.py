@@ -43,7 +43,7 @@ class Trainer:
         c = self.config = loaded.config
         self.loaded, self.world = loaded, world
         self.run_folder = Path(c.job.dump_folder) / loaded.run_name
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
+        self.console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
         self.backend = chosen_backend(c.model, world.device)
         distributed.set_seeds(c.debug)
         mesh = distributed.build_mesh(c.parallelism, world)
@@ -124,7 +124,7 @@ class Trainer:
     def _announce(self) -> None:
         """The first lines of a run: what runs where, with what, on which data. No silent fallback stays silent."""
         c, say = self.config, self.console.print
-        say(f"[bold]{self.loaded.run_name}[/bold] {c.job.description}".rstrip())
+        say(f"{self.loaded.run_name} {c.job.description}".rstrip(), style="bold")
         say(f"  device      {distributed.describe(self.world, c.parallelism)}")
         say(f"  model       {self.model.describe()}")
         say(f"  recurrence  {self.backend} backend")
@@ -138,7 +138,7 @@ class Trainer:
         )
         say(f"  run folder  {self.run_folder}")
         for warning in self.loaded.warnings():
-            say(f"  [yellow]warning[/yellow]     {warning}")
+            say(f"  warning     {warning}", style="yellow")
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -183,6 +183,7 @@ class Trainer:
                         distributed.set_timeout(c.comm.train_timeout_seconds)
                     profiler.step()
             self.checkpointer.wait()
+            distributed.set_timeout(c.comm.init_timeout_seconds)  # the other ranks wait while rank 0 writes a sample
             self._show_result(metrics)
         finally:
             gc.enable()
@@ -230,8 +231,8 @@ class Trainer:
         say, c = self.console.print, self.config
         if self.world.is_main:
             if c.checkpoint.enable and c.generate.enable:
-                say("\n[bold]sample[/bold]")
-                say(self._sample(), markup=False)
+                say("\nsample", style="bold")
+                say(self._sample())
             say()
             if metrics.validation_loss is not None:
                 say(f"final validation loss  {metrics.validation_loss:.4f} nats a token")
