@@ -1,0 +1,1 @@
+"""Triton kernels of the gated delta product, and what launches them. Importing this needs triton."""
