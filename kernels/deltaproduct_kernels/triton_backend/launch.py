@@ -165,7 +165,7 @@ def forward(
         initial, kind = scan(shape, maps, None, initial_state, cu_seqlens, part, run), 2
     o = torch.empty_like(q[..., :1].expand(*q.shape[:3], shape.dv), memory_format=torch.contiguous_format)
     final = k.new_empty(shape.states, shape.H, shape.dk, shape.dv, dtype=torch.float32)
-    states = k.new_empty(shape.slots(shape.chunk * EVERY) if save else 0, shape.H, shape.dv, shape.dk, dtype=torch.float32)
+    states = k.new_empty(shape.slots(shape.chunk * EVERY) if save else 0, shape.H, shape.dv, shape.dk)
     run_states(
         shape, q, k, v, beta, gates, y, cu_seqlens, scale, part, run,
         initial=initial, kind=kind, o=o, states=states if save else None, every=EVERY, final=final,

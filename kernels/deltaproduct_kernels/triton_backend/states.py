@@ -98,42 +98,43 @@ def states_kernel(
 
     chunk_slot = first_slot(start, sequence, T, CHUNK, PACKED)
     state_slot = first_slot(start, sequence, T, CHUNK * EVERY, PACKED)
-    for chunk in range((begin // CHUNK).to(tl.int32), (tl.cdiv(tl.minimum(begin + span, length), CHUNK)).to(tl.int32)):
+    stop = tl.cdiv(tl.minimum(begin + span, length), CHUNK).to(tl.int32)
+    for chunk in range((begin // CHUNK).to(tl.int32), stop):
         token = start + chunk * CHUNK
         tokens = tl.minimum(length - chunk * CHUNK, CHUNK).to(tl.int32)
         rows = tokens * N
         here = (chunk_slot + chunk) * H + head
         keys = load_rows(k + (token * N * H + head) * DK, rows, H * DK, 0, DK, ROWS, BK)
-        b = load_beta(beta + head, token * N, rows, H, ROWS)
-        if GATED:
-            G = row_gates(gates + here * ROWS, ROWS)
-            last = tl.load(gates + here * ROWS + ROWS - 1)
-        if SAVE_STATES:
-            if chunk % EVERY == 0:
-                saved = ((state_slot + chunk // EVERY) * H + head) * DV * DK
-                store_state(states + saved, S, value, DK, 1, DK, DV, BK, BV)
+        # Both products with S come first, so that its rounded copy need not live on; gates are read where they are used.
         Sd = S.to(dtype)
-        if SUMMARY:
-            E = tl.zeros([BV, ROWS], tl.float32)
-            if block < NV:
-                E += load_columns(v + (token * N * H + head) * DV, rows, H * DV, value, DV, BV, ROWS)
-        else:
-            E = load_columns(v + (token * N * H + head) * DV, rows, H * DV, value, DV, BV, ROWS).to(tl.float32)
+        if READ:
+            queries = load_rows(q + (token * H + head) * DK, tokens, H * DK, 0, DK, TOKENS, BK)
+            out = tl.dot(Sd, tl.trans(queries), input_precision=PRECISION) * scale
         if ERASE:
             X = tl.dot(Sd, tl.trans(keys), input_precision=PRECISION)
             if GATED:
-                X *= tl.exp2(G)[None, :]
+                X *= tl.exp2(row_gates(gates + here * ROWS, ROWS))[None, :]
+        if SAVE_STATES:
+            if chunk % EVERY == 0:
+                saved = ((state_slot + chunk // EVERY) * H + head) * DV * DK
+                store_state(states + saved, Sd, value, DK, 1, DK, DV, BK, BV)
+        if SUMMARY:
+            E = tl.zeros([BV, ROWS], tl.float32)
+            if block < NV:
+                E += tl.trans(load_rows(v + (token * N * H + head) * DV, rows, H * DV, value, DV, ROWS, BV))
+        else:
+            E = tl.trans(load_rows(v + (token * N * H + head) * DV, rows, H * DV, value, DV, ROWS, BV)).to(tl.float32)
+        if ERASE:
             solved = tl.load(y + here * ROWS * ROWS + tl.arange(0, ROWS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :])
             E = tl.dot((E - X).to(dtype), tl.trans(solved), input_precision=PRECISION)
         if SAVE_ERRORS:
             store_columns(errors + (token * N * H + head) * DV, E, rows, H * DV, value, DV, BV, ROWS)
-        U = E * b[None, :]
+        U = E * load_beta(beta + head, token * N, rows, H, ROWS)[None, :]
         if READ:
-            queries = load_rows(q + (token * H + head) * DK, tokens, H * DK, 0, DK, TOKENS, BK)
             P = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
             reads = read_mask(tokens, N, ROWS, TOKENS)
-            out = tl.dot(Sd, tl.trans(queries), input_precision=PRECISION) * scale
             if GATED:
+                G = row_gates(gates + here * ROWS, ROWS)
                 Gt = token_gates(gates + here * ROWS, N, CHUNK, TOKENS)
                 P *= tl.exp2(tl.where(reads, Gt[None, :] - G[:, None], 0.0))
                 out *= tl.exp2(Gt)[None, :]
@@ -141,7 +142,8 @@ def states_kernel(
             out = tl.dot(U.to(dtype), P.to(dtype), out, input_precision=PRECISION)
             store_columns(o + (token * H + head) * DV, out, tokens, H * DV, value, DV, BV, TOKENS)
         if GATED:
-            U *= tl.exp2(last - G)[None, :]
+            last = tl.load(gates + here * ROWS + ROWS - 1)
+            U *= tl.exp2(last - row_gates(gates + here * ROWS, ROWS))[None, :]
             S *= tl.exp2(last)
         S = tl.dot(U.to(dtype), keys, S, input_precision=PRECISION)
 

@@ -101,16 +101,27 @@ def load_state(base, value, stride_v, stride_k, DK: tl.constexpr, DV: tl.constex
     """S^T [BV, BK] in float32, values from `value` on, from a state whose element (v, k) is at v stride_v + k stride_k."""
     v = value + tl.arange(0, BV)
     k = tl.arange(0, BK)
-    mask = (v < DV)[:, None] & (k < DK)[None, :]
-    return tl.load(base + v[:, None] * stride_v + k[None, :] * stride_k, mask=mask, other=0.0).to(tl.float32)
+    pointers = base + v[:, None] * stride_v + k[None, :] * stride_k
+    if DV % BV == 0 and DK == BK:
+        state = tl.load(pointers)
+    else:
+        state = tl.load(pointers, mask=(v < DV)[:, None] & (k < DK)[None, :], other=0.0)
+    return state.to(tl.float32)
 
 
 @triton.jit
-def store_state(base, state, value, stride_v, stride_k, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def store_state(
+    base, state, value, stride_v, stride_k, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
+):
+    """The inverse of `load_state`, in the memory's dtype."""
     v = value + tl.arange(0, BV)
     k = tl.arange(0, BK)
-    mask = (v < DV)[:, None] & (k < DK)[None, :]
-    tl.store(base + v[:, None] * stride_v + k[None, :] * stride_k, state.to(base.dtype.element_ty), mask=mask)
+    pointers = base + v[:, None] * stride_v + k[None, :] * stride_k
+    state = state.to(base.dtype.element_ty)
+    if DV % BV == 0 and DK == BK:
+        tl.store(pointers, state)
+    else:
+        tl.store(pointers, state, mask=(v < DV)[:, None] & (k < DK)[None, :])
 
 
 @triton.jit
