@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deltaproduct_kernels.recurrent import compute_dtype
+from deltaproduct_kernels.recurrent import compute_dtype, read_offsets
 
 
 def chunk_tokens(n: int, dk: int) -> int:
@@ -60,7 +60,7 @@ class Layout:
         if cu_seqlens is None:
             count = -(-T // C)
             return Layout(C, B * count, B, [B] * count, None, None, None)
-        offsets = cu_seqlens.detach().cpu().to(torch.int64)
+        offsets = torch.tensor(read_offsets(cu_seqlens, T))
         lengths = offsets.diff()
         order = torch.argsort(lengths, descending=True, stable=True)
         counts = -(-lengths[order] // C)  # chunks of each sequence, falling

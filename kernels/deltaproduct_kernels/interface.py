@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from deltaproduct_kernels import ops
-from deltaproduct_kernels.recurrent import recurrent_forward
+from deltaproduct_kernels.recurrent import read_offsets, recurrent_forward
 
-BACKENDS = ("recurrent", "torch")
+BACKENDS = ("recurrent", "torch", "triton")
+DECODE_TOKENS = 4
+"""Up to so many tokens without gradients are decoded step by step: chunks would be nearly empty."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def resolve_backend(name: str, device: torch.device) -> str:
-    """The implementation that `name` ('auto' or a backend's name) means on `device`.
+def resolve_backend(
+    name: str, device: torch.device, dtype: torch.dtype | None = None, dk: int | None = None, dv: int | None = None
+) -> str:
+    """The implementation that `name` ('auto' or a backend's name) means for such tensors; unknown sizes are taken to fit.
 
-    Raises ValueError for a name that is not available.
+    'auto' is 'triton' on a GPU that it supports, and 'torch' elsewhere.
+
+    Raises:
+        ValueError: for a name that is unknown, or 'triton' where it cannot run.
     """
     if name == "auto":
-        return "torch"
+        return "triton" if device.type == "cuda" and _why_not_triton(device, dtype, dk, dv) is None else "torch"
     if name not in BACKENDS:
         raise ValueError(f"backend = {name!r} is not available; choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+    if name == "triton" and (reason := _why_not_triton(device, dtype, dk, dv)):
+        raise ValueError(f"backend = 'triton' cannot run: {reason}; choose 'torch' or 'auto'")
     return name
+
+
+def triton_ops() -> ModuleType:
+    """The Triton operators, imported when first needed: without Triton everything else works."""
+    from deltaproduct_kernels.triton_backend import ops
+
+    return ops
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype | None, dk: int | None, dv: int | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return triton_ops().why_not(device, dtype, dk, dv)
 
 
 def gated_delta_product(
@@ -37,6 +63,7 @@ def gated_delta_product(
     cu_seqlens: Tensor | None = None,
     erase: bool = True,
     backend: str = "auto",
+    validate: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The DeltaProduct recurrence (Siems et al. 2025, arXiv 2502.10297, section 4). For each head, in order of t and j:
 
@@ -59,7 +86,11 @@ def gated_delta_product(
         cu_seqlens: [N + 1] int32 or int64 offsets of packed sequences, from 0 to T; B must be 1. Sequences of no tokens
             are legal: their final state is their initial one.
         erase: False drops S^T k, which makes it gated linear attention.
-        backend: 'recurrent' (the definition), 'torch' (chunked matrix products), or 'auto'.
+        backend: 'recurrent' (the definition), 'torch' (chunked matrix products on any device), 'triton' (kernels for NVIDIA
+            GPUs from Ampere on; q, k and v of one dtype, dk and dv from 16 to 256), or 'auto'. Without gradients, 'auto' and
+            'triton' decode up to 4 tokens step by step.
+        validate: look at the values of cu_seqlens, k, beta and g too, which waits for a GPU; default: whether the environment
+            variable DELTAPRODUCT_VALIDATE is 1.
 
     Returns:
         o [B, T, H, dv] in q's dtype, and the final state [N, H, dk, dv] in float32 (float64 for float64 queries) or None.
@@ -68,13 +99,42 @@ def gated_delta_product(
         ValueError: for shapes, dtypes, devices or a backend that do not fit; names the argument.
     """
     _check(q, k, v, beta, g, initial_state, cu_seqlens)
+    if validate or (validate is None and os.environ.get("DELTAPRODUCT_VALIDATE") == "1"):
+        _check_values(q, k, beta, g, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if resolve_backend(backend, q.device) == "recurrent":
+    chosen = resolve_backend(backend, q.device, q.dtype, q.shape[-1], v.shape[-1])
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state))
+    decode = not trained and cu_seqlens is None and q.shape[1] <= DECODE_TOKENS
+    if chosen == "triton":
+        for name, x in (("k", k), ("v", v)):
+            if x.dtype != q.dtype:
+                raise ValueError(
+                    f"{name} has dtype {x.dtype}, but q {q.dtype}; backend 'triton' takes one dtype for q, k and v"
+                )
+        if decode:
+            o, state = triton_ops().triton_decode(q, k, v, beta, g, initial_state, scale, erase)
+        else:
+            o, state, *_ = triton_ops().triton_chunk(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase, trained)
+    elif chosen == "recurrent" or (decode and backend == "auto"):
         o, state = recurrent_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase)
         o = o.to(q.dtype)
     else:
         o, state, _ = ops.chunk(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase)
     return o, state if output_final_state else None
+
+
+def _check_values(q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """What shapes cannot tell. Raises ValueError naming the argument."""
+    if cu_seqlens is not None:
+        read_offsets(cu_seqlens, q.shape[1])
+    norms = k.detach().float().norm(dim=-1)
+    wrong = (norms - 1).abs().gt(0.02) & norms.gt(1e-3)  # a zero key is a step switched off; bfloat16 rounds by 0.004
+    if wrong.any():
+        raise ValueError(f"k has a key of length {norms[wrong][0].item():.4g}; keys must have length 1 (or 0): normalise them")
+    if not ((beta >= 0) & (beta <= 2)).all():
+        raise ValueError(f"beta has values from {beta.min().item():.4g} to {beta.max().item():.4g}; expected 0 to 2")
+    if g is not None and not (g <= 0).all():
+        raise ValueError(f"g has values up to {g.max().item():.4g}; a log decay is at most 0")
 
 
 def _check(

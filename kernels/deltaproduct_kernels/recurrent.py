@@ -17,6 +17,21 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def read_offsets(cu_seqlens: Tensor, T: int) -> list[int]:
+    """The offsets of packed sequences on the host, which waits for a GPU.
+
+    Raises:
+        ValueError: unless they rise from 0 to T.
+    """
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != T:
+        raise ValueError(f"cu_seqlens runs from {offsets[0]} to {offsets[-1]}; it must run from 0 to T = {T}")
+    for before, after in itertools.pairwise(offsets):
+        if after < before:
+            raise ValueError(f"cu_seqlens decreases from {before} to {after}; offsets must not decrease")
+    return offsets
+
+
 def recurrence_flops(tokens: int, heads: int, dk: int, dv: int, n: int, gated: bool, erase: bool = True) -> int:
     """Model FLOPs of the forward recurrence: what the definition needs, whatever algorithm computes it.
 
@@ -40,7 +55,7 @@ def recurrent_forward(
     """Shapes as in `gated_delta_product`; returns o [B,T,H,dv] in q's dtype and the final state [N,H,dk,dv]."""
     if cu_seqlens is None:
         return _one_length(q, k, v, beta, g, initial_state, scale, erase)
-    offsets = cu_seqlens.tolist()
+    offsets = read_offsets(cu_seqlens, q.shape[1])
     outputs, states = [], []
     for i, (start, end) in enumerate(itertools.pairwise(offsets)):
         token = slice(start, end)

@@ -14,7 +14,6 @@ import triton.language as tl
 from deltaproduct_kernels.triton_backend.tiles import (
     first_slot,
     load_beta,
-    load_columns,
     load_rows,
     load_state,
     locate,
@@ -89,36 +88,37 @@ def adjoint_kernel(
         here = (chunk_slot + chunk) * H + head
         keys = load_rows(k + (token * N * H + head) * DK, rows, H * DK, 0, DK, ROWS, BK)
         queries = load_rows(q + (token * H + head) * DK, tokens, H * DK, 0, DK, TOKENS, BK)
-        dO = load_columns(do + (token * H + head) * DV, tokens, H * DV, value, DV, BV, TOKENS)
-        b = load_beta(beta + head, token * N, rows, H, ROWS)
+        dO = tl.trans(load_rows(do + (token * H + head) * DV, tokens, H * DV, value, DV, TOKENS, BV))
         if not SUMMARY:
             store_state(adjoints + here * DV * DK, dS, value, DK, 1, DK, DV, BK, BV)
         dU = tl.dot(dS.to(dtype), tl.trans(keys), input_precision=PRECISION)
-        P = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         t = tl.arange(0, TOKENS)
         reads = ((tl.arange(0, ROWS) // N)[None, :] <= t[:, None]) & (t < tokens)[:, None]
-        dR = dO.to(tl.float32) * scale
+        P = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         if GATED:
+            last = tl.load(gates + here * ROWS + ROWS - 1)
+            dS *= tl.exp2(last)
             G = row_gates(gates + here * ROWS, ROWS)
             Gt = token_gates(gates + here * ROWS, N, CHUNK, TOKENS)
-            last = tl.load(gates + here * ROWS + ROWS - 1)
             P *= tl.exp2(tl.where(reads, Gt[:, None] - G[None, :], 0.0))
-            dU *= tl.exp2(last - G)[None, :]
-            dR *= tl.exp2(Gt)[None, :]
-            dS *= tl.exp2(last)
+            dU *= tl.exp2(last - row_gates(gates + here * ROWS, ROWS))[None, :]
         P = tl.where(reads, P, 0.0)
         dU = tl.dot(dO, P.to(dtype), dU, input_precision=PRECISION)
-        dV = dU * b[None, :]
+        dR = dO.to(tl.float32) * scale
+        if GATED:
+            dR *= tl.exp2(token_gates(gates + here * ROWS, N, CHUNK, TOKENS))[None, :]
         dS = tl.dot(dR.to(dtype), queries, dS, input_precision=PRECISION)
+        dV = dU * load_beta(beta + head, token * N, rows, H, ROWS)[None, :]
         if ERASE:
             solved = tl.load(y + here * ROWS * ROWS + tl.arange(0, ROWS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :])
             dV = tl.dot(dV.to(dtype), solved, input_precision=PRECISION)
-            erased = -dV
-            if GATED:
-                erased *= tl.exp2(G)[None, :]
-            dS = tl.dot(erased.to(dtype), keys, dS, input_precision=PRECISION)
         if not SUMMARY:
             store_columns(dv + (token * N * H + head) * DV, dV, rows, H * DV, value, DV, BV, ROWS)
+        if ERASE:
+            erased = -dV
+            if GATED:
+                erased *= tl.exp2(row_gates(gates + here * ROWS, ROWS))[None, :]
+            dS = tl.dot(erased.to(dtype), keys, dS, input_precision=PRECISION)
 
     if SUMMARY:
         store_state(initial + (slot.to(tl.int64) * H + head) * DV * DK, dS, value, DK, 1, DK, DV, BK, BV)

@@ -20,13 +20,10 @@ from deltaproduct_kernels.triton_backend.adjoint import adjoint_kernel
 from deltaproduct_kernels.triton_backend.configs import Config
 from deltaproduct_kernels.triton_backend.decode import decode_kernel
 from deltaproduct_kernels.triton_backend.gradients import gradients_kernel
+from deltaproduct_kernels.triton_backend.layout import EVERY, ROWS, Size
 from deltaproduct_kernels.triton_backend.scan import scan_kernel
 from deltaproduct_kernels.triton_backend.solve import solve_kernel
 from deltaproduct_kernels.triton_backend.states import states_kernel
-from deltaproduct_kernels.triton_backend.tiles import ROWS, chunk_tokens, slots
-
-EVERY = 4
-"""Chunks between the states the forward pass saves: 256 rows, so dk dv / 64 bytes a row in float32."""
 
 INTERPRETED = not isinstance(solve_kernel, triton.JITFunction)
 """Whether TRITON_INTERPRET=1 was set when triton was imported: kernels then run on the CPU."""
@@ -54,42 +51,30 @@ def runner(device: torch.device) -> Runner:
     return Runner(arch, properties.multi_processor_count)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of one call, and what every kernel is told of them."""
+@dataclass(frozen=True, kw_only=True)
+class Shape(Size):
+    """The sizes of one call on one chip."""
 
-    B: int
-    T: int
-    n: int
-    H: int
-    dk: int
-    dv: int
-    bits: int
-    gated: bool
-    erase: bool
-    sequences: int | None  # of packed sequences; None: B rows
     arch: int
     processors: int
 
     @staticmethod
     def of(k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, erase: bool, run: Runner) -> Shape:
         B, T, n, H, dk = k.shape
-        sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
-        bits = k.element_size() * 8
-        return Shape(B, T, n, H, dk, v.shape[-1], bits, g is not None, erase, sequences, run.arch, run.processors)
-
-    @property
-    def chunk(self) -> int:
-        """Tokens a chunk."""
-        return chunk_tokens(self.n)
-
-    @property
-    def states(self) -> int:
-        """Number of initial and final states."""
-        return self.B if self.sequences is None else self.sequences
-
-    def slots(self, span: int) -> int:
-        return slots(self.B, self.T, self.sequences, span)
+        return Shape(
+            B=B,
+            T=T,
+            n=n,
+            H=H,
+            dk=dk,
+            dv=v.shape[-1],
+            bits=k.element_size() * 8,
+            gated=g is not None,
+            erase=erase,
+            sequences=None if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+            arch=run.arch,
+            processors=run.processors,
+        )
 
     @property
     def whole(self) -> int:
@@ -130,7 +115,7 @@ class Shape:
             "PRECISION": "tf32x3",  # of float32 inputs; 16-bit ones have one precision
         }
         if values:
-            arguments |= {"DV": self.dv, "TOKENS": max(16, triton.next_power_of_2(self.chunk))}
+            arguments |= {"DV": self.dv, "TOKENS": self.tile_tokens}
         return arguments
 
 

@@ -18,7 +18,6 @@ import triton.language as tl
 from deltaproduct_kernels.triton_backend.tiles import (
     first_slot,
     load_beta,
-    load_columns,
     load_rows,
     load_state,
     locate,

@@ -10,19 +10,6 @@ built, nothing is read on the host, and the number of slots, T // S + sequences,
 import triton
 import triton.language as tl
 
-ROWS: int = 64
-"""Rows a chunk: one tile of a Hopper matrix instruction; more doubles the triangular solve for no saving in traffic."""
-
-
-def chunk_tokens(n: int) -> int:
-    """Tokens a chunk for n steps a token."""
-    return ROWS // n
-
-
-def slots(B: int, T: int, sequences: int | None, span: int) -> int:
-    """Slots for spans of `span` tokens in B rows of T tokens, or in `sequences` packed sequences of T tokens in all."""
-    return B * max(1, -(-T // span)) if sequences is None else T // span + sequences
-
 
 @triton.jit
 def first_slot(start, sequence, T, span, PACKED: tl.constexpr):
@@ -110,9 +97,7 @@ def load_state(base, value, stride_v, stride_k, DK: tl.constexpr, DV: tl.constex
 
 
 @triton.jit
-def store_state(
-    base, state, value, stride_v, stride_k, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
-):
+def store_state(base, state, value, stride_v, stride_k, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     """The inverse of `load_state`, in the memory's dtype."""
     v = value + tl.arange(0, BV)
     k = tl.arange(0, BK)

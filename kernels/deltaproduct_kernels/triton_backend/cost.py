@@ -1,0 +1,88 @@
+"""Bytes and FLOPs of every kernel, counted from what the code loads, stores and multiplies; no Triton needed.
+
+Bytes count each load and store once; what a second program reads again soon after is taken to hit the second-level cache.
+FLOPs are those of matrix products as executed, 2 a multiply-add, tiles of 64 rows whether full or not; the triangular
+solve counts its two merges. `roofline` turns both into the least time a chip can need.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from deltaproduct_kernels.triton_backend.layout import EVERY, ROWS, Size
+
+
+class Cost(NamedTuple):
+    kernel: str
+    bytes: int
+    flops: int
+
+
+def _token_heads(s: Size) -> int:
+    return s.B * s.T * s.H
+
+
+def _chunks(s: Size) -> int:
+    """Chunks of all heads; for packed sequences their bound."""
+    return s.slots(s.chunk) * s.H
+
+
+def forward(s: Size, *, save: bool = True) -> list[Cost]:
+    """`launch.forward` for sequences that are not split."""
+    w, th, rows = s.bits // 8, _token_heads(s), _token_heads(s) * s.n
+    R, C = ROWS, s.tile_tokens
+    y, gates = _chunks(s) * R * R * w * s.erase, _chunks(s) * R * 4 * s.gated
+    out = [
+        Cost(
+            "solve",
+            (rows * (s.dk * w + 4) * s.erase + th * 4 * s.gated) + y + gates,
+            2 * _chunks(s) * (R * R * s.dk + 4 * R**3) * s.erase,
+        )
+    ]
+    sparse = _chunks(s) // EVERY * s.dk * s.dv * w * save
+    read = rows * ((s.dk + s.dv) * w + 4) + th * s.dk * w + y + gates
+    macs = R * s.dk * s.dv * (1 + s.erase) + R * R * s.dv * s.erase  # K S and U^T K; Y E
+    macs += C * s.dk * s.dv + R * C * (s.dk + s.dv)  # the read-out
+    return [*out, Cost("states", read + th * s.dv * w + sparse, 2 * _chunks(s) * macs)]
+
+
+def backward(s: Size) -> list[Cost]:
+    """`launch.backward` for sequences that are not split."""
+    w, th, rows = s.bits // 8, _token_heads(s), _token_heads(s) * s.n
+    R, C = ROWS, s.tile_tokens
+    y, gates, states = _chunks(s) * R * R * w * s.erase, _chunks(s) * R * 4 * s.gated, _chunks(s) * s.dk * s.dv * w
+    adjoint = Cost(
+        "adjoint",
+        rows * ((s.dk + s.dv) * w + 4) + th * (s.dk + s.dv) * w + y + gates + states,
+        2 * _chunks(s) * (R * s.dk * s.dv * (1 + s.erase) + C * s.dk * s.dv + R * C * (s.dk + s.dv) + R * R * s.dv * s.erase),
+    )
+    recompute = Cost(
+        "states (again)",
+        rows * ((s.dk + 2 * s.dv) * w + 4) + y + gates + states // EVERY + states,
+        2 * _chunks(s) * (R * s.dk * s.dv * (1 + s.erase) + R * R * s.dv * s.erase),
+    )
+    macs = R * C * (2 * s.dk + s.dv) + R * C * s.dk + C * s.dk * s.dv + R * s.dk * s.dv * (1 + s.erase)
+    macs += (2 * R * R * s.dv + 2 * R * R * s.dk) * s.erase
+    gradients = Cost(
+        "gradients",
+        rows * ((2 * s.dk + s.dv + s.dv * s.erase) * w + 8) + th * ((2 * s.dk + s.dv) * w + 4 * s.gated) + gates + 2 * states,
+        2 * _chunks(s) * macs,
+    )
+    return [adjoint, recompute, gradients]
+
+
+def saved(s: Size) -> int:
+    """Bytes kept for the backward pass besides the inputs."""
+    return _chunks(s) * (ROWS * ROWS * s.bits // 8 * s.erase + ROWS * 4 * s.gated + s.dk * s.dv * s.bits // 8 // EVERY)
+
+
+def ideal(s: Size) -> tuple[int, int]:
+    """Bytes that no implementation can avoid, forward and backward: inputs read once, outputs written once."""
+    w, th, rows = s.bits // 8, _token_heads(s), _token_heads(s) * s.n
+    inputs = th * s.dk * w + rows * ((s.dk + s.dv) * w + 4) + th * 4 * s.gated
+    return inputs + th * s.dv * w, 2 * inputs + th * s.dv * w
+
+
+def roofline(costs: list[Cost], bandwidth: float, flops: float) -> float:
+    """Seconds: for each kernel the longer of its traffic at `bandwidth` bytes/s and its products at `flops` FLOP/s."""
+    return sum(max(c.bytes / bandwidth, c.flops / flops) for c in costs)

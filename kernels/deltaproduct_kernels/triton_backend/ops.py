@@ -1,0 +1,165 @@
+"""The kernels as torch.library custom operators: one node for the compiler and for checkpointing policies.
+
+As in `deltaproduct_kernels.ops`: fake kernels give shapes without data, autograd's backward is an operator itself, and FLOP
+formulas count the matrix products that are executed. Under TRITON_INTERPRET=1 the same operators run on the CPU; Triton's
+interpreter multiplies bfloat16 as raw bits, so here, and only there, such tensors are computed with as float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from deltaproduct_kernels.recurrent import read_offsets
+from deltaproduct_kernels.triton_backend import configs, cost, launch
+from deltaproduct_kernels.triton_backend.layout import EVERY, ROWS, Size
+
+
+@torch.library.custom_op("deltaproduct::triton_chunk", mutates_args=())
+def triton_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    erase: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the final state, and what the backward pass needs: Y, gates and sparse states, empty unless `save`."""
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        read_offsets(cu_seqlens, q.shape[1])  # costs nothing there; on a GPU only on request
+    wide: Any = [_computable(x) for x in (q, k, v, beta, g, initial_state)]
+    o, final, *kept = launch.forward(*wide, cu_seqlens, scale, erase, save)
+    if not save:
+        kept = [x.new_empty(0) for x in kept]
+    y, gates, states = kept
+    return o.to(q.dtype), final, y.to(k.dtype), gates, states.to(k.dtype)
+
+
+@triton_chunk.register_fake
+def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase, save):  # type: ignore[no-untyped-def]
+    size = _size(k.shape, v.shape, g, None if cu_seqlens is None else cu_seqlens.shape, erase)
+    H, dk, dv, single = size.H, size.dk, size.dv, torch.float32
+    o = q.new_empty(*q.shape[:3], dv)
+    final = q.new_empty(size.states, H, dk, dv, dtype=single)
+    if not save:
+        return o, final, k.new_empty(0), k.new_empty(0, dtype=single), k.new_empty(0)
+    chunks, saved = size.slots(size.chunk), size.slots(size.chunk * EVERY)
+    y = k.new_empty(chunks if erase else 0, H, ROWS, ROWS)
+    gates = k.new_empty(0 if g is None else chunks, H, ROWS, dtype=single)
+    return o, final, y, gates, k.new_empty(saved, H, dv, dk)
+
+
+@torch.library.custom_op("deltaproduct::triton_chunk_backward", mutates_args=())
+def triton_chunk_backward(
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    states: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    erase: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, beta, g (empty without a gate) and the initial state."""
+    wide: Any = [_computable(x) for x in (do, dfinal, q, k, v, beta, g, y, gates, states)]
+    *grads, dg, dinitial = launch.backward(*wide, cu_seqlens, scale, erase)
+    dq, dk, dv, dbeta = (d.to(x.dtype) for d, x in zip(grads, (q, k, v, beta), strict=True))
+    return dq, dk, dv, dbeta, q.new_empty(0) if dg is None or g is None else dg.to(g.dtype), dinitial
+
+
+@triton_chunk_backward.register_fake
+def _(do, dfinal, q, k, v, beta, g, y, gates, states, cu_seqlens, scale, erase):  # type: ignore[no-untyped-def]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dinitial = q.new_empty(sequences, q.shape[2], q.shape[3], v.shape[-1], dtype=torch.float32)
+    return (*(x.new_empty(x.shape) for x in (q, k, v, beta)), q.new_empty(0) if g is None else g.new_empty(g.shape), dinitial)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, beta, g, initial_state, cu_seqlens, ctx.scale, ctx.erase, save = inputs
+    assert save, "called for a gradient without keeping what it needs"
+    ctx.save_for_backward(q, k, v, beta, g, *output[2:], cu_seqlens)
+    ctx.state_dtype = None if initial_state is None else initial_state.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> tuple:
+    q, k, v, beta, g, y, gates, states, cu_seqlens = ctx.saved_tensors
+    if do is None:
+        do = q.new_zeros(*q.shape[:3], v.shape[-1])
+    *grads, dg, dstate = triton_chunk_backward(do, dfinal, q, k, v, beta, g, y, gates, states, cu_seqlens, ctx.scale, ctx.erase)
+    dstate = None if ctx.state_dtype is None else dstate.to(ctx.state_dtype)
+    return *grads, None if g is None else dg, dstate, None, None, None, None
+
+
+triton_chunk.register_autograd(_backward, setup_context=_setup_context)
+
+TRITON_CHUNK_OP = torch.ops.deltaproduct.triton_chunk.default
+
+
+@torch.library.custom_op("deltaproduct::triton_decode", mutates_args=())
+def triton_decode(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor | None, scale: float, erase: bool
+) -> tuple[Tensor, Tensor]:
+    """o of a few tokens, and the state after them; no gradients."""
+    wide: Any = [_computable(x) for x in (q, k, v, beta, g, state)]
+    o, after = launch.decode(*wide, scale, erase)
+    return o.to(q.dtype), after
+
+
+@triton_decode.register_fake
+def _(q, k, v, beta, g, state, scale, erase):  # type: ignore[no-untyped-def]
+    B, _, H, dk = q.shape
+    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(B, H, dk, v.shape[-1], dtype=torch.float32)
+
+
+def _computable(x: Tensor | None) -> Tensor | None:
+    """Contiguous, and in a dtype that the kernels compute with here."""
+    if x is None:
+        return None
+    if launch.INTERPRETED and x.dtype == torch.bfloat16:
+        x = x.float()
+    return x.contiguous()
+
+
+def why_not(device: torch.device, dtype: torch.dtype | None = None, dk: int | None = None, dv: int | None = None) -> str | None:
+    """Why these kernels cannot run this, as the end of a sentence; None if they can."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return f"{torch.cuda.get_device_name(device)} is older than Ampere"
+    elif not launch.INTERPRETED:
+        return f"it needs a CUDA device, not {device.type!r}"
+    if dtype == torch.float64:
+        return "q has dtype torch.float64; allowed are float32, bfloat16 and float16"
+    for name, size in (("dk", dk), ("dv", dv)):
+        if size is not None and not 16 <= size <= configs.SIZES[-1]:
+            return f"{name} = {size}; heads of 16 to {configs.SIZES[-1]} are allowed"
+    return None
+
+
+def _size(k: Any, v: Any, g: Any, cu_seqlens: Any, erase: bool) -> Size:
+    """From shapes."""
+    sequences = None if cu_seqlens is None else cu_seqlens[0] - 1
+    B, T, n, H, dk = k
+    return Size(B, T, n, H, dk, v[-1], gated=g is not None, erase=erase, sequences=sequences)
+
+
+@register_flop_formula(torch.ops.deltaproduct.triton_chunk)
+def _chunk_flops(q, k, v, beta, g, state, cu_seqlens, scale, erase, save, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    return sum(kernel.flops for kernel in cost.forward(_size(k, v, g, cu_seqlens, erase), save=save))
+
+
+@register_flop_formula(torch.ops.deltaproduct.triton_chunk_backward)
+def _backward_flops(do, dfinal, q, k, v, beta, g, y, gates, states, cu_seqlens, scale, erase, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    return sum(kernel.flops for kernel in cost.backward(_size(k, v, g, cu_seqlens, erase)))
