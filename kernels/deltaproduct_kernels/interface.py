@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from deltaproduct_kernels import ops
 from deltaproduct_kernels.recurrent import read_offsets, recurrent_forward
+from deltaproduct_kernels.triton_backend import ops as triton_ops
+from deltaproduct_kernels.triton_backend.ops import why_not
 
 BACKENDS = ("recurrent", "torch", "triton")
 DECODE_TOKENS = 4
@@ -29,25 +29,12 @@ def resolve_backend(
         ValueError: for a name that is unknown, or 'triton' where it cannot run.
     """
     if name == "auto":
-        return "triton" if device.type == "cuda" and _why_not_triton(device, dtype, dk, dv) is None else "torch"
+        return "triton" if device.type == "cuda" and why_not(device, dtype, dk, dv) is None else "torch"
     if name not in BACKENDS:
         raise ValueError(f"backend = {name!r} is not available; choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
-    if name == "triton" and (reason := _why_not_triton(device, dtype, dk, dv)):
+    if name == "triton" and (reason := why_not(device, dtype, dk, dv)):
         raise ValueError(f"backend = 'triton' cannot run: {reason}; choose 'torch' or 'auto'")
     return name
-
-
-def triton_ops() -> ModuleType:
-    """The Triton operators, imported when first needed: without Triton everything else works."""
-    from deltaproduct_kernels.triton_backend import ops
-
-    return ops
-
-
-def _why_not_triton(device: torch.device, dtype: torch.dtype | None, dk: int | None, dv: int | None) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return triton_ops().why_not(device, dtype, dk, dv)
 
 
 def gated_delta_product(
@@ -112,9 +99,9 @@ def gated_delta_product(
                     f"{name} has dtype {x.dtype}, but q {q.dtype}; backend 'triton' takes one dtype for q, k and v"
                 )
         if decode:
-            o, state = triton_ops().triton_decode(q, k, v, beta, g, initial_state, scale, erase)
+            o, state = triton_ops.triton_decode(q, k, v, beta, g, initial_state, scale, erase)
         else:
-            o, state, *_ = triton_ops().triton_chunk(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase, trained)
+            o, state, *_ = triton_ops.triton_chunk(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase, trained)
     elif chosen == "recurrent" or (decode and backend == "auto"):
         o, state = recurrent_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase)
         o = o.to(q.dtype)

@@ -97,9 +97,6 @@ def _backward(ctx: Any, do: Tensor, dfinal: Tensor, dstates: Tensor) -> tuple:
 
 chunk.register_autograd(_backward, setup_context=_setup_context)
 
-CHUNK_OP = torch.ops.deltaproduct.chunk.default
-"""The operator whose outputs a checkpointing policy keeps so that the recurrence is not run twice."""
-
 
 def executed_flops(k: torch.Size, v: torch.Size, chunks: int, *, erase: bool, backward: bool) -> int:
     """FLOPs of the matrix products that the chunked algorithm executes (2 a multiply-add).

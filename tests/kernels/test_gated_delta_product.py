@@ -3,93 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
-from deltaproduct_kernels import CHUNK_OP, executed_flops, gated_delta_product, recurrence_flops, resolve_backend
+from deltaproduct_kernels import CHUNK_OPS, executed_flops, gated_delta_product, recurrence_flops, resolve_backend
 from deltaproduct_kernels.chunked import chunk_tokens, chunked_backward, chunked_forward
 from deltaproduct_kernels.ops import max_chunks
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.kernels.helpers import assert_same, in_float64, make, results, run
+
 INPUTS = ("q", "k", "v", "beta", "g", "initial_state")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN, so that an output nobody wrote cannot pass for zeros."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def make(
-    T: int = 70,
-    *,
-    B: int = 2,
-    H: int = 2,
-    n: int = 2,
-    dk: int = 8,
-    dv: int = 6,
-    gate: float | None = 0.3,
-    beta: float | tuple[float, float] = (0.0, 2.0),
-    correlation: float = 0.0,
-    dtype: torch.dtype = torch.float64,
-    states: int | None = None,
-) -> dict[str, Tensor]:
-    """Fresh random inputs; `gate` is the mean of -g, `correlation` how nearly parallel all keys are."""
-    common = torch.randn(dk, dtype=torch.float64)
-    k = torch.nn.functional.normalize((1 - correlation) * torch.randn(B, T, n, H, dk).double() + correlation * common, dim=-1)
-    low, high = beta if isinstance(beta, tuple) else (beta, beta)
-    tensors = {
-        "q": torch.randn(B, T, H, dk),
-        "k": k,
-        "v": torch.randn(B, T, n, H, dv),
-        "beta": low + (high - low) * torch.rand(B, T, n, H),
-        "initial_state": torch.randn(states or B, H, dk, dv),
-    }
-    if gate is not None:
-        tensors["g"] = -2 * gate * torch.rand(B, T, H)
-    return {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
-
-
-def run(inputs: dict[str, Tensor], backend: str, **options: object) -> tuple[Tensor, Tensor]:
-    o, state = gated_delta_product(**inputs, output_final_state=True, backend=backend, **options)  # type: ignore[arg-type]
-    assert state is not None
-    return o, state
-
-
-def results(inputs: dict[str, Tensor], backend: str, seed: int = 0, **options: object) -> dict[str, Tensor]:
-    """Output, final state and all gradients for a random cotangent (the same for every backend)."""
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
-    o, state = run(leaves, backend, **options)
-    generator = torch.Generator().manual_seed(seed)
-    do = torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)
-    dstate = torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state.dtype)
-    torch.autograd.backward([o, state], [do, dstate])
-    gradients = {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
-    assert set(gradients) == {f"d{name}" for name in leaves}
-    return {"o": o.detach(), "state": state.detach(), **gradients}
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square error relative to the expected root mean square."""
-    assert actual.shape == expected.shape
-    difference = (actual.double() - expected.double()).square().mean().sqrt()
-    return float(difference / expected.double().square().mean().sqrt().clamp_min(1e-12))
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert actual.keys() == expected.keys()
-    errors = {name: error(actual[name], expected[name]) for name in expected}
-    assert all(e < tolerance for e in errors.values()), errors
-
-
-def in_float64(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.detach().double() for name, x in inputs.items()}
 
 
 @pytest.mark.parametrize("n", range(1, 9))
@@ -269,7 +195,7 @@ def test_selective_checkpointing_does_not_run_the_recurrence_twice(monkeypatch: 
     monkeypatch.setattr(ops, "chunked_forward", lambda *a: (calls.append(1), original(*a))[1])
 
     def policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op is CHUNK_OP else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in CHUNK_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
     inputs = make(20)
     for context, expected in ((None, 2), (lambda: create_selective_checkpoint_contexts(policy), 1)):

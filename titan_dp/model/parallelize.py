@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from deltaproduct_kernels import CHUNK_OP
+from deltaproduct_kernels import CHUNK_OPS
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -22,9 +22,8 @@ from titan_dp.model.transformer import Transformer
 # Outputs that are dear to recompute and small to keep. Of the matmuls every second one is kept: half of the FLOPs of
 # a second forward for half of its memory (torchtitan's choice).
 _MATMULS = frozenset({torch.ops.aten.mm.default})
-_KEPT_OPS = frozenset(
+_KEPT_OPS = CHUNK_OPS | frozenset(
     {
-        CHUNK_OP,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,

@@ -1,12 +1,14 @@
 """The kernels as torch.library custom operators: one node for the compiler and for checkpointing policies.
 
 As in `deltaproduct_kernels.ops`: fake kernels give shapes without data, autograd's backward is an operator itself, and FLOP
-formulas count the matrix products that are executed. Under TRITON_INTERPRET=1 the same operators run on the CPU; Triton's
+formulas count the matrix products that are executed. Triton itself is imported by the first call. Under TRITON_INTERPRET=1 the same operators run on the CPU; Triton's
 interpreter multiplies bfloat16 as raw bits, so here, and only there, such tensors are computed with as float32.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,8 +16,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from deltaproduct_kernels.recurrent import read_offsets
-from deltaproduct_kernels.triton_backend import configs, cost, launch
+from deltaproduct_kernels.triton_backend import configs, cost
 from deltaproduct_kernels.triton_backend.layout import EVERY, ROWS, Size
+
+
+def _launch() -> ModuleType:
+    from deltaproduct_kernels.triton_backend import launch
+
+    return launch
 
 
 @torch.library.custom_op("deltaproduct::triton_chunk", mutates_args=())
@@ -34,8 +42,8 @@ def triton_chunk(
     """o, the final state, and what the backward pass needs: Y, gates and sparse states, empty unless `save`."""
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         read_offsets(cu_seqlens, q.shape[1])  # costs nothing there; on a GPU only on request
-    wide: Any = [_computable(x) for x in (q, k, v, beta, g, initial_state)]
-    o, final, *kept = launch.forward(*wide, cu_seqlens, scale, erase, save)
+    c = _computable
+    o, final, *kept = _launch().forward(c(q), c(k), c(v), c(beta), c(g), c(initial_state), cu_seqlens, scale, erase, save)
     if not save:
         kept = [x.new_empty(0) for x in kept]
     y, gates, states = kept
@@ -73,8 +81,10 @@ def triton_chunk_backward(
     erase: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g (empty without a gate) and the initial state."""
-    wide: Any = [_computable(x) for x in (do, dfinal, q, k, v, beta, g, y, gates, states)]
-    *grads, dg, dinitial = launch.backward(*wide, cu_seqlens, scale, erase)
+    c = _computable
+    *grads, dg, dinitial = _launch().backward(
+        c(do), c(dfinal), c(q), c(k), c(v), c(beta), c(g), c(y), c(gates), c(states), cu_seqlens, scale, erase
+    )
     dq, dk, dv, dbeta = (d.to(x.dtype) for d, x in zip(grads, (q, k, v, beta), strict=True))
     return dq, dk, dv, dbeta, q.new_empty(0) if dg is None or g is None else dg.to(g.dtype), dinitial
 
@@ -105,16 +115,14 @@ def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Tensor | N
 
 triton_chunk.register_autograd(_backward, setup_context=_setup_context)
 
-TRITON_CHUNK_OP = torch.ops.deltaproduct.triton_chunk.default
-
 
 @torch.library.custom_op("deltaproduct::triton_decode", mutates_args=())
 def triton_decode(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor | None, scale: float, erase: bool
 ) -> tuple[Tensor, Tensor]:
     """o of a few tokens, and the state after them; no gradients."""
-    wide: Any = [_computable(x) for x in (q, k, v, beta, g, state)]
-    o, after = launch.decode(*wide, scale, erase)
+    c = _computable
+    o, after = _launch().decode(c(q), c(k), c(v), c(beta), c(g), c(state), scale, erase)
     return o.to(q.dtype), after
 
 
@@ -124,21 +132,23 @@ def _(q, k, v, beta, g, state, scale, erase):  # type: ignore[no-untyped-def]
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(B, H, dk, v.shape[-1], dtype=torch.float32)
 
 
-def _computable(x: Tensor | None) -> Tensor | None:
-    """Contiguous, and in a dtype that the kernels compute with here."""
+def _computable(x: Any) -> Any:
+    """A tensor or None: contiguous, and in a dtype that the kernels compute with here."""
     if x is None:
         return None
-    if launch.INTERPRETED and x.dtype == torch.bfloat16:
+    if _launch().INTERPRETED and x.dtype == torch.bfloat16:
         x = x.float()
     return x.contiguous()
 
 
 def why_not(device: torch.device, dtype: torch.dtype | None = None, dk: int | None = None, dv: int | None = None) -> str | None:
     """Why these kernels cannot run this, as the end of a sentence; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) < (8, 0):
             return f"{torch.cuda.get_device_name(device)} is older than Ampere"
-    elif not launch.INTERPRETED:
+    elif not _launch().INTERPRETED:
         return f"it needs a CUDA device, not {device.type!r}"
     if dtype == torch.float64:
         return "q has dtype torch.float64; allowed are float32, bfloat16 and float16"

@@ -1,0 +1,74 @@
+"""Random inputs of the gated delta product, and how far one backend's outputs and gradients are from another's."""
+
+from __future__ import annotations
+
+import torch
+from deltaproduct_kernels import gated_delta_product
+from torch import Tensor
+
+
+def make(
+    T: int = 70,
+    *,
+    B: int = 2,
+    H: int = 2,
+    n: int = 2,
+    dk: int = 8,
+    dv: int = 6,
+    gate: float | None = 0.3,
+    beta: float | tuple[float, float] = (0.0, 2.0),
+    correlation: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+    states: int | None = None,
+) -> dict[str, Tensor]:
+    """Fresh random inputs; `gate` is the mean of -g, `correlation` how nearly parallel all keys are."""
+    common = torch.randn(dk, dtype=torch.float64)
+    k = torch.nn.functional.normalize((1 - correlation) * torch.randn(B, T, n, H, dk).double() + correlation * common, dim=-1)
+    low, high = beta if isinstance(beta, tuple) else (beta, beta)
+    tensors = {
+        "q": torch.randn(B, T, H, dk),
+        "k": k,
+        "v": torch.randn(B, T, n, H, dv),
+        "beta": low + (high - low) * torch.rand(B, T, n, H),
+        "initial_state": torch.randn(states or B, H, dk, dv),
+    }
+    if gate is not None:
+        tensors["g"] = -2 * gate * torch.rand(B, T, H)
+    return {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
+
+
+def run(inputs: dict[str, Tensor], backend: str, **options: object) -> tuple[Tensor, Tensor]:
+    o, state = gated_delta_product(**inputs, output_final_state=True, backend=backend, **options)  # type: ignore[arg-type]
+    assert state is not None
+    return o, state
+
+
+def results(inputs: dict[str, Tensor], backend: str, seed: int = 0, **options: object) -> dict[str, Tensor]:
+    """Output, final state and all gradients for a random cotangent (the same for every backend)."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    o, state = run(leaves, backend, **options)
+    generator = torch.Generator().manual_seed(seed)
+    do = torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)
+    dstate = torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state.dtype)
+    torch.autograd.backward([o, state], [do, dstate])
+    gradients = {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
+    assert set(gradients) == {f"d{name}" for name in leaves}
+    return {"o": o.detach(), "state": state.detach(), **gradients}
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square error relative to the expected root mean square."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach(), expected.detach()
+    difference = (actual.double() - expected.double()).square().mean().sqrt()
+    return float(difference / expected.double().square().mean().sqrt().clamp_min(1e-12))
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    errors = {name: error(actual[name], expected[name]) for name in expected}
+    assert all(e < tolerance for e in errors.values()), errors
+
+
+def in_float64(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach().double() for name, x in inputs.items()}

@@ -1,0 +1,392 @@
+"""The Triton kernels, interpreted on the CPU (or run on a GPU), against the recurrence in float64."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from deltaproduct_kernels import CHUNK_OPS, gated_delta_product, resolve_backend
+from deltaproduct_kernels.triton_backend import cost, launch
+from deltaproduct_kernels.triton_backend.layout import EVERY, Size
+from deltaproduct_kernels.triton_backend.ops import why_not
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.kernels.helpers import assert_same, error, in_float64, make, results, run
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = 5e-6 if DEVICE == "cpu" else 1e-4  # tf32x3 on a GPU
+
+
+def inputs(T: int = 40, **options: Any) -> dict[str, Tensor]:
+    made = make(T, **{"B": 1, "H": 2, "dk": 16, "dv": 32, "dtype": torch.float32} | options)
+    return {name: x.detach().to(DEVICE).requires_grad_() for name, x in made.items()}
+
+
+def assert_equals_the_recurrence(x: dict[str, Tensor], tolerance: float = TOLERANCE, **options: Any) -> None:
+    assert_same(results(x, "triton", **options), results(in_float64(x), "recurrent", **options), tolerance)
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_every_number_of_steps(n: int) -> None:
+    assert_equals_the_recurrence(inputs(70 if n < 4 else 20, n=n))
+
+
+@pytest.mark.parametrize("T", [1, 31, 32, 33, 64, 65])
+def test_every_edge_of_a_chunk(T: int) -> None:
+    assert_equals_the_recurrence(inputs(T))
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        pytest.param({"gate": None}, id="no gate"),
+        pytest.param({"gate": 0.0}, id="gate of one"),
+        pytest.param({"gate": 10.0}, id="strong gate, down to -20 a token"),
+        pytest.param({"beta": 0.0}, id="beta exactly 0"),
+        pytest.param({"beta": 1e-4}, id="beta near 0"),
+        pytest.param({"beta": 2.0}, id="beta exactly 2"),
+        pytest.param({"beta": (1.9, 2.0), "correlation": 0.5, "gate": None}, id="beta near 2, correlated keys"),
+    ],
+)
+@pytest.mark.parametrize("erase", [True, False], ids=["delta", "linear attention"])
+def test_the_ranges_that_hurt(ranges: dict, erase: bool) -> None:
+    assert_equals_the_recurrence(inputs(n=2, **ranges), erase=erase, tolerance=2e-5)
+
+
+def test_beta_near_two_and_all_but_parallel_keys() -> None:
+    """Powers of the triangular matrix overflow here; substitution does not."""
+    assert_equals_the_recurrence(inputs(70, gate=None, beta=(1.99, 2.0), correlation=0.95), tolerance=2e-3)
+
+
+def test_step_sizes_of_zero_keep_their_gradient() -> None:
+    x = inputs()
+    x["beta"].data[:, ::3, 1] = 0
+    got, expected = results(x, "triton"), results(in_float64(x), "recurrent")
+    off = x["beta"] == 0
+    assert error(got["dbeta"][off], expected["dbeta"][off]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("dk", "dv"), [(16, 16), (24, 40), (32, 128), (64, 32), (96, 48), (128, 64), (32, 256), (256, 32), (128, 128)]
+)
+def test_every_head_size(dk: int, dv: int) -> None:
+    assert_equals_the_recurrence(inputs(34, H=1, dk=dk, dv=dv))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("gate", [None, 0.1, 10.0])
+def test_half_precision_is_as_near_as_its_rounding(dtype: torch.dtype, tolerance: float, gate: float | None) -> None:
+    x = inputs(70, gate=gate, dtype=dtype)
+    assert_equals_the_recurrence(x, tolerance)
+    assert {name: y.dtype for name, y in results(x, "triton").items() if name != "state"} == {
+        "o": dtype, **{f"d{name}": dtype for name in x},
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
+def test_the_interpreter_is_wrong_about_bfloat16_and_never_gets_any() -> None:
+    plain = {name: x.detach().bfloat16() for name, x in inputs(20, n=1).items()}
+    q, k, v, beta, g = (plain[name] for name in ("q", "k", "v", "beta", "g"))
+    arguments = (beta, g, None, None, 1.0, True, False)
+    right, *_ = gated_delta_product(q.float(), k.float(), v.float(), beta, g, scale=1.0, backend="recurrent")
+    garbage, *_ = launch.forward(q, k, v, *arguments)
+    assert not error(garbage, right) < 0.1, "the interpreter has learned bfloat16: ops._computable can go"
+    upcast, *_ = gated_delta_product(q, k, v, beta, g, scale=1.0, backend="triton")
+    assert error(upcast, right) < 8e-3
+
+
+# -- packed sequences, and sequences cut among programs --------------------------------------------------------------
+
+CU_SEQLENS = [0, 0, 5, 69, 69, 70, 103, 103, 103]  # empty at the start, in the middle and at the end
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_sequences_with_empty_ones(dtype: torch.dtype) -> None:
+    cu_seqlens = torch.tensor(CU_SEQLENS, dtype=dtype, device=DEVICE)
+    assert_equals_the_recurrence(inputs(103, states=8), cu_seqlens=cu_seqlens)
+
+
+def test_not_a_number_stays_in_its_own_sequence() -> None:
+    x = inputs(103, states=8)
+    x["v"].data[:, 3] = torch.nan
+    got = results(x, "triton", cu_seqlens=torch.tensor(CU_SEQLENS, device=DEVICE))
+    assert got["o"][:, 3:5].isnan().all()
+    for name in ("o", "dq", "dk", "dv", "dbeta", "dg"):
+        assert got[name][:, 5:].isfinite().all(), name
+    assert got["state"][2:].isfinite().all()
+
+
+@pytest.mark.parametrize("packed", [None, [0, 0, 300], [0, 129, 129, 130, 300]])
+@pytest.mark.parametrize(("gate", "erase"), [(0.1, True), (None, True), (0.1, False)])
+def test_a_sequence_cut_among_programs_is_the_same_sequence(packed: list[int] | None, gate: float | None, erase: bool) -> None:
+    x = inputs(300, gate=gate, states=len(packed) - 1 if packed else 1, dv=16)
+    cu_seqlens = None if packed is None else torch.tensor(packed, device=DEVICE)
+    plain = {name: y.detach() for name, y in x.items()}
+    q, k, v, beta, state, g = (plain.get(name) for name in ("q", "k", "v", "beta", "initial_state", "g"))
+    part = 32 * EVERY
+    o, final, *kept = launch.forward(q, k, v, beta, g, state, cu_seqlens, 0.25, erase, True, part=part)  # type: ignore[arg-type]
+    do, dfinal = torch.randn_like(o), torch.randn_like(final)
+    names = [name for name in ("q", "k", "v", "beta", "g", "initial_state") if name in x]
+    got = launch.backward(do, dfinal, q, k, v, beta, g, *kept, cu_seqlens, 0.25, erase, part=part)  # type: ignore[arg-type]
+    wide = {name: y.double().requires_grad_() for name, y in plain.items()}
+    expected_o, expected_final = run(wide, "recurrent", cu_seqlens=cu_seqlens, scale=0.25, erase=erase)
+    expected = torch.autograd.grad([expected_o, expected_final], [wide[name] for name in names], [do.double(), dfinal.double()])
+    gradients = [y for y in got if y is not None]
+    assert_same(
+        dict(zip(["o", "final", *names], [o, final, *gradients], strict=True)),
+        dict(zip(["o", "final", *names], [expected_o, expected_final, *expected], strict=True)),
+        TOLERANCE,
+    )
+
+
+def shape(B: int, T: int, H: int, sequences: int | None = None) -> launch.Shape:
+    return launch.Shape(B=B, T=T, n=2, H=H, dk=128, dv=128, sequences=sequences, arch=90, processors=132)
+
+
+def test_sequences_are_cut_only_when_most_of_the_gpu_would_be_idle() -> None:
+    assert shape(12, 4096, 8).part == shape(12, 4096, 8).whole
+    few = shape(1, 32768, 8)
+    assert few.part < few.whole
+    assert few.part % (few.chunk * EVERY) == 0
+    assert 4 <= -(-few.T // few.part) <= 132
+    assert shape(1, 300, 2).part == shape(1, 300, 2).whole  # too short to be worth it
+    packed = shape(1, 49152, 8, sequences=100)
+    assert packed.part < packed.whole
+
+
+# -- the interface ----------------------------------------------------------------------------------------------------
+
+
+def test_strided_inputs_are_read_rightly() -> None:
+    x = inputs()
+    strided = {name: y.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for name, y in x.items()}
+    assert not any(strided[name].is_contiguous() for name in ("q", "k", "v"))
+    assert_same(results(strided, "triton"), results(in_float64(x), "recurrent"), TOLERANCE)
+
+
+def test_no_tokens_at_all_leave_the_state_as_it_was() -> None:
+    x = inputs(0)
+    o, state = run(x, "triton")
+    assert o.shape == (1, 0, 2, 32)
+    assert torch.equal(state, x["initial_state"])
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("gate", [None, 0.3])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_decoding_equals_the_recurrence(n: int, gate: float | None, tokens: int) -> None:
+    x = inputs(tokens, B=2, n=n, gate=gate, dk=24, dv=40)
+    with torch.no_grad():
+        got, expected = run(x, "triton"), run(in_float64(x), "recurrent")
+    assert error(got[0], expected[0]) < TOLERANCE
+    assert error(got[1], expected[1]) < TOLERANCE
+
+
+def test_token_by_token_equals_all_at_once() -> None:
+    x = {name: y.detach() for name, y in inputs(9).items()}
+    o, state = run(x, "triton")
+    now, outputs = x["initial_state"], []
+    for t in range(9):
+        token = {name: now if name == "initial_state" else y[:, t : t + 1] for name, y in x.items()}
+        out, now = run(token, "triton")
+        outputs.append(out)
+    assert error(torch.cat(outputs, 1), o) < TOLERANCE
+    assert error(now, state) < TOLERANCE
+
+
+def test_inference_keeps_nothing_and_training_less_than_a_kilobyte_a_token_and_head() -> None:
+    from deltaproduct_kernels.triton_backend.ops import triton_chunk
+
+    x = {name: y.detach() for name, y in inputs(64).items()}
+    arguments = (x["q"], x["k"], x["v"], x["beta"], x["g"], None, None, 1.0, True)
+    assert [kept.numel() for kept in triton_chunk(*arguments, False)[2:]] == [0, 0, 0]
+    size = Size(1, 128, 2, 2, 16, 32, bits=32)
+    x = {name: y.detach() for name, y in inputs(128).items()}
+    arguments = (x["q"], x["k"], x["v"], x["beta"], x["g"], None, None, 1.0, True)
+    assert sum(kept.nbytes for kept in triton_chunk(*arguments, True)[2:]) == cost.saved(size)
+    assert cost.saved(Size(1, 4096, 2, 1, 128, 128)) / 4096 < 1024
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_operators_pass_torchs_own_checks(packed: bool) -> None:
+    x = inputs(20, states=3 if packed else 1)
+    cu_seqlens = torch.tensor([0, 4, 9, 20], device=DEVICE) if packed else None  # no slot stays unwritten
+    arguments = tuple(x[name] for name in ("q", "k", "v", "beta", "g", "initial_state"))
+    torch.library.opcheck(torch.ops.deltaproduct.triton_chunk, (*arguments, cu_seqlens, 0.3, True, True))
+    plain = tuple(y.detach() for y in arguments)
+    torch.library.opcheck(torch.ops.deltaproduct.triton_decode, (*plain, 0.3, True))
+
+
+def test_compiles_into_one_full_graph_with_equal_gradients() -> None:
+    def step(x: dict[str, Tensor]) -> list[Tensor]:
+        o, state = run(x, "triton")
+        return [o, state, *torch.autograd.grad(o.sum() + state.sum(), list(x.values()))]
+
+    x = inputs(20)
+    o, state = torch.compile(lambda x: run(x, "triton"), fullgraph=True, backend="aot_eager")(x)
+    gradients = torch.autograd.grad(o.sum() + state.sum(), list(x.values()))
+    for got, expected in zip([o, state, *gradients], step(x), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_selective_checkpointing_does_not_run_the_kernels_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = launch.forward
+    monkeypatch.setattr(launch, "forward", lambda *a: (calls.append(1), original(*a))[1])
+
+    def policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in CHUNK_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    x = inputs(20)
+    for context, expected in ((None, 2), (lambda: create_selective_checkpoint_contexts(policy), 1)):
+        calls.clear()
+        extra = {} if context is None else {"context_fn": context}
+        o, _ = checkpoint(lambda: run({k: x * 1 for k, x in x.items()}, "triton"), use_reentrant=False, **extra)
+        o.sum().backward()
+        assert len(calls) == expected
+
+
+# -- bytes and FLOPs --------------------------------------------------------------------------------------------------
+
+
+class Counter(launch.Runner):
+    """Counts what each interpreted kernel multiplies, and the bytes it touches: each once, read or written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(90, 132)
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        touched: dict[int, set[int]] = {}
+        flops = [0]
+        self.__dict__.update(touched=touched, flops=flops, totals={})
+
+        def watch(name: str, note: Any) -> None:
+            original = getattr(InterpreterBuilder, name)
+
+            def watched(builder: Any, *args: Any, **kwargs: Any) -> Any:
+                note(*args)
+                return original(builder, *args, **kwargs)
+
+            monkeypatch.setattr(InterpreterBuilder, name, watched)
+
+        def touch(pointers: Any, mask: Any) -> None:
+            width = pointers.get_element_ty().primitive_bitwidth // 8
+            touched.setdefault(width, set()).update(pointers.data[mask.data].tolist())
+
+        def multiply(a: Any, b: Any) -> None:
+            flops[0] += 2 * a.data.shape[-2] * a.data.shape[-1] * b.data.shape[-1]
+
+        watch("create_masked_load", lambda pointers, mask, *_: touch(pointers, mask))
+        watch("create_masked_store", lambda pointers, value, mask, *_: touch(pointers, mask))
+        watch("create_dot", lambda a, b, *_: multiply(a, b))
+
+    def __call__(self, kernel: Any, grid: int, config: Any, **arguments: Any) -> None:
+        touched, flops, totals = (self.__dict__[name] for name in ("touched", "flops", "totals"))
+        touched.clear()
+        flops[0] = 0
+        super().__call__(kernel, grid, config, **arguments)
+        name = kernel.__name__.removesuffix("_kernel")
+        moved = sum(width * len(addresses) for width, addresses in touched.items())
+        totals["states (again)" if name in totals else name] = (moved, flops[0])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counted by the interpreter")
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(("gate", "erase"), [(0.1, True), (None, True), (0.1, False)])
+def test_the_cost_model_counts_what_the_kernels_move_and_multiply(
+    monkeypatch: pytest.MonkeyPatch, gate: float | None, erase: bool, n: int
+) -> None:
+    T = 8 * 64 // n
+    x = {name: y.detach() for name, y in inputs(T, n=n, gate=gate, H=1, dk=64).items()}
+    q, k, v, beta, g = (x.get(name) for name in ("q", "k", "v", "beta", "g"))
+    counter = Counter(monkeypatch)
+    o, _, *kept = launch.forward(q, k, v, beta, g, None, None, 1.0, erase, True, run=counter)  # type: ignore[arg-type]
+    launch.backward(o, None, q, k, v, beta, g, *kept, None, 1.0, erase, run=counter)  # type: ignore[arg-type]
+    size = Size(1, T, n, 1, 64, 32, bits=32, gated=gate is not None, erase=erase)
+    for kernel, moved, flops in [*cost.forward(size), *cost.backward(size)]:
+        if kernel in counter.__dict__["totals"]:
+            assert flops == counter.__dict__["totals"][kernel][1], kernel
+            assert moved == pytest.approx(counter.__dict__["totals"][kernel][0], rel=0.05), kernel
+
+
+def test_torchs_flop_counter_sees_the_kernels() -> None:
+    x = inputs(64)
+    with FlopCounterMode(display=False) as counted:
+        results(x, "triton")
+    size = Size(1, 64, 2, 2, 16, 32)
+    assert counted.get_total_flops() == sum(c.flops for c in [*cost.forward(size), *cost.backward(size)])
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.randn(1, 5, 2, 16).half()}, "k has dtype torch.float32, but q torch.float16; .* takes one dtype"),
+        (dict.fromkeys(("q", "k", "v"), None), "q has dtype torch.float64; allowed are float32, bfloat16 and float16"),
+        ({"dk": 8}, "dk = 8; heads of 16 to 256 are allowed; choose 'torch' or 'auto'"),
+        ({"dv": 512}, "dv = 512; heads of 16 to 256 are allowed"),
+        ({"cu_seqlens": [0, 4]}, "cu_seqlens runs from 0 to 4; it must run from 0 to T = 5"),
+        ({"cu_seqlens": [0, 4, 3, 5]}, "cu_seqlens decreases from 4 to 3"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused_by_name(change: dict, message: str) -> None:
+    sizes = {name: change.pop(name) for name in ("dk", "dv") if name in change}
+    x: dict[str, Any] = {name: y.detach() for name, y in inputs(5, **sizes).items() if name != "initial_state"}
+    for name, value in change.items():
+        x[name] = x[name].double() if value is None else torch.tensor(value) if isinstance(value, list) else value
+    with pytest.raises(ValueError, match=message):
+        gated_delta_product(**x, backend="triton", validate=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("k", 3.0, "k has a key of length 3; keys must have length 1"),
+        ("beta", 2.5, "beta has values from .* to 2.5; expected 0 to 2"),
+        ("g", 0.5, "g has values up to 0.5; a log decay is at most 0"),
+    ],
+)
+def test_values_are_checked_on_request(monkeypatch: pytest.MonkeyPatch, name: str, value: float, message: str) -> None:
+    x = {name: y.detach() for name, y in inputs(5).items()}
+    x[name][0, 2] = 0
+    x[name][0, 2, ..., 0] = value
+    for check in ({"validate": True}, {}):
+        monkeypatch.setenv("DELTAPRODUCT_VALIDATE", "1")
+        with pytest.raises(ValueError, match=message):
+            gated_delta_product(**x, **check)
+    monkeypatch.delenv("DELTAPRODUCT_VALIDATE")
+    gated_delta_product(**x)
+
+
+def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert why_not(torch.device("cpu")) == "it needs a CUDA device, not 'cpu'"
+    with pytest.raises(ValueError, match="backend = 'triton' cannot run: it needs a CUDA device"):
+        resolve_backend("triton", torch.device("cpu"))
+
+
+def test_a_machine_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the package triton is not installed; choose 'torch' or 'auto'"):
+        resolve_backend("triton", torch.device("cpu"))
+
+
+def test_packed_lengths_are_all_tried() -> None:
+    """Every way to cut 6 tokens into 3 sequences, around chunks of 2 tokens' worth of slots."""
+    from deltaproduct_kernels.triton_backend.layout import Size
+
+    for a, b in itertools.combinations_with_replacement(range(7), 2):
+        offsets = [0, a, b, 6]
+        for span in (1, 2, 3, 4):
+            size = Size(1, 6, 2, 1, 16, 16, sequences=3)
+            taken = [start // span + s + part
+                     for s, (start, end) in enumerate(itertools.pairwise(offsets))
+                     for part in range(max(1, -(-(end - start) // span)))]  # fmt: skip
+            assert len(taken) == len(set(taken)), "two spans share a slot"
+            assert max(taken) < size.slots(span)
