@@ -46,6 +46,8 @@ class Resources:
     """Loads and stores of local memory in the machine code."""
     shared: int
     """Bytes of shared memory a program."""
+    tensor_memory: int
+    """Columns of Blackwell's tensor memory a program. Past 512 Triton emits a kernel that only traps."""
     matrix: dict[str, int]
     """Matrix instructions in the PTX, by kind."""
 
@@ -91,6 +93,7 @@ def _resources(name: str, arch: int, config: Config, built: Any) -> Resources:
         registers=int(found[1]),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         shared=built.metadata.shared,
+        tensor_memory=getattr(built.metadata, "tmem_size", None) or 0,
         matrix={kind: count for kind, pattern in _MATRIX.items() if (count := len(re.findall(pattern, built.asm["ptx"])))},
     )
 

@@ -15,6 +15,8 @@ SIZES = (32, 64, 128, 256)
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 """Bytes of shared memory a program may use: compute capability 8.0, 9.0 and 10.0."""
+TENSOR_MEMORY = 512
+"""Columns of tensor memory of a multiprocessor of compute capability 10.0."""
 
 
 class Config(NamedTuple):

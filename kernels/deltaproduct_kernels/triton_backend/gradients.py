@@ -86,48 +86,28 @@ def gradients_kernel(
     states += here * DV * DK
     adjoints += here * DV * DK
 
-    # Products over dv within the chunk: rows with tokens, rows with rows.
-    EdO = tl.zeros([ROWS, TOKENS], tl.float32)
-    EdV = tl.zeros([ROWS, ROWS], tl.float32)
-    dVE = tl.zeros([ROWS, ROWS], tl.float32)
-    for value in tl.range(0, DV, BV):
-        E = load_rows(errors, rows, H * DV, value, DV, ROWS, BV)
-        dO = load_rows(do, tokens, H * DV, value, DV, TOKENS, BV)
-        EdO = tl.dot(E, tl.trans(dO), EdO, input_precision=PRECISION)
-        if ERASE:
-            dV = load_rows(dv, rows, H * DV, value, DV, ROWS, BV)
-            EdV = tl.dot(E, tl.trans(dV), EdV, input_precision=PRECISION)
-            dVE = tl.dot(dV, tl.trans(E), dVE, input_precision=PRECISION)
-    # Products over dk: needed again, unweighted, by dbeta and by the pairs of dg.
-    KQ = tl.zeros([ROWS, TOKENS], tl.float32)
-    KK = tl.zeros([ROWS, ROWS], tl.float32)
-    for column in tl.range(0, DK, BK):
-        keys = load_rows(k, rows, H * DK, column, DK, ROWS, BK)
-        queries = load_rows(q, tokens, H * DK, column, DK, TOKENS, BK)
-        KQ = tl.dot(keys, tl.trans(queries), KQ, input_precision=PRECISION)
-        if ERASE:
-            again = load_columns(k, rows, H * DK, column, DK, BK, ROWS)  # see solve.py
-            KK = tl.dot(keys, again, KK, input_precision=PRECISION)
-
     r = tl.arange(0, ROWS)
     t = tl.arange(0, TOKENS)
     b = load_beta(beta + head, token * N, rows, H, ROWS)
-    reads = read_mask(tokens, N, ROWS, TOKENS)
-    D = tl.where(reads, scale, 0.0)
+    db = tl.zeros([ROWS], tl.float32)
     if GATED:
         G = row_gates(gates + here * ROWS, ROWS)
-        Gt = token_gates(gates + here * ROWS, N, CHUNK, TOKENS)
-        last = tl.load(gates + here * ROWS + ROWS - 1)
-        D *= tl.exp2(tl.where(reads, Gt[None, :] - G[:, None], 0.0))
-    EdO *= D
-    db = tl.sum(EdO * KQ, axis=1)
-    dP = EdO * b[:, None]
-    if GATED:
-        pairs = tl.where((r // N)[:, None] == t[None, :], 0.0, dP * KQ)
-        dGt = tl.sum(pairs, axis=0)
-        dG = -tl.sum(pairs, axis=1)
-    dP = dP.to(dtype)
+        dG = tl.zeros([ROWS], tl.float32)
+
+    # Rows with rows. Products over dk are needed unweighted again: by dbeta, and by the pairs of dg.
     if ERASE:
+        EdV = tl.zeros([ROWS, ROWS], tl.float32)
+        dVE = tl.zeros([ROWS, ROWS], tl.float32)
+        KK = tl.zeros([ROWS, ROWS], tl.float32)
+        for value in tl.range(0, DV, BV):
+            E = load_rows(errors, rows, H * DV, value, DV, ROWS, BV)
+            dV = load_rows(dv, rows, H * DV, value, DV, ROWS, BV)
+            EdV = tl.dot(E, tl.trans(dV), EdV, input_precision=PRECISION)
+            dVE = tl.dot(dV, tl.trans(E), dVE, input_precision=PRECISION)
+        for column in tl.range(0, DK, BK):
+            keys = load_rows(k, rows, H * DK, column, DK, ROWS, BK)
+            again = load_columns(k, rows, H * DK, column, DK, BK, ROWS)  # see solve.py
+            KK = tl.dot(keys, again, KK, input_precision=PRECISION)
         above = r[:, None] < r[None, :]  # row r before row i
         below = r[:, None] > r[None, :]
         EdV = tl.where(above, EdV, 0.0)
@@ -142,6 +122,32 @@ def gradients_kernel(
             other = (r // N)[:, None] != (r // N)[None, :]
             dG += tl.sum(tl.where(other, (EdV - dVE) * KK, 0.0), axis=1)
         dA = -(EdV + dVE).to(dtype)
+
+    # Rows with tokens.
+    EdO = tl.zeros([ROWS, TOKENS], tl.float32)
+    KQ = tl.zeros([ROWS, TOKENS], tl.float32)
+    for value in tl.range(0, DV, BV):
+        E = load_rows(errors, rows, H * DV, value, DV, ROWS, BV)
+        dO = load_rows(do, tokens, H * DV, value, DV, TOKENS, BV)
+        EdO = tl.dot(E, tl.trans(dO), EdO, input_precision=PRECISION)
+    for column in tl.range(0, DK, BK):
+        keys = load_rows(k, rows, H * DK, column, DK, ROWS, BK)
+        queries = load_rows(q, tokens, H * DK, column, DK, TOKENS, BK)
+        KQ = tl.dot(keys, tl.trans(queries), KQ, input_precision=PRECISION)
+    reads = read_mask(tokens, N, ROWS, TOKENS)
+    D = tl.where(reads, scale, 0.0)
+    if GATED:
+        Gt = token_gates(gates + here * ROWS, N, CHUNK, TOKENS)
+        last = tl.load(gates + here * ROWS + ROWS - 1)
+        D *= tl.exp2(tl.where(reads, Gt[None, :] - G[:, None], 0.0))
+    EdO *= D
+    db += tl.sum(EdO * KQ, axis=1)
+    dP = EdO * b[:, None]
+    if GATED:
+        pairs = tl.where((r // N)[:, None] == t[None, :], 0.0, dP * KQ)
+        dGt = tl.sum(pairs, axis=0)
+        dG -= tl.sum(pairs, axis=1)
+    dP = dP.to(dtype)
 
     written = tl.zeros([ROWS], tl.float32)
     carried = 0.0

@@ -1,8 +1,9 @@
 """The kernels as torch.library custom operators: one node for the compiler and for checkpointing policies.
 
 As in `deltaproduct_kernels.ops`: fake kernels give shapes without data, autograd's backward is an operator itself, and FLOP
-formulas count the matrix products that are executed. Triton itself is imported by the first call. Under TRITON_INTERPRET=1 the same operators run on the CPU; Triton's
-interpreter multiplies bfloat16 as raw bits, so here, and only there, such tensors are computed with as float32.
+formulas count the matrix products that are executed. Triton is imported by the first call. Under TRITON_INTERPRET=1 the same
+operators run on the CPU; Triton's interpreter multiplies bfloat16 as raw bits, so here, and only there, such tensors are
+computed with as float32.
 """
 
 from __future__ import annotations
