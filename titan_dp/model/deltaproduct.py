@@ -13,16 +13,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from deltaproduct_kernels import gated_delta_product, recurrence_flops
+from deltaproduct_kernels import front_end, gated_delta_product, recurrence_flops
 from torch import Tensor, nn
 
 from titan_dp import config
 from titan_dp.model.initialise import Initializer
-from titan_dp.model.norm import RMSNorm, upcast
+from titan_dp.model.norm import RMSNorm
 from titan_dp.model.packing import Packing
 from titan_dp.model.short_conv import ShortConv
-
-_L2_EPS = 1e-6
 
 
 class MixerCache(NamedTuple):
@@ -33,16 +31,12 @@ class MixerCache(NamedTuple):
 
 
 class ForgetGate(nn.Module):
-    """A_log and dt_bias [H] of the log decay g = -exp(A_log) softplus(a + dt_bias); a holder, never called (as RMSNorm)."""
+    """A_log and dt_bias [H] of the log decay; a holder, never called (as RMSNorm): `front_end` computes with them."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
-
-    def log_decay(self, a: Tensor) -> Tensor:
-        """[B, T, H] in float32, all <= 0."""
-        return -self.A_log.exp() * F.softplus(upcast(a) + self.dt_bias)
 
     def init_weights(self, init: Initializer) -> None:
         """A uniform in (0, 16); the step softplus(dt_bias) log-uniform in [1e-3, 0.1], at least 1e-4."""
@@ -99,21 +93,24 @@ class DeltaProduct(nn.Module):
         self, x: Tensor, packing: Packing | None, cache: MixerCache | None, keep_state: bool
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         """Output, final state if asked for, and the projections before the convolution."""
-        B, T, _ = x.shape
-        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        tails = cache.tails if cache else (None, None, None)
-        q, k, v = (
-            F.silu(p) if conv is None else conv(p, packing, tail)
-            for conv, p, tail in zip(convs, projected, tails or (None, None, None), strict=True)
+        gate = self.forget_gate
+        q, k, v, beta, g = front_end(
+            q,
+            k,
+            v,
+            self.b_proj(x),
+            self.a_proj(x) if self.a_proj else None,
+            tuple(c.weight for c in convs if c),
+            gate.A_log if gate else None,
+            gate.dt_bias if gate else None,
+            heads=self.heads,
+            max_beta=self.max_beta,
+            position=packing.position if packing else None,
+            tails=cache.tails if cache else (),
+            backend=self.backend,
         )
-        q = _unit(q.view(B, T, self.heads, self.dk))
-        k = _unit(k.view(B, T, self.n, self.heads, self.dk))
-        v = v.view(B, T, self.n, self.heads, self.dv)
-        beta = self.max_beta * upcast(self.b_proj(x)).sigmoid().view(B, T, self.n, self.heads)
-        g = None
-        if self.forget_gate is not None and self.a_proj is not None:
-            g = self.forget_gate.log_decay(self.a_proj(x))
         o, state = gated_delta_product(
             q,
             k,
@@ -124,9 +121,9 @@ class DeltaProduct(nn.Module):
             output_final_state=keep_state,
             cu_seqlens=packing.cu_seqlens if packing else None,
             erase=self.erase,
-            backend="recurrent" if keep_state and T == 1 else self.backend,
+            backend=self.backend,
         )
-        o = self.o_norm.apply_to(o).view(B, T, -1)
+        o = self.o_norm.apply_to(o).flatten(-2)
         if self.g_proj is not None:
             o = o * F.silu(self.g_proj(x))
         return self.o_proj(o), state, projected
@@ -152,9 +149,3 @@ class DeltaProduct(nn.Module):
         low = 1 - int(self.max_beta)
         spectrum = f", eigenvalues in [{low}, 1]" if self.erase else ""
         return f"{name}, {self.heads} heads, dk {self.dk}, dv {self.dv}{spectrum}"
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x over its length in the last dimension; in float32 before it is rounded to x's dtype."""
-    wide = upcast(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _L2_EPS)).to(x.dtype)

@@ -43,7 +43,7 @@ def triton_chunk(
     """o, the final state, and what the backward pass needs: Y, gates and sparse states, empty unless `save`."""
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         read_offsets(cu_seqlens, q.shape[1])  # costs nothing there; on a GPU only on request
-    c = _computable
+    c = computable
     o, final, *kept = _launch().forward(c(q), c(k), c(v), c(beta), c(g), c(initial_state), cu_seqlens, scale, erase, save)
     if not save:
         kept = [x.new_empty(0) for x in kept]
@@ -82,7 +82,7 @@ def triton_chunk_backward(
     erase: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g (empty without a gate) and the initial state."""
-    c = _computable
+    c = computable
     *grads, dg, dinitial = _launch().backward(
         c(do), c(dfinal), c(q), c(k), c(v), c(beta), c(g), c(y), c(gates), c(states), cu_seqlens, scale, erase
     )
@@ -122,7 +122,7 @@ def triton_decode(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor | None, scale: float, erase: bool
 ) -> tuple[Tensor, Tensor]:
     """o of a few tokens, and the state after them; no gradients."""
-    c = _computable
+    c = computable
     o, after = _launch().decode(c(q), c(k), c(v), c(beta), c(g), c(state), scale, erase)
     return o.to(q.dtype), after
 
@@ -133,7 +133,7 @@ def _(q, k, v, beta, g, state, scale, erase):  # type: ignore[no-untyped-def]
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(B, H, dk, v.shape[-1], dtype=torch.float32)
 
 
-def _computable(x: Any) -> Any:
+def computable(x: Any) -> Any:
     """A tensor or None: contiguous, and in a dtype that the kernels compute with here."""
     if x is None:
         return None
