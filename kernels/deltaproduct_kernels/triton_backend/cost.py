@@ -1,15 +1,15 @@
 """Bytes and FLOPs of every kernel, counted from what the code loads, stores and multiplies; no Triton needed.
 
 Bytes count each load and store once; what a second program reads again soon after is taken to hit the second-level cache.
-FLOPs are those of matrix products as executed, 2 a multiply-add, tiles of 64 rows whether full or not; the triangular
-solve counts its two merges. `roofline` turns both into the least time a chip can need.
+FLOPs are those of matrix products as executed, 2 a multiply-add, whole tiles whether full or not; the triangular
+solve counts its merges. `roofline` turns both into the least time a chip can need.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from deltaproduct_kernels.triton_backend.layout import EVERY, ROWS, Size
+from deltaproduct_kernels.triton_backend.layout import EVERY, Size
 
 
 class Cost(NamedTuple):
@@ -30,13 +30,13 @@ def _chunks(s: Size) -> int:
 def forward(s: Size, *, save: bool = True) -> list[Cost]:
     """`launch.forward` for sequences that are not split."""
     w, th, rows = s.bits // 8, _token_heads(s), _token_heads(s) * s.n
-    R, C = ROWS, s.tile_tokens
+    R, C = s.rows, s.tile_tokens
     y, gates = _chunks(s) * R * R * w * s.erase, _chunks(s) * R * 4 * s.gated
     out = [
         Cost(
             "solve",
             (rows * (s.dk * w + 4) * s.erase + th * 4 * s.gated) + y + gates,
-            2 * _chunks(s) * (R * R * s.dk + 4 * R**3) * s.erase,
+            2 * _chunks(s) * (R * R * s.dk + 2 * (R // 32) * R**3) * s.erase,
         )
     ]
     sparse = _chunks(s) // EVERY * s.dk * s.dv * w * save
@@ -49,7 +49,7 @@ def forward(s: Size, *, save: bool = True) -> list[Cost]:
 def backward(s: Size) -> list[Cost]:
     """`launch.backward` for sequences that are not split."""
     w, th, rows = s.bits // 8, _token_heads(s), _token_heads(s) * s.n
-    R, C = ROWS, s.tile_tokens
+    R, C = s.rows, s.tile_tokens
     y, gates, states = _chunks(s) * R * R * w * s.erase, _chunks(s) * R * 4 * s.gated, _chunks(s) * s.dk * s.dv * w
     adjoint = Cost(
         "adjoint",
@@ -73,7 +73,7 @@ def backward(s: Size) -> list[Cost]:
 
 def saved(s: Size) -> int:
     """Bytes kept for the backward pass besides the inputs."""
-    return _chunks(s) * (ROWS * ROWS * s.bits // 8 * s.erase + ROWS * 4 * s.gated + s.dk * s.dv * s.bits // 8 // EVERY)
+    return _chunks(s) * (s.rows * s.rows * s.bits // 8 * s.erase + s.rows * 4 * s.gated + s.dk * s.dv * s.bits // 8 // EVERY)
 
 
 def ideal(s: Size) -> tuple[int, int]:

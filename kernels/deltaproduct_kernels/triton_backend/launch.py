@@ -20,7 +20,7 @@ from deltaproduct_kernels.triton_backend.adjoint import adjoint_kernel
 from deltaproduct_kernels.triton_backend.configs import Config
 from deltaproduct_kernels.triton_backend.decode import decode_kernel
 from deltaproduct_kernels.triton_backend.gradients import gradients_kernel
-from deltaproduct_kernels.triton_backend.layout import EVERY, ROWS, Size
+from deltaproduct_kernels.triton_backend.layout import EVERY, Size
 from deltaproduct_kernels.triton_backend.scan import scan_kernel
 from deltaproduct_kernels.triton_backend.solve import solve_kernel
 from deltaproduct_kernels.triton_backend.states import states_kernel
@@ -59,7 +59,7 @@ class Shape(Size):
     processors: int
 
     @staticmethod
-    def of(k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, erase: bool, run: Runner) -> Shape:
+    def of(k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, erase: bool, bits: int, run: Runner) -> Shape:
         B, T, n, H, dk = k.shape
         return Shape(
             B=B,
@@ -68,7 +68,7 @@ class Shape(Size):
             H=H,
             dk=dk,
             dv=v.shape[-1],
-            bits=k.element_size() * 8,
+            bits=bits,
             gated=g is not None,
             erase=erase,
             sequences=None if cu_seqlens is None else cu_seqlens.shape[0] - 1,
@@ -108,11 +108,11 @@ class Shape(Size):
             "N": self.n,
             "DK": self.dk,
             "CHUNK": self.chunk,
-            "ROWS": ROWS,
+            "ROWS": self.rows,
             "GATED": self.gated,
             "ERASE": self.erase,
             "PACKED": self.sequences is not None,
-            "PRECISION": "tf32x3",  # of float32 inputs; 16-bit ones have one precision
+            "PRECISION": "ieee",  # of float32 inputs; 16-bit ones have one precision
         }
         if values:
             arguments |= {"DV": self.dv, "TOKENS": self.tile_tokens}
@@ -130,18 +130,19 @@ def forward(
     scale: float,
     erase: bool,
     save: bool,
+    bits: int,
     *,
     part: int | None = None,
     run: Runner | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Contiguous inputs as in `gated_delta_product`.
 
-    Returns o, the final state [N, H, dk, dv] in float32, and for the backward pass Y [slots, H, 64, 64] in k's dtype, the
-    summed gates [slots, H, 64] in float32, and with `save` the state before every EVERY-th chunk in float32 (else empty).
-    `part` overrides `Shape.part`.
+    Returns o, the final state [N, H, dk, dv] in float32, and for the backward pass Y [slots, H, rows, rows] in k's dtype,
+    the summed gates [slots, H, rows] in float32, and with `save` the state before every EVERY-th chunk in float32 (else empty).
+    `bits` is the width of the dtype that decides the chunks (layout.ROWS). `part` overrides `Shape.part`.
     """
     run = run or runner(k.device)
-    shape = Shape.of(k, v, g, cu_seqlens, erase, run)
+    shape = Shape.of(k, v, g, cu_seqlens, erase, bits, run)
     part = part or shape.part
     y, gates = solve(shape, k, beta, g, cu_seqlens, run)
     initial, kind = initial_state, 0 if initial_state is None else 1
@@ -172,13 +173,14 @@ def backward(
     cu_seqlens: Tensor | None,
     scale: float,
     erase: bool,
+    bits: int,
     *,
     part: int | None = None,
     run: Runner | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of q, k, v, beta, g and the initial state [N, H, dk, dv] (float32); `y`, `gates`, `states` from `forward`."""
     run = run or runner(k.device)
-    shape = Shape.of(k, v, g, cu_seqlens, erase, run)
+    shape = Shape.of(k, v, g, cu_seqlens, erase, bits, run)
     part = part or shape.part
     chunks = shape.slots(shape.chunk)
     adjoint = shape.config("adjoint")
@@ -225,13 +227,13 @@ def solve(
 ) -> tuple[Tensor, Tensor]:
     """Y and the summed gates of every chunk."""
     chunks, c = shape.slots(shape.chunk), shape.config("solve")
-    y = k.new_empty(chunks if shape.erase else 0, shape.H, ROWS, ROWS)
-    gates = k.new_empty(chunks if shape.gated else 0, shape.H, ROWS, dtype=torch.float32)
+    y = k.new_empty(chunks if shape.erase else 0, shape.H, shape.rows, shape.rows)
+    gates = k.new_empty(chunks if shape.gated else 0, shape.H, shape.rows, dtype=torch.float32)
     if shape.erase or shape.gated:
         run(
             solve_kernel, chunks * shape.H, c,
             k=k, beta=beta, g=g, y=y, gates=gates, BK=c.block_k,
-            MERGE_PRECISION="tf32x3" if shape.bits == 32 else "tf32", **shape.common(cu_seqlens, values=False),
+            MERGE_PRECISION="ieee" if shape.bits == 32 else "tf32", **shape.common(cu_seqlens, values=False),
         )  # fmt: skip
     return y, gates
 
@@ -312,7 +314,7 @@ def scan(
         scan_kernel, shape.states * shape.H * blocks, c,
         maps=maps, local=local, given=given, out=out, cu_seqlens=cu_seqlens, T=shape.T, span=span,
         H=shape.H, DK=shape.dk, DV=shape.dv, BLOCK=c.block_k, BV=c.block_v, BLOCKS=blocks,
-        PACKED=shape.sequences is not None, GIVEN=given is not None, REVERSE=local is not None, PRECISION="tf32x3",
+        PACKED=shape.sequences is not None, GIVEN=given is not None, REVERSE=local is not None, PRECISION="ieee",
     )  # fmt: skip
     return out
 
@@ -326,12 +328,13 @@ def decode(
     state: Tensor | None,
     scale: float,
     erase: bool,
+    bits: int,
     *,
     run: Runner | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A few tokens, no gradients: o and the state after them [B, H, dk, dv] in float32."""
     run = run or runner(k.device)
-    shape = Shape.of(k, v, g, None, erase, run)
+    shape = Shape.of(k, v, g, None, erase, bits, run)
     c = shape.config("decode")
     blocks = triton.cdiv(shape.dv, c.block_v)
     o = q.new_empty(*q.shape[:3], shape.dv)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ROWS = 64
-"""Rows a chunk: the tall side of a Hopper matrix instruction. More would double the triangular solve and save no traffic."""
+ROWS = {16: 64, 32: 32}
+"""Rows a chunk by the width of the inputs' dtype. 64 is the tall side of a Hopper matrix instruction; more would double the
+triangular solve and save no traffic. Products in float32 are exact and use no matrix instruction: smaller tiles fit the
+registers."""
 
 EVERY = 4
 """Chunks between the states that the forward pass saves: dk dv / 256 elements a row."""
@@ -27,9 +29,14 @@ class Size:
     sequences: int | None = None  # packed sequences; None: B rows
 
     @property
+    def rows(self) -> int:
+        """Rows of a chunk's tile."""
+        return ROWS[self.bits]
+
+    @property
     def chunk(self) -> int:
         """Tokens a chunk."""
-        return ROWS // self.n
+        return self.rows // self.n
 
     @property
     def tile_tokens(self) -> int:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from deltaproduct_kernels.recurrent import read_offsets
 from deltaproduct_kernels.triton_backend import configs, cost
-from deltaproduct_kernels.triton_backend.layout import EVERY, ROWS, Size
+from deltaproduct_kernels.triton_backend.layout import EVERY, Size
 
 
 def _launch() -> ModuleType:
@@ -44,7 +44,9 @@ def triton_chunk(
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         read_offsets(cu_seqlens, q.shape[1])  # costs nothing there; on a GPU only on request
     c = computable
-    o, final, *kept = _launch().forward(c(q), c(k), c(v), c(beta), c(g), c(initial_state), cu_seqlens, scale, erase, save)
+    o, final, *kept = _launch().forward(
+        c(q), c(k), c(v), c(beta), c(g), c(initial_state), cu_seqlens, scale, erase, save, bits(k)
+    )
     if not save:
         kept = [x.new_empty(0) for x in kept]
     y, gates, states = kept
@@ -53,15 +55,15 @@ def triton_chunk(
 
 @triton_chunk.register_fake
 def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase, save):  # type: ignore[no-untyped-def]
-    size = _size(k.shape, v.shape, g, None if cu_seqlens is None else cu_seqlens.shape, erase)
+    size = _size(k.shape, v.shape, g, None if cu_seqlens is None else cu_seqlens.shape, erase, bits(k))
     H, dk, dv, single = size.H, size.dk, size.dv, torch.float32
     o = q.new_empty(*q.shape[:3], dv)
     final = q.new_empty(size.states, H, dk, dv, dtype=single)
     if not save:
         return o, final, k.new_empty(0), k.new_empty(0, dtype=single), k.new_empty(0)
     chunks, saved = size.slots(size.chunk), size.slots(size.chunk * EVERY)
-    y = k.new_empty(chunks if erase else 0, H, ROWS, ROWS)
-    gates = k.new_empty(0 if g is None else chunks, H, ROWS, dtype=single)
+    y = k.new_empty(chunks if erase else 0, H, size.rows, size.rows)
+    gates = k.new_empty(0 if g is None else chunks, H, size.rows, dtype=single)
     return o, final, y, gates, k.new_empty(saved, H, dv, dk)
 
 
@@ -84,7 +86,7 @@ def triton_chunk_backward(
     """Gradients of q, k, v, beta, g (empty without a gate) and the initial state."""
     c = computable
     *grads, dg, dinitial = _launch().backward(
-        c(do), c(dfinal), c(q), c(k), c(v), c(beta), c(g), c(y), c(gates), c(states), cu_seqlens, scale, erase
+        c(do), c(dfinal), c(q), c(k), c(v), c(beta), c(g), c(y), c(gates), c(states), cu_seqlens, scale, erase, bits(k)
     )
     dq, dk, dv, dbeta = (d.to(x.dtype) for d, x in zip(grads, (q, k, v, beta), strict=True))
     return dq, dk, dv, dbeta, q.new_empty(0) if dg is None or g is None else dg.to(g.dtype), dinitial
@@ -123,7 +125,7 @@ def triton_decode(
 ) -> tuple[Tensor, Tensor]:
     """o of a few tokens, and the state after them; no gradients."""
     c = computable
-    o, after = _launch().decode(c(q), c(k), c(v), c(beta), c(g), c(state), scale, erase)
+    o, after = _launch().decode(c(q), c(k), c(v), c(beta), c(g), c(state), scale, erase, bits(k))
     return o.to(q.dtype), after
 
 
@@ -131,6 +133,11 @@ def triton_decode(
 def _(q, k, v, beta, g, state, scale, erase):  # type: ignore[no-untyped-def]
     B, _, H, dk = q.shape
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(B, H, dk, v.shape[-1], dtype=torch.float32)
+
+
+def bits(x: Tensor) -> int:
+    """Width of x's dtype: it decides the size of chunks, whatever dtype the interpreter computes with."""
+    return x.element_size() * 8
 
 
 def computable(x: Any) -> Any:
@@ -153,17 +160,19 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None, dk: int | No
         return f"it needs a CUDA device, not {device.type!r}"
     if dtype == torch.float64:
         return "q has dtype torch.float64; allowed are float32, bfloat16 and float16"
+    if dtype == torch.float32 and dk is not None and dk > 128:
+        return f"dk = {dk}; in float32 heads of at most 128 are allowed"
     for name, size in (("dk", dk), ("dv", dv)):
         if size is not None and not 16 <= size <= configs.SIZES[-1]:
             return f"{name} = {size}; heads of 16 to {configs.SIZES[-1]} are allowed"
     return None
 
 
-def _size(k: Any, v: Any, g: Any, cu_seqlens: Any, erase: bool) -> Size:
-    """From shapes."""
+def _size(k: Any, v: Any, g: Any, cu_seqlens: Any, erase: bool, bits: int = 16) -> Size:
+    """From shapes; FLOP formulas know no dtype."""
     sequences = None if cu_seqlens is None else cu_seqlens[0] - 1
     B, T, n, H, dk = k
-    return Size(B, T, n, H, dk, v[-1], gated=g is not None, erase=erase, sequences=sequences)
+    return Size(B, T, n, H, dk, v[-1], bits=bits, gated=g is not None, erase=erase, sequences=sequences)
 
 
 @register_flop_formula(torch.ops.deltaproduct.triton_chunk)

@@ -15,9 +15,20 @@ from deltaproduct_kernels.triton_backend.tiles import load_beta, load_columns, l
 
 
 @triton.jit
+def _merge(X, A, SIZE: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr):
+    """From inverses of diagonal blocks of SIZE to those of twice the size:
+
+    [[P, 0], [L, Q]]^-1 = [[P^-1, 0], [-Q^-1 L P^-1, Q^-1]].
+    """
+    block = tl.arange(0, ROWS) // SIZE
+    beside = (block[:, None] == block[None, :] + 1) & (block[None, :] % 2 == 0)
+    L = tl.where(beside, A, 0.0)
+    return X - tl.dot(X, tl.dot(L, X, input_precision=PRECISION), input_precision=PRECISION)
+
+
+@triton.jit
 def unit_lower_inverse(A, ROWS: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)^-1 for a strictly lower triangular A [ROWS, ROWS] in float32; ROWS = 64."""
-    i = tl.arange(0, ROWS)
+    """(I + A)^-1 for a strictly lower triangular A [ROWS, ROWS] in float32; ROWS = 32 or 64."""
     B: tl.constexpr = 16
     M: tl.constexpr = ROWS // B
     # The M diagonal blocks as one [M, B, B] tensor: 15 dependent steps for all of them.
@@ -32,12 +43,9 @@ def unit_lower_inverse(A, ROWS: tl.constexpr, PRECISION: tl.constexpr):
         x = here[None, :] - tl.sum(a[:, :, None] * X, axis=1)
         X = tl.where((b == row)[None, :, None], x[:, None, :], X)
     X = tl.reshape(X[:, :, None, :] * diagonal, [ROWS, ROWS])
-    # [[P, 0], [L, Q]]^-1 = [[P^-1, 0], [-Q^-1 L P^-1, Q^-1]] for pairs of blocks of 16, then of 32.
-    for size in tl.static_range(B, ROWS, B):
-        if size == 16 or size == 32:
-            beside = ((i[:, None] // size) == (i[None, :] // size) + 1) & ((i[None, :] // size) % 2 == 0)
-            L = tl.where(beside, A, 0.0)
-            X -= tl.dot(X, tl.dot(L, X, input_precision=PRECISION), input_precision=PRECISION)
+    X = _merge(X, A, 16, ROWS, PRECISION)
+    if ROWS == 64:
+        X = _merge(X, A, 32, ROWS, PRECISION)
     return X
 
 
