@@ -30,7 +30,7 @@ def tiles_of_64_rows(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReq
 
 @pytest.fixture
 def tiles_of_float32() -> None:
-    """The chunks of 32 rows that float32 inputs really have."""
+    """The chunks of 16 rows that float32 inputs really have."""
 
 
 def inputs(T: int = 40, **options: Any) -> dict[str, Tensor]:
@@ -148,10 +148,10 @@ def test_a_sequence_cut_among_programs_is_the_same_sequence(packed: list[int] | 
     plain = {name: y.detach() for name, y in x.items()}
     q, k, v, beta, state, g = (plain.get(name) for name in ("q", "k", "v", "beta", "initial_state", "g"))
     part = 16 * EVERY
-    o, final, *kept = launch.forward(q, k, v, beta, g, state, cu_seqlens, 0.25, erase, True, 32, part=part)  # type: ignore[arg-type]
+    o, final, saved = launch.forward(q, k, v, beta, g, state, cu_seqlens, 0.25, erase, True, 32, part=part)  # type: ignore[arg-type]
     do, dfinal = torch.randn_like(o), torch.randn_like(final)
     names = [name for name in ("q", "k", "v", "beta", "g", "initial_state") if name in x]
-    got = launch.backward(do, dfinal, q, k, v, beta, g, *kept, cu_seqlens, 0.25, erase, 32, part=part)  # type: ignore[arg-type]
+    got = launch.backward(do, dfinal, q, k, v, beta, g, saved, cu_seqlens, 0.25, erase, 32, part=part)  # type: ignore[arg-type]
     wide = {name: y.double().requires_grad_() for name, y in plain.items()}
     expected_o, expected_final = run(wide, "recurrent", cu_seqlens=cu_seqlens, scale=0.25, erase=erase)
     expected = torch.autograd.grad([expected_o, expected_final], [wide[name] for name in names], [do.double(), dfinal.double()])
@@ -327,8 +327,8 @@ def test_the_cost_model_counts_what_the_kernels_move_and_multiply(
     x |= {name: x[name].float() for name in ("beta", "g") if name in x}
     q, k, v, beta, g = (x.get(name) for name in ("q", "k", "v", "beta", "g"))
     counter = Counter(monkeypatch)
-    o, _, *kept = launch.forward(q, k, v, beta, g, None, None, 1.0, erase, True, bits, run=counter)  # type: ignore[arg-type]
-    launch.backward(o, None, q, k, v, beta, g, *kept, None, 1.0, erase, bits, run=counter)  # type: ignore[arg-type]
+    o, _, saved = launch.forward(q, k, v, beta, g, None, None, 1.0, erase, True, bits, run=counter)  # type: ignore[arg-type]
+    launch.backward(o, None, q, k, v, beta, g, saved, None, 1.0, erase, bits, run=counter)  # type: ignore[arg-type]
     size = Size(1, T, n, 1, 64, 32, bits=bits, gated=gate is not None, erase=erase)
     for kernel, moved, flops in [*cost.forward(size), *cost.backward(size)]:
         if kernel in counter.__dict__["totals"]:

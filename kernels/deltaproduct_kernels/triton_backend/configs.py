@@ -1,14 +1,17 @@
 """Block sizes, warps and pipeline stages of every kernel: a table, read from top to bottom, first match wins.
 
 Nothing is tuned while a program runs, so a run starts at once and two runs compute the same bits. `python
-benchmarks/tune.py` measures candidates on a GPU and prints the lines for this file. Every entry is compiled ahead of time
-for each architecture by `python benchmarks/compile_report.py`: no spills, shared memory within the chip's.
+benchmarks/tune.py` times candidates on a GPU and prints lines for this table. Until a GPU was had, the lines are those of
+the widest blocks that compile without spilling a register (benchmarks/results/compile.md), for every architecture.
 
-Head sizes are looked up rounded up to the next of SIZES; a tile's columns past the real size read as zero.
+Columns: `bits` of the inputs' dtype; `arch` 80, 90 or 100; `dk` and `dv` rounded up to 32, 64, 128 or 256, columns past the
+real size reading as zero (dv: 128 stands for 256 too); `n` steps a token, 4 for more. `block_k`: columns of dk a step (states
+and adjoint hold all of dk); `block_v`: columns of dv a program (states, adjoint, scan, decode) or a step (gradients).
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 SIZES = (32, 64, 128, 256)
@@ -18,60 +21,156 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 TENSOR_MEMORY = 512
 """Columns of tensor memory of a multiprocessor of compute capability 10.0."""
 
+TABLE = """
+kernel    bits arch   dk   dv   n  block_k block_v warps stages
+solve       16    *   32    *   *       32       0     4      1
+solve       16    *   64    *   *       64       0     4      1
+solve       16    *  128    *   *       64       0     4      1
+solve       16    *  256    *   *       64       0     4      1
+states      16   80   32   32   *        0      32     4      2
+states      16   80   32    *   *        0      64     4      2
+states      16   80   64   32   1        0      32     4      3
+states      16   80   64   32   4        0      32     8      2
+states      16   80   64   32   *        0      32     4      2
+states      16   80   64   64   4        0      64     8      2
+states      16   80   64    *   *        0      64     8      1
+states      16   80  128   32   *        0      32     8      1
+states      16   80  128    *   *        0      64     8      1
+states      16   80  256   32   *        0      32     8      1
+states      16   80  256    *   *        0      64     8      1
+states      16   90   32   32   *        0      32     4      2
+states      16   90   32    *   *        0      64     4      2
+states      16   90   64   32   *        0      32     4      3
+states      16   90   64    *   *        0      64     4      2
+states      16   90  128   32   1        0      32     8      1
+states      16   90  128   32   *        0      32     8      2
+states      16   90  128  128   2        0     128     8      2
+states      16   90  128  128   4        0     128     8      2
+states      16   90  128    *   *        0      64     8      2
+states      16   90  256    *   *        0      32     8      1
+states      16  100   32   32   1        0      32     8      2
+states      16  100   32   32   *        0      32     4      2
+states      16  100   32    *   *        0      64     4      2
+states      16  100   64   32   *        0      32     4      2
+states      16  100   64  128   2        0      64     4      3
+states      16  100   64  128   3        0      64     4      3
+states      16  100   64    *   *        0      64     4      2
+states      16  100  128   32   *        0      32     8      2
+states      16  100  128    *   *        0      64     8      2
+states      16  100  256    *   *        0      32     8      1
+states      32   90   32    *   *        0      32     8      1
+states      32   90   64    *   *        0      32     8      1
+states      32   90  128   32   1        0      16     8      1
+states      32   90  128   64   1        0      16     8      1
+states      32   90  128    *   *        0      32     8      1
+adjoint     16   80   32   32   *        0      32     4      2
+adjoint     16   80   32    *   *        0      64     4      2
+adjoint     16   80   64   32   *        0      32     4      2
+adjoint     16   80   64    *   *        0      64     8      1
+adjoint     16   80  128   32   1        0      32     8      1
+adjoint     16   80  128   32   4        0      32     4      2
+adjoint     16   80  128   32   *        0      32     8      2
+adjoint     16   80  128   64   1        0      64     8      1
+adjoint     16   80  128  128   1        0      64     8      1
+adjoint     16   80  128    *   *        0      64     8      2
+adjoint     16   80  256   32   *        0      32     8      1
+adjoint     16   80  256  128   1        0      32     8      1
+adjoint     16   80  256    *   *        0      64     8      1
+adjoint     16   90   32   32   *        0      32     4      2
+adjoint     16   90   32    *   *        0      64     4      2
+adjoint     16   90   64   32   *        0      32     4      2
+adjoint     16   90   64    *   *        0      64     4      2
+adjoint     16   90  128   32   4        0      32     4      2
+adjoint     16   90  128   64   1        0      64     4      2
+adjoint     16   90  128   64   4        0      64     4      3
+adjoint     16   90  128   64   *        0      64     8      1
+adjoint     16   90  128  128   3        0      64     8      1
+adjoint     16   90  128  128   *        0     128     8      2
+adjoint     16   90  128    *   *        0      32     8      2
+adjoint     16   90  256   32   4        0      32     8      2
+adjoint     16   90  256   64   4        0      32     8      2
+adjoint     16   90  256  128   4        0      32     8      2
+adjoint     16   90  256    *   *        0      32     8      1
+adjoint     16  100   32   32   1        0      16     4      2
+adjoint     16  100   32   32   *        0      32     4      2
+adjoint     16  100   32   64   1        0      64     8      2
+adjoint     16  100   32  128   1        0      64     8      2
+adjoint     16  100   32    *   *        0      64     4      2
+adjoint     16  100   64   32   1        0      32     4      3
+adjoint     16  100   64   32   *        0      32     4      2
+adjoint     16  100   64   64   1        0      64     8      2
+adjoint     16  100   64  128   1        0      64     8      2
+adjoint     16  100   64    *   *        0      64     4      2
+adjoint     16  100  128   64   2        0      64     8      1
+adjoint     16  100  128   64   3        0      64     8      1
+adjoint     16  100  128   64   *        0      64     8      2
+adjoint     16  100  128  128   3        0      64     8      1
+adjoint     16  100  128  128   4        0     128     8      3
+adjoint     16  100  128  128   *        0      64     8      2
+adjoint     16  100  128    *   *        0      32     8      2
+adjoint     16  100  256   32   1        0      16     8      1
+adjoint     16  100  256   32   *        0      32     8      1
+adjoint     16  100  256   64   1        0      32     8      1
+adjoint     16  100  256  128   1        0      32     8      1
+adjoint     16  100  256    *   *        0      64     8      1
+gradients   16   80   32  128   3       32      64     8      2
+gradients   16   80   32  128   4       32      64     8      2
+gradients   16   80   32    *   *       32      16     8      2
+gradients   16   80   64   32   *       32      16     8      2
+gradients   16   80   64   64   1       32      64     8      2
+gradients   16   80   64  128   1       32      16     8      2
+gradients   16   80   64    *   *       64      32     8      2
+gradients   16   80  128   64   1       32      16     8      2
+gradients   16   80  128   64   *       32      64     8      2
+gradients   16   80  128  128   1       32      16     8      2
+gradients   16   80  128  128   *       32      64     8      2
+gradients   16   80  128    *   *       32      16     8      2
+gradients   16   80  256   32   4       64      32     8      2
+gradients   16   80  256   64   1       32      16     8      2
+gradients   16   80  256   64   *       32      64     8      2
+gradients   16   80  256  128   2       32      64     8      2
+gradients   16   80  256  128   4       32      64     8      2
+gradients   16   80  256    *   *       32      16     8      2
+gradients   16   90   32   32   *       32      16     8      2
+gradients   16   90   32    *   *       32      64     8      2
+gradients   16   90   64   32   1       32      16     8      2
+gradients   16   90   64   32   *       64      32     8      2
+gradients   16   90   64   64   1       64      32     8      2
+gradients   16   90   64    *   *       64      64     8      2
+gradients   16   90  128   64   *       64      32     8      2
+gradients   16   90  128  128   *       64      64     8      2
+gradients   16   90  128    *   *       32      16     8      2
+gradients   16   90  256   64   *       64      32     8      2
+gradients   16   90  256  128   *       64      64     8      2
+gradients   16   90  256    *   *       32      16     8      2
+gradients   16  100   32   32   *       32      16     8      2
+gradients   16  100   32    *   *       32      64     8      2
+gradients   16  100   64   32   *       64      32     8      2
+gradients   16  100   64    *   *       64      64     8      2
+gradients   16  100  128   32   *       64      32     8      2
+gradients   16  100  128  128   1       64      32     8      2
+gradients   16  100  128    *   *       64      64     8      2
+gradients   16  100  256   32   *       32      16     8      2
+gradients   16  100  256  128   1       64      32     8      2
+gradients   16  100  256  128   *       64      64     8      2
+gradients   16  100  256    *   *       64      32     8      2
+scan         *    *    *    *   *       64      32     4      1
+decode       *    *  256    *   *        0      32     4      1
+decode       *    *    *    *   *        0      32     2      1
+"""
+
 
 class Config(NamedTuple):
     block_k: int
-    """Columns of dk a step; states and adjoint hold all of dk."""
     block_v: int
-    """Columns of dv a program (states, adjoint, decode) or a step (gradients)."""
     warps: int
     stages: int
 
 
-class Key(NamedTuple):
-    """What an entry depends on; None matches anything."""
-
-    dk: int | None = None
-    dv: int | None = None
-    n: int | None = None
-    bits: int | None = None  # 16 or 32: width of the inputs' dtype
-    arch: int | None = None  # 80, 90, 100
-
-    def matches(self, other: Key) -> bool:
-        return all(mine is None or mine == theirs for mine, theirs in zip(self, other, strict=True))
-
-
-TABLE: dict[str, list[tuple[Key, Config]]] = {
-    "solve": [
-        (Key(bits=32), Config(32, 0, 4, 1)),
-        (Key(), Config(64, 0, 4, 1)),
-    ],
-    "states": [
-        (Key(dk=256, bits=32), Config(0, 16, 4, 1)),
-        (Key(dk=128, bits=32), Config(0, 32, 4, 1)),
-        (Key(bits=32), Config(0, 32, 4, 1)),
-        (Key(dk=256), Config(0, 64, 8, 2)),
-        (Key(), Config(0, 64, 4, 2)),
-    ],
-    "adjoint": [
-        (Key(dk=256, bits=32), Config(0, 16, 4, 1)),
-        (Key(dk=128, bits=32), Config(0, 32, 4, 1)),
-        (Key(bits=32), Config(0, 32, 4, 1)),
-        (Key(dk=256), Config(0, 64, 8, 2)),
-        (Key(), Config(0, 64, 4, 2)),
-    ],
-    "gradients": [
-        (Key(bits=32), Config(32, 32, 8, 1)),
-        (Key(), Config(64, 64, 8, 2)),
-    ],
-    "scan": [
-        (Key(), Config(64, 32, 4, 1)),
-    ],
-    "decode": [
-        (Key(dk=256), Config(0, 32, 4, 1)),
-        (Key(), Config(0, 32, 2, 1)),
-    ],
-}
+@cache
+def _rows() -> list[tuple[list[str], Config]]:
+    rows = [line.split() for line in TABLE.strip().splitlines()[1:]]
+    return [(row[:6], Config(*map(int, row[6:]))) for row in rows]
 
 
 def padded(size: int) -> int:
@@ -80,7 +179,7 @@ def padded(size: int) -> int:
 
 
 def config(kernel: str, *, dk: int, dv: int, n: int, bits: int, arch: int) -> Config:
-    """The table's entry for a kernel; blocks are no wider than the padded head."""
-    key = Key(padded(dk), padded(dv), min(n, 4), bits, arch)
-    c = next(entry for pattern, entry in TABLE[kernel] if pattern.matches(key))
+    """The table's line for a kernel; blocks are no wider than the padded head."""
+    wanted = (kernel, str(bits), str(arch), str(padded(dk)), str(min(padded(dv), 128)), str(min(n, 4)))
+    c = next(c for row, c in _rows() if all(have in ("*", want) for have, want in zip(row, wanted, strict=True)))
     return c._replace(block_k=min(c.block_k, padded(dk)), block_v=min(c.block_v, padded(dv)))

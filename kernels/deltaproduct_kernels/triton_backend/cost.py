@@ -36,7 +36,7 @@ def forward(s: Size, *, save: bool = True) -> list[Cost]:
         Cost(
             "solve",
             (rows * (s.dk * w + 4) * s.erase + th * 4 * s.gated) + y + gates,
-            2 * _chunks(s) * (R * R * s.dk + 2 * (R // 32) * R**3) * s.erase,
+            2 * _chunks(s) * (R * R * s.dk + 2 * (R.bit_length() - 5) * R**3) * s.erase,
         )
     ]
     sparse = _chunks(s) // EVERY * s.dk * s.dv * w * save

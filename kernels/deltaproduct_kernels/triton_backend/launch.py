@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -119,6 +119,17 @@ class Shape(Size):
         return arguments
 
 
+class Saved(NamedTuple):
+    """What the backward pass needs besides the inputs; rows as in layout.ROWS."""
+
+    y: Tensor
+    """[slots, H, rows, rows] in k's dtype: solve.py's Y of every chunk; no slots without erasing."""
+    gates: Tensor
+    """[slots, H, rows] in float32: g summed within chunks, in units of log 2; no slots without gates."""
+    states: Tensor
+    """[slots, H, dv, dk] in k's dtype: the state before every EVERY-th chunk; no slots if it is not wanted."""
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -134,11 +145,10 @@ def forward(
     *,
     part: int | None = None,
     run: Runner | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Saved]:
     """Contiguous inputs as in `gated_delta_product`.
 
-    Returns o, the final state [N, H, dk, dv] in float32, and for the backward pass Y [slots, H, rows, rows] in k's dtype,
-    the summed gates [slots, H, rows] in float32, and with `save` the state before every EVERY-th chunk in float32 (else empty).
+    Returns o, the final state [N, H, dk, dv] in float32, and what the backward pass needs; `save` wants its states.
     `bits` is the width of the dtype that decides the chunks (layout.ROWS). `part` overrides `Shape.part`.
     """
     run = run or runner(k.device)
@@ -156,7 +166,7 @@ def forward(
         shape, q, k, v, beta, gates, y, cu_seqlens, scale, part, run,
         initial=initial, kind=kind, o=o, states=states if save else None, every=EVERY, final=final,
     )  # fmt: skip
-    return o, final, y, gates, states
+    return o, final, Saved(y, gates, states)
 
 
 def backward(
@@ -167,9 +177,7 @@ def backward(
     v: Tensor,
     beta: Tensor,
     g: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    states: Tensor,
+    saved: Saved,
     cu_seqlens: Tensor | None,
     scale: float,
     erase: bool,
@@ -178,7 +186,8 @@ def backward(
     part: int | None = None,
     run: Runner | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of q, k, v, beta, g and the initial state [N, H, dk, dv] (float32); `y`, `gates`, `states` from `forward`."""
+    """Gradients of q, k, v, beta, g and the initial state [N, H, dk, dv] (float32); `saved` by `forward`."""
+    y, gates, states = saved
     run = run or runner(k.device)
     shape = Shape.of(k, v, g, cu_seqlens, erase, bits, run)
     part = part or shape.part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ROWS = {16: 64, 32: 32}
+ROWS = {16: 64, 32: 16}
 """Rows a chunk by the width of the inputs' dtype. 64 is the tall side of a Hopper matrix instruction; more would double the
 triangular solve and save no traffic. Products in float32 are exact and use no matrix instruction: smaller tiles fit the
 registers."""

@@ -44,12 +44,10 @@ def triton_chunk(
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         read_offsets(cu_seqlens, q.shape[1])  # costs nothing there; on a GPU only on request
     c = computable
-    o, final, *kept = _launch().forward(
+    o, final, saved = _launch().forward(
         c(q), c(k), c(v), c(beta), c(g), c(initial_state), cu_seqlens, scale, erase, save, bits(k)
     )
-    if not save:
-        kept = [x.new_empty(0) for x in kept]
-    y, gates, states = kept
+    y, gates, states = saved if save else (x.new_empty(0) for x in saved)
     return o.to(q.dtype), final, y.to(k.dtype), gates, states.to(k.dtype)
 
 
@@ -85,8 +83,9 @@ def triton_chunk_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g (empty without a gate) and the initial state."""
     c = computable
+    saved = _launch().Saved(c(y), c(gates), c(states))
     *grads, dg, dinitial = _launch().backward(
-        c(do), c(dfinal), c(q), c(k), c(v), c(beta), c(g), c(y), c(gates), c(states), cu_seqlens, scale, erase, bits(k)
+        c(do), c(dfinal), c(q), c(k), c(v), c(beta), c(g), saved, cu_seqlens, scale, erase, bits(k)
     )
     dq, dk, dv, dbeta = (d.to(x.dtype) for d, x in zip(grads, (q, k, v, beta), strict=True))
     return dq, dk, dv, dbeta, q.new_empty(0) if dg is None or g is None else dg.to(g.dtype), dinitial

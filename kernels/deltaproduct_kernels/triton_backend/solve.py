@@ -28,7 +28,7 @@ def _merge(X, A, SIZE: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr
 
 @triton.jit
 def unit_lower_inverse(A, ROWS: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)^-1 for a strictly lower triangular A [ROWS, ROWS] in float32; ROWS = 32 or 64."""
+    """(I + A)^-1 for a strictly lower triangular A [ROWS, ROWS] in float32; ROWS = 16, 32 or 64."""
     B: tl.constexpr = 16
     M: tl.constexpr = ROWS // B
     # The M diagonal blocks as one [M, B, B] tensor: 15 dependent steps for all of them.
@@ -43,8 +43,9 @@ def unit_lower_inverse(A, ROWS: tl.constexpr, PRECISION: tl.constexpr):
         x = here[None, :] - tl.sum(a[:, :, None] * X, axis=1)
         X = tl.where((b == row)[None, :, None], x[:, None, :], X)
     X = tl.reshape(X[:, :, None, :] * diagonal, [ROWS, ROWS])
-    X = _merge(X, A, 16, ROWS, PRECISION)
-    if ROWS == 64:
+    if ROWS >= 32:
+        X = _merge(X, A, 16, ROWS, PRECISION)
+    if ROWS >= 64:
         X = _merge(X, A, 32, ROWS, PRECISION)
     return X
 

@@ -1,0 +1,170 @@
+"""Compile the kernels ahead of time for each architecture of the table and report what they need; no GPU is touched.
+
+    python benchmarks/compile_report.py            every line of the table; writes results/compile.md and .json
+    python benchmarks/compile_report.py --quick    the sizes that are trained most, printed and not written
+
+Exits with 1 if a kernel spills registers, asks for more shared or tensor memory than the chip has, or (16-bit) has no matrix
+instructions. The report carries a hash of the kernels' sources and of Triton's version, so a test can tell when it is old.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+KERNELS = Path(__file__).parent.parent / "kernels" / "deltaproduct_kernels" / "triton_backend"
+SOURCES = ("tiles", "solve", "states", "scan", "adjoint", "gradients", "decode", "front_end", "launch", "layout", "configs")
+WIDTHS = (32, 64, 128, 256)
+
+
+class Case(NamedTuple):
+    arch: int
+    dk: int
+    dv: int
+    n: int
+    dtype: str
+    gated: bool = True
+    packed: bool = False
+    part: bool = False
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Sizes and options; together they reach every line of the table."""
+    if quick:
+        yield from (Case(arch, 128, 128, 2, "bfloat16") for arch in (80, 90, 100))
+        yield Case(90, 64, 64, 1, "bfloat16")
+        yield Case(90, 64, 64, 2, "float32")
+        return
+    for arch, n in itertools.product((80, 90, 100), (1, 2, 3, 4)):
+        yield from (Case(arch, dk, dv, n, "bfloat16") for dk, dv in itertools.product(WIDTHS, WIDTHS))
+        yield from (Case(arch, dk, dv, n, "float32") for dk, dv in itertools.product(WIDTHS[:-1], WIDTHS))
+        for dk in (64, 128):
+            yield Case(arch, dk, dk, n, "bfloat16", gated=False)
+            yield Case(arch, dk, dk, n, "bfloat16", packed=True)
+            yield Case(arch, dk, dk, n, "bfloat16", part=True)
+            yield Case(arch, dk, dk, n, "float16")
+
+
+def compile_case(case: Case) -> list[dict[str, Any]]:
+    """Every kernel that a training step and a step of decoding launch for one size."""
+    import torch
+    from deltaproduct_kernels.triton_backend import front_end, launch
+    from deltaproduct_kernels.triton_backend.aot import Compiler
+
+    def empty(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype or getattr(torch, case.dtype), device="meta")
+
+    arch, dk, dv, n = case[:4]
+    B, T, H, W = 1 if case.packed else 8, 4096, 16, 4
+    single, bits = torch.float32, 32 if case.dtype == "float32" else 16
+    q, k, v, beta = empty(B, T, H, dk), empty(B, T, n, H, dk), empty(B, T, n, H, dv), empty(B, T, n, H, dtype=single)
+    g = empty(B, T, H, dtype=single) if case.gated else None
+    cu_seqlens = empty(9, dtype=torch.int32) if case.packed else None
+    state = empty(8 if case.packed else B, H, dk, dv, dtype=single) if case.part else None
+    part = 1024 if case.part else None
+    run = Compiler.of(arch)
+    o, final, saved = launch.forward(q, k, v, beta, g, state, cu_seqlens, 1.0, True, True, bits, part=part, run=run)
+    dfinal = final if case.part else None
+    launch.backward(o, dfinal, q, k, v, beta, g, saved, cu_seqlens, 1.0, True, bits, part=part, run=run)
+    first = len(run.compiled)
+    if not case.part:
+        launch.decode(q, k, v, beta, g, state, 1.0, True, bits, run=run)
+        projections = [x.flatten(2) for x in (q, k, v, empty(B, T, n, H))] + [empty(B, T, H) if case.gated else None]
+        weights = [empty(x.shape[-1], 1, W) for x in projections[:3] if x is not None]
+        gate = [empty(H, dtype=single) if case.gated else None] * 2
+        position = empty(T, dtype=torch.int32) if case.packed else None
+        arguments: Any = (*projections, *weights, *gate, position, H, 2.0)
+        grads = front_end.forward(*arguments, run=run)
+        front_end.backward(grads, *arguments, run=run)
+    options = ["ungated"] * (not case.gated) + ["packed"] * case.packed + ["cut"] * case.part
+    rows, seen = [], dict[str, int]()
+    for i, r in enumerate(run.compiled):
+        name = r.kernel.removesuffix("_kernel")
+        seen[name] = seen.get(name, 0) + 1
+        needs_matrix = i < first and bits == 16 and name != "scan"
+        rows.append(
+            {
+                "arch": arch,
+                "dtype": case.dtype,
+                "dk": dk,
+                "dv": dv,
+                "n": n,
+                "options": " ".join(options) or "-",
+                "kernel": f"{name} {seen[name]}" if seen[name] > 1 else name,
+                "blocks": f"{r.config.block_k or '-'} x {r.config.block_v or '-'}",
+                "warps": r.config.warps,
+                "stages": r.config.stages,
+                "registers": r.registers,
+                "spills": r.spills,
+                "shared": r.shared,
+                "tensor": r.tensor_memory,
+                "matrix": " ".join(f"{k} {v}" for k, v in r.matrix.items()) or "-",
+                "fault": fault(arch, r.spills, r.shared, r.tensor_memory, needs_matrix and not r.matrix),
+            }
+        )
+    return rows
+
+
+def fault(arch: int, spills: int, shared: int, tensor: int, no_matrix: bool) -> str:
+    from deltaproduct_kernels.triton_backend import configs
+
+    found = ["spills"] * (spills > 0) + ["shared memory"] * (shared > configs.SHARED_MEMORY[arch])
+    return ", ".join(found + ["tensor memory"] * (tensor > configs.TENSOR_MEMORY) + ["no matrix instructions"] * no_matrix)
+
+
+def fingerprint() -> str:
+    """Of everything the machine code depends on."""
+    text = "".join((KERNELS / f"{name}.py").read_text() for name in SOURCES) + version("triton")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    facts = {"triton": version("triton"), "fingerprint": fingerprint(), "kernels": len(rows)}
+    (RESULTS / "compile.json").write_text(
+        json.dumps(facts)[:-1] + ', "rows": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]}\n"
+    )
+    keys = [key for key in rows[0] if key not in ("fault", "tensor")]
+    shown = [row for row in rows if row["dk"] == row["dv"] and row["dk"] in (64, 128, 256) and row["dtype"] != "float16"]
+    lines = ["# What the kernels need of a chip", ""]
+    lines += [f"`python benchmarks/compile_report.py`, triton {facts['triton']}: {len(rows)} kernels compiled ahead of time,"]
+    lines += [f"{sum(bool(row['fault']) for row in rows)} with a fault. Square heads are shown; all are in compile.json."]
+    lines += ["Spills: loads and stores of local memory in the machine code. Shared: bytes a program.", ""]
+    lines += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in shown]
+    (RESULTS / "compile.md").write_text("\n".join(lines) + "\n")
+    print(f"written to {RESULTS / 'compile'}.md and .json")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few sizes; write nothing")
+    arguments = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)
+    todo, rows = list(cases(arguments.quick)), []
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for case, result in zip(todo, pool.map(compile_case, todo), strict=True):
+            rows += result
+            for row in result:
+                if arguments.quick or row["fault"]:
+                    print("  ".join(str(value) for value in row.values()), flush=True)
+            if not arguments.quick:
+                print(*case, flush=True)
+    faults = sum(bool(row["fault"]) for row in rows)
+    print(f"{len(rows)} kernels, {faults} with a fault")
+    if not arguments.quick:
+        write(rows)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
