@@ -37,8 +37,10 @@ class Runner:
     processors: int
 
     def __call__(self, kernel: Any, grid: int, config: Config, **arguments: Any) -> None:
+        """On the tensors' device, which need not be the current one."""
         if grid:
-            kernel[(grid,)](**arguments, num_warps=config.warps, num_stages=config.stages)
+            with torch.cuda.device_of(next(x for x in arguments.values() if isinstance(x, Tensor))):
+                kernel[(grid,)](**arguments, num_warps=config.warps, num_stages=config.stages)
 
 
 @cache
