@@ -73,7 +73,7 @@ class Model(Section):
     """Multiply the normalised output of the mixer by silu(g_proj(x))."""
     use_short_conv: bool = True
     """Causal depthwise convolution after the q, k and v projections."""
-    conv_size: Annotated[int, Field(ge=2, le=16)] = 4
+    conv_size: Annotated[int, Field(ge=2, le=8)] = 4
     """Taps of the short convolution."""
     intermediate_size: Positive | None = None
     """Width of the SwiGLU; default: hidden_size * 8/3 rounded up to a multiple of 256."""

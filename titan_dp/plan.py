@@ -31,7 +31,7 @@ _GIB = 2**30
 def chosen_backend(model: config.Model, device: torch.device) -> str:
     """The implementation of the recurrence on `device`. Raises UserError for one that is not available."""
     try:
-        return resolve_backend(model.backend, device)
+        return resolve_backend(model.backend, device, dk=model.head_dim, dv=model.head_v_dim)
     except ValueError as error:
         raise UserError(f"model.{error}") from error
 

@@ -1,12 +1,14 @@
 """From projections to the recurrence's inputs: short convolution, SiLU, unit length, step sizes and log decays.
 
 `front_end` is the one entry point. Its torch code is the definition and runs anywhere; on a GPU one Triton kernel forward
-and one backward do the same, reading the projections once and keeping nothing but them (triton_backend/front_end.py).
+and one backward do the same, reading the projections once and keeping nothing but them (triton_backend/front_end.py). Both
+compute in float32 (float64 for float64 inputs) and round each result once. The values of `position` are not looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from deltaproduct_kernels.triton_backend import front_end_ops
 
 L2_EPS = 1e-6
 MAX_TAPS = 8
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int32, torch.int64)
 
 
 def front_end(
@@ -25,14 +29,14 @@ def front_end(
     v: Tensor,
     b: Tensor,
     a: Tensor | None,
-    conv_weights: Sequence[Tensor],
+    conv_weights: Sequence[Tensor] | None,
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     *,
     heads: int,
     max_beta: float,
     position: Tensor | None = None,
-    tails: Sequence[Tensor] = (),
+    tails: Sequence[Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Queries and keys of unit length, values, step sizes and log decays, from a layer's projections.
@@ -41,56 +45,64 @@ def front_end(
         q, k = y / sqrt(|y|^2 + 1e-6);  v = y;  beta = max_beta sigmoid(b);  g = -exp(A_log) softplus(a + dt_bias)
 
     Args:
-        q: [B, T, H dk].
+        q: [B, T, H dk]; any float dtype, as all others.
         k: [B, T, n H dk], laid out (n, heads, dim).
         v: [B, T, n H dv], likewise.
         b: [B, T, n H].
         a: [B, T, H]; None: no decay.
-        conv_weights: of q, k and v, [channels, 1, W] each, as in nn.Conv1d; empty: no convolution.
-        A_log, dt_bias: [H] in float32 (Gated DeltaNet, arXiv 2412.06464); None exactly if `a` is.
+        conv_weights: of q, k and v, [channels, 1, W] each with W from 2 to 8, as in nn.Conv1d; None or empty: no convolution.
+        A_log, dt_bias: [H] (Gated DeltaNet, arXiv 2412.06464); None exactly if `a` is.
         heads: H.
         max_beta: 1, or 2 for transitions with negative eigenvalues.
-        position: [T], index of each token in its document, for packed rows (B must be 1); None: one document a row.
-        tails: the W - 1 tokens before q, k and v [B, W - 1, channels]; empty: there are none. With tails, as when
-            decoding, plain torch runs whatever the backend.
-        backend: as in `gated_delta_product`; 'recurrent' and 'torch' are the same here.
+        position: [T] int32 or int64, index of each token in its document, for packed rows (B must be 1); None: one document
+            a row.
+        tails: the W - 1 tokens before q, k and v [B, W - 1, channels], as when decoding; None or empty: there are none.
+        backend: as in `gated_delta_product`; 'recurrent' and 'torch' are the same here. 'triton' takes no tails and one
+            dtype for q, k and v; with tails, 'auto' is 'torch'.
 
     Returns:
         q [B, T, H, dk], k [B, T, n, H, dk], v [B, T, n, H, dv] in their projections' dtypes; beta [B, T, n, H] and
         g [B, T, H] or None in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: for shapes or a backend that do not fit; names the argument.
+        ValueError: for shapes, dtypes, devices or a backend that do not fit; names the argument.
     """
-    n = _check(q, k, v, b, a, conv_weights, A_log, dt_bias, heads, position)
-    chosen = resolve_backend(backend, q.device, q.dtype, q.shape[-1] // heads, v.shape[-1] // (n * heads))
-    weights: Sequence[Tensor | None] = conv_weights or (None, None, None)
-    if chosen == "triton" and not tails:
-        *out, g = front_end_ops.front_end(q, k, v, b, a, *weights, A_log, dt_bias, position, heads, max_beta)
+    weights, before = tuple(conv_weights or ()), tuple(tails or ())
+    size = _check(q, k, v, b, a, weights, A_log, dt_bias, heads, max_beta, position, before)
+    B, T, n, H, dk, dv = size
+    if before and backend == "auto":
+        backend = "torch"
+    chosen = resolve_backend(backend, q.device, q.dtype, dk, dv)
+    if chosen == "triton":
+        _check_triton(q, k, v, b, a, weights, A_log, dt_bias, before)
+        taps = weights or (None, None, None)
+        *out, g = front_end_ops.front_end(q, k, v, b, a, *taps, A_log, dt_bias, position, heads, max_beta)
         q, k, v, beta = out
         return q, k, v, beta, None if a is None else g
-    B, T, _ = q.shape
-    before: Sequence[Tensor | None] = tails or (None, None, None)
-    q, k, v = (_conv_silu(x, w, position, tail) for x, w, tail in zip((q, k, v), weights, before, strict=True))
+    q_out, k_out, v_out = (
+        _conv_silu(x, weights[i] if weights else None, position, before[i] if before else None) for i, x in enumerate((q, k, v))
+    )
     beta = max_beta * _upcast(b).sigmoid()
     g = None
     if a is not None and A_log is not None and dt_bias is not None:
         g = -_upcast(A_log).exp() * F.softplus(_upcast(a) + dt_bias)
     return (
-        _unit(q.view(B, T, heads, -1)),
-        _unit(k.view(B, T, n, heads, -1)),
-        v.view(B, T, n, heads, -1),
-        beta.view(B, T, n, heads),
+        _unit(q_out.view(B, T, H, dk)).to(q.dtype),
+        _unit(k_out.view(B, T, n, H, dk)).to(k.dtype),
+        v_out.view(B, T, n, H, dv).to(v.dtype),
+        beta.view(B, T, n, H),
         g,
     )
 
 
 def _conv_silu(x: Tensor, weight: Tensor | None, position: Tensor | None, tail: Tensor | None) -> Tensor:
+    """In float32 at least, as what follows."""
+    x = _upcast(x)
     if weight is None:
         return F.silu(x)
     T, W = x.shape[1], weight.shape[-1]
-    padded = F.pad(x, (0, 0, W - 1, 0)) if tail is None else torch.cat([tail, x], 1)
-    taps = weight[:, 0].unbind(-1)
+    padded = F.pad(x, (0, 0, W - 1, 0)) if tail is None else torch.cat([tail.to(x.dtype), x], 1)
+    taps = _upcast(weight)[:, 0].unbind(-1)
     out = x * taps[-1]
     for back in range(1, W):
         earlier = padded[:, W - 1 - back : W - 1 - back + T] * taps[W - 1 - back]
@@ -101,13 +113,21 @@ def _conv_silu(x: Tensor, weight: Tensor | None, position: Tensor | None, tail: 
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x over its length in the last dimension; in float32 before it is rounded to x's dtype."""
-    wide = _upcast(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype)
+    """x over its length in the last dimension."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
 def _upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _Sizes(NamedTuple):
+    B: int
+    T: int
+    n: int
+    H: int
+    dk: int
+    dv: int
 
 
 def _check(
@@ -116,38 +136,88 @@ def _check(
     v: Tensor,
     b: Tensor,
     a: Tensor | None,
-    conv_weights: Sequence[Tensor],
+    weights: tuple[Tensor, ...],
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     heads: int,
+    max_beta: float,
     position: Tensor | None,
-) -> int:
-    """The number of steps a token."""
-    if q.dim() != 3 or q.shape[-1] % heads:
+    tails: tuple[Tensor, ...],
+) -> _Sizes:
+    """What every backend asks for. Raises ValueError naming the argument."""
+    if heads < 1:
+        raise ValueError(f"heads = {heads}; at least 1 is needed")
+    if not 0 < max_beta <= 2:
+        raise ValueError(f"max_beta = {max_beta}; above 0 and up to 2 is allowed")
+    if q.dim() != 3 or not q.shape[-1] or q.shape[-1] % heads:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, T, channels], channels a multiple of heads = {heads}")
     B, T, channels = q.shape
-    if k.shape[:2] != (B, T) or k.shape[-1] % channels or not 1 <= k.shape[-1] // channels <= 8:
+    if k.dim() != 3 or k.shape[:2] != (B, T) or k.shape[-1] % channels or not 1 <= k.shape[-1] // channels <= 8:
         raise ValueError(f"k has shape {tuple(k.shape)}; expected [{B}, {T}, n * {channels}] with n from 1 to 8 to fit q")
     n = k.shape[-1] // channels
-    if v.shape[:2] != (B, T) or v.shape[-1] % (n * heads):
+    if v.dim() != 3 or v.shape[:2] != (B, T) or not v.shape[-1] or v.shape[-1] % (n * heads):
         raise ValueError(f"v has shape {tuple(v.shape)}; expected [{B}, {T}, channels], a multiple of n * heads = {n * heads}")
-    expected = {
+    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
+        if (x is None) != (a is None):
+            raise ValueError(f"{name} is {'missing' if x is None else 'given'}, but a is not: a, A_log and dt_bias go together")
+    if position is not None and B != 1:
+        raise ValueError(f"position packs documents into one row, but q has B = {B} rows: B must be 1")
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "b": (b, (B, T, n * heads)),
         "a": (a, (B, T, heads)),
         "A_log": (A_log, (heads,)),
         "dt_bias": (dt_bias, (heads,)),
+        "position": (position, (T,)),
     }
+    W = weights[0].shape[-1] if weights else 1
+    if weights and not 2 <= W <= MAX_TAPS:
+        raise ValueError(f"conv_weights have W = {W} taps; from 2 to {MAX_TAPS} are allowed")
+    if tails and not weights:
+        raise ValueError("tails are given, but conv_weights is not: only a convolution looks at earlier tokens")
+    for name, tensors, shapes in (
+        ("conv_weights", weights, [(x.shape[-1], 1, W) for x in (q, k, v)]),
+        ("tails", tails, [(B, W - 1, x.shape[-1]) for x in (q, k, v)]),
+    ):
+        if tensors and len(tensors) != 3:
+            raise ValueError(f"{name} has {len(tensors)} tensors; expected 3, for q, k and v")
+        expected |= {f"{name}[{i}]": (x, shape) for i, (x, shape) in enumerate(zip(tensors, shapes, strict=False))}
     for name, (x, shape) in expected.items():
         if x is not None and tuple(x.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {shape}")
-        if name != "b" and (x is None) != (a is None):
-            raise ValueError(f"{name} is {'missing' if x is None else 'given'}, but a is not: a, A_log and dt_bias go together")
-    if conv_weights:
-        W = conv_weights[0].shape[-1]
-        for name, w, x in zip("qkv", conv_weights, (q, k, v), strict=True):
-            if tuple(w.shape) != (x.shape[-1], 1, W) or not 1 <= W <= MAX_TAPS:
-                wanted = f"[{x.shape[-1]}, 1, W] with W from 1 to {MAX_TAPS}"
-                raise ValueError(f"conv_weights of {name} have shape {tuple(w.shape)}; expected {wanted}")
-    if position is not None and (B != 1 or tuple(position.shape) != (T,)):
-        raise ValueError(f"position has shape {tuple(position.shape)} for B = {B} rows; expected [{T}] and one row")
-    return n
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {shape} to fit q {tuple(q.shape)}")
+    for name, x in {"q": q, "k": k, "v": v, **{name: x for name, (x, _) in expected.items()}}.items():
+        allowed = _INTEGERS if name == "position" else _FLOATS
+        if x is not None and x.dtype not in allowed:
+            raise ValueError(f"{name} has dtype {x.dtype}; expected one of {', '.join(map(str, allowed))}")
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, but q is on {q.device}")
+    return _Sizes(B, T, n, heads, channels // heads, v.shape[-1] // (n * heads))
+
+
+def _check_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    b: Tensor,
+    a: Tensor | None,
+    weights: tuple[Tensor, ...],
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    tails: tuple[Tensor, ...],
+) -> None:
+    """What its kernels ask for besides: one of them reads q, k and v through the same pointer, and the weights likewise."""
+    if tails:
+        raise ValueError(
+            f"tails are given ({len(tails)} tensors), which backend 'triton' cannot take; choose 'torch' or 'auto'"
+        )
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}, but q {q.dtype}; backend 'triton' takes one dtype for q, k and v")
+    for i, w in enumerate(weights):
+        if w.dtype != weights[0].dtype:
+            raise ValueError(
+                f"conv_weights[{i}] has dtype {w.dtype}, but conv_weights[0] {weights[0].dtype}; backend 'triton' takes one"
+            )
+    rest = {"b": b, "a": a, "A_log": A_log, "dt_bias": dt_bias, **{f"conv_weights[{i}]": w for i, w in enumerate(weights)}}
+    for name, y in rest.items():
+        if y is not None and y.dtype == torch.float64:
+            raise ValueError(f"{name} has dtype {y.dtype}; backend 'triton' takes float32, bfloat16 and float16")

@@ -327,8 +327,8 @@ def test_the_cost_model_counts_what_the_kernels_move_and_multiply(
     x |= {name: x[name].float() for name in ("beta", "g") if name in x}
     q, k, v, beta, g = (x.get(name) for name in ("q", "k", "v", "beta", "g"))
     counter = Counter(monkeypatch)
-    o, _, saved = launch.forward(q, k, v, beta, g, None, None, 1.0, erase, True, bits, run=counter)  # type: ignore[arg-type]
-    launch.backward(o, None, q, k, v, beta, g, saved, None, 1.0, erase, bits, run=counter)  # type: ignore[arg-type]
+    o, _, saved = launch.forward(q, k, v, beta, g, None, None, 1.0, erase, True, bits, part=T, run=counter)  # type: ignore[arg-type]
+    launch.backward(o, None, q, k, v, beta, g, saved, None, 1.0, erase, bits, part=T, run=counter)  # type: ignore[arg-type]
     size = Size(1, T, n, 1, 64, 32, bits=bits, gated=gate is not None, erase=erase)
     for kernel, moved, flops in [*cost.forward(size), *cost.backward(size)]:
         if kernel in counter.__dict__["totals"]:

@@ -109,7 +109,7 @@ class DeltaProduct(nn.Module):
             max_beta=self.max_beta,
             position=packing.position if packing else None,
             tails=cache.tails if cache else (),
-            backend=self.backend,
+            backend="torch" if cache and cache.tails else self.backend,  # no kernel takes tails
         )
         o, state = gated_delta_product(
             q,

@@ -16,7 +16,11 @@ from torch import Tensor
 from deltaproduct_kernels.triton_backend.configs import Config
 from deltaproduct_kernels.triton_backend.launch import Runner, runner
 
-CONFIG = Config(block_k=0, block_v=0, warps=8, stages=1)
+
+def config(width: int) -> Config:
+    """Eight elements a thread, one vector of bfloat16. The backward pass needs some 110 registers a thread for them, and 173
+    for sixteen, which leaves half as many warps to wait for memory, and spills at a width of 256."""
+    return Config(block_k=0, block_v=0, warps=16 if width > 64 else 8, stages=1)
 
 
 def tile_rows(width: int) -> int:
@@ -301,7 +305,7 @@ def forward(
     g = None if a is None else q.new_empty(B, T, heads, dtype=torch.float32)
     blocks = triton.cdiv(T, sizes["ROWS"])
     run(
-        front_end_kernel, B * blocks * (heads * (1 + 2 * n) + 1), CONFIG,
+        front_end_kernel, B * blocks * (heads * (1 + 2 * n) + 1), config(sizes["D"]),
         q=q, k=k, v=v, b=b, a=a, wq=wq, wk=wk, wv=wv, A_log=A_log, dt_bias=dt_bias, position=position, q_out=q_out,
         k_out=k_out, v_out=v_out, beta=beta, g=g, max_beta=max_beta, T=T, blocks=blocks, CONV=wq is not None,
         GATED=a is not None, PACKED=position is not None, **sizes,
@@ -340,7 +344,7 @@ def backward(
     outputs = dict(zip(("dq_out", "dk_out", "dv_out", "dbeta", "dg"), grads, strict=True))
     sums = dict(zip(("dwq", "dwk", "dwv", "drate", "dbias"), partials, strict=True))
     run(
-        front_end_backward_kernel, B * blocks * (heads * (1 + 2 * n) + 1), CONFIG,
+        front_end_backward_kernel, B * blocks * (heads * (1 + 2 * n) + 1), config(sizes["D"]),
         q=q, k=k, v=v, b=b, a=a, wq=wq, wk=wk, wv=wv, A_log=A_log, dt_bias=dt_bias, position=position,
         dq=dx[0], dk=dx[1], dv=dx[2], db=dx[3], da=da, max_beta=max_beta, T=T, blocks=blocks, CONV=wq is not None,
         GATED=a is not None, PACKED=position is not None, **outputs, **sums, **sizes,
