@@ -96,7 +96,7 @@ class Model(Section):
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary embedding of the softmax layers."""
     backend: Literal["auto", "recurrent", "torch", "triton"] = "auto"
-    """Implementation of the recurrence; auto picks triton on CUDA where it exists, else torch."""
+    """Implementation of the recurrence and its front end; auto picks triton on a GPU that can run it, else torch."""
 
     @property
     def head_v_dim(self) -> int:
