@@ -21,10 +21,11 @@ from gpu import Timed
 from gpu_check import error, make
 
 REPEATS = 15
-WIDTHS = ("<9", *(f">{w}" for w in (4, 4, 4, 4, 3, 8, 7, 5, 6)))  # of the table's columns
+WIDTHS = ("<12", *(f">{w}" for w in (4, 4, 4, 4, 3, 4, 8, 7, 5, 6)))  # of the table's columns
 BLOCKS = {
     "solve": [(bk, 0) for bk in (32, 64, 128)],
     "states": [(0, bv) for bv in (16, 32, 64, 128)],
+    "states_again": [(0, bv) for bv in (16, 32, 64, 128)],
     "adjoint": [(0, bv) for bv in (16, 32, 64, 128)],
     "gradients": [(bk, bv) for bk in (32, 64, 128) for bv in (16, 32, 64, 128)],
 }
@@ -35,19 +36,21 @@ def candidates(kernel: str, dk: int, dv: int) -> list[Config]:
     return [Config(*blocks, warps, stages) for blocks in fitting for warps in (4, 8) for stages in (1, 2, 3)]
 
 
-def step(x: dict[str, torch.Tensor], bits: int, run: launch.Runner) -> list[torch.Tensor]:
+def step(x: dict[str, Any], bits: int, run: launch.Runner) -> list[torch.Tensor]:
     """Forward and backward; everything they compute."""
-    q, k, v, beta, g = (x[name] for name in ("q", "k", "v", "beta", "g"))
+    q, k, v, beta = (x[name] for name in ("q", "k", "v", "beta"))
+    g = x.get("g")
     o, final, saved = launch.forward(q, k, v, beta, g, None, None, 1.0, True, True, bits, run=run)
     grads: Any = launch.backward(v[:, :, 0], None, q, k, v, beta, g, saved, None, 1.0, True, bits, run=run)
     return [o, final, *grads]
 
 
-def tune(kernel: str, dk: int, dv: int, n: int, bits: int) -> tuple[Config, float, float]:
+def tune(kernel: str, dk: int, dv: int, n: int, bits: int, gated: bool) -> tuple[Config, float, float]:
     """The fastest candidate, its milliseconds and the table's."""
-    x = make(8, 4096, 16, n, dk, dv, dtype=torch.float32 if bits == 32 else torch.bfloat16)
+    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    x = make(8, 4096, 16, n, dk, dv, dtype=dtype, gate=0.05 if gated else None)
     default = launch.runner(x["k"].device)
-    current = configs.config(kernel, dk=dk, dv=dv, n=n, bits=bits, arch=default.arch)
+    current = configs.config(kernel, dk=dk, dv=dv, n=n, bits=bits, arch=default.arch, gated=gated)
     expected = step(x, bits, default)
     times: dict[Config, float] = {}
     original = configs.config
@@ -77,15 +80,16 @@ def main() -> int:
     parser.add_argument("--n", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--bits", type=int, choices=(16, 32), default=16)
     parser.add_argument("--kernel", nargs="+", choices=tuple(BLOCKS), default=list(BLOCKS))
+    parser.add_argument("--ungated", action="store_true")
     a = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device here")
     arch = launch.runner(torch.device("cuda")).arch
     sizes = list(zip(a.dk, a.dv or a.dk, strict=True))
-    print("kernel    bits arch   dk   dv   n  block_k block_v warps stages   # ms, and the table's")
+    print("kernel       bits arch   dk   dv   n gate  block_k block_v warps stages   # ms, and the table's")
     for kernel, (dk, dv), n in itertools.product(a.kernel, sizes, a.n):
-        best, ms, before = tune(kernel, dk, dv, n, a.bits)
-        key = (kernel, a.bits, arch, configs.padded(dk), min(configs.padded(dv), 128), n)
+        best, ms, before = tune(kernel, dk, dv, n, a.bits, not a.ungated)
+        key = (kernel, a.bits, arch, configs.padded(dk), min(configs.padded(dv), 128), n, "n" if a.ungated else "y")
         line = [f"{value:{width}}" for value, width in zip((*key, *best), WIDTHS, strict=True)]
         print(*line, f"  # {ms:.3f}, {before:.3f}", flush=True)
     return 0

@@ -5,8 +5,10 @@ benchmarks/tune.py` times candidates on a GPU and prints lines for this table. U
 the widest blocks that compile without spilling a register (benchmarks/results/compile.md), for every architecture.
 
 Columns: `bits` of the inputs' dtype; `arch` 80, 90 or 100; `dk` and `dv` rounded up to 32, 64, 128 or 256, columns past the
-real size reading as zero (dv: 128 stands for 256 too); `n` steps a token, 4 for more. `block_k`: columns of dk a step (states
-and adjoint hold all of dk); `block_v`: columns of dv a program (states, adjoint, scan, decode) or a step (gradients).
+real size reading as zero (dv: 128 stands for 256 too); `n` steps a token, 4 for more; `gate` y or n. `block_k`: columns of dk
+a step (states and adjoint hold all of dk); `block_v`: columns of dv a program (states, adjoint, scan, decode) or a step
+(gradients). `states_again` recomputes for the backward pass, `_cut` works on parts of sequences; what has no line of its
+own there takes the kernel's.
 """
 
 from __future__ import annotations
@@ -22,133 +24,133 @@ TENSOR_MEMORY = 512
 """Columns of tensor memory of a multiprocessor of compute capability 10.0."""
 
 TABLE = """
-kernel    bits arch   dk   dv   n  block_k block_v warps stages
-solve       16    *   32    *   *       32       0     4      1
-solve       16    *    *    *   *       64       0     4      1
-solve       32    *   32    *   *       32       0     4      1
-solve       32    *    *    *   *       64       0     4      1
-states      16   80   32   32   *        0      32     4      2
-states      16   80   64   32   1        0      32     4      3
-states      16   80   64   32   4        0      32     8      2
-states      16   80   64   32   *        0      32     4      2
-states      16   80   64   64   4        0      64     8      2
-states      16   80   64    *   *        0      64     8      1
-states      16   80  128   32   *        0      32     8      1
-states      16   80  128    *   *        0      64     8      1
-states      16   80  256   32   *        0      32     8      1
-states      16   80  256    *   *        0      64     8      1
-states      16   90   32   32   *        0      32     4      2
-states      16   90   64   32   *        0      32     4      3
-states      16   90  128   32   1        0      32     8      1
-states      16   90  128   32   *        0      32     8      2
-states      16   90  128  128   2        0     128     8      2
-states      16   90  128  128   4        0     128     8      2
-states      16   90  128    *   *        0      64     8      2
-states      16   90  256    *   *        0      32     8      1
-states      16  100   32   32   1        0      32     8      2
-states      16  100   32   32   *        0      32     4      2
-states      16  100   64   32   *        0      32     4      2
-states      16  100   64  128   2        0      64     4      3
-states      16  100   64  128   3        0      64     4      3
-states      16  100  128   32   *        0      32     8      2
-states      16  100  128    *   *        0      64     8      2
-states      16  100  256    *   *        0      32     8      1
-states      16    *    *    *   *        0      64     4      2
-states      32  100   64   32   1        0      32     4      1
-states      32  100   64   64   1        0      32     4      1
-states      32  100   64  128   1        0      32     4      1
-states      32    *    *    *   *        0      32     8      1
-adjoint     16   80   32   32   *        0      32     4      2
-adjoint     16   80   64   32   *        0      32     4      2
-adjoint     16   80   64    *   *        0      64     8      1
-adjoint     16   80  128   32   1        0      32     8      1
-adjoint     16   80  128   32   4        0      32     4      2
-adjoint     16   80  128   32   *        0      32     8      2
-adjoint     16   80  128   64   1        0      64     8      1
-adjoint     16   80  128  128   1        0      64     8      1
-adjoint     16   80  128    *   *        0      64     8      2
-adjoint     16   80  256   32   *        0      32     8      1
-adjoint     16   80  256  128   1        0      32     8      1
-adjoint     16   80  256    *   *        0      64     8      1
-adjoint     16   90   32   32   *        0      32     4      2
-adjoint     16   90   64   32   *        0      32     4      2
-adjoint     16   90  128   32   4        0      32     4      2
-adjoint     16   90  128   64   1        0      64     4      2
-adjoint     16   90  128   64   4        0      64     4      3
-adjoint     16   90  128   64   *        0      64     8      1
-adjoint     16   90  128  128   3        0      64     8      1
-adjoint     16   90  128  128   *        0     128     8      2
-adjoint     16   90  128    *   *        0      32     8      2
-adjoint     16   90  256   32   4        0      32     8      2
-adjoint     16   90  256   64   4        0      32     8      2
-adjoint     16   90  256  128   4        0      32     8      2
-adjoint     16   90  256    *   *        0      32     8      1
-adjoint     16  100   32   32   1        0      16     4      2
-adjoint     16  100   32   32   *        0      32     4      2
-adjoint     16  100   32   64   1        0      64     8      2
-adjoint     16  100   32  128   1        0      64     8      2
-adjoint     16  100   64   32   1        0      32     4      3
-adjoint     16  100   64   32   *        0      32     4      2
-adjoint     16  100   64   64   1        0      64     8      2
-adjoint     16  100   64  128   1        0      64     8      2
-adjoint     16  100  128   64   2        0      64     8      1
-adjoint     16  100  128   64   3        0      64     8      1
-adjoint     16  100  128   64   *        0      64     8      2
-adjoint     16  100  128  128   3        0      64     8      1
-adjoint     16  100  128  128   4        0     128     8      3
-adjoint     16  100  128  128   *        0      64     8      2
-adjoint     16  100  128    *   *        0      32     8      2
-adjoint     16  100  256   32   1        0      16     8      1
-adjoint     16  100  256   32   *        0      32     8      1
-adjoint     16  100  256   64   1        0      32     8      1
-adjoint     16  100  256  128   1        0      32     8      1
-adjoint     16  100  256    *   *        0      64     8      1
-adjoint     16    *    *    *   *        0      64     4      2
-adjoint     32    *    *    *   *        0      32     8      1
-gradients   16   80   32  128   3       32      64     8      2
-gradients   16   80   32  128   4       32      64     8      2
-gradients   16   80   64   32   *       32      16     8      2
-gradients   16   80   64   64   1       32      64     8      2
-gradients   16   80   64  128   1       32      16     8      2
-gradients   16   80   64    *   *       64      32     8      2
-gradients   16   80  128   64   1       32      16     8      2
-gradients   16   80  128   64   *       32      64     8      2
-gradients   16   80  128  128   1       32      16     8      2
-gradients   16   80  128  128   *       32      64     8      2
-gradients   16   80  256   32   4       64      32     8      2
-gradients   16   80  256   64   1       32      16     8      2
-gradients   16   80  256   64   *       32      64     8      2
-gradients   16   80  256  128   2       32      64     8      2
-gradients   16   80  256  128   4       32      64     8      2
-gradients   16   90   32   32   *       32      16     8      2
-gradients   16   90   32    *   *       32      64     8      2
-gradients   16   90   64   32   1       32      16     8      2
-gradients   16   90   64   32   *       64      32     8      2
-gradients   16   90   64   64   1       64      32     8      2
-gradients   16   90   64    *   *       64      64     8      2
-gradients   16   90  128   64   *       64      32     8      2
-gradients   16   90  128  128   *       64      64     8      2
-gradients   16   90  256   64   *       64      32     8      2
-gradients   16   90  256  128   *       64      64     8      2
-gradients   16  100   32   32   *       32      16     8      2
-gradients   16  100   32    *   *       32      64     8      2
-gradients   16  100   64   32   *       64      32     8      2
-gradients   16  100   64    *   *       64      64     8      2
-gradients   16  100  128   32   *       64      32     8      2
-gradients   16  100  128  128   1       64      32     8      2
-gradients   16  100  128    *   *       64      64     8      2
-gradients   16  100  256   32   *       32      16     8      2
-gradients   16  100  256  128   1       64      32     8      2
-gradients   16  100  256  128   *       64      64     8      2
-gradients   16  100  256    *   *       64      32     8      2
-gradients   16    *    *    *   *       32      16     8      2
-gradients   32   80   64   32   2       32      32     4      1
-gradients   32   90   32  128   1       32      32     8      1
-gradients   32   90   32  128   *       32      32     4      1
-gradients   32    *    *    *   *       32      32     8      1
-scan         *    *    *    *   *       64      32     4      1
-decode       *    *  256    *   *        0      32     4      1
-decode       *    *    *    *   *        0      32     2      1
+kernel       bits arch   dk   dv   n gate  block_k block_v warps stages
+solve          16    *   32    *   *    *       32       0     4      1
+solve          16    *    *    *   *    *       64       0     4      1
+solve          32    *   32    *   *    *       32       0     4      1
+solve          32    *    *    *   *    *       64       0     4      1
+states         16   80   32   32   *    *        0      32     4      2
+states         16   80   64   32   1    *        0      32     4      3
+states         16   80   64   32   4    *        0      32     8      2
+states         16   80   64   32   *    *        0      32     4      2
+states         16   80   64   64   4    *        0      64     8      2
+states         16   80   64    *   *    *        0      64     8      1
+states         16   80  128   32   *    *        0      32     8      1
+states         16   80  128    *   *    *        0      64     8      1
+states         16   80  256   32   *    *        0      32     8      1
+states         16   80  256    *   *    *        0      64     8      1
+states         16   90   32   32   *    *        0      32     4      2
+states         16   90   64   32   *    *        0      32     4      3
+states         16   90  128   32   1    *        0      32     8      1
+states         16   90  128   32   *    *        0      32     8      2
+states         16   90  128  128   2    *        0     128     8      2
+states         16   90  128  128   4    *        0     128     8      2
+states         16   90  128    *   *    *        0      64     8      2
+states         16   90  256    *   *    *        0      32     8      1
+states         16  100   32   32   1    *        0      32     8      2
+states         16  100   32   32   *    *        0      32     4      2
+states         16  100   64   32   *    *        0      32     4      2
+states         16  100   64  128   2    *        0      64     4      3
+states         16  100   64  128   3    *        0      64     4      3
+states         16  100  128   32   *    *        0      32     8      2
+states         16  100  128    *   *    *        0      64     8      2
+states         16  100  256    *   *    *        0      32     8      1
+states         16    *    *    *   *    *        0      64     4      2
+states         32  100   64   32   1    *        0      32     4      1
+states         32  100   64   64   1    *        0      32     4      1
+states         32  100   64  128   1    *        0      32     4      1
+states         32    *    *    *   *    *        0      32     8      1
+adjoint        16   80   32   32   *    *        0      32     4      2
+adjoint        16   80   64   32   *    *        0      32     4      2
+adjoint        16   80   64    *   *    *        0      64     8      1
+adjoint        16   80  128   32   1    *        0      32     8      1
+adjoint        16   80  128   32   4    *        0      32     4      2
+adjoint        16   80  128   32   *    *        0      32     8      2
+adjoint        16   80  128   64   1    *        0      64     8      1
+adjoint        16   80  128  128   1    *        0      64     8      1
+adjoint        16   80  128    *   *    *        0      64     8      2
+adjoint        16   80  256   32   *    *        0      32     8      1
+adjoint        16   80  256  128   1    *        0      32     8      1
+adjoint        16   80  256    *   *    *        0      64     8      1
+adjoint        16   90   32   32   *    *        0      32     4      2
+adjoint        16   90   64   32   *    *        0      32     4      2
+adjoint        16   90  128   32   4    *        0      32     4      2
+adjoint        16   90  128   64   1    *        0      64     4      2
+adjoint        16   90  128   64   4    *        0      64     4      3
+adjoint        16   90  128   64   *    *        0      64     8      1
+adjoint        16   90  128  128   3    *        0      64     8      1
+adjoint        16   90  128  128   *    *        0     128     8      2
+adjoint        16   90  128    *   *    *        0      32     8      2
+adjoint        16   90  256   32   4    *        0      32     8      2
+adjoint        16   90  256   64   4    *        0      32     8      2
+adjoint        16   90  256  128   4    *        0      32     8      2
+adjoint        16   90  256    *   *    *        0      32     8      1
+adjoint        16  100   32   32   1    *        0      16     4      2
+adjoint        16  100   32   32   *    *        0      32     4      2
+adjoint        16  100   32   64   1    *        0      64     8      2
+adjoint        16  100   32  128   1    *        0      64     8      2
+adjoint        16  100   64   32   1    *        0      32     4      3
+adjoint        16  100   64   32   *    *        0      32     4      2
+adjoint        16  100   64   64   1    *        0      64     8      2
+adjoint        16  100   64  128   1    *        0      64     8      2
+adjoint        16  100  128   64   2    *        0      64     8      1
+adjoint        16  100  128   64   3    *        0      64     8      1
+adjoint        16  100  128   64   *    *        0      64     8      2
+adjoint        16  100  128  128   3    *        0      64     8      1
+adjoint        16  100  128  128   4    *        0     128     8      3
+adjoint        16  100  128  128   *    *        0      64     8      2
+adjoint        16  100  128    *   *    *        0      32     8      2
+adjoint        16  100  256   32   1    *        0      16     8      1
+adjoint        16  100  256   32   *    *        0      32     8      1
+adjoint        16  100  256   64   1    *        0      32     8      1
+adjoint        16  100  256  128   1    *        0      32     8      1
+adjoint        16  100  256    *   *    *        0      64     8      1
+adjoint        16    *    *    *   *    *        0      64     4      2
+adjoint        32    *    *    *   *    *        0      32     8      1
+gradients      16   80   32  128   3    *       32      64     8      2
+gradients      16   80   32  128   4    *       32      64     8      2
+gradients      16   80   64   32   *    *       32      16     8      2
+gradients      16   80   64   64   1    *       32      64     8      2
+gradients      16   80   64  128   1    *       32      16     8      2
+gradients      16   80   64    *   *    *       64      32     8      2
+gradients      16   80  128   64   1    *       32      16     8      2
+gradients      16   80  128   64   *    *       32      64     8      2
+gradients      16   80  128  128   1    *       32      16     8      2
+gradients      16   80  128  128   *    *       32      64     8      2
+gradients      16   80  256   32   4    *       64      32     8      2
+gradients      16   80  256   64   1    *       32      16     8      2
+gradients      16   80  256   64   *    *       32      64     8      2
+gradients      16   80  256  128   2    *       32      64     8      2
+gradients      16   80  256  128   4    *       32      64     8      2
+gradients      16   90   32   32   *    *       32      16     8      2
+gradients      16   90   32    *   *    *       32      64     8      2
+gradients      16   90   64   32   1    *       32      16     8      2
+gradients      16   90   64   32   *    *       64      32     8      2
+gradients      16   90   64   64   1    *       64      32     8      2
+gradients      16   90   64    *   *    *       64      64     8      2
+gradients      16   90  128   64   *    *       64      32     8      2
+gradients      16   90  128  128   *    *       64      64     8      2
+gradients      16   90  256   64   *    *       64      32     8      2
+gradients      16   90  256  128   *    *       64      64     8      2
+gradients      16  100   32   32   *    *       32      16     8      2
+gradients      16  100   32    *   *    *       32      64     8      2
+gradients      16  100   64   32   *    *       64      32     8      2
+gradients      16  100   64    *   *    *       64      64     8      2
+gradients      16  100  128   32   *    *       64      32     8      2
+gradients      16  100  128  128   1    *       64      32     8      2
+gradients      16  100  128    *   *    *       64      64     8      2
+gradients      16  100  256   32   *    *       32      16     8      2
+gradients      16  100  256  128   1    *       64      32     8      2
+gradients      16  100  256  128   *    *       64      64     8      2
+gradients      16  100  256    *   *    *       64      32     8      2
+gradients      16    *    *    *   *    *       32      16     8      2
+gradients      32   80   64   32   2    *       32      32     4      1
+gradients      32   90   32  128   1    *       32      32     8      1
+gradients      32   90   32  128   *    *       32      32     4      1
+gradients      32    *    *    *   *    *       32      32     8      1
+scan            *    *    *    *   *    *       32      32     4      1
+decode          *    *  256    *   *    *        0      32     4      1
+decode          *    *    *    *   *    *        0      32     2      1
 """
 
 
@@ -160,9 +162,14 @@ class Config(NamedTuple):
 
 
 @cache
-def _rows() -> list[tuple[list[str], Config]]:
-    rows = [line.split() for line in TABLE.strip().splitlines()[1:]]
-    return [(row[:6], Config(*map(int, row[6:]))) for row in rows]
+def _lines() -> dict[str, list[tuple[list[str], Config]]]:
+    """The table by kernel: what a line is for, and its configuration."""
+    lines: dict[str, list[tuple[list[str], Config]]] = {}
+    for kernel, *words in (line.split() for line in TABLE.strip().splitlines()[1:]):
+        lines.setdefault(kernel, []).append((words[:6], Config(*map(int, words[6:]))))
+    for special in ("states_again", "states_cut", "adjoint_cut"):
+        lines[special] = lines.get(special, []) + lines[special.split("_")[0]]
+    return lines
 
 
 def padded(size: int) -> int:
@@ -170,8 +177,9 @@ def padded(size: int) -> int:
     return next(s for s in SIZES if s >= size)
 
 
-def config(kernel: str, *, dk: int, dv: int, n: int, bits: int, arch: int) -> Config:
+def config(kernel: str, *, dk: int, dv: int, n: int, bits: int, arch: int, gated: bool) -> Config:
     """The table's line for a kernel; blocks are no wider than the padded head."""
-    wanted = (kernel, str(bits), str(arch), str(padded(dk)), str(min(padded(dv), 128)), str(min(n, 4)))
-    c = next(c for row, c in _rows() if all(have in ("*", want) for have, want in zip(row, wanted, strict=True)))
+    wanted = (str(bits), str(arch), str(padded(dk)), str(min(padded(dv), 128)), str(min(n, 4)), "y" if gated else "n")
+    lines = _lines()[kernel]
+    c = next(c for words, c in lines if all(have in ("*", want) for have, want in zip(words, wanted, strict=True)))
     return c._replace(block_k=min(c.block_k, padded(dk)), block_v=min(c.block_v, padded(dv)))

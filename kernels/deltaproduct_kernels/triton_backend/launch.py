@@ -98,7 +98,7 @@ class Shape(Size):
         return self.whole if parts < 4 else -(-self.T // (parts * unit)) * unit
 
     def config(self, kernel: str) -> Config:
-        return configs.config(kernel, dk=self.dk, dv=self.dv, n=self.n, bits=self.bits, arch=self.arch)
+        return configs.config(kernel, dk=self.dk, dv=self.dv, n=self.n, bits=self.bits, arch=self.arch, gated=self.gated)
 
     def common(self, cu_seqlens: Tensor | None, *, tokens: bool = True, values: bool = True) -> dict[str, Any]:
         """Arguments that (nearly) all kernels have."""
@@ -194,7 +194,7 @@ def backward(
     shape = Shape.of(k, v, g, cu_seqlens, erase, bits, run)
     part = part or shape.part
     chunks = shape.slots(shape.chunk)
-    adjoint = shape.config("adjoint")
+    adjoint = shape.config("adjoint" if part >= shape.whole else "adjoint_cut")
     blocks = triton.cdiv(shape.dv, adjoint.block_v)
 
     def run_adjoint(span: int, final: Tensor | None, kind: int, initial: Tensor, summary: bool, **out: Tensor | None) -> None:
@@ -273,7 +273,7 @@ def run_states(
     first_block: int = 0,
 ) -> None:
     """One launch of states.py; what is None is not written."""
-    c = shape.config("states")
+    c = shape.config("states_again" if errors is not None else "states_cut" if summary or kind == 2 else "states")
     values = triton.cdiv(shape.dv, c.block_v)
     blocks = values + triton.cdiv(shape.dk, c.block_v) - first_block if summary else values
     run(
@@ -300,7 +300,7 @@ def summarise(
 ) -> Tensor:
     """N^T and M^T of S' = M S + N for every span [slots, H, dv + dk, dk] in float32; `only_maps` leaves N^T unwritten."""
     maps = k.new_empty(shape.slots(span), shape.H, shape.dv + shape.dk, shape.dk, dtype=torch.float32)
-    skipped = triton.cdiv(shape.dv, shape.config("states").block_v) if only_maps else 0
+    skipped = triton.cdiv(shape.dv, shape.config("states_cut").block_v) if only_maps else 0
     run_states(
         shape, k, k, v, beta, gates, y, cu_seqlens, 1.0, span, run,
         initial=None, kind=0, every=EVERY, final=maps, summary=True, first_block=skipped,

@@ -49,24 +49,27 @@ def scan_kernel(
         part = spans - 1 - i if REVERSE else i
         here = (slot + part) * H + head
         before = here + (H if REVERSE else -H)
-        for column in tl.static_range(0, DK, BLOCK):
+        for column in tl.range(0, DK, BLOCK):
             c = column + d
             mask = inside & (c < DK)[None, :]
             S = tl.zeros([BV, BLOCK], tl.float32)
             if i == 0:
                 if GIVEN:
-                    source = given + (sequence * H + head) * DK * DV
-                    S = tl.load(source + v[:, None] + c[None, :] * DV, mask=mask, other=0.0).to(tl.float32)
+                    element = (sequence * H + head) * DK * DV + v[:, None] + c[None, :] * DV
+                    S = tl.load(given + element, mask=mask, other=0.0).to(tl.float32)
             else:
                 if REVERSE:
                     S = tl.load(local + before * DV * DK + v[:, None] * DK + c[None, :], mask=mask, other=0.0)
                 else:
                     S = tl.load(maps + before * (DV + DK) * DK + v[:, None] * DK + c[None, :], mask=mask, other=0.0)
                 moved = maps + before * (DV + DK) * DK + DV * DK  # element (j, i) of M^T at j DK + i
-                for inner in tl.static_range(0, DK, BLOCK):
+                for inner in tl.range(0, DK, BLOCK):
                     j = inner + d
-                    source = out + before * DV * DK + v[:, None] * DK + j[None, :]
-                    left = tl.load(source, mask=inside & (j < DK)[None, :], other=0.0)
+                    left = tl.load(
+                        out + before * DV * DK + v[:, None] * DK + j[None, :],
+                        mask=inside & (j < DK)[None, :],
+                        other=0.0,
+                    )
                     both = (j < DK)[:, None] & (c < DK)[None, :]
                     if REVERSE:
                         right = tl.load(moved + c[None, :] * DK + j[:, None], mask=both, other=0.0)
