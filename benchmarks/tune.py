@@ -89,7 +89,7 @@ def main() -> int:
     print("kernel       bits arch   dk   dv   n gate  block_k block_v warps stages   # ms, and the table's")
     for kernel, (dk, dv), n in itertools.product(a.kernel, sizes, a.n):
         best, ms, before = tune(kernel, dk, dv, n, a.bits, not a.ungated)
-        key = (kernel, a.bits, arch, configs.padded(dk), min(configs.padded(dv), 128), n, "n" if a.ungated else "y")
+        key = (kernel, a.bits, arch, configs.padded(dk), configs.padded(dv), n, "n" if a.ungated else "y")
         line = [f"{value:{width}}" for value, width in zip((*key, *best), WIDTHS, strict=True)]
         print(*line, f"  # {ms:.3f}, {before:.3f}", flush=True)
     return 0

@@ -29,7 +29,10 @@ def train(root: Path, *arguments: str | Path, **env: str) -> subprocess.Complete
             "training.global_batch_size = 3 is no multiple of training.local_batch_size = 2",
         ),
         (["--parallelism.data_parallel_shard_degree", "4"], "must be the number of ranks, which is 1"),
-        (["--model.backend", "triton"], "model.backend = 'triton' cannot run: it needs a CUDA device, not 'cpu'; choose 'torch'"),
+        (
+            ["--model.backend", "triton"],
+            "model.backend = 'triton' cannot run: it needs a CUDA device, not 'cpu'; choose 'torch'",
+        ),
         (["--checkpoint.initial_load_path", "nowhere"], "nowhere holds no committed checkpoint"),
     ],
 )

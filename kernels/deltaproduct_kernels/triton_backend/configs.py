@@ -5,8 +5,8 @@ benchmarks/tune.py` times candidates on a GPU and prints lines for this table. U
 the widest blocks that compile without spilling a register (benchmarks/results/compile.md), for every architecture.
 
 Columns: `bits` of the inputs' dtype; `arch` 80, 90 or 100; `dk` and `dv` rounded up to 32, 64, 128 or 256, columns past the
-real size reading as zero (dv: 128 stands for 256 too); `n` steps a token, 4 for more; `gate` y or n. `block_k`: columns of dk
-a step (states and adjoint hold all of dk); `block_v`: columns of dv a program (states, adjoint, scan, decode) or a step
+real size reading as zero (dv: >127 is 128 and 256); `n` steps a token, 4 for more; `gate` y or n. `block_k`: columns of dk a
+step (states and adjoint hold all of dk); `block_v`: columns of dv a program (states, adjoint, scan, decode) or a step
 (gradients). `states_again` recomputes for the backward pass, `_cut` works on parts of sequences; what has no line of its
 own there takes the kernel's.
 """
@@ -31,7 +31,7 @@ solve          32    *   32    *   *    *       32       0     4      1
 solve          32    *    *    *   *    *       64       0     4      1
 states         16   80   64   64   1    n        0      64     4      1
 states         16   80   64   64   4    n        0      64     4      2
-states         16   90  128  128   1    n        0      64     8      1
+states         16   90  128 >127   1    n        0      64     8      1
 states         16  100   64   64   1    n        0      64     8      2
 states         16  100   64   64   2    n        0      64     4      3
 states         16  100   64   64   3    n        0      64     4      3
@@ -49,31 +49,33 @@ states         16   90   32   32   *    *        0      32     4      2
 states         16   90   64   32   *    *        0      32     4      3
 states         16   90  128   32   1    *        0      32     8      1
 states         16   90  128   32   *    *        0      32     8      2
-states         16   90  128  128   2    *        0     128     8      2
-states         16   90  128  128   4    *        0     128     8      2
+states         16   90  128 >127   2    *        0     128     8      2
+states         16   90  128 >127   4    *        0     128     8      2
 states         16   90  128    *   *    *        0      64     8      2
 states         16   90  256    *   *    *        0      32     8      1
 states         16  100   32   32   1    *        0      32     8      2
 states         16  100   32   32   *    *        0      32     4      2
 states         16  100   64   32   *    *        0      32     4      2
-states         16  100   64  128   2    *        0      64     4      3
-states         16  100   64  128   3    *        0      64     4      3
+states         16  100   64 >127   2    *        0      64     4      3
+states         16  100   64 >127   3    *        0      64     4      3
 states         16  100  128   32   *    *        0      32     8      2
 states         16  100  128    *   *    *        0      64     8      2
 states         16  100  256    *   *    *        0      32     8      1
 states         16    *    *    *   *    *        0      64     4      2
 states         32  100   64   32   1    *        0      32     4      1
 states         32  100   64   64   1    *        0      32     4      1
-states         32  100   64  128   1    *        0      32     4      1
+states         32  100   64 >127   1    *        0      32     4      1
 states         32    *    *    *   *    *        0      32     8      1
+states_again   16  100  256  256   3    *        0      64     8      2
 states_cut     16   80   64   64   4    n        0      64     4      2
-states_cut     16   90  128  128   1    n        0      64     8      1
-states_cut     16   90  128  128   2    y        0      64     8      2
+states_cut     16   90  128 >127   1    n        0      64     8      1
+states_cut     16   90  128 >127   2    y        0      64     8      2
 states_cut     16  100   64   64   1    n        0      64     4      3
-adjoint        16   90  128  128   1    n        0      32     8      1
-adjoint        16   90  128  128   2    n        0      64     4      3
-adjoint        16   90  128  128   2    y        0     128     8      3
-adjoint        16  100  128  128   2    y        0      64     8      1
+adjoint        16  100  128  256   4    *        0      64     8      2
+adjoint        16   90  128 >127   1    n        0      32     8      1
+adjoint        16   90  128 >127   2    n        0      64     4      3
+adjoint        16   90  128 >127   2    y        0     128     8      3
+adjoint        16  100  128 >127   2    y        0      64     8      1
 adjoint        16   80   32   32   *    *        0      32     4      2
 adjoint        16   80   64   32   *    *        0      32     4      2
 adjoint        16   80   64    *   *    *        0      64     8      1
@@ -81,10 +83,10 @@ adjoint        16   80  128   32   1    *        0      32     8      1
 adjoint        16   80  128   32   4    *        0      32     4      2
 adjoint        16   80  128   32   *    *        0      32     8      2
 adjoint        16   80  128   64   1    *        0      64     8      1
-adjoint        16   80  128  128   1    *        0      64     8      1
+adjoint        16   80  128 >127   1    *        0      64     8      1
 adjoint        16   80  128    *   *    *        0      64     8      2
 adjoint        16   80  256   32   *    *        0      32     8      1
-adjoint        16   80  256  128   1    *        0      32     8      1
+adjoint        16   80  256 >127   1    *        0      32     8      1
 adjoint        16   80  256    *   *    *        0      64     8      1
 adjoint        16   90   32   32   *    *        0      32     4      2
 adjoint        16   90   64   32   *    *        0      32     4      2
@@ -92,58 +94,60 @@ adjoint        16   90  128   32   4    *        0      32     4      2
 adjoint        16   90  128   64   1    *        0      64     4      2
 adjoint        16   90  128   64   4    *        0      64     4      3
 adjoint        16   90  128   64   *    *        0      64     8      1
-adjoint        16   90  128  128   3    *        0      64     8      1
-adjoint        16   90  128  128   *    *        0     128     8      2
+adjoint        16   90  128 >127   3    *        0      64     8      1
+adjoint        16   90  128 >127   *    *        0     128     8      2
 adjoint        16   90  128    *   *    *        0      32     8      2
 adjoint        16   90  256   32   4    *        0      32     8      2
 adjoint        16   90  256   64   4    *        0      32     8      2
-adjoint        16   90  256  128   4    *        0      32     8      2
+adjoint        16   90  256 >127   4    *        0      32     8      2
 adjoint        16   90  256    *   *    *        0      32     8      1
 adjoint        16  100   32   32   1    *        0      16     4      2
 adjoint        16  100   32   32   *    *        0      32     4      2
 adjoint        16  100   32   64   1    *        0      64     8      2
-adjoint        16  100   32  128   1    *        0      64     8      2
+adjoint        16  100   32 >127   1    *        0      64     8      2
 adjoint        16  100   64   32   1    *        0      32     4      3
 adjoint        16  100   64   32   *    *        0      32     4      2
 adjoint        16  100   64   64   1    *        0      64     8      2
-adjoint        16  100   64  128   1    *        0      64     8      2
+adjoint        16  100   64 >127   1    *        0      64     8      2
 adjoint        16  100  128   64   2    *        0      64     8      1
 adjoint        16  100  128   64   3    *        0      64     8      1
 adjoint        16  100  128   64   *    *        0      64     8      2
-adjoint        16  100  128  128   3    *        0      64     8      1
-adjoint        16  100  128  128   4    *        0     128     8      3
-adjoint        16  100  128  128   *    *        0      64     8      2
+adjoint        16  100  128 >127   3    *        0      64     8      1
+adjoint        16  100  128 >127   4    *        0     128     8      3
+adjoint        16  100  128 >127   *    *        0      64     8      2
 adjoint        16  100  128    *   *    *        0      32     8      2
 adjoint        16  100  256   32   1    *        0      16     8      1
 adjoint        16  100  256   32   *    *        0      32     8      1
 adjoint        16  100  256   64   1    *        0      32     8      1
-adjoint        16  100  256  128   1    *        0      32     8      1
+adjoint        16  100  256 >127   1    *        0      32     8      1
 adjoint        16  100  256    *   *    *        0      64     8      1
 adjoint        16    *    *    *   *    *        0      64     4      2
 adjoint        32    *    *    *   *    *        0      32     8      1
-adjoint_cut    16   90  128  128   1    n        0      32     8      1
-adjoint_cut    16   90  128  128   2    n        0      64     4      3
-adjoint_cut    16   90  128  128   2    y        0     128     8      3
-adjoint_cut    16  100  128  128   2    *        0      64     8      1
-adjoint_cut    16  100  128  128   4    y        0      64     8      2
+adjoint_cut    16   90  128 >127   1    n        0      32     8      1
+adjoint_cut    16   90  128 >127   2    n        0      64     4      3
+adjoint_cut    16   90  128 >127   2    y        0     128     8      3
+adjoint_cut    16  100  128 >127   2    *        0      64     8      1
+adjoint_cut    16  100  128 >127   4    y        0      64     8      2
+gradients      16   80  128  256   2    *       32      16     8      2
+gradients      16   80  256  256   2    *       32      16     8      2
 gradients      16   80   64   64   3    y       32      64     8      2
-gradients      16   80  128  128   2    n       32      16     8      2
-gradients      16   80  128  128   3    n       32      16     8      2
-gradients      16   80   32  128   3    *       32      64     8      2
-gradients      16   80   32  128   4    *       32      64     8      2
+gradients      16   80  128 >127   2    n       32      16     8      2
+gradients      16   80  128 >127   3    n       32      16     8      2
+gradients      16   80   32 >127   3    *       32      64     8      2
+gradients      16   80   32 >127   4    *       32      64     8      2
 gradients      16   80   64   32   *    *       32      16     8      2
 gradients      16   80   64   64   1    *       32      64     8      2
-gradients      16   80   64  128   1    *       32      16     8      2
+gradients      16   80   64 >127   1    *       32      16     8      2
 gradients      16   80   64    *   *    *       64      32     8      2
 gradients      16   80  128   64   1    *       32      16     8      2
 gradients      16   80  128   64   *    *       32      64     8      2
-gradients      16   80  128  128   1    *       32      16     8      2
-gradients      16   80  128  128   *    *       32      64     8      2
+gradients      16   80  128 >127   1    *       32      16     8      2
+gradients      16   80  128 >127   *    *       32      64     8      2
 gradients      16   80  256   32   4    *       64      32     8      2
 gradients      16   80  256   64   1    *       32      16     8      2
 gradients      16   80  256   64   *    *       32      64     8      2
-gradients      16   80  256  128   2    *       32      64     8      2
-gradients      16   80  256  128   4    *       32      64     8      2
+gradients      16   80  256 >127   2    *       32      64     8      2
+gradients      16   80  256 >127   4    *       32      64     8      2
 gradients      16   90   32   32   *    *       32      16     8      2
 gradients      16   90   32    *   *    *       32      64     8      2
 gradients      16   90   64   32   1    *       32      16     8      2
@@ -151,24 +155,24 @@ gradients      16   90   64   32   *    *       64      32     8      2
 gradients      16   90   64   64   1    *       64      32     8      2
 gradients      16   90   64    *   *    *       64      64     8      2
 gradients      16   90  128   64   *    *       64      32     8      2
-gradients      16   90  128  128   *    *       64      64     8      2
+gradients      16   90  128 >127   *    *       64      64     8      2
 gradients      16   90  256   64   *    *       64      32     8      2
-gradients      16   90  256  128   *    *       64      64     8      2
+gradients      16   90  256 >127   *    *       64      64     8      2
 gradients      16  100   32   32   *    *       32      16     8      2
 gradients      16  100   32    *   *    *       32      64     8      2
 gradients      16  100   64   32   *    *       64      32     8      2
 gradients      16  100   64    *   *    *       64      64     8      2
 gradients      16  100  128   32   *    *       64      32     8      2
-gradients      16  100  128  128   1    *       64      32     8      2
+gradients      16  100  128 >127   1    *       64      32     8      2
 gradients      16  100  128    *   *    *       64      64     8      2
 gradients      16  100  256   32   *    *       32      16     8      2
-gradients      16  100  256  128   1    *       64      32     8      2
-gradients      16  100  256  128   *    *       64      64     8      2
+gradients      16  100  256 >127   1    *       64      32     8      2
+gradients      16  100  256 >127   *    *       64      64     8      2
 gradients      16  100  256    *   *    *       64      32     8      2
 gradients      16    *    *    *   *    *       32      16     8      2
 gradients      32   80   64   32   2    *       32      32     4      1
-gradients      32   90   32  128   1    *       32      32     8      1
-gradients      32   90   32  128   *    *       32      32     4      1
+gradients      32   90   32 >127   1    *       32      32     8      1
+gradients      32   90   32 >127   *    *       32      32     4      1
 gradients      32    *    *    *   *    *       32      32     8      1
 scan            *    *    *    *   *    *       32      32     4      1
 decode          *    *  256    *   *    *        0      32     4      1
@@ -199,9 +203,12 @@ def padded(size: int) -> int:
     return next(s for s in SIZES if s >= size)
 
 
+def _covers(have: str, want: str) -> bool:
+    return have in ("*", want) or (have == ">127" and want in ("128", "256"))
+
+
 def config(kernel: str, *, dk: int, dv: int, n: int, bits: int, arch: int, gated: bool) -> Config:
     """The table's line for a kernel; blocks are no wider than the padded head."""
-    wanted = (str(bits), str(arch), str(padded(dk)), str(min(padded(dv), 128)), str(min(n, 4)), "y" if gated else "n")
-    lines = _lines()[kernel]
-    c = next(c for words, c in lines if all(have in ("*", want) for have, want in zip(words, wanted, strict=True)))
+    wanted = (str(bits), str(arch), str(padded(dk)), str(padded(dv)), str(min(n, 4)), "y" if gated else "n")
+    c = next(c for words, c in _lines()[kernel] if all(map(_covers, words, wanted)))
     return c._replace(block_k=min(c.block_k, padded(dk)), block_v=min(c.block_v, padded(dv)))
