@@ -227,9 +227,8 @@ def norm(smoke: bool) -> None:
         ahead = milliseconds(partial(function, o, gate, weight), smoke)
         back = milliseconds(partial(grad, y, [o, gate, weight], torch.randn_like(y)), smoke)
         least, least_back = 3 * 2e3 * o.numel() / bandwidth, 5 * 2e3 * o.numel() / bandwidth
-        report.add(
-            {"how": name, "forward": ahead, "of a copy": least / ahead, "backward": back, "of a copy ": least_back / back}
-        )
+        shares = {"forward's share": least / ahead, "backward's share": least_back / back}
+        report.add({"how": name, "forward": ahead, "backward": back, **shares})
     if not smoke:
         report.write()
 

@@ -130,6 +130,7 @@ def check_case(case: Case) -> dict[str, Any]:
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach(), expected.detach()
     difference = (actual.double() - expected.double()).square().mean().sqrt()
     return float(difference / expected.double().square().mean().sqrt().clamp_min(1e-6))
 
