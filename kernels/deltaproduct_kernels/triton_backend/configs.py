@@ -25,6 +25,7 @@ TENSOR_MEMORY = 512
 
 TABLE = """
 kernel       bits arch   dk   dv   n gate  block_k block_v warps stages
+solve          16  100   64    *   1    n       64       0     8      1
 solve          16    *   32    *   *    *       32       0     4      1
 solve          16    *    *    *   *    *       64       0     4      1
 solve          32    *   32    *   *    *       32       0     4      1
@@ -174,8 +175,9 @@ gradients      32   80   64   32   2    *       32      32     4      1
 gradients      32   90   32 >127   1    *       32      32     8      1
 gradients      32   90   32 >127   *    *       32      32     4      1
 gradients      32    *    *    *   *    *       32      32     8      1
-scan            *    *    *    *   *    *       32      32     4      1
+scan            *    *    *    *   *    *       64      32     4      1
 decode          *    *  256    *   *    *        0      32     4      1
+decode          *  100    *    *   *    *        0      16     2      1
 decode          *    *    *    *   *    *        0      32     2      1
 """
 

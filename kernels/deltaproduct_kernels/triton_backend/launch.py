@@ -325,7 +325,7 @@ def scan(
         scan_kernel, shape.states * shape.H * blocks, c,
         maps=maps, local=local, given=given, out=out, cu_seqlens=cu_seqlens, T=shape.T, span=span,
         H=shape.H, DK=shape.dk, DV=shape.dv, BLOCK=c.block_k, BV=c.block_v, BLOCKS=blocks,
-        PACKED=shape.sequences is not None, GIVEN=given is not None, REVERSE=local is not None, PRECISION="ieee",
+        PACKED=shape.sequences is not None, GIVEN=given is not None, REVERSE=local is not None, PRECISION="tf32x3",
     )  # fmt: skip
     return out
 
