@@ -141,10 +141,9 @@ def write(rows: list[dict[str, Any]]) -> None:
     plain = [row for row in rows if row["options"] == "-" and row["dtype"] == "bfloat16"]
     shown = [row for row in plain if row["dk"] == row["dv"] and row["dk"] in (64, 128)]
     lines = ["# What the kernels need of a chip", ""]
+    faults = sum(bool(row["fault"]) for row in rows)
     lines += [f"`python benchmarks/compile_report.py`, triton {facts['triton']}: {len(rows)} kernels compiled ahead of time,"]
-    lines += [
-        f"{sum(bool(row['fault']) for row in rows)} with a fault. Shown: gated, bfloat16, square heads of 64 and 128; all are in compile.json."
-    ]
+    lines += [f"{faults} with a fault. Shown: gated, bfloat16, square heads of 64 and 128; all are in compile.json."]
     lines += ["Spills: loads and stores of local memory in the machine code. Shared: bytes a program.", ""]
     lines += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     lines += ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in shown]
