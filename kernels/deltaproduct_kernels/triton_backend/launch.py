@@ -100,7 +100,7 @@ class Shape(Size):
     def config(self, kernel: str) -> Config:
         return configs.config(kernel, dk=self.dk, dv=self.dv, n=self.n, bits=self.bits, arch=self.arch, gated=self.gated)
 
-    def common(self, cu_seqlens: Tensor | None, *, tokens: bool = True, values: bool = True) -> dict[str, Any]:
+    def common(self, cu_seqlens: Tensor | None, *, values: bool = True) -> dict[str, Any]:
         """Arguments that (nearly) all kernels have."""
         arguments: dict[str, Any] = {
             "cu_seqlens": cu_seqlens,

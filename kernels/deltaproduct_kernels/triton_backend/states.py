@@ -40,7 +40,7 @@ def states_kernel(
     initial,  # INITIAL 1: [sequences, H, DK, DV]; 2: [slots of spans, H, DV, DK]
     o,
     errors,  # E [B, T, N, H, DV]
-    states,  # S^T before every `every`-th chunk [slots, H, DV, DK]
+    states,  # S^T before every EVERY-th chunk [slots, H, DV, DK]
     final,  # [sequences, H, DK, DV]; with SUMMARY N^T and M^T [slots of spans, H, DV + DK, DK]
     cu_seqlens,
     scale,
