@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -393,6 +394,17 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     assert why_not(torch.device("cpu")) == "it needs a CUDA device, not 'cpu'"
     with pytest.raises(ValueError, match="backend = 'triton' cannot run: it needs a CUDA device"):
         resolve_backend("triton", torch.device("cpu"))
+
+
+def test_a_gpu_with_too_little_shared_memory_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = SimpleNamespace(shared_memory_per_block_optin=101_376)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 3090")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
+    monkeypatch.setattr(launch, "runner", lambda device: launch.Runner(80, 82))
+    gpu = torch.device("cuda", 0)
+    assert why_not(gpu) == "RTX 3090 has 101,376 bytes of shared memory a program; the kernels are set up for 166,912"
+    assert resolve_backend("auto", gpu) == "torch"
 
 
 def test_a_machine_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

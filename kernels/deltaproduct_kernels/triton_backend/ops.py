@@ -155,6 +155,11 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None, dk: int | No
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) < (8, 0):
             return f"{torch.cuda.get_device_name(device)} is older than Ampere"
+        wanted = configs.SHARED_MEMORY[_launch().runner(device).arch]
+        shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", wanted)
+        if shared < wanted:  # consumer chips of the same generations
+            name = torch.cuda.get_device_name(device)
+            return f"{name} has {shared:,} bytes of shared memory a program; the kernels are set up for {wanted:,}"
     elif not _launch().INTERPRETED:
         return f"it needs a CUDA device, not {device.type!r}"
     if dtype == torch.float64:
