@@ -98,7 +98,7 @@ def test_heads_of_256_in_half_precision() -> None:
     assert_equals_the_recurrence(inputs(34, H=1, dk=256, dv=32, dtype=torch.float16), 4e-3)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("gate", [None, 0.1, 10.0])
 def test_half_precision_is_as_near_as_its_rounding(dtype: torch.dtype, tolerance: float, gate: float | None) -> None:
     x = inputs(70, gate=gate, dtype=dtype)
