@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deltaproduct_kernels.interface import resolve_backend
 from deltaproduct_kernels.triton_backend import front_end_ops
+from deltaproduct_kernels.triton_backend.ops import check_one_dtype
 
 L2_EPS = 1e-6
 MAX_TAPS = 8
@@ -209,9 +210,7 @@ def _check_triton(
         raise ValueError(
             f"tails are given ({len(tails)} tensors), which backend 'triton' cannot take; choose 'torch' or 'auto'"
         )
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {x.dtype}, but q {q.dtype}; backend 'triton' takes one dtype for q, k and v")
+    check_one_dtype(q, k, v)
     for i, w in enumerate(weights):
         if w.dtype != weights[0].dtype:
             raise ValueError(

@@ -93,11 +93,7 @@ def gated_delta_product(
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state))
     decode = not trained and cu_seqlens is None and q.shape[1] <= DECODE_TOKENS
     if chosen == "triton":
-        for name, x in (("k", k), ("v", v)):
-            if x.dtype != q.dtype:
-                raise ValueError(
-                    f"{name} has dtype {x.dtype}, but q {q.dtype}; backend 'triton' takes one dtype for q, k and v"
-                )
+        triton_ops.check_one_dtype(q, k, v)
         if decode:
             o, state = triton_ops.triton_decode(q, k, v, beta, g, initial_state, scale, erase)
         else:

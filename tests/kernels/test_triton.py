@@ -415,8 +415,6 @@ def test_a_machine_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_packed_lengths_are_all_tried() -> None:
     """Every way to cut 6 tokens into 3 sequences, around chunks of 2 tokens' worth of slots."""
-    from deltaproduct_kernels.triton_backend.layout import Size
-
     for a, b in itertools.combinations_with_replacement(range(7), 2):
         offsets = [0, a, b, 6]
         for span in (1, 2, 3, 4):

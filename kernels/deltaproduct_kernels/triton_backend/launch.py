@@ -161,7 +161,7 @@ def forward(
     if part < shape.whole:
         maps = summarise(shape, k, v, beta, gates, y, cu_seqlens, part, run)
         initial, kind = scan(shape, maps, None, initial_state, cu_seqlens, part, run), 2
-    o = torch.empty_like(q[..., :1].expand(*q.shape[:3], shape.dv), memory_format=torch.contiguous_format)
+    o = q.new_empty(*q.shape[:3], shape.dv)
     final = k.new_empty(shape.states, shape.H, shape.dk, shape.dv, dtype=torch.float32)
     states = k.new_empty(shape.slots(shape.chunk * EVERY) if save else 0, shape.H, shape.dv, shape.dk)
     run_states(

@@ -148,6 +148,14 @@ def computable(x: Any) -> Any:
     return x.contiguous()
 
 
+def check_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError for tensors that no kernel reads together."""
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}, but q {q.dtype}; backend 'triton' takes one dtype for q, k and v")
+
+
+@torch.compiler.assume_constant_result  # asked in every layer: the compiler takes the answer and does not look inside
 def why_not(device: torch.device, dtype: torch.dtype | None = None, dk: int | None = None, dv: int | None = None) -> str | None:
     """Why these kernels cannot run this, as the end of a sentence; None if they can."""
     if importlib.util.find_spec("triton") is None:
