@@ -16,7 +16,7 @@ import random
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class Checkpointer:
             "healthy": healthy,
             "world_size": dist.get_world_size(),
             "torch": torch.__version__,
-            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+            "saved": _now(),
             **meta,
         }
         if blocking or self.c.async_mode == "disabled":
@@ -187,6 +187,11 @@ class Checkpointer:
         manifest = read_manifest(folder)
         if problems := size_problems(folder):
             raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; resume from another with checkpoint.load_step")
+        if manifest.get("weights_only"):
+            raise UserError(
+                f"checkpoint {folder} holds weights alone, with no optimizer state to resume from; start a new run with "
+                f"checkpoint.initial_load_path = {str(folder)!r} in another run folder"
+            )
         check_resumable(manifest, current, self.c.allow_changed)
         optimizers = list(optimizers)
         model_tensors, rng = _model_tensors(model), {}
@@ -204,33 +209,70 @@ class Checkpointer:
         return step_folder(self.folder, committed_steps(self.folder)[-1])
 
 
-def load_model_weights(path: Path, model: nn.Module, no_dist: bool = False) -> dict[str, Any]:
-    """Only the model's tensors of a checkpoint (or of the newest in a folder); returns its manifest.
+class CheckpointTensors:
+    """The model's tensors of a committed checkpoint by name, read one at a time in this process, without a process group.
+
+    Raises UserError where the checkpoint is cut off or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if problems := size_problems(folder):
+            raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; take another step of the run")
+        self._reader = _Reader(folder)
+        entries: dict[str, Any] = self._reader.read_metadata().state_dict_metadata
+        entries = _without_prefix({name: e for name, e in entries.items() if name.startswith("model.")}, "model.")
+        self.shapes: dict[str, torch.Size] = {name: entry.size for name, entry in entries.items()}
+        self.dtypes: dict[str, torch.dtype] = {name: entry.properties.dtype for name, entry in entries.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU, as they were saved."""
+        tensors = {f"model.{name}": torch.empty(self.shapes[name], dtype=self.dtypes[name]) for name in names}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's remark on no_dist
+            dcp.load(tensors, storage_reader=self._reader, no_dist=True)
+        return _without_prefix(tensors, "model.")
+
+
+def load_model_weights(path: Path, model: nn.Module) -> dict[str, Any]:
+    """The weights of another run into a sharded model; returns that checkpoint's manifest. Every rank calls it.
 
     Args:
-        path: a checkpoint, checkpoint folder or run folder.
-        model: sharded or not; its architecture must be the checkpoint's.
-        no_dist: load in this process alone, without a process group.
+        path: a checkpoint, checkpoint folder or run folder (the newest is taken).
+        model: its architecture must be the checkpoint's.
 
     Raises UserError where there is no committed checkpoint or it is of another architecture.
     """
     folder = resolve_checkpoint(path)
-    manifest = read_manifest(folder)
     tensors = _model_tensors(model)
-    saved = _Reader(folder).read_metadata().state_dict_metadata
-    for name, tensor in tensors.items():
-        shape = getattr(saved.get(name), "size", None)
-        if shape != tensor.shape:
+    check_architecture(CheckpointTensors(folder).shapes, _without_prefix(tensors, "model."), f"checkpoint {folder}")
+    dcp.load(tensors, storage_reader=_Reader(folder))
+    set_model_state_dict(model, _without_prefix(tensors, "model."), options=_OPTIONS)
+    return read_manifest(folder)
+
+
+def check_architecture(saved: Mapping[str, torch.Size], wanted: Mapping[str, Tensor], where: str) -> None:
+    """Raises UserError naming the first tensor of `wanted` that is not among the `saved`, or has another shape there."""
+    for name, tensor in wanted.items():
+        if (shape := saved.get(name)) != tensor.shape:
             was = "is not in it" if shape is None else f"has shape {tuple(shape)} there"
             raise UserError(
-                f"checkpoint {folder} is of another architecture: {name.removeprefix('model.')} of shape {tuple(tensor.shape)} "
-                f"{was}; use the [model] section the checkpoint was made with"
+                f"{where} is of another architecture: {name} of shape {tuple(tensor.shape)} {was}; use the [model] section "
+                "it was made with"
             )
+
+
+def save_model_weights(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """A committed checkpoint of weights alone, from one process; a run starts from it by `checkpoint.initial_load_path`."""
+    _make_empty(folder)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's remark on no_dist
-        dcp.load(tensors, storage_reader=_Reader(folder), no_dist=no_dist)
-    set_model_state_dict(model, _without_prefix(tensors, "model."), options=_OPTIONS)
-    return manifest
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        dcp.save({f"model.{name}": tensor for name, tensor in tensors.items()}, checkpoint_id=folder, no_dist=True)
+    files = [file_entry(path) for path in sorted(folder.iterdir())]
+    write_manifest(folder, {"weights_only": True, "torch": torch.__version__, "saved": _now(), **meta}, files)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 # -- state as flat dictionaries of tensors -----------------------------------------------------------------------------
@@ -294,11 +336,15 @@ class _Stager(BlockingAsyncStager):
 
 
 class _Reader(dcp.FileSystemReader):
-    """DCP's reader, but the index is unpickled through an allow-list: a foreign checkpoint cannot run code."""
+    """DCP's reader, but the index is read once, and unpickled through an allow-list: a foreign checkpoint cannot run code."""
+
+    _metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _IndexUnpickler(file).load()
+        if self._metadata is None:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                self._metadata = _IndexUnpickler(file).load()
+        metadata = self._metadata
         if metadata.storage_meta is None:
             metadata.storage_meta = dcp.metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -3,7 +3,7 @@
 `load_tokenizer` takes the embedded "bytes", the name of a tiktoken encoding, a local `.tiktoken` rank file, or a folder or
 Hub name of a Hugging Face tokenizer. Special tokens in the text are ordinary text; only `bos_id` and `eos_id` are used,
 and only by those who add them. The hash names the vocabulary: token shards keep it, so that ids are never read with
-another tokenizer.
+another tokenizer. A tokenizer that `titan-dp export` converted keeps the hash of what it was (`ORIGIN` in its settings).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # cl100k_base's rule for splitting text before merging, for rank files that come without one.
 _SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+ORIGIN = "titan_dp_origin"
+"""Entry of an exported tokenizer_config.json: {"hash": ...} of the tokenizer it was converted from."""
 _ALTERNATIVES = "use 'bytes' (built in), a local .tiktoken rank file or the folder of a Hugging Face tokenizer"
 
 
@@ -37,6 +39,8 @@ class Tokenizer:
     """One more than the largest id."""
     bos_id: int | None
     eos_id: int | None
+    special_tokens: dict[str, int]
+    """All tokens that no text encodes to, bos and eos among them."""
     encode_batch: Callable[[list[str]], list[list[int]]]
     """Ids of each text, without bos or eos."""
     decode: Callable[[list[int]], str]
@@ -51,25 +55,26 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Raises UserError where there is none, or where it would have to be downloaded and cannot be.
     """
+    encoding = tiktoken_encoding(name)
+    return _from_hugging_face(name) if encoding is None else _from_tiktoken(encoding)
+
+
+def tiktoken_encoding(name: str) -> tiktoken.Encoding | None:
+    """The encoding of that name or rank file; None for any other name. Raises UserError as `load_tokenizer`."""
     import tiktoken
 
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
-        return _from_tiktoken(
-            tiktoken.Encoding(
-                "bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|bos|>": 256, "<|eos|>": 257}
-            )
-        )
+        special = {"<|bos|>": 256, "<|eos|>": 257}
+        return tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special)
     if name.endswith(".tiktoken"):
-        return _from_rank_file(Path(name))
-    if name in tiktoken.list_encoding_names():
-        try:
-            return _from_tiktoken(tiktoken.get_encoding(name))
-        except Exception as error:  # requests' errors, or whatever a proxy makes of them
-            raise UserError(
-                f"tokenizer {name!r} has to be downloaded and cannot be ({_short(error)}); {_ALTERNATIVES}"
-            ) from error
-    return _from_hugging_face(name)
+        return _read_rank_file(Path(name))
+    if name not in tiktoken.list_encoding_names():
+        return None
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # requests' errors, or whatever a proxy makes of them
+        raise UserError(f"tokenizer {name!r} has to be downloaded and cannot be ({_short(error)}); {_ALTERNATIVES}") from error
 
 
 def _from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
@@ -82,12 +87,13 @@ def _from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
         vocab_size=encoding.n_vocab,
         bos_id=special.get("<|bos|>"),
         eos_id=special.get("<|eos|>", special.get("<|endoftext|>")),
+        special_tokens=dict(special),
         encode_batch=lambda texts: [encoding.encode_ordinary(text) for text in texts],
         decode=encoding.decode,
     )
 
 
-def _from_rank_file(path: Path) -> Tokenizer:
+def _read_rank_file(path: Path) -> tiktoken.Encoding:
     import tiktoken
 
     # Not tiktoken.load: that caches by path, so that a file changed since would be read as it was.
@@ -101,19 +107,19 @@ def _from_rank_file(path: Path) -> Tokenizer:
     if len(ranks) < 256:
         raise UserError(f"tokenizer {str(path)!r} is no tiktoken rank file: it has {len(ranks)} tokens, not even all bytes")
     special = {"<|endoftext|>": max(ranks.values()) + 1}
-    return _from_tiktoken(tiktoken.Encoding(str(path), pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens=special))
+    return tiktoken.Encoding(str(path), pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
 
-def _from_hugging_face(name: str) -> Tokenizer:
-    from tokenizers import Tokenizer as HFTokenizer
-
+def hugging_face_folder(name: str) -> Path:
+    """The folder with the tokenizer.json that `name`, a folder or a Hub name, means. Raises UserError as `load_tokenizer`."""
     folder = Path(name)
     try:
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"], etag_timeout=10))
-        backend = HFTokenizer.from_file(str(folder / "tokenizer.json"))
+        if not (folder / "tokenizer.json").exists():
+            raise FileNotFoundError("it has no tokenizer.json")
     except Exception as error:
         import tiktoken
 
@@ -121,6 +127,17 @@ def _from_hugging_face(name: str) -> Tokenizer:
             f"tokenizer {name!r} is no tiktoken encoding ({', '.join(tiktoken.list_encoding_names())}), no folder with a "
             f"tokenizer.json, and cannot be had from the Hugging Face Hub ({_short(error)}); {_ALTERNATIVES}"
         ) from error
+    return folder
+
+
+def _from_hugging_face(name: str) -> Tokenizer:
+    from tokenizers import Tokenizer as HFTokenizer
+
+    folder = hugging_face_folder(name)
+    try:
+        backend = HFTokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({_short(error)}); {_ALTERNATIVES}") from error
     settings = folder / "tokenizer_config.json"
     declared = json.loads(settings.read_text()) if settings.exists() else {}
 
@@ -135,10 +152,11 @@ def _from_hugging_face(name: str) -> Tokenizer:
     vocabulary = backend.get_vocab(with_added_tokens=True)
     return Tokenizer(
         name=name,
-        hash=hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        hash=declared.get(ORIGIN, {}).get("hash") or hashlib.sha256(backend.to_str().encode()).hexdigest(),
         vocab_size=max(vocabulary.values()) + 1,
         bos_id=id_of("bos_token"),
         eos_id=id_of("eos_token"),
+        special_tokens={t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special},
         encode_batch=encode_batch,
         decode=lambda ids: backend.decode(ids, skip_special_tokens=False),
     )

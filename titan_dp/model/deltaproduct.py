@@ -30,6 +30,16 @@ class MixerCache(NamedTuple):
     tails: tuple[Tensor, ...]  # of the q, k and v convolutions; empty without them
 
 
+class RecurrenceInputs(NamedTuple):
+    """What the recurrence of a layer reads; `gated_delta_product`'s first arguments."""
+
+    q: Tensor  # [B, T, H, dk]
+    k: Tensor  # [B, T, n, H, dk]
+    v: Tensor  # [B, T, n, H, dv]
+    beta: Tensor  # [B, T, n, H]
+    g: Tensor | None  # [B, T, H]
+
+
 class ForgetGate(nn.Module):
     """A_log and dt_bias [H] of the log decay; a holder, never called (as RMSNorm): `front_end` computes with them."""
 
@@ -89,14 +99,18 @@ class DeltaProduct(nn.Module):
             state, tuple(c.next_tail(p, t) for c, p, t in zip(convs, projected, tails, strict=False) if c is not None)
         )
 
-    def _mix(
-        self, x: Tensor, packing: Packing | None, cache: MixerCache | None, keep_state: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Output, final state if asked for, and the projections before the convolution."""
+    def recurrence_inputs(self, x: Tensor, cache: MixerCache | None) -> RecurrenceInputs:
+        """What the recurrence reads for the tokens x [B, T, D] after those in `cache`; to look inside, not to train."""
+        return self._project(x, None, cache)[0]
+
+    def _project(
+        self, x: Tensor, packing: Packing | None, cache: MixerCache | None
+    ) -> tuple[RecurrenceInputs, tuple[Tensor, ...]]:
+        """The recurrence's inputs, and the projections of q, k and v before the convolution."""
         q, k, v = projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         gate = self.forget_gate
-        q, k, v, beta, g = front_end(
+        inputs = front_end(
             q,
             k,
             v,
@@ -111,12 +125,15 @@ class DeltaProduct(nn.Module):
             tails=cache.tails if cache else (),
             backend="torch" if cache and cache.tails else self.backend,  # no kernel takes tails
         )
+        return RecurrenceInputs(*inputs), projected
+
+    def _mix(
+        self, x: Tensor, packing: Packing | None, cache: MixerCache | None, keep_state: bool
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """Output, final state if asked for, and the projections before the convolution."""
+        inputs, projected = self._project(x, packing, cache)
         o, state = gated_delta_product(
-            q,
-            k,
-            v,
-            beta,
-            g,
+            *inputs,
             initial_state=cache.state if cache else None,
             output_final_state=keep_state,
             cu_seqlens=packing.cu_seqlens if packing else None,

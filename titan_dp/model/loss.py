@@ -31,6 +31,26 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     return _ChunkedLoss.apply(hidden, weight, labels)  # type: ignore[no-any-return]
 
 
+@torch.no_grad()
+def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(hidden weight^T)[label] of every position, in float32, and whether the label is the likeliest id.
+
+    Args:
+        hidden: [..., D]; any float dtype.
+        weight: [V, D] in hidden's dtype.
+        labels: [...] int64, -100 where there is none: loss 0, False.
+    """
+    flat, wanted = hidden.flatten(0, -2), labels.flatten()
+    loss = torch.empty(len(flat), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    likeliest = torch.empty(len(flat), dtype=torch.bool, device=hidden.device)
+    size = max(1, _CHUNK // len(weight))
+    for part in (slice(i, i + size) for i in range(0, len(flat), size)):
+        logits = (flat[part] @ weight.T).to(loss.dtype)
+        loss[part] = F.cross_entropy(logits, wanted[part], ignore_index=IGNORE, reduction="none")
+        likeliest[part] = logits.argmax(-1) == wanted[part]
+    return loss.view(labels.shape), likeliest.view(labels.shape)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Gradients are taken chunk by chunk in the forward pass, so each chunk's logits live once and shortly."""
 

@@ -111,12 +111,17 @@ class Transformer(nn.Module):
         return upcast(F.linear(x, self.output_weight)).view(*tokens.shape, -1)
 
     def step(self, tokens: Tensor, cache: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
-        """Logits [B, V] of the token after `tokens` [B, T], which follow those in `cache`; and the new cache."""
+        """Logits [B, V] in float32 of the token after `tokens` [B, T], which follow those in `cache`; and the new cache."""
+        hidden, cache = self.step_hidden(tokens, cache)
+        return upcast(F.linear(hidden[:, -1], self.output_weight)), cache
+
+    def step_hidden(self, tokens: Tensor, cache: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
+        """What the output matrix multiplies, [B, T, D], for `tokens` [B, T] after those in `cache`; and the new cache."""
         x, caches = self.embeddings(tokens), []
         for i, block in enumerate(self.blocks):
             x, block_cache = block.step(x, cache[i] if cache else None)
             caches.append(block_cache)
-        return upcast(F.linear(self.norm.apply_to(x[:, -1]), self.output_weight)), caches
+        return self.norm.apply_to(x), caches
 
     @property
     def blocks(self) -> list[Block]:

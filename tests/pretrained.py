@@ -1,0 +1,66 @@
+"""Trained models without training: a committed checkpoint of random weights, for tests of what is done with one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titan_dp import config
+from titan_dp.checkpoint import step_folder
+from titan_dp.checkpointer import save_model_weights
+from titan_dp.config_docs import all_keys
+from titan_dp.config_loader import Loaded
+from titan_dp.model import Transformer, build_model
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "vocab_size": 320,
+    "initializer_range": 0.2,
+    "attention_num_heads": 2,
+}
+
+
+def random_model(seed: int = 0, **changes: object) -> tuple[config.Model, Transformer]:
+    """A small model in float32 whose outputs are not nearly uniform; `changes` are keys of [model]."""
+    c = config.Model(**(SMALL | changes))
+    model = build_model(c)
+    model.init_weights(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+    return c, model.eval()
+
+
+def save_checkpoint(
+    run_folder: Path, *, seed: int = 0, step: int = 7, seq_len: int = 64, tokenizer: str = "bytes", **changes: object
+) -> Path:
+    """The checkpoint of `random_model(seed, **changes)` as step `step` of a run; returns its folder."""
+    c, model = random_model(seed, **changes)
+    settings = config.Config(
+        job=config.Job(run_name=run_folder.name), model=c, training=config.Training(steps=step, seq_len=seq_len)
+    )
+    loaded = Loaded(settings, dict.fromkeys(all_keys(), "test"))
+    folder = step_folder(run_folder / "checkpoint", step)
+    meta = {
+        "step": step,
+        "healthy": True,
+        "world_size": 1,
+        "config": loaded.resolved_toml(),
+        "git_commit": "0" * 40,
+        "fingerprint": "0" * 64,
+        "tokenizer": tokenizer,
+        "global_batch_size": 8,
+        "seed": seed,
+        "loader": {"samples": 8 * step},
+        "samples": 8 * step,
+        "tokens": 8 * step * seq_len,
+    }
+    save_model_weights(folder, dict(model.state_dict()), meta)
+    return folder

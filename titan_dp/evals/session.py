@@ -1,0 +1,158 @@
+"""What every evaluation shares: its processes, its models, and results that can be interrupted.
+
+An evaluation runs in one process or under torchrun; every rank holds the whole model and does its share of the units of work
+(rank, rank + ranks, ...), and sums meet at the end. A result is one JSON file with the checkpoint's identity and
+every setting; it is there whole or not at all. What a rank has done so far lies beside it and is taken up by the same
+command; a result that is there already is not computed again, and one made with other settings is not overwritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titan_dp.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from titan_dp.distributed import World
+    from titan_dp.pretrained import Pretrained, Source
+
+_SAVE_SECONDS = 30
+_RANKS_MAY_DIFFER_SECONDS = 24 * 3600
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The checkpoint or, with `several`, the checkpoints; where results go; how the model is run."""
+    what = "run folder, checkpoint, or exported folder"
+    if several:
+        parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=f"{what}; several are compared")
+    else:
+        parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=what)
+    parser.add_argument("--out", type=Path, default=Path("evaluations"), help="folder of the results (default: evaluations)")
+    parser.add_argument("--overwrite", action="store_true", help="compute again what is in OUT already")
+    parser.add_argument("--tokenizer", default="", help="use this one instead of the checkpoint's own")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices (default: float32)")
+    parser.add_argument(
+        "--backend", choices=("auto", "recurrent", "torch", "triton"), default="auto", help="of the recurrence (default: auto)"
+    )
+
+
+@dataclass(frozen=True)
+class Session:
+    """The processes of one evaluation and the command it carries out."""
+
+    args: argparse.Namespace
+    world: World
+    console: Console
+    """Prints on the main rank only."""
+
+    def load(self, path: Path) -> Pretrained:
+        import torch
+
+        from titan_dp.pretrained import load_pretrained
+
+        args = self.args
+        dtype = getattr(torch, args.dtype)
+        return load_pretrained(path, self.world.device, dtype=dtype, tokenizer=args.tokenizer, backend=args.backend)
+
+    def share(self, units: int, start: int = 0) -> range:
+        """This rank's units of work, of which it has done the first `start`."""
+        return range(self.world.rank + start * self.world.size, units, self.world.size)
+
+    def progress(self) -> Progress:
+        """A progress bar on the main rank; a context manager."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        return Progress(*columns, console=self.console, transient=True, disable=not self.world.is_main)
+
+    def report(self, kind: str, source: Source, settings: dict[str, Any]) -> Report:
+        """The result file of `kind` for `source`; see `Report`."""
+        shared = {"dtype": self.args.dtype, "ranks": self.world.size, "device": self.world.device.type}
+        return Report(self, kind, source, {**settings, **shared})
+
+
+@contextmanager
+def session(args: argparse.Namespace) -> Iterator[Session]:
+    from rich.console import Console
+
+    from titan_dp import config
+    from titan_dp.distributed import distributed
+
+    with distributed(config.Comm(init_timeout_seconds=_RANKS_MAY_DIFFER_SECONDS)) as world:
+        yield Session(args, world, Console(stderr=True, highlight=False, soft_wrap=True, quiet=not world.is_main))
+
+
+class Report:
+    """`<out>/<kind>-<label>.json` to be: finished already, begun, or to begin with.
+
+    Raises UserError where that file is there and was made with other settings or from another checkpoint.
+    """
+
+    def __init__(self, session: Session, kind: str, source: Source, settings: dict[str, Any]) -> None:
+        self._session, self.source = session, source
+        self.head = {"evaluation": kind, "label": source.label, "checkpoint": source.identity, "settings": settings}
+        self.folder: Path = session.args.out
+        self.path = self.folder / f"{kind}-{source.label}.json"
+        self.finished: dict[str, Any] | None = None
+        """The results of this very evaluation, where it has been done before."""
+        if self.path.exists() and not session.args.overwrite:
+            self.finished = self._read()
+        key = hashlib.sha256(json.dumps(self.head, sort_keys=True).encode()).hexdigest()[:16]
+        self._partial = self.folder / f".{self.path.stem}.{key}.rank{session.world.rank}.npz"
+        self._saved = time.monotonic()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path.read_text())
+            same = all(found[key] == json.loads(json.dumps(value)) for key, value in self.head.items())
+            results: dict[str, Any] = found["results"]
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.path} is no result of an evaluation ({error}); delete it or choose another --out") from error
+        if not same:
+            raise UserError(f"{self.path} holds results of other settings or weights; choose another --out, or --overwrite")
+        return results
+
+    def resume(self) -> dict[str, np.ndarray]:
+        """What this rank had computed when it last saved; empty at the beginning."""
+        import numpy as np
+
+        if not self._partial.exists():
+            return {}
+        with np.load(self._partial, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def keep(self, now: bool = False, **arrays: np.ndarray | float) -> None:
+        """Save what this rank has computed so far, every half minute or `now`."""
+        import numpy as np
+
+        from titan_dp.files import write_atomically
+
+        if now or time.monotonic() - self._saved > _SAVE_SECONDS:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._partial, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+            self._saved = time.monotonic()
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write the file (on the main rank) and forget what was kept. Every rank calls it, with the results of all."""
+        import torch
+
+        from titan_dp.files import write_json
+
+        self.finished = results
+        if self._session.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {**self.head, "torch": torch.__version__, "results": results})
+        torch.distributed.barrier()
+        self._partial.unlink(missing_ok=True)

@@ -1,0 +1,146 @@
+"""A trained model on disk, whoever wrote it: a checkpoint of ours, or a Hugging Face folder in one of our formats.
+
+`open_source` looks at a path and says what is there without reading weights; `load_pretrained` builds the model. What is
+done with a trained model (generation, evaluation, export) starts here and never asks which of the two it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from titan_dp import config
+from titan_dp.checkpoint import MANIFEST, read_manifest, resolve_checkpoint
+from titan_dp.checkpointer import CheckpointTensors, check_architecture
+from titan_dp.config_loader import config_from_toml
+from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
+from titan_dp.errors import UserError
+from titan_dp.files import file_sha256
+from titan_dp.model import Transformer, build_model
+
+_READ_BYTES = 2**28
+
+
+class Source(Protocol):
+    """Weights on disk and what is known of them."""
+
+    path: Path
+    label: str
+    """A short name for tables, plots and files: 'debug-step-00000170'."""
+    config: config.Model
+    seq_len: int
+    """Tokens a sequence the model was trained on."""
+    tokenizer: str
+    """Name for `load_tokenizer`."""
+    identity: dict[str, Any]
+    """What tells these weights from all others; goes into every result. JSON."""
+    training: dict[str, Any]
+    """The manifest of the checkpoint the weights come from, as far as known. JSON."""
+    shapes: Mapping[str, torch.Size]
+    """Of every tensor, by the name it has in `Transformer`."""
+    dtypes: Mapping[str, torch.dtype]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU, as stored."""
+        ...
+
+
+class CheckpointSource:
+    """A committed checkpoint of ours. Raises UserError where it is cut off or damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = folder = resolve_checkpoint(path)
+        manifest = read_manifest(folder)
+        loaded = config_from_toml(manifest["config"], f"configuration in {folder / MANIFEST}")
+        self.label = f"{loaded.job.run_name or 'run'}-{folder.name}"
+        self.config, self.seq_len = loaded.model, loaded.training.seq_len
+        self.tokenizer: str = manifest["tokenizer"]
+        self.identity = {
+            "path": str(folder),
+            "step": manifest["step"],
+            "tokens": manifest["tokens"],
+            "manifest_sha256": file_sha256(folder / MANIFEST),
+            "git_commit": manifest["git_commit"],
+        }
+        self.training = {key: value for key, value in manifest.items() if key != "files"}
+        tensors = CheckpointTensors(folder)
+        self.shapes, self.dtypes, self.read = tensors.shapes, tensors.dtypes, tensors.read
+
+
+def open_source(path: Path) -> Source:
+    """What is at `path`: a Hugging Face folder, a checkpoint, or the newest checkpoint of a run or checkpoint folder.
+
+    Raises UserError where it is none of these, or damaged.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a run folder, a checkpoint, or a folder written by `titan-dp export`")
+    if (path / "config.json").exists():
+        from titan_dp.hf.folder import FolderSource
+
+        return FolderSource(path)
+    return CheckpointSource(path)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model ready to be used, with what it came with."""
+
+    model: Transformer
+    """In evaluation mode; matrices in the dtype asked for, norms, A_log and dt_bias in float32."""
+    tokenizer: Tokenizer
+    source: Source
+
+
+def load_pretrained(
+    path: Path, device: torch.device, *, dtype: torch.dtype = torch.float32, tokenizer: str = "", backend: str = "auto"
+) -> Pretrained:
+    """The model at `path` (see `open_source`) and its tokenizer, or the one named.
+
+    Raises UserError where there is none, the tokenizer cannot be had or has more ids than the model.
+    """
+    source = open_source(path)
+    loaded_tokenizer = load_tokenizer(tokenizer or source.tokenizer)
+    check_vocabulary(loaded_tokenizer, source)
+    with torch.device("meta"):
+        model = build_model(source.config.model_copy(update={"backend": backend}))
+    check_architecture(source.shapes, dict(model.named_parameters()), str(source.path))
+    islands = {id(p) for module in model.fp32_modules() for p in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in islands:
+            parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for names in batches(source, parameters, _READ_BYTES):
+            for name, tensor in source.read(names).items():
+                parameters[name].copy_(tensor)
+    return Pretrained(model.eval().requires_grad_(False), loaded_tokenizer, source)
+
+
+def check_vocabulary(tokenizer: Tokenizer, source: Source) -> None:
+    """Raises UserError where `tokenizer` has ids that the model at `source` has no embedding for."""
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise UserError(
+            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, but the model in {source.path} has vocab_size = "
+            f"{source.config.vocab_size}: it was trained with another; name that one with --tokenizer"
+        )
+
+
+def batches(source: Source, names: Iterable[str], most: int) -> Iterator[list[str]]:
+    """`names` in their order, in lists whose tensors as stored take at most `most` bytes together (or are one)."""
+    batch: list[str] = []
+    size = 0
+    for name in names:
+        each = source.shapes[name].numel() * source.dtypes[name].itemsize
+        if batch and size + each > most:
+            yield batch
+            batch, size = [], 0
+        batch.append(name)
+        size += each
+    if batch:
+        yield batch
