@@ -25,7 +25,7 @@ T, L, TOKENS, DOCUMENT = 4096, 8, 200_000_000, 600
 
 
 def write_shards(folder: Path) -> None:
-    tokenizer = Tokenizer("made up", "0", 32000, 1, 2, lambda texts: [], lambda ids: "")
+    tokenizer = Tokenizer("made up", "0", 32000, 1, 2, {}, lambda texts: [], lambda ids: "")
     writer = ShardWriter(folder, np.dtype(np.uint16), 50_000_000, [])
     rng = np.random.default_rng(0)
     text = rng.integers(0, 32000, 10_000_000, dtype=np.uint16)

@@ -16,6 +16,9 @@ from titan_dp.errors import run_main
 COMMANDS = {
     "prepare": ("titan_dp.data.prepare", "turn text files or a Hugging Face dataset into token shards"),
     "checkpoint": ("titan_dp.checkpoint", "list the checkpoints of a run, or verify one"),
+    "export": ("titan_dp.hf.export", "write a trained model as a Hugging Face folder"),
+    "import": ("titan_dp.hf.importer", "make a checkpoint of a Hugging Face folder"),
+    "evaluate": ("titan_dp.evals.command", "measure a trained model: perplexity, lm-eval, length, effective rank, recall"),
     "generate": ("titan_dp.generate", "continue a prompt with a trained model"),
 }
 

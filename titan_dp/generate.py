@@ -1,113 +1,151 @@
-"""Continue a prompt with a trained model: `titan-dp generate outputs/debug/checkpoint/step-00000300 --prompt "The "`.
+"""`titan-dp generate CHECKPOINT`: continue prompts with a trained model, from a checkpoint or an exported folder.
 
-The model is rebuilt from what the checkpoint itself holds (configuration, tokenizer, weights) in this one process, so
-the sample printed at the end of training is also a proof that the checkpoint can be read back. Memory is constant in
-the length for recurrent mixers: a step carries each layer's state and convolution tail (`Transformer.step`).
+Several prompts, or several samples of one, run as one batch. Time and memory a token do not grow with the length (but for
+softmax layers without a window). Text goes to stdout, speed to stderr. Special tokens in a prompt are recognised; one the
+tokenizer does not know is refused, because it would be read as ordinary characters.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import json
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+from titan_dp.errors import UserError
 
-    from titan_dp.data.tokenizer import Tokenizer
-    from titan_dp.model.transformer import Transformer
+if TYPE_CHECKING:
+    from titan_dp.pretrained import Pretrained
+    from titan_dp.sampling import TextStream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, a checkpoint folder or a run folder (newest is taken)")
-    parser.add_argument("--prompt", default="The ", help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens to generate at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="softmax temperature; 0 takes the likeliest token")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the sampling")
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder (newest step), checkpoint, or exported folder")
+    add("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated (default: 'The ')")
+    add("--prompt-file", metavar="FILE", help="a text file as the prompt, '-' for stdin, or .jsonl with a key 'prompt' a line")
+    add("--samples", type=_positive, default=1, metavar="N", help="continuations of each prompt (default: 1)")
+    add("--max-new-tokens", type=_positive, default=200, metavar="N", help="tokens to generate at most (default: 200)")
+    add("--temperature", type=_temperature, default=0.8, help="softmax temperature; 0 takes the likeliest (default: 0.8)")
+    add("--top-k", type=_positive, default=None, metavar="K", help="choose among the K likeliest tokens only")
+    add("--top-p", type=_share, default=1.0, metavar="P", help="choose among the fewest tokens of total probability P")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("--seed", type=int, default=42, help="of the first continuation; the others count up (default: 42)")
+    add("--no-bos", action="store_true", help="do not begin with BOS")
+    add("--raw-prompt", action="store_true", help="take special tokens in the prompt as ordinary text")
+    add("--json", action="store_true", help="print a JSON object a line: prompt, text, tokens, finish")
+    add("--tokenizer", default="", help="use this one instead of the checkpoint's own")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices (default: float32)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is below 0 or not finite")
+    return value
+
+
+def _share(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from titan_dp.pretrained import load_pretrained
+    from titan_dp.sampling import encode_prompt
+
+    texts = read_prompts(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_model(args.checkpoint, device)
-    print(args.prompt, end="", flush=True)
-    for piece in generate(
-        model,
-        tokenizer,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-    ):
-        print(piece, end="", flush=True)
-    print()
+    loaded = load_pretrained(args.checkpoint, device, dtype=getattr(torch, args.dtype), tokenizer=args.tokenizer)
+    tokenizer = loaded.tokenizer
+    prompts = [(text, encode_prompt(tokenizer, text, bos=not args.no_bos, raw=args.raw_prompt)) for text in texts]
+    _generate(args, loaded, [prompt for prompt in prompts for _ in range(args.samples)])
     return 0
 
 
-def load_model(path: Path, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """The model of a committed checkpoint, in float32 and evaluation mode, and its tokenizer.
-
-    Raises UserError where `path` holds no committed checkpoint or the tokenizer cannot be had.
-    """
-    import torch
-
-    from titan_dp.checkpoint import read_manifest, resolve_checkpoint
-    from titan_dp.checkpointer import load_model_weights
-    from titan_dp.config_loader import config_from_toml
-    from titan_dp.data.tokenizer import load_tokenizer
-    from titan_dp.model import build_model
-
-    folder = resolve_checkpoint(path)
-    manifest = read_manifest(folder)
-    with torch.device("meta"):
-        model = build_model(config_from_toml(manifest["config"]).model)
-    model.to_empty(device=device)
-    load_model_weights(folder, model, no_dist=True)
-    model.eval()
-    return model, load_tokenizer(manifest["tokenizer"])
-
-
-def generate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-) -> Iterator[str]:
-    """Yield the continuation piece by piece, ending at the tokenizer's end-of-text token.
-
-    A piece is held back while its bytes do not yet end a character, so pieces concatenate to valid text.
-    """
-    import torch
-
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tokens = torch.tensor([start + tokenizer.encode(prompt)], device=device)
-    cache, pending = None, []
-    with torch.inference_mode():
-        for _ in range(max_new_tokens):
-            logits, cache = model.step(tokens, cache)
-            token = sample(logits[0, : tokenizer.vocab_size], temperature, generator)
-            if token == tokenizer.eos_id:
-                break
-            pending.append(token)
-            if not (piece := tokenizer.decode(pending)).endswith("\ufffd") or len(pending) > 8:
-                yield piece
-                pending = []
-            tokens = torch.tensor([[token]], device=device)
-    if pending:
-        yield tokenizer.decode(pending)
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line and of the file, in this order. Raises UserError for a file without any."""
+    texts: list[str] = list(args.prompt or [])
+    name = args.prompt_file
+    if name is None:
+        return texts or ["The "]
+    try:
+        content = sys.stdin.read() if name == "-" else Path(name).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file {name!r} cannot be read: {error}") from error
+    if not name.endswith(".jsonl"):
+        return [*texts, content]
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            value = json.loads(line)["prompt"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{name}:{number} is no JSON object with a key 'prompt' ({error})") from error
+        texts.append(str(value))
+    if not texts:
+        raise UserError(f"--prompt-file {name!r} holds no prompt")
+    return texts
 
 
-def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
-    """One token id from logits [vocab]; temperature 0 takes the likeliest."""
-    import torch
+def _generate(args: argparse.Namespace, loaded: Pretrained, prompts: list[tuple[str, list[int]]]) -> None:
+    """Generate and print; one continuation streams, several are printed as each ends."""
+    from titan_dp.sampling import Sampling, TextStream, generate_ids
 
-    if temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial(torch.softmax(logits.float() / temperature, -1), 1, generator=generator))
+    sampling = Sampling(args.temperature, args.top_k or 0, args.top_p)
+    streams = [TextStream(loaded.tokenizer, ids, args.stop) for _, ids in prompts]
+    texts = [""] * len(prompts)
+    live = len(prompts) == 1 and not args.json
+    if live:
+        print(prompts[0][0], end="", flush=True)
+    steps = generate_ids(
+        loaded.model,
+        [ids for _, ids in prompts],
+        sampling=sampling,
+        seeds=range(args.seed, args.seed + len(prompts)),
+        vocab_size=loaded.tokenizer.vocab_size,
+    )
+    start = first = time.perf_counter()
+    for step, tokens in zip(range(args.max_new_tokens), steps, strict=False):
+        first = time.perf_counter() if step == 0 else first
+        for i, (stream, token) in enumerate(zip(streams, tokens, strict=True)):
+            if stream.finished:
+                continue
+            piece = stream.push(token)
+            piece += "" if stream.finished or step + 1 < args.max_new_tokens else stream.close()
+            texts[i] += piece
+            if live:
+                print(piece, end="", flush=True)
+            elif stream.finished or step + 1 == args.max_new_tokens:
+                _show(args, i, prompts[i][0], texts[i], stream)
+        if all(stream.finished for stream in streams):
+            break
+    if live:
+        print()
+    _show_speed(sum(len(ids) for _, ids in prompts), first - start, streams, time.perf_counter() - first)
+
+
+def _show(args: argparse.Namespace, index: int, prompt: str, text: str, stream: TextStream) -> None:
+    if args.json:
+        finish = stream.finished or "length"
+        print(
+            json.dumps({"index": index, "prompt": prompt, "text": text, "tokens": stream.tokens, "finish": finish}), flush=True
+        )
+    else:
+        print(f"--- {index + 1}\n{prompt}{text}", flush=True)
+
+
+def _show_speed(prompt_tokens: int, prompt_seconds: float, streams: list[TextStream], seconds: float) -> None:
+    tokens = sum(stream.tokens for stream in streams)
+    after_first = tokens - len(streams)
+    speed = f", {after_first / seconds:.0f} tokens/s" if after_first else ""
+    batch = f" in a batch of {len(streams)}" if len(streams) > 1 else ""
+    print(f"[{prompt_tokens} prompt tokens in {prompt_seconds:.2f} s; {tokens} new tokens{batch}{speed}]", file=sys.stderr)

@@ -29,25 +29,41 @@ _READ_BYTES = 2**28
 class Source(Protocol):
     """Weights on disk and what is known of them."""
 
-    path: Path
-    label: str
-    """A short name for tables, plots and files: 'debug-step-00000170'."""
-    config: config.Model
-    seq_len: int
-    """Tokens a sequence the model was trained on."""
-    tokenizer: str
-    """Name for `load_tokenizer`."""
-    identity: dict[str, Any]
-    """What tells these weights from all others; goes into every result. JSON."""
-    training: dict[str, Any]
-    """The manifest of the checkpoint the weights come from, as far as known. JSON."""
-    shapes: Mapping[str, torch.Size]
-    """Of every tensor, by the name it has in `Transformer`."""
-    dtypes: Mapping[str, torch.dtype]
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def label(self) -> str:
+        """A short name for tables, plots and files: 'debug-step-00000170'."""
+
+    @property
+    def config(self) -> config.Model: ...
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens a sequence the model was trained on."""
+
+    @property
+    def tokenizer(self) -> str:
+        """Name for `load_tokenizer`. Raises UserError where none is known."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from all others; goes into every result. JSON."""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The manifest of the checkpoint the weights come from, as far as known. JSON."""
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Of every tensor, by the name it has in `Transformer`, in the model's order."""
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]: ...
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Whole tensors on the CPU, as stored."""
-        ...
 
 
 class CheckpointSource:
@@ -106,9 +122,9 @@ def load_pretrained(
     source = open_source(path)
     loaded_tokenizer = load_tokenizer(tokenizer or source.tokenizer)
     check_vocabulary(loaded_tokenizer, source)
+    check_whole(source)
     with torch.device("meta"):
         model = build_model(source.config.model_copy(update={"backend": backend}))
-    check_architecture(source.shapes, dict(model.named_parameters()), str(source.path))
     islands = {id(p) for module in model.fp32_modules() for p in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in islands:
@@ -120,6 +136,13 @@ def load_pretrained(
             for name, tensor in source.read(names).items():
                 parameters[name].copy_(tensor)
     return Pretrained(model.eval().requires_grad_(False), loaded_tokenizer, source)
+
+
+def check_whole(source: Source) -> None:
+    """Raises UserError where a tensor of the model is missing at `source` or has another shape."""
+    with torch.device("meta"):
+        wanted = dict(build_model(source.config).named_parameters())
+    check_architecture(source.shapes, wanted, str(source.path))
 
 
 def check_vocabulary(tokenizer: Tokenizer, source: Source) -> None:

@@ -24,14 +24,15 @@ from titan_dp.data.batches import IGNORE
 from titan_dp.data.loader import build_dataloader, build_validation_loader
 from titan_dp.distributed import World
 from titan_dp.errors import UserError
-from titan_dp.generate import generate, load_model
 from titan_dp.lr_scheduler import build_lr_scheduler
 from titan_dp.metrics import Metrics
 from titan_dp.model import build_model
 from titan_dp.model.parallelize import parallelize
 from titan_dp.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
 from titan_dp.plan import chosen_backend, model_facts, run_facts
+from titan_dp.pretrained import load_pretrained
 from titan_dp.profiling import Profiler
+from titan_dp.sampling import Sampling, continue_text
 from titan_dp.schedule import plan_batches
 from titan_dp.validate import evaluate_loss, to_device
 
@@ -246,8 +247,14 @@ class Trainer:
     def _sample(self) -> str:
         c = self.config.generate
         try:
-            model, tokenizer = load_model(self.checkpointer.newest(), self.world.device)
+            loaded = load_pretrained(self.checkpointer.newest(), self.world.device)
+            return c.prompt + continue_text(
+                loaded.model,
+                loaded.tokenizer,
+                c.prompt,
+                max_new_tokens=c.max_new_tokens,
+                sampling=Sampling(c.temperature),
+                seed=self.config.debug.seed,
+            )
         except UserError as error:  # the run is done and saved: a tokenizer out of reach is no reason to fail it now
             return f"no sample: {error}"
-        length, heat, seed = c.max_new_tokens, c.temperature, self.config.debug.seed
-        return c.prompt + "".join(generate(model, tokenizer, c.prompt, max_new_tokens=length, temperature=heat, seed=seed))

@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(metavar="KIND", required=True)
     for name, (module_name, summary) in KINDS.items():
         module = import_module(module_name)
-        subparser = kinds.add_parser(name, help=summary, description=module.__doc__.split("\n\n")[0], allow_abbrev=False)
+        subparser = kinds.add_parser(
+            name, help=summary, description=(module.__doc__ or summary).split("\n\n")[0], allow_abbrev=False
+        )
         module.add_arguments(subparser)
         subparser.set_defaults(run_kind=module.run)
 

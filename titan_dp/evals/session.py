@@ -42,7 +42,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, several: bool = False)
     parser.add_argument("--out", type=Path, default=Path("evaluations"), help="folder of the results (default: evaluations)")
     parser.add_argument("--overwrite", action="store_true", help="compute again what is in OUT already")
     parser.add_argument("--tokenizer", default="", help="use this one instead of the checkpoint's own")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices (default: float32)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrices (default: float32)")
     parser.add_argument(
         "--backend", choices=("auto", "recurrent", "torch", "triton"), default="auto", help="of the recurrence (default: auto)"
     )
@@ -72,10 +72,11 @@ class Session:
 
     def progress(self) -> Progress:
         """A progress bar on the main rank; a context manager."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich import progress
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        return Progress(*columns, console=self.console, transient=True, disable=not self.world.is_main)
+        columns = (progress.MofNCompleteColumn(), progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
+        bar = (progress.TextColumn("{task.description}"), progress.BarColumn())
+        return progress.Progress(*bar, *columns, console=self.console, transient=True, disable=not self.world.is_main)
 
     def report(self, kind: str, source: Source, settings: dict[str, Any]) -> Report:
         """The result file of `kind` for `source`; see `Report`."""
@@ -102,7 +103,12 @@ class Report:
 
     def __init__(self, session: Session, kind: str, source: Source, settings: dict[str, Any]) -> None:
         self._session, self.source = session, source
-        self.head = {"evaluation": kind, "label": source.label, "checkpoint": source.identity, "settings": settings}
+        self.head: dict[str, Any] = {
+            "evaluation": kind,
+            "label": source.label,
+            "checkpoint": source.identity,
+            "settings": settings,
+        }
         self.folder: Path = session.args.out
         self.path = self.folder / f"{kind}-{source.label}.json"
         self.finished: dict[str, Any] | None = None
@@ -119,7 +125,7 @@ class Report:
             same = all(found[key] == json.loads(json.dumps(value)) for key, value in self.head.items())
             results: dict[str, Any] = found["results"]
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path} is no result of an evaluation ({error}); delete it or choose another --out") from error
+            raise UserError(f"{self.path} is no result of an evaluation ({error}); choose another --out") from error
         if not same:
             raise UserError(f"{self.path} holds results of other settings or weights; choose another --out, or --overwrite")
         return results

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ class Texts:
     """The id that begins each document; None if they begin without."""
     text_bytes: int | None
     """UTF-8 bytes of all documents' text, where that is known beforehand: in shards."""
+    documents: int | None
+    """How many there are, where that is known beforehand: in shards."""
     _read: Any
 
     def __iter__(self) -> Iterator[Document]:
@@ -64,6 +67,8 @@ def open_texts(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
     if sum(map(bool, (args.shards, args.text, args.hf_dataset))) != 1:
         raise UserError("give exactly one of --shards FOLDER, --text FILE... and --hf-dataset NAME")
     limit = args.max_documents
+    if limit is not None and limit < 1:
+        raise UserError(f"--max-documents is {limit}; give at least 1")
     if args.shards:
         return _from_shards(args.shards, tokenizer, limit)
     bos = None if args.no_bos else tokenizer.bos_id
@@ -92,7 +97,8 @@ def _from_shards(folder: Path, tokenizer: Tokenizer, limit: int | None) -> Texts
     bos, eos = shards.manifest["adds_bos"], shards.manifest["adds_eos"]
     identity = {"shards": str(folder), "fingerprint": shards.fingerprint, "bos": bos, "eos": eos, "max_documents": limit}
     whole = shards.manifest["text_bytes"] if limit is None else None
-    return Texts(identity, made_with["bos_id"] if bos else None, whole, read)
+    count = min(shards.manifest["documents"], limit or sys.maxsize)
+    return Texts(identity, made_with["bos_id"] if bos else None, whole, count, read)
 
 
 def _boundaries(shards: Any) -> Iterator[int]:
@@ -111,8 +117,8 @@ def _from_text(args: argparse.Namespace, tokenizer: Tokenizer, bos: int | None, 
 
     prefix = [] if bos is None else [bos]
     if args.hf_dataset:
-        dataset = [args.hf_dataset, args.hf_name, args.hf_split, args.column]
-        sources.load_hugging_face(*dataset, streaming=True)  # fail now, not later
+        dataset = (args.hf_dataset, args.hf_name, args.hf_split, args.column)
+        sources.load_hugging_face(*dataset, True)  # fail now, not later
         identity: dict[str, Any] = {"hf_dataset": dataset}
     else:
         files = sources.find_files(args.text)
@@ -120,11 +126,11 @@ def _from_text(args: argparse.Namespace, tokenizer: Tokenizer, bos: int | None, 
 
     def read() -> Iterator[Document]:
         if args.hf_dataset:
-            texts = sources.hugging_face_documents(*dataset, streaming=True)
+            texts = sources.hugging_face_documents(*dataset, True)
         else:
             texts = sources.documents(files, args.column)
         for text in itertools.islice(texts, limit):
             yield Document(np.array(prefix + tokenizer.encode(text), dtype=np.int64), len(text.encode()))
 
     identity |= {"tokenizer": tokenizer.hash, "bos": bos is not None, "eos": False, "max_documents": limit}
-    return Texts(identity, bos, None, read)
+    return Texts(identity, bos, None, None, read)

@@ -18,11 +18,21 @@ from titan_dp.model.packing import Packing
 
 
 class AttentionCache(NamedTuple):
-    """Keys and values seen, at most `window - 1` of them when there is a window."""
+    """Keys and values seen, at most `window - 1` of them when there is a window; shorter rows are padded in front."""
 
     k: Tensor  # [B, kv heads, T, d]
     v: Tensor
-    position: int  # of the next token
+    seen: Tensor  # [B] int64: tokens of each row
+
+    @staticmethod
+    def join(caches: list[AttentionCache]) -> AttentionCache:
+        """Caches of rows of any lengths as one of all rows."""
+        longest = max(cache.k.shape[2] for cache in caches)
+        k, v = (
+            torch.cat([F.pad(x, (0, 0, longest - x.shape[2], 0)) for x in parts])
+            for parts in ([cache.k for cache in caches], [cache.v for cache in caches])
+        )
+        return AttentionCache(k, v, torch.cat([cache.seen for cache in caches]))
 
 
 class Attention(nn.Module):
@@ -53,15 +63,17 @@ class Attention(nn.Module):
 
     def step(self, x: Tensor, cache: AttentionCache | None) -> tuple[Tensor, AttentionCache]:
         """The tokens x [B, T, D] after those in `cache`."""
-        T, start = x.shape[1], cache.position if cache else 0
-        position = torch.arange(start, start + T, device=x.device)
+        B, T, _ = x.shape
+        seen = cache.seen if cache else torch.zeros(B, dtype=torch.int64, device=x.device)
+        position = seen[:, None] + torch.arange(T, device=x.device)  # [B, T]
         q, k, v = self._project(x, position)
         if cache is not None:
             k, v = torch.cat([cache.k, k], 2), torch.cat([cache.v, v], 2)
-        keys = torch.arange(start + T - k.shape[2], start + T, device=x.device)
-        out = self._attend(q, k, v, self._visible(position[:, None], keys))
+        keys = (seen + T - k.shape[2])[:, None] + torch.arange(k.shape[2], device=x.device)  # [B, K], below 0: padding
+        visible = self._visible(position[:, :, None], keys[:, None]) & (keys[:, None] >= 0)
+        out = self._attend(q, k, v, visible[:, None])
         keep = k.shape[2] if self.window is None else min(k.shape[2], self.window - 1)
-        return out, AttentionCache(k[:, :, k.shape[2] - keep :], v[:, :, v.shape[2] - keep :], start + T)
+        return out, AttentionCache(k[:, :, k.shape[2] - keep :], v[:, :, v.shape[2] - keep :], seen + T)
 
     def _visible(self, query: Tensor, key: Tensor) -> Tensor:
         mask = key <= query
@@ -71,8 +83,8 @@ class Attention(nn.Module):
         q, k, v = (p(x).unflatten(-1, (-1, self.d)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         wide = torch.promote_types(x.dtype, torch.float32)
         frequency = self.theta ** (-torch.arange(0, self.d, 2, device=x.device, dtype=wide) / self.d)
-        angle = position[:, None] * frequency  # [T, d/2]
-        cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+        angle = (position[..., None] * frequency).unsqueeze(-3)  # [1, T, d/2], or [B, 1, T, d/2] for rows at other positions
+        cos, sin = (torch.cat([part, part], -1) for part in (angle.cos(), angle.sin()))
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -29,6 +29,12 @@ class MixerCache(NamedTuple):
     state: Tensor  # [B, H, dk, dv]
     tails: tuple[Tensor, ...]  # of the q, k and v convolutions; empty without them
 
+    @staticmethod
+    def join(caches: list[MixerCache]) -> MixerCache:
+        """Caches of rows of any lengths as one of all rows."""
+        tails = zip(*(cache.tails for cache in caches), strict=True)
+        return MixerCache(torch.cat([cache.state for cache in caches]), tuple(torch.cat(parts) for parts in tails))
+
 
 class RecurrenceInputs(NamedTuple):
     """What the recurrence of a layer reads; `gated_delta_product`'s first arguments."""

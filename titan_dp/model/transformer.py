@@ -123,6 +123,11 @@ class Transformer(nn.Module):
             caches.append(block_cache)
         return self.norm.apply_to(x), caches
 
+    @staticmethod
+    def join_caches(caches: list[list[Any]]) -> list[Any]:
+        """One cache of all rows from those of `step`, whose rows may have seen different numbers of tokens."""
+        return [type(layer[0]).join(list(layer)) for layer in zip(*caches, strict=True)]
+
     @property
     def blocks(self) -> list[Block]:
         return list(self.layers)  # type: ignore[arg-type]

@@ -1,0 +1,247 @@
+"""Loss by position in sequences far longer than those trained on, after Siems et al. 2025 (arXiv 2502.10297, Fig. 8).
+
+Documents are joined and cut into full sequences of `--max-length` tokens; what is left over is dropped. Position p is the
+prediction made after p tokens, p = 1 ... max_length - 1. A sequence goes through the model segment by segment with the
+state carried, so memory does not grow with its length unless softmax layers keep what they saw. Losses are averaged over
+sequences in float64, position by position; smoothing comes after.
+
+One JSON file a checkpoint holds the numbers. `length-extrapolation.csv` and `.png` compare the checkpoints of the last
+command and are made anew from the JSON files by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from titan_dp.errors import UserError
+from titan_dp.evals.plots import check_matplotlib
+from titan_dp.evals.scoring import check_positive, keeps_all_tokens, token_losses
+from titan_dp.evals.session import Report, Session, add_common_arguments, session
+from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from titan_dp.pretrained import Pretrained
+
+NAME = "length-extrapolation"
+_SEGMENT = 2048
+_CURVE_POINTS = 256
+_RANGES = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser, several=True)
+    add_text_arguments(parser)
+    parser.add_argument("--max-length", type=int, default=32768, help="tokens a sequence (default: 32768)")
+    parser.add_argument("--sequences", type=int, default=64, help="take so many at most (default: 64)")
+    parser.add_argument("--segment", type=int, default=_SEGMENT, help=f"tokens through the model at once (default: {_SEGMENT})")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences at once (default: 8)")
+    parser.add_argument("--smooth", type=int, help="positions the curve is averaged over (default: MAX_LENGTH / 64)")
+    parser.add_argument("--x-axis", choices=("log", "linear"), default="log", help="of the plot (default: log)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from titan_dp.evals import length_extrapolation_output as output
+
+    check_positive(args, "sequences", "segment", "batch_size", "smooth")
+    if args.max_length < 2:
+        raise UserError(f"--max-length is {args.max_length}; give at least 2")
+    with session(args) as s:
+        check_matplotlib()
+        _check_labels(args)
+        reports = [_evaluate(s, path) for path in args.checkpoints]
+        if s.world.is_main:
+            output.write(reports, args.out / NAME, args.x_axis)
+    return 0
+
+
+def _check_labels(args: argparse.Namespace) -> None:
+    """Raises UserError where a checkpoint is no checkpoint, or two would have the same result file."""
+    from titan_dp.pretrained import open_source
+
+    seen: dict[str, str] = {}
+    for path in args.checkpoints:
+        label = open_source(path).label
+        if label in seen:
+            raise UserError(f"{path} and {seen[label]} are both called {label!r}; evaluate one of them into another --out")
+        seen[label] = str(path)
+
+
+def _evaluate(s: Session, path: Any) -> Report:
+    args = s.args
+    pretrained = s.load(path)
+    texts = open_texts(args, pretrained.tokenizer)
+    settings = {
+        "texts": texts.identity,
+        "max_length": args.max_length,
+        "sequences_at_most": args.sequences,
+        "segment": args.segment,
+        "batch_size": args.batch_size,
+        "smooth": args.smooth or max(1, args.max_length // 64),
+        "trained_length": pretrained.source.seq_len,
+        "position": "tokens before the predicted one",
+    }
+    report = s.report(NAME, pretrained.source, settings)
+    if report.finished is None:
+        report.finish(_measure(s, pretrained, texts, report))
+    return report
+
+
+def sequences(texts: Texts, length: int) -> Iterator[np.ndarray]:
+    """The documents joined and cut into full sequences [length] int64; nothing is left out between them.
+
+    Raises UserError where the text ends before the first is full.
+    """
+    import numpy as np
+
+    tokens, count = np.empty(0, dtype=np.int64), 0
+    for document in texts:
+        tokens = np.concatenate([tokens, document.ids])
+        while len(tokens) >= length:
+            yield tokens[:length]
+            tokens, count = tokens[length:], count + 1
+    if not count:
+        raise UserError(
+            f"--max-length is {length}, but the text has {len(tokens)} tokens, not one full sequence; give more text, or "
+            f"--max-length {len(tokens)} at most"
+        )
+
+
+class Sums:
+    """What is summed over sequences; float64 arrays by name, so that they can be kept and reduced."""
+
+    def __init__(self, length: int, smooth: int, kept: dict[str, np.ndarray]) -> None:
+        import numpy as np
+
+        self.smooth, self.edges = smooth, range_edges(length)
+        P, R = length - 1, len(self.edges) - 1
+        shapes: dict[str, Any] = {"done": (), "loss": P, "right": P, "smoothed_squared": P, "range": R, "range_squared": R}
+        self.arrays: dict[str, Any] = {name: kept.get(name, np.zeros(shape)) for name, shape in shapes.items()}
+
+    def add(self, losses: np.ndarray, right: np.ndarray) -> None:
+        """Losses [B, P] float64 and right guesses [B, P] bool of B more sequences."""
+        import numpy as np
+
+        smoothed = moving_average(losses, self.smooth)
+        ranges = np.add.reduceat(losses, self.edges[:-1], axis=1) / np.diff(self.edges)
+        new = {
+            "done": np.float64(len(losses)),
+            "loss": losses.sum(0),
+            "right": right.sum(0),
+            "smoothed_squared": (smoothed**2).sum(0),
+            "range": ranges.sum(0),
+            "range_squared": (ranges**2).sum(0),
+        }
+        self.arrays = {name: value + new[name] for name, value in self.arrays.items()}
+
+    def reduced(self, device: Any) -> dict[str, np.ndarray]:
+        """The arrays summed over all ranks."""
+        import torch
+
+        from titan_dp.distributed import all_reduce_sum
+
+        return {name: all_reduce_sum(torch.tensor(x, device=device)).cpu().numpy() for name, x in self.arrays.items()}
+
+
+def moving_average(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean over about `width` neighbours on the last axis: (width - 1) // 2 on each side.
+
+    Near the start the sides shrink alike, so that the steep first positions are not mixed with what follows; at the end
+    only the side that is missing does.
+    """
+    import numpy as np
+
+    P = values.shape[-1]
+    index = np.arange(P)
+    half = np.minimum((width - 1) // 2, index)
+    low, high = index - half, np.minimum(index + half + 1, P)
+    total = np.concatenate([np.zeros((*values.shape[:-1], 1)), values.cumsum(-1)], -1)
+    return (total[..., high] - total[..., low]) / (high - low)
+
+
+def range_edges(length: int) -> list[int]:
+    """Offsets into the length - 1 positions: from 0, doubling up to the end; powers of two of the length."""
+    edges = [length >> k for k in range(_RANGES) if 0 < length >> k < length - 1]
+    return [0, *sorted(edges), length - 1]
+
+
+def _measure(s: Session, pretrained: Pretrained, texts: Texts, report: Report) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    args, device = s.args, s.world.device
+    if keeps_all_tokens(pretrained.model):
+        s.console.print(
+            f"{pretrained.source.label}: softmax layers without a window keep the keys and values of all tokens, so memory and "
+            "time a token grow with --max-length"
+        )
+    sums = Sums(args.max_length, report.head["settings"]["smooth"], report.resume())
+    # int32: all of this rank's sequences are held, so that their number is known.
+    found = [ids.astype(np.int32) for ids in itertools.islice(sequences(texts, args.max_length), args.sequences)]
+    mine = [found[i] for i in s.share(len(found), int(sums.arrays["done"]))]
+    with s.progress() as progress:
+        task = progress.add_task("sequences", total=len(s.share(len(found))), completed=int(sums.arrays["done"]))
+        for start in range(0, len(mine), args.batch_size):
+            ids = torch.from_numpy(np.stack(mine[start : start + args.batch_size]).astype(np.int64)).to(device)
+            losses, right = token_losses(pretrained.model, ids[:, :-1], ids[:, 1:], args.segment)
+            sums.add(losses.double().cpu().numpy(), right.cpu().numpy())
+            report.keep(**sums.arrays)
+            progress.advance(task, len(ids))
+    return results(sums.reduced(device), sums.edges, sums.smooth)
+
+
+def results(sums: dict[str, np.ndarray], edges: list[int], smooth: int) -> dict[str, Any]:
+    """Losses in nats a token; standard errors are over sequences, None where there is but one."""
+    import numpy as np
+
+    count = float(sums["done"])
+    loss, right = sums["loss"] / count, sums["right"] / count
+    position = np.arange(1, len(loss) + 1)
+    at = _curve_positions(len(loss)) - 1
+    running = loss.cumsum() / position
+    smoothed = moving_average(loss, smooth)
+    right_by_range = np.add.reduceat(right, edges[:-1]) / np.diff(edges)
+    range_loss = sums["range"] / count
+    return {
+        "sequences": int(count),
+        "tokens": int(count) * len(loss),
+        "loss": running[-1],
+        "ranges": {
+            "first_position": [edge + 1 for edge in edges[:-1]],
+            "last_position": edges[1:],
+            "loss": range_loss.tolist(),
+            "standard_error": _standard_error(range_loss, sums["range_squared"], count),
+            "perplexity": np.exp(range_loss).tolist(),
+            "accuracy": right_by_range.tolist(),
+        },
+        "curve": {
+            "position": position[at].tolist(),
+            "smoothed_loss": smoothed[at].tolist(),
+            "standard_error": _standard_error(smoothed[at], sums["smoothed_squared"][at], count),
+            "running_loss": running[at].tolist(),
+            "running_perplexity": np.exp(running[at]).tolist(),
+            "running_accuracy": (right.cumsum() / position)[at].tolist(),
+        },
+        "loss_by_position": loss.tolist(),
+    }
+
+
+def _curve_positions(last: int) -> np.ndarray:
+    """From 1 to `last`, close enough for a plot whose axis is linear or logarithmic."""
+    import numpy as np
+
+    spaced = [space(1, last, _CURVE_POINTS) for space in (np.linspace, np.geomspace)]
+    return np.unique(np.concatenate(spaced).round().astype(np.int64))
+
+
+def _standard_error(mean: np.ndarray, squared: np.ndarray, count: float) -> list[float] | None:
+    """Of means over `count` values, from their sums of squares."""
+    import numpy as np
+
+    if count < 2:
+        return None
+    return np.sqrt(np.maximum(squared / count - mean**2, 0) / (count - 1)).tolist()

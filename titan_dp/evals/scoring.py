@@ -1,0 +1,53 @@
+"""Losses of tokens in sequences of any length, a segment at a time with the state carried.
+
+Every number equals the plain forward's within rounding, whatever the segment; memory grows with the segment and not with
+the sequence, but for the keys and values that softmax layers without a window keep of all tokens so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from titan_dp.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from titan_dp.model import Transformer
+
+
+def check_positive(args: argparse.Namespace, *options: str) -> None:
+    """Raises UserError where one of `options` is given and below 1."""
+    for option in options:
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} is {value}; give at least 1")
+
+
+def token_losses(model: Transformer, tokens: Tensor, labels: Tensor, segment: int) -> tuple[Tensor, Tensor]:
+    """Loss in nats [B, T] float32 of every label, and whether it was the likeliest id [B, T] bool.
+
+    Args:
+        tokens: [B, T] int64; each row is one sequence.
+        labels: [B, T] int64: the id each position should predict; -100 for none, which gives loss 0 and False.
+        segment: tokens that go through the model at once.
+    """
+    import torch
+
+    from titan_dp.model.loss import token_scores
+
+    parts, cache = [], None
+    with torch.inference_mode():
+        for piece, wanted in zip(tokens.split(segment, 1), labels.split(segment, 1), strict=True):
+            hidden, cache = model.step_hidden(piece, cache)
+            parts.append(token_scores(hidden, model.output_weight, wanted))
+    losses, likeliest = zip(*parts, strict=True)
+    return torch.cat(losses, 1), torch.cat(likeliest, 1)
+
+
+def keeps_all_tokens(model: Transformer) -> bool:
+    """Whether a layer's memory of the past grows with it: softmax attention without a window."""
+    from titan_dp.model.attention import Attention
+
+    return any(isinstance(block.attn, Attention) and block.attn.window is None for block in model.blocks)

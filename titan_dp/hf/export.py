@@ -1,0 +1,236 @@
+"""`titan-dp export CHECKPOINT OUT`: a trained model as a Hugging Face folder.
+
+    config.json, generation_config.json       every setting, none left to a default
+    model.safetensors, or shards and their index
+    tokenizer.json, tokenizer_config.json
+    README.md, training.json                  the model card, and the checkpoint's manifest
+    modeling_titan_dp.py                      with --format remote-code only
+
+`fla` folders load in flash-linear-attention without code of ours; `remote-code` folders load with torch and transformers
+alone and express every model. Weights go tensor by tensor from checkpoint to file, so memory holds one output shard at most.
+The folder is written under another name and renamed: it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titan_dp.errors import UserError
+from titan_dp.files import write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from titan_dp.pretrained import Source
+
+FORMATS = ("fla", "remote-code")
+DTYPES = ("float32", "bfloat16", "float16")
+_READ_BYTES = 2**26
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder, checkpoint, or exported folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="fla",
+        help="fla: for flash-linear-attention (default); remote-code: any model, torch and transformers suffice",
+    )
+    parser.add_argument(
+        "--model-type",
+        choices=("gated_deltaproduct", "gated_deltanet", "delta_net"),
+        help="of the fla format (default: gated_deltaproduct; the others are for num_householder = 1)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the matrices (default: float32, as trained); norms stay float32"
+    )
+    parser.add_argument("--max-shard-size", type=_size, default=2 * 10**9, help="largest file of weights (default: 2GB)")
+    parser.add_argument("--tokenizer", default="", help="use this one instead of the checkpoint's own")
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]+)\s*([KMG]B)?", text.strip())
+    if not match or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 2GB or 500MB")
+    return int(match[1]) * _UNITS[match[2] or ""]
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.progress import track
+
+    from titan_dp.pretrained import open_source
+
+    source = open_source(args.checkpoint)
+    console = Console(stderr=True)
+    export(
+        source,
+        args.out,
+        target=args.format,
+        model_type=args.model_type,
+        dtype=getattr(torch, args.dtype),
+        max_shard_bytes=args.max_shard_size,
+        tokenizer=args.tokenizer,
+        show=lambda steps, count: track(steps, "writing", total=count, console=console, transient=True),
+    )
+    files = sorted(args.out.iterdir())
+    for file in files:
+        print(f"{decimal(file.stat().st_size):>10}  {file}")
+    return 0
+
+
+def export(
+    source: Source,
+    out: Path,
+    *,
+    target: str = "fla",
+    model_type: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 2 * 10**9,
+    tokenizer: str = "",
+    show: Callable[[Iterator[Any], int], Any] = lambda steps, count: steps,
+) -> None:
+    """Write the model of `source` as the folder `out`.
+
+    Args:
+        source: of the weights.
+        out: must not exist, or be empty.
+        target: "fla" or "remote-code".
+        model_type: of the fla target; None for gated_deltaproduct.
+        dtype: of the matrices, convolutions and embeddings; None for float32. Norms, A_log and dt_bias are float32.
+        max_shard_bytes: a file of weights holds at most so much (or one tensor).
+        tokenizer: instead of the source's.
+        show: wraps the iterator over tensors batches, for a progress bar.
+
+    Raises UserError where `out` is in use, the format cannot express the model, or the tokenizer does not fit; then nothing
+    is left behind.
+    """
+    import torch
+
+    from titan_dp.hf import layout
+    from titan_dp.hf.folder import TRAINING
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already; choose another folder or delete it")
+    if model_type is not None and target != "fla":
+        raise UserError(f"--model-type {model_type} belongs to --format fla; leave it out with --format {target}")
+    kind = layout.REMOTE_CODE if target == "remote-code" else model_type or "gated_deltaproduct"
+    settings = layout.to_hf(source.config, kind, source.seq_len)
+    dtype = dtype or torch.float32
+    scratch = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        _write_texts(source, scratch, out.name, settings, target, dtype, tokenizer)
+        _write_weights(source, scratch, dtype, max_shard_bytes, show)
+        write_json(scratch / TRAINING, source.training)
+        if target == "remote-code":
+            shutil.copyfile(Path(__file__).with_name("modeling_titan_dp.py"), scratch / "modeling_titan_dp.py")
+        if out.exists():
+            out.rmdir()
+        scratch.rename(out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _write_texts(
+    source: Source, folder: Path, name: str, settings: dict[str, Any], target: str, dtype: torch.dtype, tokenizer: str
+) -> None:
+    """Tokenizer, config.json, generation_config.json and the model card."""
+    from titan_dp.hf.card import last_validation, model_card
+    from titan_dp.hf.tokenizer import save_tokenizer
+    from titan_dp.pretrained import check_vocabulary
+
+    saved = save_tokenizer(tokenizer or source.tokenizer, folder, source.seq_len)
+    check_vocabulary(saved, source)
+    ids = {"bos_token_id": saved.bos_id, "eos_token_id": saved.eos_id, "pad_token_id": saved.eos_id}
+    named = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**settings, **ids, "dtype": named})
+    write_json(folder / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.8})
+    bos = next((token for token, token_id in saved.special_tokens.items() if token_id == saved.bos_id), None)
+    run_folder, step = source.path.parent.parent, source.training.get("step", 0)
+    card = model_card(
+        name,
+        source.config,
+        target=target,
+        training=source.training,
+        dtype=named,
+        bos=bos,
+        measured=last_validation(run_folder, step),
+    )
+    (folder / "README.md").write_text(card)
+
+
+def _write_weights(
+    source: Source,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    show: Callable[[Iterator[Any], int], Any],
+) -> None:
+    from safetensors.torch import save_file
+
+    from titan_dp.hf import layout
+    from titan_dp.hf.folder import WEIGHTS
+
+    shards = plan_shards(source, dtype, max_shard_bytes)
+    index: dict[str, str] = {}
+    for number in show(iter(range(len(shards))), len(shards)):
+        names = shards[number]
+        file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        tensors = dict(_converted(source, names, dtype))
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+        del tensors
+    if len(shards) > 1:
+        total = sum(_stored_bytes(source, name, dtype) for name in source.shapes)
+        write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    assert set(index) == {layout.hf_name(name) for name in source.shapes}
+
+
+def _converted(source: Source, names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name in the folder, tensor) of each; a few tensors are read at a time."""
+    from titan_dp.hf import layout
+    from titan_dp.pretrained import batches
+
+    for batch in batches(source, names, _READ_BYTES):
+        tensors = source.read(batch)
+        for name in batch:
+            yield layout.hf_name(name), tensors.pop(name).to(_stored_dtype(name, dtype)).contiguous()
+
+
+def plan_shards(source: Source, dtype: torch.dtype, most: int) -> list[list[str]]:
+    """Tensor names file by file, in the model's order, at most `most` bytes (or one tensor) each."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in source.shapes:
+        each = _stored_bytes(source, name, dtype)
+        if shards[-1] and size + each > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += each
+    return shards
+
+
+def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    import torch
+
+    from titan_dp.hf import layout
+
+    return torch.float32 if layout.stays_float32(name) else dtype
+
+
+def _stored_bytes(source: Source, name: str, dtype: torch.dtype) -> int:
+    return source.shapes[name].numel() * _stored_dtype(name, dtype).itemsize

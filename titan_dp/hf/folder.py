@@ -1,0 +1,174 @@
+"""A Hugging Face folder as a source of weights: settings, tensor names and files, checked before a tensor is read.
+
+Weights may be safetensors or PyTorch's older .bin files, sharded or not; .bin files are read with `weights_only`, so nothing
+in a folder can run code. Every tensor of the model must be there and no other: a tensor without a place means that the
+file describes something else than its config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from titan_dp.data.tokenizer import ORIGIN
+from titan_dp.errors import UserError
+from titan_dp.files import file_sha256
+from titan_dp.hf import layout
+
+CONFIG = "config.json"
+TRAINING = "training.json"
+WEIGHTS = "model.safetensors"
+_SINGLE = (WEIGHTS, "pytorch_model.bin")
+
+
+class FolderSource:
+    """The model of a folder; see `pretrained.Source`. Raises UserError where there is none that we know, or it is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.label = path, path.resolve().name
+        values = _read_json(path / CONFIG)
+        self.config, self.assumed = layout.from_hf(values, str(path / CONFIG))
+        """`assumed`: settings that config.json is silent about."""
+        self.model_type: str = values["model_type"]
+        self.seq_len = int(values.get("max_position_embeddings", 2048))
+        self.training: dict[str, Any] = _read_json(path / TRAINING) if (path / TRAINING).exists() else {}
+        self._files = _weight_files(path)
+        names = [name for names in map(_tensors_of, self._files) for name in names]
+        self._where = {name: file for file in self._files for name in _tensors_of(file)}
+        parts = layout.our_names(names)
+        if self.config.tie_word_embeddings:
+            parts.pop("lm_head.weight", None)  # some folders hold the tied matrix twice
+        self._parts = parts
+        self._check_complete()
+        self.shapes: dict[str, torch.Size] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for name, of in parts.items():
+            shapes, dtypes = zip(*(self._look(part) for part in of), strict=True)
+            self.shapes[name] = torch.Size([sum(shape[0] for shape in shapes), *shapes[0][1:]])
+            self.dtypes[name] = dtypes[0]
+
+    def _check_complete(self) -> None:
+        from titan_dp.model import build_model
+
+        with torch.device("meta"):
+            wanted = {name for name, _ in build_model(self.config).named_parameters()}
+        if missing := sorted(wanted - set(self._parts)):
+            raise UserError(
+                f"{self.path} lacks {len(missing)} of the model's tensors, {layout.hf_name(missing[0])} first: its weights do "
+                "not belong to its config.json, or a file of them is missing"
+            )
+        if unknown := sorted(set(self._parts) - wanted):
+            raise UserError(
+                f"{self.path} holds {self._parts[unknown[0]][0]}, which a model of its config.json does not have; the weights "
+                "belong to another model"
+            )
+
+    @cached_property
+    def tokenizer(self) -> str:
+        """The folder itself; raises UserError where it holds no tokenizer."""
+        if not (self.path / "tokenizer.json").exists():
+            raise UserError(f"{self.path} has no tokenizer.json; name a tokenizer with --tokenizer")
+        return str(self.path)
+
+    @property
+    def tokenizer_origin(self) -> dict[str, str]:
+        """{"name", "hash"} of the tokenizer that an exported one was converted from; empty for others."""
+        settings = self.path / "tokenizer_config.json"
+        return _read_json(settings).get(ORIGIN, {}) if settings.exists() else {}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256("".join(file_sha256(file) for file in [self.path / CONFIG, *self._files]).encode())
+        kept: dict[str, Any] = {key: self.training[key] for key in ("step", "tokens", "git_commit") if key in self.training}
+        return {"path": str(self.path), "model_type": self.model_type, "weights_sha256": digest.hexdigest(), **kept}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self._join([self._load(part) for part in self._parts[name]]) for name in names}
+
+    @staticmethod
+    def _join(parts: list[Tensor]) -> Tensor:
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _look(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a tensor without reading it."""
+        file = self._where[name]
+        if file.suffix == ".bin":
+            tensor = _mapped(file)[name]
+            return tuple(tensor.shape), tensor.dtype
+        with safe_open(file, "pt") as opened:
+            part = opened.get_slice(name)
+            return tuple(part.get_shape()), _DTYPES[part.get_dtype()]
+
+    def _load(self, name: str) -> Tensor:
+        file = self._where[name]
+        if file.suffix == ".bin":
+            return _mapped(file)[name].clone()
+        with safe_open(file, "pt") as opened:
+            return opened.get_tensor(name)
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, all there."""
+    for single in _SINGLE:
+        if (folder / single).exists():
+            return [folder / single]
+        index = folder / f"{single}.index.json"
+        if index.exists():
+            try:
+                names = sorted(set(_read_json(index)["weight_map"].values()))
+            except (KeyError, AttributeError, TypeError) as error:
+                raise UserError(
+                    f"{index} is no index of weights ({error}); take it from where the weights come from"
+                ) from error
+            for name in names:
+                if Path(name).name != name:
+                    raise UserError(f"{index} names {name!r}, which is not a file of its folder")
+                if not (folder / name).exists():
+                    raise UserError(f"{folder} lacks {name}, one of {len(names)} files of weights; copy the folder again")
+            return [folder / name for name in names]
+    raise UserError(f"{folder} has a {CONFIG} but no weights ({' or '.join(_SINGLE)}, or an index of shards)")
+
+
+def _tensors_of(file: Path) -> list[str]:
+    if file.suffix == ".bin":
+        return list(_mapped(file))
+    try:
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+            if unknown := {opened.get_slice(name).get_dtype() for name in names} - set(_DTYPES):
+                raise UserError(f"{file} holds tensors of dtype {', '.join(sorted(unknown))}; expected {', '.join(_DTYPES)}")
+            return names
+    except SafetensorError as error:
+        raise UserError(f"{file} is cut off or no safetensors file ({error}); copy it again") from error
+
+
+def _mapped(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file, mapped into memory where its format allows."""
+    try:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written by a torch older than 1.6
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's, zip's and torch's own
+        raise UserError(f"{file} is no file of tensors alone ({str(error).splitlines()[0][:120]})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no JSON ({error}); take it from where the folder comes from") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is no JSON object; take it from where the folder comes from")
+    return value

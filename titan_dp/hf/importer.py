@@ -1,0 +1,119 @@
+"""`titan-dp import FOLDER OUT`: the weights of a Hugging Face folder as a checkpoint a run can start from.
+
+Reads flash-linear-attention's gated_deltaproduct, gated_deltanet and delta_net, the layout in which the paper's authors
+released theirs (one projection for each Householder step), and our own. The checkpoint holds weights alone; a run takes them
+up with `checkpoint.initial_load_path = "OUT"` and the [model] section printed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titan_dp.errors import UserError
+
+if TYPE_CHECKING:
+    from titan_dp.hf.folder import FolderSource
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="Hugging Face folder of a DeltaProduct or DeltaNet model")
+    parser.add_argument("out", type=Path, metavar="OUT", help="run folder to write; must not exist")
+    parser.add_argument("--tokenizer", default="", help="name of the tokenizer, where the folder has none")
+
+
+def run(args: argparse.Namespace) -> int:
+    from titan_dp.hf.folder import FolderSource
+
+    folder = import_folder(args.folder, args.out, tokenizer=args.tokenizer)
+    source = FolderSource(args.folder)
+    for assumed in source.assumed:
+        print(f"config.json is silent about {assumed}, flash-linear-attention's default; check that the model was trained so")
+    print(f"{folder}: {sum(shape.numel() for shape in source.shapes.values()):,} parameters; train on from it with\n")
+    print(f"[checkpoint]\ninitial_load_path = {str(folder)!r}\n")
+    print(_model_section(source))
+    return 0
+
+
+def import_folder(folder: Path, out: Path, *, tokenizer: str = "") -> Path:
+    """Write `out`/checkpoint/step-00000000 from a Hugging Face folder; returns that checkpoint.
+
+    Args:
+        folder: of the weights.
+        out: run folder; must not exist.
+        tokenizer: for `load_tokenizer`; default: what the folder's was made from, or the folder's own.
+
+    Raises UserError where the folder holds no model of a known type or damaged weights, or `out` is in use.
+    """
+    from titan_dp.checkpoint import step_folder
+    from titan_dp.checkpointer import save_model_weights
+    from titan_dp.data.tokenizer import load_tokenizer
+    from titan_dp.hf.folder import CONFIG, FolderSource
+    from titan_dp.pretrained import check_vocabulary, check_whole
+
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder} is no Hugging Face folder: it has no {CONFIG}")
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another run folder or delete it")
+    source = FolderSource(folder)
+    check_whole(source)
+    name = tokenizer or _tokenizer_name(source)
+    check_vocabulary(load_tokenizer(name), source)
+    checkpoint = step_folder(out / "checkpoint", 0)
+    try:
+        save_model_weights(checkpoint, source.read(source.shapes), _manifest(source, name))
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return checkpoint
+
+
+def _tokenizer_name(source: FolderSource) -> str:
+    """The tokenizer an export was made with, if it is still to be had; else the folder's own."""
+    from titan_dp.data.tokenizer import load_tokenizer
+
+    origin = source.tokenizer_origin
+    if origin:
+        try:
+            if load_tokenizer(origin["name"]).hash == origin["hash"]:
+                return origin["name"]
+        except UserError:  # out of reach here: what was exported does as well
+            pass
+    return str(Path(source.tokenizer).resolve())
+
+
+def _manifest(source: FolderSource, tokenizer: str) -> dict[str, Any]:
+    """What a checkpoint's manifest holds beside its files."""
+    from titan_dp import config
+    from titan_dp.config_docs import all_keys
+    from titan_dp.config_loader import Loaded
+
+    settings = config.Config(
+        job=config.Job(run_name=source.label),
+        model=source.config,
+        training=config.Training(steps=1, seq_len=source.seq_len),
+    )
+    return {
+        "step": 0,
+        "healthy": True,
+        "world_size": 1,
+        "config": Loaded(settings, dict.fromkeys(all_keys(), "import")).resolved_toml(),
+        "git_commit": source.training.get("git_commit", ""),
+        "fingerprint": "",
+        "tokenizer": tokenizer,
+        "global_batch_size": 1,
+        "seed": 0,
+        "loader": {"samples": 0},
+        "samples": 0,
+        "tokens": source.training.get("tokens", 0),
+        "imported_from": source.identity,
+    }
+
+
+def _model_section(source: FolderSource) -> str:
+    from titan_dp.config_docs import to_toml
+
+    values = source.config.model_dump(exclude={"backend"}, exclude_none=True)
+    return "\n".join(["[model]", *(f"{key} = {to_toml(value)}" for key, value in values.items())])

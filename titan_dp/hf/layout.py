@@ -1,0 +1,256 @@
+"""One model in two languages: our [model] keys and tensor names, and those of a Hugging Face folder. No files, no torch.
+
+Four model types are spoken: flash-linear-attention's gated_deltaproduct, gated_deltanet and delta_net, and our own titan_dp
+(modeling_titan_dp.py), which has gated_deltaproduct's keys and `mixer`. `to_hf` refuses what a type cannot express and
+`from_hf` what we cannot; neither guesses. Tensors keep their shapes and layouts, so a conversion is a rename; only the
+layout that flash-linear-attention had before June 2025 (one matrix for each Householder step) is concatenated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from titan_dp import config
+from titan_dp.errors import UserError
+
+REMOTE_CODE = "titan_dp"
+FLA_TYPES = {
+    "gated_deltaproduct": "GatedDeltaProductForCausalLM",
+    "gated_deltanet": "GatedDeltaNetForCausalLM",
+    "delta_net": "DeltaNetForCausalLM",
+}
+MODEL_TYPES = {**FLA_TYPES, REMOTE_CODE: "TitanDPForCausalLM"}
+_MODELING_FILE = "modeling_titan_dp"
+
+# Keys that flash-linear-attention wants and that change nothing of the function computed.
+_FLA_RUNTIME = {
+    "attn_mode": "chunk",
+    "attnres_block_size": None,
+    "fuse_cross_entropy": True,
+    "fuse_linear_cross_entropy": False,
+    "fuse_norm": True,
+    "fuse_swiglu": True,
+    "use_l2warp": False,
+}
+# Keys with the only values our model can have; the first of each is what is written.
+_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "": {"hidden_act": ("swish", "silu"), "attnres_block_size": (None,)},
+    "gated_deltanet": {"num_v_heads": (None,), "output_gate_activation": ("swish", "silu")},
+    "delta_net": {"qk_activation": ("silu",), "qk_norm": ("l2",), "use_beta": (True,), "use_output_norm": (True,)},
+}
+# What flash-linear-attention 0.6 takes where a config.json is silent; files of older versions are.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "": {
+        "allow_neg_eigval": False,
+        "attn": None,
+        "conv_size": 4,
+        "hidden_ratio": 4,
+        "initializer_range": 0.02,
+        "intermediate_size": None,
+        "norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "use_short_conv": True,
+        "max_position_embeddings": 2048,
+    },
+    "gated_deltaproduct": {
+        "expand_v": 2.0,
+        "head_dim": 256,
+        "num_heads": 6,
+        "num_householder": 1,
+        "use_forget_gate": False,
+        "use_output_gate": True,
+    },
+    "gated_deltanet": {"expand_v": 2.0, "head_dim": 256, "num_heads": 6, "use_gate": True},
+    "delta_net": {"expand_k": 1.0, "expand_v": 1.0, "num_heads": 16, "use_gate": False},
+}
+_NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size")
+
+
+# -- settings -----------------------------------------------------------------------------------------------------------
+
+
+def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
+    """config.json of `c` as `model_type`, but for the tokenizer's ids and the dtype.
+
+    Raises UserError where that type cannot express the model; names the format that can.
+    """
+    if reasons := _inexpressible(c, model_type):
+        others = [name for name in MODEL_TYPES if not _inexpressible(c, name)]
+        ways = [f"--model-type {name}" for name in others if name != REMOTE_CODE] + ["--format remote-code"]
+        raise UserError(f"a {model_type} model cannot express {' and '.join(reasons)}; use {' or '.join(ways)}")
+    common = {
+        "model_type": model_type,
+        "architectures": [MODEL_TYPES[model_type]],
+        "hidden_size": c.hidden_size,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_heads": c.num_heads,
+        "intermediate_size": c.mlp_size,
+        "vocab_size": c.vocab_size,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "norm_eps": c.norm_eps,
+        "initializer_range": c.initializer_range,
+        "max_position_embeddings": seq_len,
+        "use_cache": True,
+        "allow_neg_eigval": c.allow_neg_eigval,
+        "use_short_conv": c.use_short_conv,
+        "conv_size": c.conv_size,
+        "attn": _softmax_layers(c),
+    }
+    expand_v = c.head_v_dim / c.head_dim
+    product = {
+        "head_dim": c.head_dim,
+        "expand_v": expand_v,
+        "num_householder": c.num_householder,
+        "use_forget_gate": c.use_forget_gate,
+        "use_output_gate": c.use_output_gate,
+    }
+    if model_type == REMOTE_CODE:
+        auto = {"AutoConfig": "TitanDPConfig", "AutoModel": "TitanDPModel", "AutoModelForCausalLM": "TitanDPForCausalLM"}
+        auto_map = {name: f"{_MODELING_FILE}.{target}" for name, target in auto.items()}
+        return {**common, **product, "mixer": c.mixer, "auto_map": auto_map}
+    fixed = {key: values[0] for key, values in {**_FIXED[""], **_FIXED.get(model_type, {})}.items()}
+    common |= {**_FLA_RUNTIME, **fixed, "hidden_ratio": 4}
+    if model_type == "gated_deltaproduct":
+        return {**common, **product}
+    if model_type == "gated_deltanet":
+        return {**common, "head_dim": c.head_dim, "expand_v": expand_v, "use_gate": c.use_output_gate}
+    keys, values = c.num_heads * c.head_dim, c.num_heads * c.head_v_dim
+    return {**common, "expand_k": keys / c.hidden_size, "expand_v": values / c.hidden_size, "use_gate": c.use_output_gate}
+
+
+def _inexpressible(c: config.Model, model_type: str) -> list[str]:
+    """What of `c` the type has no key for."""
+    if model_type == REMOTE_CODE:
+        return []
+    reasons = []
+    if c.mixer == "gla":
+        reasons.append("mixer = 'gla'")
+    if int(c.head_dim * (c.head_v_dim / c.head_dim)) != c.head_v_dim:
+        reasons.append(f"a value dimension of {c.head_v_dim} at head_dim = {c.head_dim}")
+    if model_type != "gated_deltaproduct" and c.num_householder != 1:
+        reasons.append(f"num_householder = {c.num_householder}")
+    if model_type == "gated_deltanet" and not c.use_forget_gate:
+        reasons.append("use_forget_gate = false")
+    if model_type == "delta_net" and c.use_forget_gate:
+        reasons.append("use_forget_gate = true")
+    return reasons
+
+
+def _softmax_layers(c: config.Model) -> dict[str, Any] | None:
+    layers = [i for i in range(c.num_hidden_layers) if c.mixer_of(i) == "attention"]
+    if not layers:
+        return None
+    return {
+        "layers": layers,
+        "num_heads": c.softmax_heads,
+        "num_kv_heads": c.attention_num_kv_heads or c.softmax_heads,
+        "qkv_bias": False,
+        "window_size": c.attention_window,
+        "rope_theta": c.rope_theta,
+    }
+
+
+def from_hf(values: dict[str, Any], where: str) -> tuple[config.Model, list[str]]:
+    """Our settings of a config.json, and the keys it lacks that change the function computed and were taken as defaults.
+
+    Raises UserError for another type of model, a missing key that has no default, or what our model cannot express.
+    """
+    model_type = values.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UserError(f"{where} is of a model of type {model_type!r}; expected one of {', '.join(MODEL_TYPES)}")
+    if missing := [key for key in _NEEDED if key not in values]:
+        raise UserError(f"{where} lacks {', '.join(missing)}; take the file that belongs to the weights")
+    kind = "gated_deltaproduct" if model_type == REMOTE_CODE else model_type
+    old_name = {"use_output_gate": values["use_gate"]} if kind == "gated_deltaproduct" and "use_gate" in values else {}
+    defaults = {**_DEFAULTS[""], **_DEFAULTS[kind]}
+    v = {**defaults, **old_name, **values}
+    absent = sorted(
+        set(defaults) - set(old_name) - set(values) - {"hidden_ratio", "max_position_embeddings", "initializer_range"}
+    )
+    for key, allowed in {**_FIXED[""], **_FIXED.get(kind, {})}.items():
+        if v.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{where} has {key} = {v[key]!r}; titan_dp's model has only {allowed[0]!r}")
+    try:
+        settings = {**_shared_keys(v), **_mixer_keys(v, kind), **_attention_keys(v, where)}
+        return config.Model(**settings), [f"{key} = {defaults[key]!r}" for key in absent]
+    except (ValidationError, TypeError, ValueError, ZeroDivisionError) as error:
+        message = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise UserError(f"{where} describes a model that titan_dp cannot build: {message}") from error
+
+
+def _shared_keys(v: dict[str, Any]) -> dict[str, Any]:
+    keys = ["hidden_size", "num_hidden_layers", "num_heads", "vocab_size", "tie_word_embeddings", "norm_eps"]
+    keys += ["initializer_range", "allow_neg_eigval", "use_short_conv", "conv_size"]
+    width = v["intermediate_size"]
+    if width is None:
+        width = 256 * -(-int(v["hidden_size"] * (v["hidden_ratio"] or 4) * 2 / 3) // 256)
+    return {**{key: v[key] for key in keys}, "intermediate_size": width}
+
+
+def _mixer_keys(v: dict[str, Any], kind: str) -> dict[str, Any]:
+    if kind == "delta_net":
+        keys, values = round(v["hidden_size"] * v["expand_k"]), round(v["hidden_size"] * v["expand_v"])
+        head_dim = keys // v["num_heads"]
+        expand_v = values // v["num_heads"] / head_dim
+        return {"head_dim": head_dim, "expand_v": expand_v, "num_householder": 1, "use_output_gate": v["use_gate"]}
+    common = {"head_dim": v["head_dim"], "expand_v": float(v["expand_v"])}
+    if kind == "gated_deltanet":
+        return {**common, "num_householder": 1, "use_forget_gate": True, "use_output_gate": v["use_gate"]}
+    keys = ("num_householder", "use_forget_gate", "use_output_gate")
+    return {**common, **{key: v[key] for key in keys}, "mixer": v.get("mixer", "deltaproduct")}
+
+
+def _attention_keys(v: dict[str, Any], where: str) -> dict[str, Any]:
+    groups = [v["attn"]] if isinstance(v["attn"], dict) else v["attn"] or []
+    if not groups:
+        return {}
+    kinds = {tuple((key, value) for key, value in sorted(group.items()) if key != "layers") for group in groups}
+    if len(kinds) > 1:
+        raise UserError(f"{where} has softmax layers of {len(kinds)} kinds in attn; titan_dp's hybrids have one")
+    group = groups[0]
+    if group.get("qkv_bias"):
+        raise UserError(f"{where} has qkv_bias = true in attn; titan_dp's softmax layers have no biases")
+    layers = sorted(layer for group in groups for layer in group["layers"])
+    pure = {"mixer": "attention"} if layers == list(range(v["num_hidden_layers"])) else {"attention_layers": layers}
+    return {
+        **pure,
+        "attention_num_heads": group["num_heads"],
+        "attention_num_kv_heads": group.get("num_kv_heads"),
+        "attention_window": group.get("window_size"),
+        "rope_theta": float(group.get("rope_theta", 10000.0)),
+    }
+
+
+# -- tensors ------------------------------------------------------------------------------------------------------------
+
+
+def hf_name(name: str) -> str:
+    """Our tensor name in a Hugging Face folder."""
+    return name if name.startswith("lm_head.") else "model." + name.replace(".forget_gate.", ".")
+
+
+def our_names(names: Iterable[str]) -> dict[str, list[str]]:
+    """For each of our tensors, those of the folder that make it, to be concatenated along dimension 0."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        base, index = _without_step(name)
+        if index and base.endswith(".q_conv1d.weight"):
+            continue  # the old layout had a query convolution for each step and used the first
+        ours = re.sub(r"\.attn\.(A_log|dt_bias)$", r".attn.forget_gate.\1", base.removeprefix("model."))
+        found.setdefault(ours, []).append(name)
+    return {ours: sorted(parts, key=lambda name: _without_step(name)[1]) for ours, parts in found.items()}
+
+
+def _without_step(name: str) -> tuple[str, int]:
+    """'...attn.k_projs.1.weight' -> ('...attn.k_proj.weight', 1); others as they are, 0."""
+    match = re.fullmatch(r"(.*\.attn\.)([kvb]_proj|[qkv]_conv1d)s\.(\d+)\.weight", name)
+    return (f"{match[1]}{match[2]}.weight", int(match[3])) if match else (name, 0)
+
+
+def stays_float32(name: str) -> bool:
+    """Whether the tensor is kept in float32 whatever the rest is: norms, A_log and dt_bias, as in training."""
+    return name.endswith(("norm.weight", "A_log", "dt_bias"))

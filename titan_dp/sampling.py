@@ -1,0 +1,179 @@
+"""Continuing token ids with a model, in a batch: prompts of any lengths, then one token a step for all rows.
+
+Each row draws from a generator of its own, so a continuation depends on its prompt, its seed and the settings, and not on
+what else is in the batch. Prompts are read in segments and a step carries each layer's cache (`Transformer.step`): for
+recurrent mixers and windowed attention, time and memory a token do not grow with the length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_dp.data.tokenizer import Tokenizer
+from titan_dp.errors import UserError
+from titan_dp.model import Transformer
+
+_SEGMENT = 2048
+_LOOKS_SPECIAL = re.compile(r"<\|[^<>|\s][^<>|]*\|>")
+_UNFINISHED = "\ufffd"
+_LONGEST_CHARACTER = 8
+"""Tokens after which bytes that are no UTF-8 are shown as such: no character takes so many."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from logits: temperature, then the k likeliest, then the nucleus of probability p."""
+
+    temperature: float = 0.8
+    """0 takes the likeliest."""
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    """The fewest tokens whose probabilities reach this sum are kept (Holtzman et al. 2020)."""
+
+    def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """One id for each row of `logits` [B, V], drawn with the row's generator; [B] int64."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        probabilities = torch.softmax(logits.float() / self.temperature, -1)
+        if self.top_k or self.top_p < 1:
+            # Rarer ids are cut off in falling order; top_k alone needs no more of that order than its beginning.
+            count = min(self.top_k or probabilities.shape[-1], probabilities.shape[-1])
+            sorted_p, ids = probabilities.topk(count, -1)
+            total = sorted_p.sum(-1, keepdim=True)
+            before = sorted_p.cumsum(-1) - sorted_p
+            sorted_p = torch.where(before < self.top_p * total, sorted_p, 0)
+            drawn = torch.stack([torch.multinomial(p, 1, generator=g) for p, g in zip(sorted_p, generators, strict=True)])
+            return ids.gather(-1, drawn)[:, 0]
+        return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators, strict=True)])
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, *, bos: bool = True, raw: bool = False) -> list[int]:
+    """Ids of a prompt: BOS first (unless it begins with it), special tokens as what they are unless `raw`.
+
+    Raises UserError for what looks like a special token and is none of this tokenizer, and for a prompt of no tokens.
+    """
+    special = {} if raw else tokenizer.special_tokens
+    if not raw and (unknown := [token for token in _LOOKS_SPECIAL.findall(text) if token not in special]):
+        raise UserError(
+            f"the prompt holds {unknown[0]!r}, which is no special token of tokenizer {tokenizer.name!r} "
+            f"({', '.join(special) or 'it has none'}); correct it, or take it as ordinary text with --raw-prompt"
+        )
+    longest_first = sorted(special, key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if special else [text]
+    ids = [i for piece in pieces for i in ([special[piece]] if piece in special else tokenizer.encode(piece))]
+    if bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        ids = [tokenizer.bos_id, *ids]
+    if not ids:
+        raise UserError(f"the prompt is empty and tokenizer {tokenizer.name!r} begins with no BOS; give a --prompt")
+    return ids
+
+
+def read_prompt(model: Transformer, prompt: list[int], device: torch.device) -> tuple[Tensor, list[Any]]:
+    """Logits [1, V] of the token after `prompt`, and the cache; in segments, so memory does not grow with the prompt."""
+    assert prompt, "a prompt has at least one token"
+    tokens, cache = torch.tensor([prompt], device=device), None
+    for segment in tokens.split(_SEGMENT, 1):
+        logits, cache = model.step(segment, cache)
+    assert cache is not None
+    return logits, cache
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Transformer, prompts: list[list[int]], *, sampling: Sampling, seeds: Sequence[int], vocab_size: int
+) -> Iterator[list[int]]:
+    """Without end, the next id of every prompt, all at a time.
+
+    Args:
+        model: in evaluation mode.
+        prompts: ids, at least one each.
+        sampling: how to choose.
+        seeds: one a prompt.
+        vocab_size: ids from here on, which no token has, are never chosen.
+    """
+    device = next(model.parameters()).device
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    parts = [read_prompt(model, prompt, device) for prompt in prompts]
+    logits = torch.cat([logits for logits, _ in parts])
+    cache = Transformer.join_caches([cache for _, cache in parts])
+    del parts
+    while True:
+        chosen = sampling.choose(logits[:, :vocab_size], generators)
+        yield chosen.tolist()
+        logits, cache = model.step(chosen[:, None], cache)
+
+
+class TextStream:
+    """Turns ids into text as they come: a piece is held back while it may change or may be the start of a stop string.
+
+    Pieces concatenate to the decoded continuation, cut before the first stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self._ids = prompt[-_LONGEST_CHARACTER:]  # what comes before decides about spaces in some tokenizers
+        self._known, self._shown = 0, len(self._ids)
+        self._held = ""
+        self.tokens = 0
+        """Ids taken, the end-of-text token included."""
+        self.finished: str | None = None
+        """Why the text has ended: 'eos' or 'stop'; None while it goes on."""
+
+    def push(self, token: int) -> str:
+        """Take an id; returns the text that is now certain, often a word, sometimes nothing."""
+        self.tokens += 1
+        if token == self.tokenizer.eos_id:
+            self.finished = "eos"
+            return self._release(self._decode_rest())
+        self._ids.append(token)
+        before = self.tokenizer.decode(self._ids[self._known : self._shown])
+        after = self.tokenizer.decode(self._ids[self._known :])
+        if after.endswith(_UNFINISHED) and len(self._ids) - self._shown < _LONGEST_CHARACTER:
+            return ""
+        self._known, self._shown = self._shown, len(self._ids)
+        return self._through_stops(after[len(before) :])
+
+    def close(self) -> str:
+        """What was still held back, when generation ends for another reason."""
+        return self._release(self._decode_rest())
+
+    def _decode_rest(self) -> str:
+        before = self.tokenizer.decode(self._ids[self._known : self._shown])
+        rest = self.tokenizer.decode(self._ids[self._known :])[len(before) :]
+        self._known = self._shown = len(self._ids)
+        return self._through_stops(rest)
+
+    def _through_stops(self, piece: str) -> str:
+        text = self._held + piece
+        found = [position for s in self.stop if (position := text.find(s)) >= 0]
+        if found:
+            self.finished, self._held = "stop", ""
+            return text[: min(found)]
+        held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def _release(self, text: str) -> str:
+        held, self._held = self._held, ""
+        return text + held
+
+
+def continue_text(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, sampling: Sampling, seed: int
+) -> str:
+    """The continuation of one prompt, up to the end-of-text token. Raises UserError as `encode_prompt`."""
+    ids = encode_prompt(tokenizer, prompt)
+    stream, text = TextStream(tokenizer, ids), ""
+    steps = generate_ids(model, [ids], sampling=sampling, seeds=[seed], vocab_size=tokenizer.vocab_size)
+    for _, (token,) in zip(range(max_new_tokens), steps, strict=False):
+        text += stream.push(token)
+        if stream.finished:
+            return text
+    return text + stream.close()
