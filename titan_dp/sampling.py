@@ -113,7 +113,7 @@ def generate_ids(
 class TextStream:
     """Turns ids into text as they come: a piece is held back while it may change or may be the start of a stop string.
 
-    Pieces concatenate to the decoded continuation, cut before the first stop string.
+    Pieces concatenate to the decoded continuation, cut before the stop string that is complete first.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: Sequence[str] = ()) -> None:

@@ -33,16 +33,26 @@ def fla_on_cpu() -> Iterator[None]:
 
 @contextmanager
 def fla_interpreted() -> Iterator[None]:
-    """Inside, fla launches its own kernels, in the first of their tuned configurations where there is no GPU to time them on."""
+    """Inside, fla launches its own kernels, on a GPU or in Triton's interpreter.
+
+    The interpreter cannot time configurations, so the first is taken; and its loop counters must have `.to`, as compiled.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             patch.setattr("triton.runtime.autotuner.Autotuner.run", _run_first_configuration)
+            for module in ("fla.ops.gated_delta_product.chunk_deltaproduct_h", "fla.ops.common.chunk_delta_h"):
+                patch.setattr(f"{module}.range", lambda *bounds: map(_Counter, range(*bounds)), raising=False)
         _replace_flash_attention(patch)
         yield
 
 
 def _run_first_configuration(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self.fn.run(*args, **kwargs, **self.configs[0].all_kwargs())
+
+
+class _Counter(int):
+    def to(self, dtype: object) -> _Counter:
+        return self
 
 
 def _replace_flash_attention(patch: pytest.MonkeyPatch) -> None:
@@ -283,8 +293,8 @@ def chunk_gated_delta_rule_fwd(
     return None, o, None, state, initial_state, None
 
 
-def fused_beta_sigmoid(beta: Tensor, scale: float = 1.0) -> Tensor:
-    return scale * torch.sigmoid(beta.float())
+def fused_beta_sigmoid(x: Tensor, scale: float = 1.0) -> Tensor:
+    return scale * torch.sigmoid(x.float())
 
 
 def chunk_delta_rule(
@@ -298,9 +308,7 @@ def chunk_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     normalise = use_qk_l2norm_in_kernel
-    return chunk_gated_delta_product(
-        q, k, v, None, beta, 1, None, initial_state, output_final_state, normalise, cu_seqlens
-    )
+    return chunk_gated_delta_product(q, k, v, None, beta, 1, None, initial_state, output_final_state, normalise, cu_seqlens)
 
 
 def fused_recurrent_delta_rule_fwd(
@@ -313,9 +321,7 @@ def fused_recurrent_delta_rule_fwd(
     output_final_state: bool,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, None, Tensor | None]:
-    o, state = chunk_gated_delta_product(
-        q, k, v, None, beta, 1, scale, initial_state, output_final_state, False, cu_seqlens
-    )
+    o, state = chunk_gated_delta_product(q, k, v, None, beta, 1, scale, initial_state, output_final_state, False, cu_seqlens)
     return o, None, state
 
 
@@ -338,9 +344,7 @@ def _by_sequence(
 # -- flash-attention, of which fla imports these two -------------------------------------------------------------------
 
 
-def flash_attn_func(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window_size: tuple[int, int] = (-1, -1)
-) -> Tensor:
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
     """q [B, Tq, H, d], k and v [B, Tk, H / groups, d]; the last query is at the last key; `window_size[0]` keys before it."""
     assert causal
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2).float() for x in (k, v))

@@ -79,7 +79,9 @@ def evaluate(s: Session) -> Report:
     if report.finished is None:
         positions = looked_at(len(ids), starts, every)
         arrays = measure(s, pretrained.model, ids, positions, report)
-        facts = output.Facts(len(ids), starts, positions, every, pretrained.source.seq_len, list(layers), report)
+        facts = output.Facts(
+            len(ids), starts, positions, every, pretrained.source.seq_len, list(layers), texts.bos_id is not None, report
+        )
         if s.world.is_main:
             output.write_csv(facts, arrays)
             output.draw(facts, arrays)

@@ -1,7 +1,8 @@
 """What `titan-dp evaluate effective-rank` leaves behind: summary, table, CSV and three figures.
 
 Means are over the positions on the --every grid, whatever else was looked at, and over the states after a token's last
-step. The CSV has every number; a figure shows of many neighbouring points the lowest and the highest.
+step. The CSV has every number; a figure by position shows of many neighbouring tokens their mean as a line and the lowest
+and highest as a band, so that a state wiped at one token is still seen.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import gzip
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from titan_dp.evals.plots import save_figure, subplots
 from titan_dp.evals.session import Report
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from titan_dp.evals.effective_rank import Arrays
 
-_POINTS = 1500  # a line of a figure has at most two of each of so many stretches
+_STRETCHES = 250  # points a line in a figure has at most
 _PALETTE = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#8C6D31")  # no red, no green: those mark positions
 
 
@@ -39,6 +40,8 @@ class Facts:
     seq_len: int
     """Tokens a sequence in training."""
     layers: list[int]
+    bos: bool
+    """Whether documents start with BOS."""
     report: Report
 
     def file(self, ending: str) -> Path:
@@ -116,14 +119,17 @@ def draw(facts: Facts, arrays: Arrays) -> None:
     _draw_by_head(facts, arrays)
 
 
-def _panels(count: int) -> tuple[Any, list[Any]]:
-    """A figure and `count` axes in a grid with common scales."""
+def _panels(count: int, xlabel: str) -> tuple[Any, list[Any]]:
+    """A figure and `count` axes in a grid with common scales, of which the lowest in each column says what x is."""
     columns = min(count, 4 if count > 9 else 3)
     rows = -(-count // columns)
-    size = max(7.0, 3.6 * columns), 1.4 + (2.1 if count > 1 else 3.2) * rows
+    size = max(7.0, 3.6 * columns), 1.4 + (1.9 if rows > 1 else 3.2) * rows
     figure, axes = subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for spare in axes.flat[count:]:
         spare.set_visible(False)
+    for panel in axes.flat[max(0, count - columns) : count]:
+        panel.set_xlabel(xlabel)
+        panel.tick_params(labelbottom=True)
     return figure, list(axes.flat[:count])
 
 
@@ -134,55 +140,45 @@ def _colour(h: int, heads: int) -> Any:
 
 
 def _draw_by_position(facts: Facts, values: np.ndarray, title: str, label: str, ending: str) -> None:
-    """A line a head; `values` [L, H, P, m]."""
+    """A line and a band a head; `values` [L, H, P, m]."""
     import numpy as np
 
     heads, looks = values.shape[1], values.shape[-1]
     x = (facts.positions[:, None] + (np.arange(looks) + 1 - looks) / looks).ravel()
-    figure, panels = _panels(len(facts.layers))
+    starts = "BOS" if facts.bos else "documents' first tokens"
+    figure, panels = _panels(len(facts.layers), "position, tokens")
     for i, (layer, panel) in enumerate(zip(facts.layers, panels, strict=True)):
-        marks = panel.vlines(
-            facts.starts,
-            0,
-            1,
-            transform=panel.get_xaxis_transform(),
-            color="red",
-            lw=0.6,
-            alpha=min(0.6, 30 / len(facts.starts)),
-        )
-        lines = [
-            panel.plot(*envelope(x, values[i, h].ravel()), lw=0.7, color=_colour(h, heads), label=f"head {h}")[0]
-            for h in range(heads)
-        ]
+        handles = []
+        for h in range(heads):
+            middle, mean, low, high = stretches(x, values[i, h].ravel())
+            colour = _colour(h, heads)
+            panel.fill_between(middle, low, high, color=colour, alpha=max(0.05, 0.4 / heads), lw=0)
+            handles += panel.plot(middle, mean, lw=1.0, color=colour, label=f"head {h}")
+        style = {"transform": panel.get_xaxis_transform(), "color": "red", "zorder": 1, "label": starts}
+        handles.append(panel.vlines(facts.starts, 0, 1, lw=0.6, alpha=min(0.5, 20 / len(facts.starts)), **style))
         if facts.tokens > facts.seq_len:
-            panel.axvline(facts.seq_len, color="green", lw=1.5, label="training length")
+            handles.append(panel.axvline(facts.seq_len, color="green", lw=1.5, label="training length"))
         panel.set_title(f"layer {layer}", fontsize=9)
         panel.margins(x=0.01)
-    marks.set_label("document starts")
-    legend = [*lines, marks, *(line for line in panel.lines if line.get_label() == "training length")]
     figure.suptitle(f"{title}, {facts.tokens:,} tokens")
-    figure.supxlabel("position, tokens")
     figure.supylabel(label)
-    _legend(figure, legend)
+    _legend(figure, handles)
     save_figure(figure, facts.file(ending))
 
 
-def envelope(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points (x, y) if they are few; else of each stretch of neighbours the lowest and the highest, in order."""
+def stretches(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of the points (x, y) in at most `_STRETCHES` stretches of neighbours: mean x, mean y, lowest y and highest y."""
     import numpy as np
 
-    if len(x) <= 2 * _POINTS:
-        return x, y
-    cuts = np.linspace(0, len(x), _POINTS + 1).astype(int)[:-1]
-    stretches = np.split(y, cuts[1:])
-    kept = [cut + np.sort([part.argmin(), part.argmax()]) for cut, part in zip(cuts, stretches, strict=True)]
-    index = np.concatenate(kept)
-    return x[index], y[index]
+    cuts = np.unique(np.linspace(0, len(x), _STRETCHES + 1).astype(int)[:-1])
+    counts = np.diff(np.append(cuts, len(x)))
+    means = (np.add.reduceat(z, cuts, dtype=np.float64) / counts for z in (x, y))
+    return *means, np.minimum.reduceat(y, cuts), np.maximum.reduceat(y, cuts)  # type: ignore[return-value]
 
 
 def _legend(figure: Any, handles: list[Any]) -> None:
     columns = min(len(handles), 8)
-    drawn = figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8)
+    drawn = figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     for line in drawn.get_lines():
         line.set_linewidth(2)
 
@@ -196,7 +192,7 @@ def _draw_by_head(facts: Facts, arrays: Arrays) -> None:
     gated = bool((arrays["decay"] != 1).any())
     series = [(f"beta of step {j + 1}", arrays["beta"][..., j], _PALETTE[j % 6], "o") for j in range(n)]
     series += [("decay exp(g)", arrays["decay"], "black", "s")] * gated
-    figure, panels = _panels(len(facts.layers))
+    figure, panels = _panels(len(facts.layers), "head")
     for i, (layer, panel) in enumerate(zip(facts.layers, panels, strict=True)):
         handles = []
         for j, (name, values, colour, marker) in enumerate(series):
@@ -210,7 +206,6 @@ def _draw_by_head(facts: Facts, arrays: Arrays) -> None:
         panel.set_title(f"layer {layer}", fontsize=9)
         panel.set_xticks(np.arange(0, heads, max(1, heads // 12)))
     figure.suptitle(f"step sizes{' and decay' * gated} of {facts.report.source.label}: median, 5 to 95 % of tokens")
-    figure.supxlabel("head")
     figure.supylabel("beta, decay" if gated else "beta")
     _legend(figure, handles)
     save_figure(figure, facts.file("-steps.png"))
@@ -222,11 +217,11 @@ def show(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    results = report.finished or {}
+    results, settings = report.finished or {}, cast(dict[str, Any], report.head["settings"])
     length = results["training_length"]
     title = f"effective rank (at most {results['largest_possible']}) of {report.source.label}, means over tokens and heads"
     table = Table(title=title)
-    for column in ("layer", f"below {length}", "heads from .. to", f"from {length} on", "norm", "beta", "decay", "at starts"):
+    for column in ("layer", f"below {length}", "heads", f"from {length}", "norm", "beta", "decay", "decay, starts"):
         table.add_column(column, justify="right")
     for layer in results["layers"]:
         heads = layer["heads"]
@@ -235,7 +230,7 @@ def show(report: Report) -> None:
         table.add_row(
             str(layer["layer"]),
             f"{np.mean(inside):.2f}",
-            f"{min(inside):.1f} .. {max(inside):.1f}",
+            f"{min(inside):.1f}-{max(inside):.1f}",
             "-" if beyond[0] is None else f"{np.mean(beyond):.2f}",
             f"{np.mean([head['state_norm']['inside'] for head in heads]):.2f}",
             " ".join(f"{x:.2f}" for x in beta),
@@ -244,10 +239,9 @@ def show(report: Report) -> None:
         )
     console = Console(highlight=False)
     console.print(table)
-    every = report.head["settings"]["every"]
     console.print(
-        f"{results['tokens']:,} tokens of {results['documents']:,} document(s), every {every}; replayed and carried states "
-        f"differ by at most {results['largest_replay_difference']:.1e}",
+        f"{results['tokens']:,} tokens of {results['documents']:,} document(s), every {settings['every']}; "
+        f"replayed and carried states differ by at most {results['largest_replay_difference']:.1e}",
         soft_wrap=True,
     )
     if results["skipped_layers"]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from titan_dp.pretrained import Pretrained
 
 NAME = "length-extrapolation"
-_SEGMENT = 2048
+SEGMENT = 2048
 _CURVE_POINTS = 256
 _RANGES = 8
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser)
     parser.add_argument("--max-length", type=int, default=32768, help="tokens a sequence (default: 32768)")
     parser.add_argument("--sequences", type=int, default=64, help="take so many at most (default: 64)")
-    parser.add_argument("--segment", type=int, default=_SEGMENT, help=f"tokens through the model at once (default: {_SEGMENT})")
+    parser.add_argument("--segment", type=int, default=SEGMENT, help=f"tokens through the model at once (default: {SEGMENT})")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at once (default: 8)")
     parser.add_argument("--smooth", type=int, help="positions the curve is averaged over (default: MAX_LENGTH / 64)")
     parser.add_argument("--x-axis", choices=("log", "linear"), default="log", help="of the plot (default: log)")

@@ -1,7 +1,8 @@
 """Losses of tokens in sequences of any length, a segment at a time with the state carried.
 
-Every number equals the plain forward's within rounding, whatever the segment; memory grows with the segment and not with
-the sequence, but for the keys and values that softmax layers without a window keep of all tokens so far.
+Every number equals the plain forward's within rounding, whatever the segment. Memory grows with the segment and not with
+the sequence, but for ids and losses themselves and what softmax layers without a window keep: keys and values of all
+tokens so far. What is done with the losses is the evaluations' business.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ```
 """,
 }
@@ -63,7 +63,11 @@ def model_card(
     if rows:
         lines += ["## Training", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
     lines += ["## Architecture", "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {json.dumps(value)} |" for key, value in c.model_dump(exclude={"backend"}, exclude_none=True).items()]
+    unused = {
+        key for key in config.Model.model_fields if key.startswith(("attention", "rope")) and "softmax" not in model.describe()
+    }
+    settings = c.model_dump(exclude={"backend", *unused}, exclude_none=True)
+    lines += [f"| {key} | {json.dumps(value)} |" for key, value in settings.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -7,13 +7,14 @@
     modeling_titan_dp.py                      with --format remote-code only
 
 `fla` folders load in flash-linear-attention without code of ours; `remote-code` folders load with torch and transformers
-alone and express every model. Weights go tensor by tensor from checkpoint to file, so memory holds one output shard at most.
+alone and express every model. Weights go tensor by tensor from checkpoint to file, so memory holds a few of them at a time.
 The folder is written under another name and renamed: it is there whole or not at all.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,7 +26,6 @@ from titan_dp.files import write_json
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from titan_dp.pretrained import Source
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the matrices (default: float32, as trained); norms stay float32"
     )
-    parser.add_argument("--max-shard-size", type=_size, default=2 * 10**9, help="largest file of weights (default: 2GB)")
+    parser.add_argument("--max-shard-size", type=_size, default=5 * 10**9, help="largest file of weights (default: 5GB)")
     parser.add_argument("--tokenizer", default="", help="use this one instead of the checkpoint's own")
 
 
@@ -96,7 +96,7 @@ def export(
     target: str = "fla",
     model_type: str | None = None,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 2 * 10**9,
+    max_shard_bytes: int = 5 * 10**9,
     tokenizer: str = "",
     show: Callable[[Iterator[Any], int], Any] = lambda steps, count: steps,
 ) -> None:
@@ -179,8 +179,6 @@ def _write_weights(
     max_shard_bytes: int,
     show: Callable[[Iterator[Any], int], Any],
 ) -> None:
-    from safetensors.torch import save_file
-
     from titan_dp.hf import layout
     from titan_dp.hf.folder import WEIGHTS
 
@@ -189,25 +187,39 @@ def _write_weights(
     for number in show(iter(range(len(shards))), len(shards)):
         names = shards[number]
         file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = dict(_converted(source, names, dtype))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
-        del tensors
+        _write_safetensors(folder / file, source, names, dtype)
+        index |= {layout.hf_name(name): file for name in names}
     if len(shards) > 1:
         total = sum(_stored_bytes(source, name, dtype) for name in source.shapes)
         write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     assert set(index) == {layout.hf_name(name) for name in source.shapes}
 
 
-def _converted(source: Source, names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name in the folder, tensor) of each; a few tensors are read at a time."""
+def _write_safetensors(path: Path, source: Source, names: list[str], dtype: torch.dtype) -> None:
+    """A file of safetensors, written as it is read: the package's own writer wants all tensors in memory.
+
+    The format: the header's length in 8 bytes, little-endian; the header, JSON, padded to 8 bytes; the tensors' bytes.
+    """
+    import torch
+
     from titan_dp.hf import layout
     from titan_dp.pretrained import batches
 
-    for batch in batches(source, names, _READ_BYTES):
-        tensors = source.read(batch)
-        for name in batch:
-            yield layout.hf_name(name), tensors.pop(name).to(_stored_dtype(name, dtype)).contiguous()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + _stored_bytes(source, name, dtype)
+        kind = layout.SAFETENSORS_DTYPES[str(_stored_dtype(name, dtype)).removeprefix("torch.")]
+        header[layout.hf_name(name)] = {"dtype": kind, "shape": list(source.shapes[name]), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for batch in batches(source, names, _READ_BYTES):
+            tensors = source.read(batch)
+            for name in batch:
+                stored = tensors.pop(name).to(_stored_dtype(name, dtype)).contiguous()
+                file.write(stored.view(-1).view(torch.uint8).numpy().data)
 
 
 def plan_shards(source: Source, dtype: torch.dtype, most: int) -> list[list[str]]:

@@ -115,7 +115,7 @@ class FolderSource:
             return opened.get_tensor(name)
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {short: getattr(torch, name) for name, short in layout.SAFETENSORS_DTYPES.items()}
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -62,7 +62,10 @@ def save_tokenizer(name: str, folder: Path, seq_len: int) -> Tokenizer:
 
 
 def _convert(encoding: tiktoken.Encoding) -> HFTokenizer:
-    from transformers.convert_slow_tokenizer import TikTokenConverter
+    try:
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+    except ImportError as error:
+        raise UserError("converting a tiktoken tokenizer needs transformers: pip install 'titan_dp[hf]'") from error
 
     class Converter(TikTokenConverter):
         @staticmethod

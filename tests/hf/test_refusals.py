@@ -1,0 +1,258 @@
+"""What cannot be exported or imported is refused in one sentence, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.hf.exported import exported
+from tests.pretrained import save_checkpoint
+from titan_dp.errors import UserError
+from titan_dp.hf.export import export
+from titan_dp.hf.importer import import_folder
+from titan_dp.pretrained import open_source
+
+
+@contextmanager
+def refused(folder: Path, match: str) -> Iterator[None]:
+    """Inside, a UserError of one line that `match`es, after which `folder` holds what it held."""
+    before = contents(folder)
+    with pytest.raises(UserError, match=match) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    assert contents(folder) == before
+
+
+def contents(folder: Path) -> dict[Path, int]:
+    """Everything inside, with the time a file was last written."""
+    return {path: path.stat().st_mtime_ns if path.is_file() else 0 for path in folder.rglob("*")}
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+INEXPRESSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "gated linear attention in fla": ({"mixer": "gla", "num_householder": 1}, {}, "mixer = 'gla'.*remote-code"),
+    "gated linear attention in a hybrid": (
+        {"mixer": "gla", "num_householder": 1, "attention_layers": [0]},
+        {},
+        "mixer = 'gla'.*remote-code",
+    ),
+    "an ungated gated_deltanet": ({"num_householder": 1}, {"model_type": "gated_deltanet"}, "use_forget_gate = false"),
+    "gated_deltanet of two steps": (
+        {"num_householder": 2, "use_forget_gate": True},
+        {"model_type": "gated_deltanet"},
+        "num_householder = 2.*gated_deltaproduct",
+    ),
+    "a gated delta_net": (
+        {"num_householder": 1, "use_forget_gate": True},
+        {"model_type": "delta_net"},
+        "use_forget_gate = true.*gated_deltanet",
+    ),
+    "delta_net of two steps": ({}, {"model_type": "delta_net"}, "num_householder = 2"),
+    "a model type for remote code": ({}, {"target": "remote-code", "model_type": "gated_deltaproduct"}, "model-type"),
+    "a tokenizer larger than the vocabulary": ({"vocab_size": 200}, {}, "258 ids.*vocab_size = 200"),
+    "a tokenizer that is not there": ({}, {"tokenizer": "nowhere/at_all.tiktoken"}, "nowhere/at_all.tiktoken"),
+}
+
+
+@pytest.mark.parametrize("name", INEXPRESSIBLE)
+def test_a_model_that_the_format_cannot_express_is_not_exported(name: str, tmp_path: Path) -> None:
+    changes, how, match = INEXPRESSIBLE[name]
+    source = open_source(save_checkpoint(tmp_path / "run", **changes))
+    with refused(tmp_path, match):
+        export(source, tmp_path / "out", **how)
+
+
+def test_an_output_that_exists_is_not_touched(tmp_path: Path) -> None:
+    source = open_source(save_checkpoint(tmp_path / "run"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("out", "file"):
+        with refused(tmp_path, f"{name} exists already"):
+            export(source, tmp_path / name)
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """Inside, the operating system refuses to write more than `size` bytes to a file, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("what", ["export", "import"])
+def test_a_disk_that_fills_up_leaves_nothing_behind(what: str, tmp_path: Path) -> None:
+    _, folder = exported(tmp_path, {})
+    with no_file_larger_than(60_000), pytest.raises(Exception, match="File too large"):
+        if what == "export":
+            export(open_source(tmp_path / "run"), tmp_path / "out")
+        else:
+            import_folder(folder, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "exported"}
+
+
+def no_checkpoint(folder: Path) -> Path:
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
+def half_a_checkpoint(folder: Path) -> Path:
+    checkpoint = save_checkpoint(folder / "run")
+    (checkpoint / "manifest.json").unlink()
+    return checkpoint
+
+
+def a_run_of_half_a_checkpoint(folder: Path) -> Path:
+    half_a_checkpoint(folder)
+    return folder / "run"
+
+
+def a_cut_off_file(folder: Path) -> Path:
+    checkpoint = save_checkpoint(folder / "run")
+    file = next(checkpoint.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-100])
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda folder: folder / "nowhere", "nowhere does not exist"),
+        (no_checkpoint, "no committed checkpoint"),
+        (half_a_checkpoint, "cut off"),
+        (a_run_of_half_a_checkpoint, "no committed checkpoint"),
+        (a_cut_off_file, "damaged"),
+    ],
+    ids=["nowhere", "an empty folder", "no manifest", "a run without a manifest", "a cut-off file"],
+)
+def test_what_is_no_whole_checkpoint_is_no_source(make: Callable[[Path], Path], match: str, tmp_path: Path) -> None:
+    path = make(tmp_path)
+    with refused(tmp_path, match):
+        export(open_source(path), tmp_path / "out")
+
+
+# -- import ------------------------------------------------------------------------------------------------------------
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    changed = {key: value for key, value in {**config, **changes}.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(changed))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    held = load_file(folder / "model.safetensors")
+    edit(held)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def into_bin(folder: Path, what: object) -> None:
+    (folder / "model.safetensors").unlink()
+    with (folder / "pytorch_model.bin").open("wb") as file:
+        pickle.dump(what, file, protocol=2)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (exec, ("raise SystemExit('this code must not run')",))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def turn(held: dict[str, torch.Tensor], name: str) -> None:
+    held[name] = held[name].mT.contiguous()
+
+
+def spoil_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer.json").write_text("{}")
+
+
+ATTENTION = {"layers": [0], "num_heads": 2, "qkv_bias": True}
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config.json": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "a config.json that is no JSON": (lambda f: (f / "config.json").write_text("{'a'"), "config.json is no JSON"),
+    "another type of model": (lambda f: edit_config(f, model_type="llama"), "'llama'"),
+    "no type of model": (lambda f: edit_config(f, model_type=...), "None"),
+    "no width": (lambda f: edit_config(f, hidden_size=...), "hidden_size"),
+    "an activation that is not ours": (lambda f: edit_config(f, hidden_act="relu"), "hidden_act = 'relu'"),
+    "residual attention": (lambda f: edit_config(f, attnres_block_size=2), "attnres_block_size = 2"),
+    "softmax layers with biases": (lambda f: edit_config(f, attn=ATTENTION), "qkv_bias"),
+    "a value that is none": (lambda f: edit_config(f, num_householder="two"), "config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+    "a cut-off file": (lambda f: cut(f / "model.safetensors"), "model.safetensors"),
+    "a tensor too few": (
+        lambda f: edit_weights(f, lambda h: h.pop("model.layers.1.attn.b_proj.weight")),
+        "layers.1.attn.b_proj",
+    ),
+    "a tensor too many": (lambda f: edit_weights(f, lambda h: h.update(extra=torch.zeros(3))), "extra"),
+    "a tensor of another shape": (lambda f: edit_weights(f, lambda h: turn(h, "model.layers.0.mlp.up_proj.weight")), "up_proj"),
+    "weights of another width": (lambda f: edit_config(f, intermediate_size=64), "gate_proj"),
+    "weights of other steps": (lambda f: edit_config(f, num_householder=3), "k_proj"),
+    "a pickle that runs code": (lambda f: into_bin(f, Evil()), "pytorch_model.bin"),
+    "a pickle of something else": (lambda f: into_bin(f, [1, 2]), "pytorch_model.bin"),
+    "no tokenizer": (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "has no tokenizer.json.*--tokenizer"),
+    "a tokenizer that is none": (spoil_tokenizer, "tokenizer.json is no tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_spoilt_folder_is_not_imported(name: str, tmp_path: Path) -> None:
+    spoil, match = SPOILT[name]
+    _, folder = exported(tmp_path, {})
+    spoil(folder)
+    tokenizer = "" if "tokenizer" in name else "bytes"
+    with refused(tmp_path, match):
+        import_folder(folder, tmp_path / "imported", tokenizer=tokenizer)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    _, folder = exported(tmp_path, {}, max_shard_bytes=10_000)
+    gone = sorted(folder.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with refused(tmp_path, gone.name):
+        import_folder(folder, tmp_path / "imported")
+
+
+def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
+    _, folder = exported(tmp_path, {}, max_shard_bytes=10_000)
+    index = folder / "model.safetensors.index.json"
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    shard.rename(tmp_path / shard.name)
+    index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
+    with refused(tmp_path, f"../{shard.name}"):
+        import_folder(folder, tmp_path / "imported")
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_not_taken(tmp_path: Path) -> None:
+    c = {"vocab_size": 258}
+    _, folder = exported(tmp_path, c)
+    edit_config(folder, vocab_size=200)
+    edit_weights(folder, lambda held: held.update({"model.embeddings.weight": held["model.embeddings.weight"][:200].clone()}))
+    with refused(tmp_path, "258 ids.*vocab_size = 200"):
+        import_folder(folder, tmp_path / "imported")
+
+
+def test_a_run_folder_that_exists_is_not_imported_into(tmp_path: Path) -> None:
+    _, folder = exported(tmp_path, {})
+    with refused(tmp_path, "run exists already"):
+        import_folder(folder, tmp_path / "run")
+
+
+def test_a_checkpoint_of_ours_is_no_folder_to_import(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "run")
+    with refused(tmp_path, "config.json"):
+        import_folder(checkpoint, tmp_path / "imported")

@@ -1,0 +1,131 @@
+"""An exported tokenizer encodes every text as the original does, in transformers, in tokenizers and in titan_dp, and keeps its
+hash, so that token shards made with one are read with the other.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.pretrained import save_checkpoint
+from titan_dp.data.tokenizer import ORIGIN, Tokenizer, load_tokenizer
+from titan_dp.hf.export import export
+from titan_dp.pretrained import open_source
+
+TEXTS = {
+    "nothing": "",
+    "English": "Call me Ishmael. Some years ago--never mind how long precisely--having little or no money in my purse,",
+    "contractions": "It's what they'll say: we've, I'd, you're, don't, IT'S, WE'LL",
+    "digits": "1 12 123 1234 12345678 3.14159 1,000,000",
+    "spaces": "a  b   c    d     e      f",
+    "only spaces": "       ",
+    "around": "  leading and trailing   ",
+    "newlines": "one\ntwo\n\nthree\r\nfour\n\n\n  five\t\tsix \n ",
+    "tabs and odd spaces": "\t\u00a0\u2003\u3000x\u200bx\u2028x\x0bx\x0cx",
+    "Latin": "naïve façade Zürich Ångström œuvre Łódź",
+    "combining": "e\u0301 vs \u00e9, n\u0303 vs \u00f1, \ufb01 vs fi",
+    "Greek, Cyrillic, Arabic, Hebrew": "Ελλάδα Москва مرحبا שלום",
+    "Chinese, Japanese, Korean": "北京欢迎你 日本語のテキスト 한국어",
+    "emoji": "👩‍🚀🎉🇩🇪👍🏽 text 🙂🙂",
+    "outside the first plane": "𝕳𝖊𝖑𝖑𝖔 𠜎𠜱",
+    "controls": "\x00\x01\x7f\ufeff\ufffd",
+    "code": "def f(x):\n    return {k: v**2 for k, v in x.items()}  # ok\n",
+    "long word": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaabababababab",
+}
+CHARACTERS = "abz AZ019  \n\t\r'.,!<|>_éßłΩж北👍\u0301\u00a0\u200d𝕳"
+
+
+def rank_file(path: Path) -> str:
+    """A byte-pair vocabulary of 160 merges learnt from TEXTS; single bytes have ranks in no order, as in GPT-2's file."""
+    order = list(range(256))
+    random.Random(0).shuffle(order)
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(order)}
+    text = " the whale and the sea    \n\n" * 3 + " ".join(TEXTS.values())
+    pieces = [[bytes([byte]) for byte in word.encode()] for word in text.replace(" ", "\0 ").split("\0")]
+    for _ in range(160):
+        pairs = Counter(pair for piece in pieces for pair in pairwise(piece))
+        a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
+        ranks[a + b] = len(ranks)
+        for piece in pieces:
+            for i in range(len(piece) - 2, -1, -1):
+                if piece[i : i + 2] == [a, b]:
+                    piece[i : i + 2] = [a + b]
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=["bytes", "tiktoken"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Path]:
+    """A tokenizer, and the folder of a model exported with it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    name = "bytes" if request.param == "bytes" else rank_file(folder / "small.tiktoken")
+    original = load_tokenizer(name)
+    export(open_source(save_checkpoint(folder / "run", tokenizer=name, vocab_size=640)), folder / "exported")
+    return original, folder / "exported"
+
+
+def random_texts() -> list[str]:
+    rng = random.Random(1)
+    return ["".join(rng.choice(CHARACTERS) for _ in range(rng.randint(1, 40))) for _ in range(300)]
+
+
+@pytest.mark.parametrize("name", [*TEXTS, "random"])
+def test_every_reader_of_the_folder_encodes_as_the_original(pair: tuple[Tokenizer, Path], name: str) -> None:
+    from tokenizers import Tokenizer as Backend
+    from transformers import AutoTokenizer
+
+    original, folder = pair
+    theirs, backend = AutoTokenizer.from_pretrained(folder), Backend.from_file(str(folder / "tokenizer.json"))
+    ours = load_tokenizer(str(folder))
+    for text in random_texts() if name == "random" else [TEXTS[name]]:
+        expected = original.encode(text)
+        assert ours.encode(text) == expected, text
+        assert backend.encode(text).ids == expected, text
+        assert theirs(text)["input_ids"] == expected, text
+        assert theirs.decode(expected) == original.decode(expected) == text, text
+        assert ours.decode(expected) == text, text
+
+
+def test_special_tokens_in_a_text_are_text_as_for_the_original(pair: tuple[Tokenizer, Path]) -> None:
+    """Transformers takes them for tokens unless asked not to; titan_dp, which promises one hash, must not."""
+    from transformers import AutoTokenizer
+
+    original, folder = pair
+    text = "<|bos|> and <|eos|> and <|endoftext|>, <|bos|><|eos|>"
+    assert AutoTokenizer.from_pretrained(folder)(text, split_special_tokens=True)["input_ids"] == original.encode(text)
+    assert load_tokenizer(str(folder)).encode(text) == original.encode(text)
+
+
+def test_the_tokenizer_keeps_its_hash_and_its_special_tokens(pair: tuple[Tokenizer, Path]) -> None:
+    original, folder = pair
+    again = load_tokenizer(str(folder))
+    assert again.hash == original.hash
+    assert (again.vocab_size, again.bos_id, again.eos_id) == (original.vocab_size, original.bos_id, original.eos_id)
+    assert again.special_tokens == original.special_tokens
+    assert json.loads((folder / "tokenizer_config.json").read_text())[ORIGIN]["hash"] == original.hash
+
+
+def test_transformers_knows_the_ids_of_beginning_end_and_padding(pair: tuple[Tokenizer, Path]) -> None:
+    from transformers import AutoTokenizer
+
+    original, folder = pair
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (original.bos_id, original.eos_id)
+    assert theirs.pad_token_id is not None
+    assert len(theirs) == original.vocab_size
+    batch = theirs(["a", "whale"], padding=True)
+    assert [sum(mask) for mask in batch["attention_mask"]] == [len(original.encode(text)) for text in ("a", "whale")]
+
+
+def test_a_tokenizer_exported_twice_is_the_same(pair: tuple[Tokenizer, Path], tmp_path: Path) -> None:
+    original, folder = pair
+    export(open_source(folder), tmp_path / "again")
+    assert load_tokenizer(str(tmp_path / "again")).hash == original.hash
+    text = TEXTS["English"]
+    assert load_tokenizer(str(tmp_path / "again")).encode(text) == original.encode(text)

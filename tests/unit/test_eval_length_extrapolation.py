@@ -1,0 +1,229 @@
+"""`titan-dp evaluate length-extrapolation`: segments change nothing, and every curve is the mean it says it is."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.pretrained import random_model, save_checkpoint
+from titan_dp.errors import UserError
+from titan_dp.evals import length_extrapolation
+from titan_dp.evals.scoring import keeps_all_tokens, token_losses
+
+LENGTH, COUNT, SMOOTH = 90, 5, 9
+TEXTS = ["The fox sees the dog. " * n for n in (3, 1, 9, 4, 5)]
+MODEL = {"num_householder": 2, "use_forget_gate": True}
+HYBRID = {"attention_layers": [1]}
+MODELS: dict[str, dict[str, Any]] = {
+    "gated": MODEL,
+    "ungated": {"num_householder": 1},
+    "n_h = 3": {"num_householder": 3, "use_forget_gate": True},
+    "linear attention": {"mixer": "gla", "num_householder": 1, "use_forget_gate": True},
+    "hybrid": HYBRID,
+    "hybrid with a window": {**HYBRID, "attention_window": 10},
+    "without convolutions": {"use_short_conv": False},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("runs") / "tiny", seq_len=32, **MODEL)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def losses() -> np.ndarray:
+    """[COUNT, LENGTH - 1]: of the full sequences of the joined documents, by plain forwards in float64."""
+    joined = [token for text in TEXTS for token in [256, *text.encode()]]
+    assert len(joined) // LENGTH == COUNT
+    tokens = torch.tensor(joined)[: COUNT * LENGTH].view(COUNT, LENGTH)
+    return plain_losses(tokens[:, :-1], tokens[:, 1:], **MODEL).numpy()
+
+
+def plain_losses(tokens: torch.Tensor, labels: torch.Tensor, **model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits = random_model(**model)[1].double()(tokens).double()
+    return -logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+
+
+def evaluate(checkpoints: list[Path], out: Path, *options: object) -> None:
+    parser = argparse.ArgumentParser()
+    length_extrapolation.add_arguments(parser)
+    arguments = [*checkpoints, "--out", out, "--max-length", LENGTH, "--smooth", SMOOTH, "--segment", 32, *options]
+    assert length_extrapolation.run(parser.parse_args(list(map(str, arguments)))) == 0
+
+
+def results(out: Path, label: str = "tiny-step-00000007") -> dict[str, Any]:
+    return json.loads((out / f"length-extrapolation-{label}.json").read_text())["results"]
+
+
+@pytest.mark.parametrize("segment", [1, 7, 64, 1000])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_losses_are_those_of_the_plain_forward_whatever_the_segment(model: dict[str, Any], segment: int) -> None:
+    tokens, labels = torch.randint(0, 320, (2, 2, 65), generator=torch.Generator().manual_seed(0))
+    found, right = token_losses(random_model(**model)[1], tokens, labels, segment)
+    torch.testing.assert_close(found.double(), plain_losses(tokens, labels, **model), rtol=2e-5, atol=2e-5)
+    assert right.dtype == torch.bool
+
+
+def test_a_guess_is_right_where_the_label_is_the_likeliest_id() -> None:
+    _, model = random_model(**MODEL)
+    tokens = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(0))
+    likeliest = model(tokens).argmax(-1)
+    wrong = torch.zeros(2, 40, dtype=torch.bool)
+    wrong[0, 3] = wrong[1, 39] = True
+    _, right = token_losses(model, tokens, torch.where(wrong, (likeliest + 1) % 320, likeliest), 16)
+    assert torch.equal(right, ~wrong)
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements any tensor had that an operator returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_no_tensor_grows_with_the_sequence() -> None:
+    _, model = random_model(**MODEL)
+    largest = []
+    for length in (32, 256):
+        with _Largest() as seen:
+            token_losses(model, *torch.zeros(2, 1, length, dtype=torch.int64), 32)
+        largest.append(seen.elements)
+    assert largest[0] == largest[1] > 256
+
+
+def test_only_softmax_without_a_window_keeps_all_tokens() -> None:
+    keeping = [name for name, model in MODELS.items() if keeps_all_tokens(random_model(**model)[1])]
+    assert keeping == ["hybrid"]
+
+
+def test_the_curves_are_means_over_sequences_and_positions(
+    checkpoint: Path, text: Path, tmp_path: Path, losses: np.ndarray
+) -> None:
+    evaluate([checkpoint], tmp_path, "--text", text, "--batch-size", 2)
+    found = results(tmp_path)
+    assert found["sequences"] == COUNT
+    assert found["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    np.testing.assert_allclose(found["loss_by_position"], losses.mean(0), rtol=2e-5)
+    curve = found["curve"]
+    for i, p in enumerate(curve["position"]):
+        half = min((SMOOTH - 1) // 2, p - 1)
+        near = losses[:, p - 1 - half : p + half].mean(1)
+        assert curve["smoothed_loss"][i] == pytest.approx(near.mean(), rel=2e-5)
+        assert curve["standard_error"][i] == pytest.approx(near.std(ddof=1) / COUNT**0.5, rel=1e-4)
+        assert curve["running_loss"][i] == pytest.approx(losses[:, :p].mean(), rel=2e-5)
+        assert curve["running_perplexity"][i] == pytest.approx(np.exp(losses[:, :p].mean()), rel=1e-4)
+    assert curve["position"][-1] == LENGTH - 1
+
+
+def test_ranges_of_positions_cover_all_and_have_their_own_means(
+    checkpoint: Path, text: Path, tmp_path: Path, losses: np.ndarray
+) -> None:
+    evaluate([checkpoint], tmp_path, "--text", text)
+    ranges = results(tmp_path)["ranges"]
+    assert ranges["first_position"] == [1] + [last + 1 for last in ranges["last_position"][:-1]]
+    assert ranges["last_position"][-1] == LENGTH - 1
+    for i, (first, last) in enumerate(zip(ranges["first_position"], ranges["last_position"], strict=True)):
+        means = losses[:, first - 1 : last].mean(1)
+        assert ranges["loss"][i] == pytest.approx(means.mean(), rel=2e-5)
+        assert ranges["standard_error"][i] == pytest.approx(means.std(ddof=1) / COUNT**0.5, rel=1e-4)
+
+
+def test_one_sequence_has_no_standard_error(checkpoint: Path, text: Path, tmp_path: Path, losses: np.ndarray) -> None:
+    evaluate([checkpoint], tmp_path, "--text", text, "--sequences", 1)
+    found = results(tmp_path)
+    assert found["curve"]["standard_error"] is None
+    np.testing.assert_allclose(found["loss_by_position"], losses[0], rtol=2e-5)
+
+
+def test_several_checkpoints_share_a_csv_file_and_a_plot(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    other = save_checkpoint(tmp_path / "other", seed=1, **MODEL)
+    evaluate([checkpoint, other], tmp_path / "out", "--text", text)
+    header, *rows = csv.reader((tmp_path / "out/length-extrapolation.csv").open())
+    labels = ["tiny-step-00000007", "other-step-00000007"]
+    what = ["loss", "smoothed loss", "running mean loss"]
+    assert header == ["position", *(f"{label} {column}" for label in labels for column in what)]
+    assert [int(row[0]) for row in rows] == list(range(1, LENGTH))
+    for i, label in enumerate(labels):
+        mean = np.array(results(tmp_path / "out", label)["loss_by_position"])
+        np.testing.assert_allclose([float(row[1 + 3 * i]) for row in rows], mean, atol=1e-6)
+        assert float(rows[-1][3 + 3 * i]) == pytest.approx(mean.mean(), abs=1e-6)
+    assert (tmp_path / "out/length-extrapolation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--text", text, "--batch-size", 1)
+    evaluate([checkpoint], tmp_path / "whole", *options)
+    monkeypatch.setattr("titan_dp.evals.session._SAVE_SECONDS", 0)
+    calls = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return token_losses(*args)
+
+    monkeypatch.setattr(length_extrapolation, "token_losses", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([checkpoint], tmp_path / "parts", *options)
+    evaluate([checkpoint], tmp_path / "parts", *options)
+    assert len(calls) == COUNT + 1
+    assert results(tmp_path / "parts") == results(tmp_path / "whole")
+    evaluate([checkpoint], tmp_path / "parts", *options)
+    assert len(calls) == COUNT + 1  # what is finished is not computed again
+
+
+def test_two_ranks_find_what_one_finds(checkpoint: Path, text: Path, tmp_path: Path, root: Path) -> None:
+    options = ["--text", str(text), "--max-length", str(LENGTH), "--smooth", str(SMOOTH), "--segment", "32"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "titan_dp.cli"]
+    command += ["evaluate", "length-extrapolation", str(checkpoint), "--out", str(tmp_path / "two"), *options]
+    subprocess.run(command, check=True, cwd=root, capture_output=True, timeout=120)
+    evaluate([checkpoint], tmp_path / "one", "--text", text)
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    np.testing.assert_allclose(two["loss_by_position"], one["loss_by_position"], rtol=1e-5)
+    np.testing.assert_allclose(two["curve"]["standard_error"], one["curve"]["standard_error"], rtol=1e-4)
+
+
+def test_a_text_shorter_than_one_sequence_is_refused_with_what_there_is(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    tokens = sum(1 + len(text) for text in TEXTS)
+    with pytest.raises(UserError, match=f"--max-length is 1000, but the text has {tokens} tokens.*--max-length {tokens}"):
+        evaluate([checkpoint], tmp_path, "--text", text, "--max-length", 1000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_of_one_name_are_refused(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="both called 'tiny-step-00000007'"):
+        evaluate([checkpoint, checkpoint], tmp_path, "--text", text)
+
+
+def test_without_matplotlib_nothing_is_begun(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("titan_dp.evals.plots.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"plots need matplotlib: pip install 'titan_dp\[eval\]'"):
+        evaluate([checkpoint], tmp_path, "--text", text)

@@ -1,0 +1,477 @@
+"""lm-evaluation-harness with our models: every number against the definition in float64, every task from local files."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from tests.distributed.harness import run_ranks
+from tests.pretrained import random_model, save_checkpoint
+from titan_dp.errors import UserError
+from titan_dp.evals import lm_eval as command
+
+pytest.importorskip("lm_eval")
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+from titan_dp.distributed import World, current_world
+from titan_dp.evals import session as session_module
+from titan_dp.evals.answers import Answers
+from titan_dp.evals.lm_eval_model import TitanDPLM
+from titan_dp.evals.session import Session
+from titan_dp.pretrained import load_pretrained
+
+ARCHITECTURE = {"num_householder": 2, "use_forget_gate": True, "allow_neg_eigval": True, "initializer_range": 0.1}
+BOS, EOS = 256, 257  # of the bytes tokenizer
+SEQ_LEN = 64
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("runs") / "tiny", seq_len=SEQ_LEN, **ARCHITECTURE)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Any:
+    """Log-probabilities [T, V] of what follows each token of a list, by the checkpoint's model in float64."""
+    _, model = random_model(**ARCHITECTURE)
+    model = model.double()
+
+    def log_probabilities(ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([ids]))[0].double().log_softmax(-1)
+
+    return log_probabilities
+
+
+def make(checkpoint: Path, **settings: Any) -> TitanDPLM:
+    session = Session(argparse.Namespace(), World(0, 1, CPU), Console(file=io.StringIO()))
+    return TitanDPLM(load_pretrained(checkpoint, CPU), Answers(session, None), **settings)
+
+
+def requests(*arguments: Any) -> list[Any]:
+    return [SimpleNamespace(args=each if isinstance(each, tuple) else (each,)) for each in arguments]
+
+
+def ids(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def score(exact: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """By the definition: the sum of log p(token | all before it), and whether each is the likeliest."""
+    rows = exact([*context, *continuation][:-1])[-len(continuation) :]
+    total = sum(row[token].item() for row, token in zip(rows, continuation, strict=True))
+    return total, all(int(row.argmax()) == token for row, token in zip(rows, continuation, strict=True))
+
+
+def rolling(exact: Any, text: str, window: int) -> float:
+    """By the definition: `window` tokens are predicted at a time, from the `window` tokens before the last of them."""
+    stream, total = [BOS, *ids(text)], 0.0
+    for start in range(0, len(text), window):
+        end = min(start + window, len(text))
+        rows = exact(stream[max(0, end - window) : end])[start - end :]
+        total += sum(row[token].item() for row, token in zip(rows, ids(text)[start:end], strict=True))
+    return total
+
+
+def greedy(exact: Any, prompt: list[int], count: int) -> str:
+    """By the definition: the likeliest token that the tokenizer has, appended, again and again, up to EOS."""
+    tokens = list(prompt)
+    for _ in range(count):
+        token = int(exact(tokens)[-1, : EOS + 1].argmax())
+        if token == EOS:
+            break
+        tokens.append(token)
+    return bytes(tokens[len(prompt) :]).decode(errors="replace")
+
+
+PAIRS = [("The whale", " dives"), ("It", " was the best of times"), ("", "Call me")]
+
+
+def test_loglikelihood_is_the_sum_of_log_probabilities_after_bos(checkpoint: Path, exact: Any) -> None:
+    found = make(checkpoint).loglikelihood(requests(*PAIRS))
+    for (context, continuation), (value, _) in zip(PAIRS, found, strict=True):
+        assert value == pytest.approx(score(exact, [BOS, *ids(context)], ids(continuation))[0], rel=1e-5)
+
+
+def test_a_space_between_context_and_continuation_is_scored_with_the_continuation(checkpoint: Path) -> None:
+    before, after = make(checkpoint).loglikelihood(requests(("Ahab ", "says"), ("Ahab", " says")))
+    assert before == after
+
+
+def test_a_continuation_is_greedy_where_every_token_is_the_likeliest(checkpoint: Path, exact: Any) -> None:
+    context = [BOS, *ids("The whale")]
+    likeliest = int(exact(context)[-1, :128].argmax())
+    lm = make(checkpoint)
+    best = int(exact(context)[-1].argmax())
+    found = lm._loglikelihood_tokens([(None, context, [best]), (None, context, [best, likeliest]), (None, context, [best + 1])])
+    assert [match for _, match in found] == [True, score(exact, context, [best, likeliest])[1], False]
+
+
+def test_without_bos_a_text_without_context_follows_eos(checkpoint: Path, exact: Any) -> None:
+    found = make(checkpoint, add_bos_token=False).loglikelihood(requests(("The", " sea"), ("", "sea")))
+    expected = [score(exact, ids("The"), ids(" sea"))[0], score(exact, [EOS], ids("sea"))[0]]
+    assert [value for value, _ in found] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_empty_continuation_is_certain(checkpoint: Path) -> None:
+    assert make(checkpoint).loglikelihood(requests(("The", ""))) == [(0.0, True)]
+
+
+def test_a_long_context_loses_its_beginning_and_is_counted(checkpoint: Path, exact: Any) -> None:
+    lm = make(checkpoint, max_length=10)
+    context, continuation = "abcdefghijklmnopqrstuvwxyz", "123"
+    found = lm.loglikelihood(requests((context, continuation), ("a", "b")))
+    inputs = ids(context + continuation)[:-1][-10:]  # what a window of ten may hold
+    expected = score(exact, inputs[:-2], ids(continuation))[0]
+    assert found[0][0] == pytest.approx(expected, rel=1e-5)
+    assert lm.truncated["loglikelihood"] == 1
+
+
+def test_a_continuation_longer_than_the_window_is_scored_whole(checkpoint: Path, exact: Any) -> None:
+    found = make(checkpoint, max_length=5).loglikelihood(requests(("ab", "0123456789")))
+    assert found[0][0] == pytest.approx(score(exact, ids("b"), ids("0123456789"))[0], rel=1e-5)
+
+
+def test_rolling_predicts_each_token_once_with_the_most_context_a_window_gives(checkpoint: Path, exact: Any) -> None:
+    text = "".join(random.Random(0).choices("abc de", k=150))
+    found = make(checkpoint, max_length=40).loglikelihood_rolling(requests(text, "", "ab"))
+    assert found == pytest.approx([rolling(exact, text, 40), 0.0, score(exact, [BOS], ids("ab"))[0]], rel=1e-5)
+
+
+def test_answers_do_not_depend_on_what_else_is_in_the_batch(checkpoint: Path) -> None:
+    pairs = [*PAIRS, *PAIRS[:2], ("x" * 40, "y"), ("x", "y" * 40)]
+    alone = [make(checkpoint).loglikelihood(requests(pair))[0] for pair in pairs]
+    for batch_size in (1, 3, 16):
+        together = make(checkpoint, batch_size=batch_size).loglikelihood(requests(*pairs))
+        assert [match for _, match in together] == [match for _, match in alone]
+        assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], rel=1e-5)
+
+
+def test_greedy_generation_is_the_argmax_of_the_full_forward_token_by_token(checkpoint: Path, exact: Any) -> None:
+    prompts = ["The whale", "A", "Once upon a time there was"]
+    wanted = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    found = make(checkpoint).generate_until(requests(*((prompt, wanted) for prompt in prompts)))
+    assert found == [greedy(exact, [BOS, *ids(prompt)], 12) for prompt in prompts]
+
+
+def test_a_generation_ends_before_its_first_stop_string(checkpoint: Path) -> None:
+    lm = make(checkpoint)
+    (text,) = lm.generate_until(requests(("The whale", {"until": [], "max_gen_toks": 20})))
+    stops = [text[9:11], text[6:8]]
+    (stopped,) = lm.generate_until(requests(("The whale", {"until": stops, "max_gen_toks": 20})))
+    assert stopped == text[: min(text.find(stop) for stop in stops)]
+
+
+def test_each_row_of_a_batch_has_its_own_length_and_stops(checkpoint: Path) -> None:
+    def ask(*arguments: Any) -> list[str]:
+        return make(checkpoint).generate_until(requests(*arguments))
+
+    asked = [("The", {"until": [], "max_gen_toks": count}) for count in (3, 9, 1)]
+    assert ask(*asked) == [ask(each)[0] for each in asked]
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_batch(checkpoint: Path) -> None:
+    wanted = {"until": [], "max_gen_toks": 16, "do_sample": True, "temperature": 1.0}
+    asked = requests(("The", wanted), ("The", wanted), ("A whale", wanted))
+    first = make(checkpoint).generate_until(asked)
+    assert first == make(checkpoint, batch_size=1).generate_until(asked)
+    assert first[0] != first[1], "asked twice, sampled twice"
+    assert first != make(checkpoint, seed=1).generate_until(asked)
+
+
+def test_a_long_prompt_leaves_room_for_what_is_generated(checkpoint: Path, exact: Any) -> None:
+    lm = make(checkpoint, max_length=20)
+    prompt = "abcdefghijklmnopqrstuvwxyz"
+    found = lm.generate_until(requests((prompt, {"until": [], "max_gen_toks": 8})))
+    assert found == [greedy(exact, ids(prompt)[-12:], 8)]
+    assert lm.truncated["generate_until"] == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"), [({"max_gen_toks": 64}, "--max-length 64"), ({"num_beams": 4, "max_gen_toks": 4}, "num_beams")]
+)
+def test_a_generation_that_cannot_be_done_is_refused(checkpoint: Path, wanted: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        make(checkpoint).generate_until(requests(("The", wanted)))
+
+
+# The whole command, on local tasks.
+
+QUESTIONS = [("Two and two make", "four", "five"), ("The sea is", "dry today", "wet"), ("Ships", "fly", "sail")]
+GOLD = [0, 1, 1]
+SENTENCES = [("The quick brown", "fox"), ("Call me", "Ishmael"), ("To be or not to", "be")]
+DOCUMENTS = ["It was the best of times, it was the worst of times, it was the age of wisdom", "Loomings"]
+OURS = {"our_choice": "choice", "our_last_word": "word", "our_documents": "document", "our_completion": "completion"}
+
+
+def _metrics(*names: str) -> str:
+    aggregation = {"word_perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte", "perplexity": "perplexity"}
+    each = (f"{{metric: {n}, aggregation: {aggregation.get(n, 'mean')}, higher_is_better: {n[:3] == 'acc'}}}" for n in names)
+    return f"metric_list: [{', '.join(each)}]"
+
+
+SENTENCE = "doc_to_text: '{{c}}'\ndoc_to_target: '{{w}}'"
+GENERATION = f"{SENTENCE}\ngeneration_kwargs: {{until: ['e'], max_gen_toks: 6, do_sample: false}}"
+KINDS = {  # kind: (data, output type, the rest of its YAML)
+    "choice": (
+        "choices",
+        "multiple_choice",
+        f"doc_to_text: '{{{{q}}}}'\ndoc_to_choice: '{{{{o}}}}'\ndoc_to_target: gold\n{_metrics('acc', 'acc_norm')}",
+    ),
+    "word": ("sentences", "loglikelihood", f"{SENTENCE.replace('{{w}}', ' {{w}}')}\n{_metrics('perplexity', 'acc')}"),
+    "document": (
+        "documents",
+        "loglikelihood_rolling",
+        f"doc_to_text: ''\ndoc_to_target: '{{{{t}}}}'\n{_metrics('word_perplexity', 'bits_per_byte')}",
+    ),
+    "completion": ("sentences", "generate_until", f"{GENERATION}\n{_metrics('exact_match')}"),
+    "contains": (
+        "sentences",
+        "generate_until",
+        f"{GENERATION}\n{_metrics('contains')}\nprocess_results: !function own.contains",
+    ),
+}
+
+
+def write_tasks(folder: Path, names: dict[str, str]) -> Path:
+    """A folder with a task of each name and kind over the documents above."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[dict[str, Any]]] = {
+        "choices": [{"q": q, "o": options, "gold": gold} for (q, *options), gold in zip(QUESTIONS, GOLD, strict=True)],
+        "sentences": [{"c": c, "w": w} for c, w in SENTENCES],
+        "documents": [{"t": t} for t in DOCUMENTS],
+    }
+    for data, each in rows.items():
+        (folder / f"{data}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+    (folder / "own.py").write_text("def contains(doc, results):\n    return {'contains': int(doc['w'] in results[0])}\n")
+    for name, kind in names.items():
+        data, output_type, rest = KINDS[kind]
+        dataset = f"{{data_files: {{test: {folder / data}.jsonl}}, cache_dir: {folder.parent / 'cache'}}}"
+        head = f"task: {name}\nmetadata: {{version: 3.0}}\noutput_type: {output_type}"
+        (folder / f"{name}.yaml").write_text(
+            f"{head}\ndataset_path: json\ndataset_kwargs: {dataset}\ntest_split: test\n{rest}\n"
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"), OURS)
+
+
+def arguments(checkpoint: Path, out: Path, *more: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    which = [] if "--preset" in more or "--tasks" in more else ["--tasks", ",".join(OURS)]
+    return parser.parse_args([str(checkpoint), "--out", str(out), "--batch-size", "2", *which, *more])
+
+
+def evaluate(checkpoint: Path, tasks: Path, out: Path, *more: str) -> dict[str, Any]:
+    """What the command writes."""
+    assert command.run(arguments(checkpoint, out, "--include-path", str(tasks), *more)) == 0
+    return read(out)
+
+
+def read(out: Path) -> dict[str, Any]:
+    (path,) = out.glob("*.json")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation."""
+    out = tmp_path_factory.mktemp("evaluations")
+    evaluate(checkpoint, tasks, out, "--log-samples")
+    return out
+
+
+def values(folder: Path, task: str) -> dict[str, float]:
+    return {name: metric["value"] for name, metric in read(folder)["results"]["tasks"][task]["metrics"].items()}
+
+
+def test_multiple_choice_takes_the_likeliest_option(folder: Path, exact: Any) -> None:
+    right, right_by_length = [], []
+    for (question, *options), gold in zip(QUESTIONS, GOLD, strict=True):
+        scores = [score(exact, [BOS, *ids(question)], ids(f" {option}"))[0] for option in options]
+        by_length = [s / len(option) for s, option in zip(scores, options, strict=True)]
+        right.append(scores[gold] == max(scores))
+        right_by_length.append(by_length[gold] == max(by_length))
+    assert values(folder, "our_choice") == pytest.approx({"acc": sum(right) / 3, "acc_norm": sum(right_by_length) / 3})
+
+
+def test_loglikelihood_tasks_give_the_perplexity_of_the_target(folder: Path, exact: Any) -> None:
+    scores = [score(exact, [BOS, *ids(c)], ids(f" {w}")) for c, w in SENTENCES]
+    expected = {"perplexity": math.exp(-sum(s for s, _ in scores) / 3), "acc": sum(match for _, match in scores) / 3}
+    assert values(folder, "our_last_word") == pytest.approx(expected, rel=1e-4)
+
+
+def test_rolling_tasks_give_perplexity_by_word_and_bits_by_byte(folder: Path, exact: Any) -> None:
+    nats = -sum(rolling(exact, text, SEQ_LEN) for text in DOCUMENTS)
+    words, size = sum(len(text.split()) for text in DOCUMENTS), sum(len(text) for text in DOCUMENTS)
+    expected = {"word_perplexity": math.exp(nats / words), "bits_per_byte": nats / size / math.log(2)}
+    assert values(folder, "our_documents") == pytest.approx(expected, rel=1e-4)
+
+
+def test_generation_tasks_see_the_greedy_text_up_to_its_stop(folder: Path, exact: Any) -> None:
+    (path,) = folder.glob("*-samples.jsonl")
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    texts = [sample["resps"][0][0] for sample in samples if sample["task"] == "our_completion"]
+    assert texts == [greedy(exact, [BOS, *ids(c)], 6).split("e")[0] for c, _ in SENTENCES]
+
+
+def test_the_result_says_what_was_measured_and_how(folder: Path, checkpoint: Path) -> None:
+    result = read(folder)
+    settings, task = result["settings"], result["results"]["tasks"]["our_choice"]
+    assert result["checkpoint"]["step"] == 7
+    assert settings["lm_eval"] == lm_eval.__version__
+    assert (settings["add_bos_token"], settings["max_length"], settings["seed"]) == (True, SEQ_LEN, 42)
+    assert (task["version"], task["num_fewshot"], task["documents"], task["documents_in_task"]) == (3.0, 0, 3, 3)
+    assert task["metrics"]["acc"]["stderr"] is not None
+    assert result["results"]["truncated_requests"] == {"loglikelihood": 0, "loglikelihood_rolling": 0, "generate_until": 0}
+
+
+def test_a_finished_evaluation_is_shown_again_without_the_model(
+    folder: Path, checkpoint: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(TitanDPLM, "_losses")
+    evaluate(checkpoint, tasks, folder, "--log-samples")
+    assert "our_completion" in capsys.readouterr().out
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(
+    folder: Path, checkpoint: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_SAVE_SECONDS", -1)
+    asked: list[Any] = []
+    losses = TitanDPLM._losses
+
+    def until_killed(lm: TitanDPLM, rows: list[Any]) -> list[Any]:
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        asked.extend(rows)
+        return losses(lm, rows)
+
+    monkeypatch.setattr(TitanDPLM, "_losses", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(checkpoint, tasks, tmp_path, "--log-samples")
+
+    def the_rest(lm: TitanDPLM, rows: list[Any]) -> list[Any]:
+        assert not any(row in asked for row in rows), "answered before the kill"
+        return losses(lm, rows)
+
+    monkeypatch.setattr(TitanDPLM, "_losses", the_rest)
+    assert evaluate(checkpoint, tasks, tmp_path, "--log-samples")["results"] == read(folder)["results"]
+
+
+def evaluate_in_rank(args: argparse.Namespace) -> None:
+    world = current_world()
+    os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's own switch: a process of the pool may have no children
+    command.evaluate(Session(args, world, Console(file=io.StringIO(), quiet=not world.is_main)))
+
+
+def test_two_ranks_give_what_one_gives(folder: Path, checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
+    run_ranks(2, evaluate_in_rank, arguments(checkpoint, tmp_path, "--include-path", str(tasks), "--log-samples"))
+    one, two = read(folder), read(tmp_path)
+    assert (one["settings"]["ranks"], two["settings"]["ranks"]) == (1, 2)
+    assert two["results"] == one["results"]
+
+
+def test_the_preset_prints_the_columns_of_the_paper(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = dict.fromkeys(("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"), "choice")
+    recall = dict.fromkeys(("swde", "squad_completion", "fda"), "contains")
+    own = write_tasks(tmp_path / "tasks", {"wikitext": "document", "lambada_openai": "word", **choices, **recall})
+    result = evaluate(checkpoint, own, tmp_path / "out", "--preset", "paper", "--limit", "2")["results"]
+    row = result["columns"]
+    assert list(row) == (
+        "Wiki ppl,LMB ppl,LMB acc,PIQA acc,Hella acc_n,Wino acc,ARC-e acc,ARC-c acc_n,Avg,SWDE cont,SQuAD cont,FDA cont"
+    ).split(",")
+    choice = result["tasks"]["hellaswag"]["metrics"]
+    accuracy, normalised = choice["acc"]["value"], choice["acc_norm"]["value"]
+    assert row["Avg"] == pytest.approx((row["LMB acc"] + 3 * accuracy + 2 * normalised) / 6)
+    assert f"{100 * row['Avg']:.2f}" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def all_tasks() -> TaskManager:
+    return TaskManager()
+
+
+def test_the_harness_has_every_task_of_the_preset(all_tasks: TaskManager) -> None:
+    assert set(command.PRESETS["paper"]) <= set(all_tasks.all_subtasks)
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_names(
+    all_tasks: TaskManager, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: all_tasks)  # listing them again takes seconds
+    with pytest.raises(UserError, match="--tasks helaswag.*hellaswag"):
+        command.run(arguments(checkpoint, tmp_path, "--tasks", "helaswag"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_that_cannot_be_had_is_said_with_the_task(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    own = write_tasks(tmp_path / "tasks", {"far_away": "word"})
+    definition = own / "far_away.yaml"
+    definition.write_text(definition.read_text().replace("dataset_path: json", "dataset_path: nobody/has_this"))
+    with pytest.raises(UserError, match="task far_away cannot be loaded.*HF_HOME"):
+        evaluate(checkpoint, own, tmp_path / "out", "--tasks", "far_away")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_harness_one_sentence_says_how_to_get_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"pip install 'titan_dp\[eval\]'"):
+        command.run(arguments(checkpoint, tmp_path))
+
+
+def test_the_harness_itself_takes_the_model_by_name(folder: Path, checkpoint: Path, tasks: Path) -> None:
+    found = lm_eval.simple_evaluate(
+        "titan_dp",
+        model_args=f"checkpoint={checkpoint},max_length={SEQ_LEN}",
+        batch_size="2",
+        device="cpu",
+        tasks=["our_choice", "our_documents"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+    )["results"]
+    for task in ("our_choice", "our_documents"):
+        numbers = {key.removesuffix(",none"): value for key, value in found[task].items() if key.removesuffix(",none") != key}
+        expected = values(folder, task)
+        assert {name: numbers[name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [({}, "checkpoint=PATH"), ({"batch_size": "auto"}, "auto"), ({"max_len": 8}, "max_len"), ({"dtype": "f"}, "dtype")],
+)
+def test_model_args_that_cannot_be_used_are_refused(checkpoint: Path, given: dict[str, Any], says: str) -> None:
+    named = {"checkpoint": str(checkpoint)} if given else {}
+    with pytest.raises(UserError, match=says):
+        TitanDPLM.create_from_arg_obj(named | given)
+
+
+def test_help_needs_neither_torch_nor_the_harness() -> None:
+    code = "import sys, titan_dp.evals.lm_eval; print({'torch', 'lm_eval', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"

@@ -1,0 +1,181 @@
+"""`titan-dp evaluate perplexity`: the numbers of a definition-level computation in float64, for every way to cut documents."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.pretrained import random_model, save_checkpoint
+from titan_dp.errors import UserError
+from titan_dp.evals import perplexity
+
+BOS = 256
+TEXTS = ["The fox sees the dog, and the dog sees the fox. " * 3, "Größe", "a", "", "one two three four five six seven " * 2]
+MODEL = {"num_householder": 2, "use_forget_gate": True}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("runs") / "tiny", seq_len=32, **MODEL)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def evaluate(checkpoint: Path, out: Path, *options: object) -> dict[str, Any]:
+    """Run the command; the JSON it wrote."""
+    parser = argparse.ArgumentParser()
+    perplexity.add_arguments(parser)
+    assert perplexity.run(parser.parse_args([str(checkpoint), "--out", str(out), *map(str, options)])) == 0
+    (path,) = out.glob("*.json")
+    return json.loads(path.read_text())
+
+
+def losses64(tokens: list[int]) -> Tensor:
+    """-log p of every token but the first, by one plain forward in float64."""
+    _, model = random_model(**MODEL)
+    with torch.no_grad():
+        logits = model.double()(torch.tensor([tokens[:-1]])).double()
+    return -logits.log_softmax(-1)[0, torch.arange(len(tokens) - 1), tokens[1:]]
+
+
+def documents(bos: bool = True) -> list[list[int]]:
+    return [[BOS] * bos + list(text.encode()) for text in TEXTS]
+
+
+def by_definition(streams: list[list[int]], context: int, stride: int) -> tuple[float, int]:
+    """Summed loss and count: token i is scored in the first window (s, s + context), s a multiple of stride, that reaches it."""
+    total, count = 0.0, 0
+    for ids in streams:
+        for i in range(1, len(ids)):
+            start = max(0, math.ceil((i - context) / stride)) * stride
+            total += float(losses64(ids[start : i + 1])[-1])
+            count += 1
+    return total, count
+
+
+@pytest.mark.parametrize(("context", "stride"), [(32, 32), (32, 7), (1000, 1000), (1, 1)])
+def test_every_token_is_scored_once_in_the_window_that_first_reaches_it(
+    checkpoint: Path, text: Path, tmp_path: Path, context: int, stride: int
+) -> None:
+    options = ["--context", context, "--stride", stride, "--batch-size", 3]
+    found = evaluate(checkpoint, tmp_path, "--text", text, *options)["results"]
+    total, count = by_definition(documents(), context, stride)
+    assert found["tokens"] == count
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_perplexity_and_bits_follow_from_the_loss(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    found = evaluate(checkpoint, tmp_path, "--text", text)["results"]
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert found["documents"] == len(TEXTS)
+    assert found["text_bytes"] == size
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert found["bits_per_token"] == pytest.approx(found["loss"] / math.log(2))
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens"] / size / math.log(2))
+
+
+def test_the_carried_state_gives_every_token_its_whole_document(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    found = evaluate(checkpoint, tmp_path, "--text", text, "--state", "carry", "--context", 10)["results"]
+    total = sum(float(losses64(ids).sum()) for ids in documents() if len(ids) > 1)
+    reset = evaluate(checkpoint, tmp_path / "reset", "--text", text, "--context", 10)["results"]
+    assert found["loss"] == pytest.approx(total / found["tokens"], rel=1e-5)
+    assert found["tokens"] == reset["tokens"]
+    assert abs(found["loss"] - reset["loss"]) > 1e-3  # the test would notice a state that is not carried
+
+
+def test_concatenated_documents_are_one_stream(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    found = evaluate(checkpoint, tmp_path, "--text", text, "--concatenate", "--context", 20, "--stride", 15)["results"]
+    total, count = by_definition([sum(documents(), [])], 20, 15)
+    assert found["tokens"] == count
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_without_bos_the_first_token_of_a_document_is_not_counted(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    result = evaluate(checkpoint, tmp_path, "--text", text, "--no-bos")
+    total, count = by_definition([ids for ids in documents(bos=False) if ids], 32, 32)
+    assert result["results"]["tokens"] == count
+    assert result["results"]["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert result["settings"]["scored"] == "from the second token of each document (no BOS before it)"
+
+
+def test_shards_give_what_their_documents_give(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
+    found = evaluate(checkpoint, tmp_path, "--shards", shards / "validation", "--max-documents", 3)["results"]
+    folder = shards / "validation"
+    ids, starts = np.load(folder / "shard-00000.npy"), np.load(folder / "shard-00000.starts.npy")
+    streams = [ids[first:end].tolist() for first, end in zip(starts[:3], starts[1:4], strict=True)]
+    total, count = by_definition(streams, 32, 32)
+    assert found["tokens"] == count
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["bits_per_byte"] is None  # the bytes of three documents of a shard are not known
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--text", text, "--batch-size", 1, "--context", 4)
+    whole = evaluate(checkpoint, tmp_path / "whole", *options)["results"]
+    monkeypatch.setattr("titan_dp.evals.session._SAVE_SECONDS", 0)
+    score, calls = perplexity._score, []
+
+    def counted(*args: Any) -> np.ndarray:
+        calls.append(args)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(perplexity, "_score", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(checkpoint, tmp_path / "parts", *options)
+    assert not list((tmp_path / "parts").glob("*.json"))
+    found = evaluate(checkpoint, tmp_path / "parts", *options)["results"]
+    assert found == pytest.approx(whole, rel=1e-12)
+    assert len(calls) < whole["windows"] + 30 - 20  # at least 20 were not scored again
+    assert not list((tmp_path / "parts").glob(".*"))
+
+
+def test_two_ranks_find_what_one_finds(checkpoint: Path, text: Path, tmp_path: Path, root: Path) -> None:
+    options = ["--text", str(text), "--context", "16", "--stride", "9"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "titan_dp.cli"]
+    command += ["evaluate", "perplexity", str(checkpoint), "--out", str(tmp_path / "two"), *options]
+    subprocess.run(command, check=True, cwd=root, capture_output=True, timeout=120)
+    (path,) = (tmp_path / "two").glob("*.json")
+    assert json.loads(path.read_text())["results"] == pytest.approx(
+        evaluate(checkpoint, tmp_path / "one", *options)["results"], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--stride", "40"], "--stride 40 is more than --context 32"),
+        (["--context", "0"], "--context is 0"),
+        (["--state", "carry", "--stride", "5"], "--stride 5 does not go with --state carry"),
+        (["--state", "carry", "--concatenate"], "--concatenate does not go with --state carry"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    checkpoint: Path, text: Path, tmp_path: Path, options: list[str], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        evaluate(checkpoint, tmp_path, "--text", text, *options)
+
+
+def test_a_text_without_two_tokens_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match="there is nothing to score"):
+        evaluate(checkpoint, tmp_path, "--text", tmp_path / "empty.txt", "--no-bos")

@@ -1,0 +1,253 @@
+"""Generation: sampling, batches of prompts of any lengths, text as it comes, and the command from a shell."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pretrained import random_model, save_checkpoint
+from titan_dp.cli import dispatch
+from titan_dp.data.tokenizer import load_tokenizer
+from titan_dp.errors import UserError
+from titan_dp.model import Transformer
+from titan_dp.sampling import Sampling, TextStream, continue_text, encode_prompt, generate_ids
+
+VARIANTS: dict[str, dict] = {
+    "DeltaProduct_2": {},
+    "Gated DeltaNet": {"num_householder": 1, "use_forget_gate": True},
+    "no convolution": {"use_short_conv": False, "use_forget_gate": True},
+    "hybrid": {"attention_layers": [1], "use_forget_gate": True},
+    "windowed, grouped softmax": {"mixer": "attention", "attention_window": 6, "attention_num_kv_heads": 1},
+}
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(params=VARIANTS, ids=str)
+def model(request: pytest.FixtureRequest) -> Transformer:
+    return random_model(**VARIANTS[request.param])[1]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "little"
+    save_checkpoint(folder, use_forget_gate=True)
+    return folder
+
+
+def ids_of(length: int, seed: int) -> list[int]:
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def continued(model: Transformer, prompts: list[list[int]], tokens: int, sampling: Sampling = GREEDY) -> list[list[int]]:
+    """Continuations by rows, the row of seed i being the i-th."""
+    steps = generate_ids(model, prompts, sampling=sampling, seeds=range(len(prompts)), vocab_size=258)
+    return [list(row) for row in zip(*itertools.islice(steps, tokens), strict=True)]
+
+
+# -- ids ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_greedy_ids_are_those_the_parallel_forward_finds_likeliest(model: Transformer) -> None:
+    prompt = ids_of(9, 0)
+    (row,) = continued(model, [prompt], 40)
+    logits = model(torch.tensor([prompt + row]))[0, :, :258]
+    assert row == logits.argmax(-1)[len(prompt) - 1 : -1].tolist()
+
+
+def test_prompts_of_different_lengths_in_one_batch_go_on_as_each_alone(model: Transformer) -> None:
+    prompts = [ids_of(length, length) for length in (3, 20, 1, 11)]
+    together = continued(model, prompts, 30)
+    assert together == [continued(model, [prompt], 30)[0] for prompt in prompts]
+
+
+def test_a_row_draws_the_same_whatever_else_is_in_the_batch() -> None:
+    model, sampling = random_model()[1], Sampling(temperature=1.0, top_k=40)
+    prompts = [ids_of(5, seed) for seed in range(3)]
+    together = continued(model, prompts, 20, sampling)
+    alone = generate_ids(model, [prompts[2]], sampling=sampling, seeds=[2], vocab_size=258)
+    assert together[2] == [row[0] for row in itertools.islice(alone, 20)]
+    assert together[0] != together[1]
+
+
+def test_a_prompt_longer_than_a_segment_is_read_in_pieces_to_the_same_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = random_model(use_forget_gate=True)[1], ids_of(50, 1)
+    whole = continued(model, [prompt], 10)
+    monkeypatch.setattr("titan_dp.sampling._SEGMENT", 7)
+    assert continued(model, [prompt], 10) == whole
+
+
+def test_what_a_recurrent_model_remembers_does_not_grow() -> None:
+    model = random_model(use_forget_gate=True)[1]
+
+    def remembered(tokens: int) -> int:
+        _, cache = model.step(torch.zeros(1, tokens, dtype=torch.int64))
+        return sum(x.numel() for layer in cache for x in (layer.state, *layer.tails))
+
+    assert remembered(3) == remembered(300)
+
+
+def test_ids_that_no_token_has_are_never_chosen() -> None:
+    model = random_model()[1]
+    with torch.no_grad():
+        model.embeddings.weight[258:] *= 100  # padding of the vocabulary, made likely
+    rows = continued(model, [ids_of(4, 0)], 30, Sampling(temperature=2.0))
+    assert max(rows[0]) < 258
+
+
+# -- sampling -----------------------------------------------------------------------------------------------------------
+
+PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
+
+
+def drawn(sampling: Sampling, count: int = 4000) -> torch.Tensor:
+    """Relative frequencies of `count` draws from PROBABILITIES."""
+    logits = PROBABILITIES.log().expand(count, -1)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    return torch.bincount(sampling.choose(logits, generators), minlength=5) / count
+
+
+def test_temperature_1_draws_by_probability() -> None:
+    torch.testing.assert_close(drawn(Sampling(1.0)), PROBABILITIES, atol=0.03, rtol=0)
+
+
+def test_temperature_one_half_squares_the_odds() -> None:
+    torch.testing.assert_close(drawn(Sampling(0.5)), PROBABILITIES**2 / (PROBABILITIES**2).sum(), atol=0.03, rtol=0)
+
+
+def test_top_k_keeps_the_k_likeliest_in_their_proportions() -> None:
+    torch.testing.assert_close(drawn(Sampling(1.0, top_k=2)), torch.tensor([0, 4 / 7, 0, 3 / 7, 0]), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.4, [1]), (0.41, [1, 3]), (0.85, [1, 3, 4]), (1.0, [0, 1, 2, 3, 4])])
+def test_top_p_keeps_the_fewest_ids_that_reach_it(top_p: float, kept: list[int]) -> None:
+    assert drawn(Sampling(1.0, top_p=top_p)).nonzero().flatten().tolist() == kept
+
+
+def test_temperature_0_takes_the_likeliest() -> None:
+    assert drawn(Sampling(0.0), 3)[1] == 1
+
+
+# -- text ---------------------------------------------------------------------------------------------------------------
+
+BYTES = load_tokenizer("bytes")
+
+
+def streamed(text: str, stop: tuple[str, ...] = (), eos: bool = False) -> tuple[list[str], TextStream]:
+    stream, pieces = TextStream(BYTES, [256], stop), []
+    for token in BYTES.encode(text) + [257] * eos:
+        pieces.append(stream.push(token))
+        if stream.finished:
+            return pieces, stream
+    return [*pieces, stream.close()], stream
+
+
+def test_characters_of_several_bytes_come_whole() -> None:
+    pieces, _ = streamed("né 北🎉.")
+    assert [piece for piece in pieces if piece] == ["n", "é", " ", "北", "🎉", "."]
+
+
+def test_bytes_that_are_no_text_are_shown_as_such_in_the_end() -> None:
+    stream = TextStream(BYTES, [256])
+    text = "".join(stream.push(0xFF) for _ in range(3)) + stream.close()
+    assert text == "\ufffd" * 3
+
+
+@pytest.mark.parametrize(
+    ("stop", "shown"), [(("fox",), "the brown "), (("fox jumps", "x j"), "the brown fo"), (("zebra", "o"), "the br")]
+)
+def test_text_ends_before_the_stop_string_that_is_complete_first(stop: tuple[str, ...], shown: str) -> None:
+    pieces, stream = streamed("the brown fox jumps", stop)
+    assert ("".join(pieces), stream.finished) == (shown, "stop")
+
+
+def test_the_beginning_of_a_stop_string_that_does_not_come_is_shown_later() -> None:
+    pieces, stream = streamed("foam", ("fox",))
+    assert "".join(pieces) == "foam"
+    assert pieces[:2] == ["", ""]
+    assert stream.finished is None
+
+
+def test_the_end_of_text_token_ends_it_and_is_not_shown() -> None:
+    pieces, stream = streamed("done", eos=True)
+    assert ("".join(pieces), stream.finished, stream.tokens) == ("done", "eos", 5)
+
+
+# -- prompts ------------------------------------------------------------------------------------------------------------
+
+
+def test_special_tokens_in_a_prompt_are_what_they_are_and_bos_comes_once() -> None:
+    assert encode_prompt(BYTES, "a<|eos|>b") == [256, 97, 257, 98]
+    assert encode_prompt(BYTES, "<|bos|>a") == [256, 97]
+    assert encode_prompt(BYTES, "a", bos=False) == [97]
+    assert encode_prompt(BYTES, "<|bos|>", raw=True) == [256, *b"<|bos|>"]
+
+
+def test_an_unknown_special_token_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"'<\|user\|>', which is no special token.*<\|bos\|>, <\|eos\|>.*--raw-prompt"):
+        encode_prompt(BYTES, "<|user|>hello")
+
+
+def test_an_empty_prompt_without_bos_is_refused() -> None:
+    with pytest.raises(UserError, match="the prompt is empty"):
+        encode_prompt(BYTES, "", bos=False)
+
+
+# -- the command --------------------------------------------------------------------------------------------------------
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert dispatch(["generate", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_one_prompt_is_continued_on_stdout(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, str(run_folder), "--prompt", "Once", "--max-new-tokens", "20", "--seed", "3")
+    _, model = random_model(use_forget_gate=True)
+    expected = continue_text(model, BYTES, "Once", max_new_tokens=20, sampling=Sampling(), seed=3)
+    assert text == f"Once{expected}\n"
+
+
+def test_several_prompts_and_samples_are_one_json_object_a_line(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "A"}\n{"prompt": "Bc"}\n')
+    arguments = [str(run_folder), "--prompt-file", str(tmp_path / "prompts.jsonl"), "--samples", "2", "--json"]
+    records = [json.loads(line) for line in output(capsys, *arguments, "--max-new-tokens", "6").splitlines()]
+    assert sorted((r["index"], r["prompt"]) for r in records) == [(0, "A"), (1, "A"), (2, "Bc"), (3, "Bc")]
+    assert all(r["tokens"] <= 6 and r["finish"] in ("length", "eos") for r in records)
+
+
+def test_a_prompt_comes_from_stdin_and_speed_goes_to_stderr(run_folder: Path, root: Path) -> None:
+    command = [sys.executable, "-m", "titan_dp.cli", "generate", str(run_folder), "--prompt-file", "-", "--max-new-tokens", "5"]
+    answer = subprocess.run(command, input="From a pipe", capture_output=True, text=True, cwd=root, timeout=60, check=True)
+    assert answer.stdout.startswith("From a pipe")
+    assert "tokens/s" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--top-p 1.5", "--top-k 0", "--temperature -1", "--temperature nan", "--max-new-tokens none", "--samples 0"]
+)
+def test_settings_that_make_no_sense_are_the_users_mistake(wrong: str, run_folder: Path) -> None:
+    with pytest.raises(SystemExit) as left:
+        dispatch(["generate", str(run_folder), *wrong.split()])
+    assert left.value.code == 2
+
+
+def test_a_folder_that_holds_no_model_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no committed checkpoint"):
+        dispatch(["generate", str(tmp_path)])
+    with pytest.raises(UserError, match="does not exist"):
+        dispatch(["generate", str(tmp_path / "nowhere")])
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "small", vocab_size=256)
+    with pytest.raises(UserError, match=r"'bytes' has 258 ids.*vocab_size = 256"):
+        dispatch(["generate", str(tmp_path / "small")])

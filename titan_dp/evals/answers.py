@@ -1,0 +1,80 @@
+"""Answers to many small questions, each computed once, by one rank, and kept.
+
+Every rank asks the same questions and gets all answers. Questions are put into batches of like size before they are dealt to
+the ranks, so a batch, and with it every rounding, is the same for any number of ranks. What is known when an evaluation
+starts again is not computed again. What a question is and how it is answered is the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch.distributed as dist
+
+from titan_dp.evals.session import Report, Session
+
+Q = TypeVar("Q")
+
+
+class Answers:
+    """All answers so far, by key; with a report, they survive a kill.
+
+    Args:
+        session: the processes.
+        report: keeps what this rank has computed; None keeps nothing.
+    """
+
+    def __init__(self, session: Session, report: Report | None) -> None:
+        self._session, self._report = session, report
+        kept = report.resume().get("answers") if report else None
+        self._lines = bytearray() if kept is None else bytearray(kept.tobytes())
+        """This rank's own, a JSON [key, answer] a line; appending costs the same however many there are."""
+        self._known: dict[str, Any] = dict(json.loads(line) for line in self._lines.splitlines())
+
+    def of(
+        self,
+        name: str,
+        questions: Mapping[str, Q],
+        answer: Callable[[list[Q]], list[Any]],
+        size: Callable[[Q], int],
+        batch_size: int,
+    ) -> dict[str, Any]:
+        """The answer to every question, by its key. Every rank calls this with the same questions.
+
+        Args:
+            name: what the progress bar says.
+            questions: by a key that tells each from all others ever asked.
+            answer: JSON values for a batch of questions, in their order.
+            size: sorts the questions, largest first: what does not fit in memory fails at once, and padding is little.
+            batch_size: questions a batch at most.
+        """
+        self._exchange()
+        missing = sorted(questions.keys() - self._known.keys(), key=lambda key: (-size(questions[key]), key))
+        batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+        mine = [batches[i] for i in self._session.share(len(batches))]
+        with self._session.progress() as progress:
+            task = progress.add_task(name, total=sum(map(len, mine)))
+            for keys in mine:
+                self._add(dict(zip(keys, answer([questions[key] for key in keys]), strict=True)))
+                progress.advance(task, len(keys))
+        self._exchange()
+        return {key: self._known[key] for key in questions}
+
+    def _add(self, answers: dict[str, Any]) -> None:
+        for item in answers.items():
+            self._lines += json.dumps(item).encode() + b"\n"
+        self._known |= answers
+        if self._report:
+            self._report.keep(answers=np.frombuffer(self._lines, dtype=np.uint8))
+
+    def _exchange(self) -> None:
+        """Afterwards every rank knows what any of them knew."""
+        if self._session.world.size == 1:
+            return
+        known: list[Any] = [None] * self._session.world.size
+        dist.all_gather_object(known, self._known)
+        for others in known:
+            self._known |= others
