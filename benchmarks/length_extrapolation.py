@@ -17,7 +17,7 @@ import torch
 from common import Report
 
 from titan_dp.config_loader import load_config
-from titan_dp.evals.length_extrapolation import SEGMENT
+from titan_dp.evals.length_extrapolation import default_segment
 from titan_dp.evals.scoring import token_losses
 from titan_dp.model import build_model
 
@@ -31,13 +31,14 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    report = Report("length_extrapolation", f"Length extrapolation at {LENGTH:,} tokens, segments of {SEGMENT:,}: time a token")
+    report = Report("length_extrapolation", f"Length extrapolation at {LENGTH:,} tokens: time a token")
     loaded = load_config(["--config", "debug.toml"]).config
     model = build_model(loaded.model)
     model.init_weights(0)
     model.eval().requires_grad_(False)
     T, V = loaded.training.seq_len, loaded.model.vocab_size
     for batch in (4, 8):
+        segment = default_segment("cpu", batch)
         long, short = (torch.randint(0, V, (batch, length + 1)) for length in (LENGTH, T))
 
         def plain(short: torch.Tensor = short) -> None:
@@ -45,16 +46,17 @@ def main() -> None:
                 for _ in range(LENGTH // T // 2):
                     model(short[:, :-1], short[:, 1:])
 
-        def extrapolation(long: torch.Tensor = long) -> None:
-            token_losses(model, long[:, :-1], long[:, 1:], SEGMENT)
+        def extrapolation(long: torch.Tensor = long, segment: int = segment) -> None:
+            token_losses(model, long[:, :-1], long[:, 1:], segment)
 
-        plain(), token_losses(model, long[:, :SEGMENT], long[:, :SEGMENT], SEGMENT)
+        plain()
         rounds = [(seconds(plain), seconds(extrapolation), seconds(plain)) for _ in range(ROUNDS)]
         tokens = batch * LENGTH
         ratios = [during / (before + after) for before, during, after in rounds]
         report.add(
             {
                 "sequences at once": batch,
+                "segment": segment,
                 f"plain forward at {T}, us a token": statistics.median(a + b for a, _, b in rounds) / tokens * 1e6,
                 f"at {LENGTH}, us a token": statistics.median(during for _, during, _ in rounds) / tokens * 1e6,
                 "ratio": statistics.median(ratios),

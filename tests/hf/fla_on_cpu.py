@@ -8,8 +8,9 @@ states, takes every argument that fla's layers pass, and is compared with the ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -63,46 +64,29 @@ def _replace_flash_attention(patch: pytest.MonkeyPatch) -> None:
 # -- norms, SwiGLU, rotary positions -----------------------------------------------------------------------------------
 
 
-def l2norm_fwd(x: Tensor, eps: float = L2_EPS, output_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def l2norm_fwd(x: Tensor, eps: float = L2_EPS) -> tuple[Tensor, Tensor]:
     rstd = torch.rsqrt(x.float().square().sum(-1) + eps)
-    return (x.float() * rstd[..., None]).to(output_dtype or x.dtype), rstd
+    return (x.float() * rstd[..., None]).to(x.dtype), rstd
 
 
 def layer_norm_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: None,
-    eps: float = 1e-5,
-    residual: Tensor | None = None,
-    residual_dtype: torch.dtype | None = None,
-    is_rms_norm: bool = False,
-    num_groups: int = 1,
+    x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None, is_rms_norm: bool = False, **others: Any
 ) -> tuple[Tensor, None, Tensor, Tensor]:
     """x [T, D] -> the normalised sum with `residual`, no mean, 1 / rms, and the sum itself."""
+    _absent(others, may_be={"residual_dtype", "num_groups"})
     assert is_rms_norm
-    assert bias is None
-    assert num_groups == 1
     total = x.float() if residual is None else x.float() + residual.float()
     rstd = torch.rsqrt(total.square().mean(-1) + eps)
-    y = total * rstd[:, None] * weight.float()
-    return y.to(x.dtype), None, rstd, total.to(residual_dtype or x.dtype)
+    return (total * rstd[:, None] * weight.float()).to(x.dtype), None, rstd, total.to(x.dtype)
 
 
 def layer_norm_gated_fwd(
-    x: Tensor,
-    g: Tensor,
-    weight: Tensor,
-    bias: None,
-    activation: str = "swish",
-    eps: float = 1e-5,
-    residual: None = None,
-    residual_dtype: None = None,
-    is_rms_norm: bool = False,
+    x: Tensor, g: Tensor, weight: Tensor, activation: str = "swish", eps: float = 1e-5, is_rms_norm: bool = False, **others: Any
 ) -> tuple[Tensor, None, Tensor, Tensor]:
     """x, g [T, D] -> rms norm of x times silu(g)."""
+    _absent(others)
     assert activation in ("swish", "silu")
-    assert residual is None
-    y, _, rstd, _ = layer_norm_fwd(x.float(), weight, bias, eps, is_rms_norm=is_rms_norm)
+    y, _, rstd, _ = layer_norm_fwd(x.float(), weight, eps, is_rms_norm=is_rms_norm)
     return (y * g.float() * torch.sigmoid(g.float())).to(x.dtype), None, rstd, x
 
 
@@ -110,20 +94,9 @@ def swiglu_fwd(x: Tensor, y: Tensor, output_contiguous: bool = False) -> Tensor:
     return (x.float() * torch.sigmoid(x.float()) * y.float()).to(x.dtype)
 
 
-def rotary_embedding_fwdbwd(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seqlen_offsets: int | Tensor = 0,
-    cu_seqlens: None = None,
-    interleaved: bool = False,
-    inplace: bool = False,
-    chunk_indices: None = None,
-) -> Tensor:
+def rotary_embedding_fwdbwd(x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor = 0, **others: Any) -> Tensor:
     """x [B, T, H, D] turned by row offset + t of cos and sin [rows, D / 2]; zero at negative rows (left padding)."""
-    assert cu_seqlens is None
-    assert not interleaved
-    assert not inplace
+    _absent(others)
     offsets = torch.as_tensor(seqlen_offsets, device=x.device).expand(len(x))
     row = offsets[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, T]
     c, s = (table[row.clamp(min=0)].float()[:, :, None] for table in (cos, sin))
@@ -138,20 +111,14 @@ def rotary_embedding_fwdbwd(
 def causal_conv1d_fwd(
     x: Tensor,
     weight: Tensor,
-    bias: None,
-    residual: None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     activation: str | None = None,
     cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: None = None,
-    chunk_indices: Tensor | None = None,
-    chunk_size: int = 64,
-    layout_fallback: bool = False,
+    **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """x [B, T, D], weight [D, W], states [N, D, W]: y_t = sum over w of weight_w x_(t - W + 1 + w), then silu."""
-    assert bias is None
-    assert residual is None
+    _absent(others, may_be={"chunk_indices", "chunk_size"})
     assert activation in (None, "silu", "swish")
     W = weight.shape[1]
 
@@ -167,16 +134,11 @@ def causal_conv1d_fwd(
 
 
 def causal_conv1d_update(
-    x: Tensor,
-    cache: Tensor,
-    residual: None = None,
-    weight: Tensor | None = None,
-    bias: None = None,
-    activation: str | None = None,
+    x: Tensor, cache: Tensor, weight: Tensor, activation: str | None = None, **others: Any
 ) -> tuple[Tensor, Tensor]:
     """One token for each of N sequences, x [N, 1, D] or [1, N, D]; the cache [N, D, W] is updated in place."""
-    assert weight is not None
-    y, state = causal_conv1d_fwd(x.view(len(cache), 1, -1), weight, bias, residual, cache, True, activation)
+    _absent(others)
+    y, state = causal_conv1d_fwd(x.view(len(cache), 1, -1), weight, cache, True, activation)
     assert state is not None
     return y.view(x.shape), cache.copy_(state)
 
@@ -185,7 +147,7 @@ def causal_conv1d_update(
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, state: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """S <- exp(g_i) S; S <- S + beta_i k_i (v_i - S^T k_i)^T; o_i = scale S^T q_i, for i = 1..L of each head.
 
@@ -209,26 +171,22 @@ def chunk_gated_delta_product(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor,
-    num_householder: int,
+    num_householder: int = 1,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """q and g for each of T tokens; k, v and beta for each of T num_householder steps; a token decays at its first step
-    and is read after its last."""
+    """q and g for each of T tokens; k, v and beta for each of T n steps; a token decays at its first step and is read after
+    its last."""
     n, scale = num_householder, k.shape[-1] ** -0.5 if scale is None else scale
     if use_qk_l2norm_in_kernel:
         q, k = l2norm_fwd(q)[0], l2norm_fwd(k)[0]
     decay = None if g is None else F.pad(g[:, :, None].float(), (0, 0, 0, n - 1)).flatten(1, 2)
-    read = q.repeat_interleave(n, 1)
-
-    def one(state: Tensor | None, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        return delta_rule(*inputs, scale, state)  # type: ignore[misc]
-
     offsets = None if cu_seqlens is None else cu_seqlens * n
-    o, state = _by_sequence(lambda *a: one(a[-1], *a[:-1]), offsets, initial_state, read, k, v, beta, decay)
+    one = partial(delta_rule, scale=scale)
+    o, state = _by_sequence(one, offsets, initial_state, q.repeat_interleave(n, 1), k, v, beta, decay)
     return o[:, n - 1 :: n].to(q.dtype), state if output_final_state else None
 
 
@@ -237,99 +195,66 @@ def fused_recurrent_gated_delta_rule_fwd(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
-    gk: None,
-    gv: None,
     beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    use_qk_l2norm_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     use_beta_sigmoid_in_kernel: bool = False,
     allow_neg_eigval: bool = False,
     state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    gk: None = None,
+    gv: None = None,
+    **how: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The delta rule a step at a time; with A_log, g is what the decay is computed from; states may be [N, H, V, K]."""
-    assert gk is None
-    assert gv is None
     if A_log is not None and g is not None and dt_bias is not None:
         g = -A_log.float().exp() * F.softplus(g.float() + dt_bias.float())
     if use_beta_sigmoid_in_kernel:
         beta = fused_beta_sigmoid(beta, 2.0 if allow_neg_eigval else 1.0)
     start = initial_state.mT if state_v_first and initial_state is not None else initial_state
-    o, state = chunk_gated_delta_product(q, k, v, g, beta, 1, scale, start, True, use_qk_l2norm_in_kernel, cu_seqlens)
-    assert state is not None
-    state = state.mT.contiguous() if state_v_first else state
-    return o, state if output_final_state else None
+    o, state = chunk_gated_delta_product(q, k, v, g, beta, initial_state=start, **how)
+    return o, state.mT.contiguous() if state_v_first and state is not None else state
 
 
 def chunk_gated_delta_rule_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cp_context: None = None,
     chunk_indices: Tensor | None = None,
+    chunk_size: int = 64,
+    cp_context: None = None,
     use_gate_in_kernel: bool = False,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
-    chunk_size: int = 64,
+    **same: Any,
 ) -> tuple[Any, ...]:
     """The same with q and k normalised and beta activated before; o is the second of what is returned, the state the fourth."""
-    assert cp_context is None
-    gate = (A_log, dt_bias) if use_gate_in_kernel else (None, None)
-    o, state = fused_recurrent_gated_delta_rule_fwd(
-        q, k, v, g, None, None, beta, *gate, scale, initial_state, output_final_state,
-        state_v_first=state_v_first, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
-    return None, o, None, state, initial_state, None
+    gate = {"A_log": A_log, "dt_bias": dt_bias} if use_gate_in_kernel else {}
+    o, state = fused_recurrent_gated_delta_rule_fwd(**same, **gate)
+    return None, o, None, state, same["initial_state"], None
 
 
 def fused_beta_sigmoid(x: Tensor, scale: float = 1.0) -> Tensor:
     return scale * torch.sigmoid(x.float())
 
 
-def chunk_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    use_qk_l2norm_in_kernel: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    normalise = use_qk_l2norm_in_kernel
-    return chunk_gated_delta_product(q, k, v, None, beta, 1, None, initial_state, output_final_state, normalise, cu_seqlens)
+def chunk_delta_rule(**same: Any) -> tuple[Tensor, Tensor | None]:
+    return chunk_gated_delta_product(g=None, **same)
 
 
-def fused_recurrent_delta_rule_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, None, Tensor | None]:
-    o, state = chunk_gated_delta_product(q, k, v, None, beta, 1, scale, initial_state, output_final_state, False, cu_seqlens)
+def fused_recurrent_delta_rule_fwd(**same: Any) -> tuple[Tensor, None, Tensor | None]:
+    o, state = chunk_gated_delta_product(g=None, **same)
     return o, None, state
 
 
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def _absent(others: dict[str, Any], may_be: Set[str] = frozenset()) -> None:
+    """Arguments that fla passes and no model of ours uses; those that change no result `may_be` there."""
+    used = {key for key, value in others.items() if value is not None and value is not False and key not in may_be}
+    assert not used, f"not replaced: {used}"
+
+
 def _by_sequence(
-    one: Callable[..., tuple[Tensor, Tensor]],
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    *inputs: Tensor | None,
+    one: Callable[..., tuple[Tensor, Tensor]], cu_seqlens: Tensor | None, initial_state: Tensor | None, *inputs: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`one(*inputs, state)` of [B, L, ...], or of each sequence in [1, sum of L, ...] that `cu_seqlens` delimits."""
     if cu_seqlens is None:
@@ -364,12 +289,11 @@ def flash_attn_varlen_func(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    **how: Any,
 ) -> Tensor:
     """The same for sequences one after another in q, k, v [tokens, H, d]."""
     spans = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
-    parts = [flash_attn_func(q[None, a:b], k[None, c:d], v[None, c:d], causal, window_size) for (a, b), (c, d) in spans]
+    parts = [flash_attn_func(q[None, a:b], k[None, c:d], v[None, c:d], **how) for (a, b), (c, d) in spans]
     return torch.cat(parts, 1)[0]
 
 

@@ -326,7 +326,8 @@ def test_the_replacement_of_the_chunked_delta_rule_computes_what_flas_kernels_co
     from fla.ops.delta_rule.chunk import chunk_delta_rule_fwd
 
     q, k, v, beta = (x.repeat(1, 7, *[1] * (x.ndim - 2)) for x in (UNIT["q"], UNIT["k"], v_, UNIT["beta"]))
+    arguments = {"q": q, "k": k, "v": v, "beta": beta, "scale": 0.3, "initial_state": state[:1], "output_final_state": True}
     with fla_on_cpu.fla_interpreted():
-        o, _, last = chunk_delta_rule_fwd(q, k, v, beta, 8**-0.5, state[:1], True)
-    actual = fla_on_cpu.chunk_delta_rule(q, k, v, beta, state[:1], True)
+        o, _, last = chunk_delta_rule_fwd(**arguments)
+    actual = fla_on_cpu.chunk_delta_rule(**arguments)
     torch.testing.assert_close(actual, (o, last), **CHUNKED)

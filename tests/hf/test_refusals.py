@@ -87,14 +87,16 @@ def no_file_larger_than(size: int) -> Iterator[None]:
     """Inside, the operating system refuses to write more than `size` bytes to a file, as a full disk would."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("what", ["export", "import"])
 def test_a_disk_that_fills_up_leaves_nothing_behind(what: str, tmp_path: Path) -> None:
     _, folder = exported(tmp_path, {})
-    with no_file_larger_than(60_000), pytest.raises(Exception, match="File too large"):
+    with no_file_larger_than(60_000), pytest.raises(OSError, match="File too large"):
         if what == "export":
             export(open_source(tmp_path / "run"), tmp_path / "out")
         else:
@@ -176,6 +178,11 @@ def turn(held: dict[str, torch.Tensor], name: str) -> None:
     held[name] = held[name].mT.contiguous()
 
 
+def remove_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
 def spoil_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer.json").write_text("{}")
@@ -204,7 +211,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights of other steps": (lambda f: edit_config(f, num_householder=3), "k_proj"),
     "a pickle that runs code": (lambda f: into_bin(f, Evil()), "pytorch_model.bin"),
     "a pickle of something else": (lambda f: into_bin(f, [1, 2]), "pytorch_model.bin"),
-    "no tokenizer": (lambda f: [path.unlink() for path in f.glob("tokenizer*")], "has no tokenizer.json.*--tokenizer"),
+    "no tokenizer": (remove_tokenizer, "has no tokenizer.json.*--tokenizer"),
     "a tokenizer that is none": (spoil_tokenizer, "tokenizer.json is no tokenizer"),
 }
 

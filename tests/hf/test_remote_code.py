@@ -243,7 +243,8 @@ folders, text, out = json.loads(sys.argv[1])
 results = []
 for folder in folders:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     with torch.no_grad():
         results.append((ids, model(ids).logits, written))

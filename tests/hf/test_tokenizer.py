@@ -33,12 +33,12 @@ TEXTS = {
     "Greek, Cyrillic, Arabic, Hebrew": "Ελλάδα Москва مرحبا שלום",
     "Chinese, Japanese, Korean": "北京欢迎你 日本語のテキスト 한국어",
     "emoji": "👩‍🚀🎉🇩🇪👍🏽 text 🙂🙂",
-    "outside the first plane": "𝕳𝖊𝖑𝖑𝖔 𠜎𠜱",
+    "outside the first plane": "\U0001d573\U0001d58a 𠜎𠜱",
     "controls": "\x00\x01\x7f\ufeff\ufffd",
     "code": "def f(x):\n    return {k: v**2 for k, v in x.items()}  # ok\n",
     "long word": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaabababababab",
 }
-CHARACTERS = "abz AZ019  \n\t\r'.,!<|>_éßłΩж北👍\u0301\u00a0\u200d𝕳"
+CHARACTERS = "abz AZ019  \n\t\r'.,!<|>_éßłΩж北👍\u0301\u00a0\u200d\U0001d573"
 
 
 def rank_file(path: Path) -> str:

@@ -66,17 +66,21 @@ def _write_csv(reports: list[Report], path: Path) -> None:
 
 def _plot(reports: list[Report], x_axis: str) -> Any:
     figure, (above, below) = plots.subplots(2, 1, figsize=(8, 7.5), sharex=True)
+    # On a linear axis the steep first positions would take most of the height and be one line.
+    start = 0 if x_axis == "log" else min(16, reports[0].head["settings"]["max_length"] // 64)
     for i, report in enumerate(reports):
         settings, found = report.head["settings"], _found(report)
         color, label = f"C{i}", f"{report.source.label} ({found['sequences']} sequences)"
         loss = np.array(found["loss_by_position"])
         position = np.arange(1, len(loss) + 1)
-        above.plot(position, moving_average(loss, settings["smooth"]), color=color, label=label, linewidth=1.2)
-        below.plot(position, np.exp(loss.cumsum() / position), color=color, label=label, linewidth=1.5)
-        curve = found["curve"]
-        if curve["standard_error"] is not None:
-            mean, error = np.array(curve["smoothed_loss"]), np.array(curve["standard_error"])
-            above.fill_between(curve["position"], mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+        smoothed, running = moving_average(loss, settings["smooth"]), np.exp(loss.cumsum() / position)
+        above.plot(position[start:], smoothed[start:], color=color, label=label, linewidth=1.2)
+        below.plot(position[start:], running[start:], color=color, label=label, linewidth=1.5)
+        curve = {key: np.array(values) for key, values in found["curve"].items()}
+        if found["curve"]["standard_error"] is not None:
+            shown = curve["position"] > start
+            mean, error = curve["smoothed_loss"][shown], curve["standard_error"][shown]
+            above.fill_between(curve["position"][shown], mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
     settings = reports[0].head["settings"]
     _mark_trained_lengths(above, below, [report.head["settings"]["trained_length"] for report in reports])
     above.set_ylabel("loss (nats a token)")
@@ -87,7 +91,7 @@ def _plot(reports: list[Report], x_axis: str) -> Any:
     below.set_xlabel("position (tokens before the predicted one)")
     if x_axis == "log":
         below.set_xscale("log", base=2)
-        below.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    below.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     below.legend(edgecolor="none", framealpha=0.9)
     return figure
 

@@ -60,6 +60,8 @@ def _names(text: str) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     check_positive(args, "limit", "batch_size", "max_length")
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise UserError(f"--num-fewshot is {args.num_fewshot}; give 0 or more")
     if find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed: pip install 'titan_dp[eval]'")
     with session(args) as s:

@@ -214,7 +214,7 @@ class TitanDPLM(TemplateLM):
                 f"context; give a --max-length well above {max_new_tokens}, or leave out that task"
             )
         temperature = float(kwargs.get("temperature", 1.0)) if kwargs["do_sample"] else 0.0
-        sampling = Sampling(temperature, int(kwargs.get("top_k", 0)), float(kwargs.get("top_p", 1.0)))
+        sampling = Sampling(temperature, int(kwargs.get("top_k") or 0), float(kwargs.get("top_p") or 1.0))
         return [s for s in kwargs["until"] if s], self.max_length - max_new_tokens, max_new_tokens, sampling
 
     def _cut(self, context: list[int], continuation: list[int], kind: str) -> Scored:

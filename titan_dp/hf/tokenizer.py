@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from titan_dp.data.tokenizer import ORIGIN, Tokenizer, hugging_face_folder, load_tokenizer, tiktoken_encoding
 from titan_dp.errors import UserError
@@ -69,7 +69,7 @@ def _convert(encoding: tiktoken.Encoding) -> HFTokenizer:
 
     class Converter(TikTokenConverter):
         @staticmethod
-        def load_tiktoken_bpe(tiktoken_url: dict[bytes, int]) -> dict[bytes, int]:
+        def load_tiktoken_bpe(tiktoken_url: Any) -> Any:
             return tiktoken_url  # the ranks themselves: there may be no file of them
 
     special = sorted(encoding._special_tokens, key=encoding._special_tokens.__getitem__)  # ids are given in this order

@@ -1,0 +1,273 @@
+"""Associative recall: the sequences, a model that recalls by construction, and what the delta rule is for."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deltaproduct_kernels import gated_delta_product
+from rich.console import Console
+
+import tests.pretrained
+from tests.distributed.harness import run_ranks
+from tests.pretrained import random_model, save_checkpoint
+from titan_dp import config
+from titan_dp.data.tokenizer import load_tokenizer
+from titan_dp.distributed import current_world
+from titan_dp.errors import UserError
+from titan_dp.evals import recall as module
+from titan_dp.evals import session as session_module
+from titan_dp.evals.recall import Example, add_arguments, evaluate, make_example, run, split_vocabulary
+from titan_dp.evals.recall_output import unpaired_guess, wilson
+from titan_dp.evals.session import Session
+from titan_dp.model import Transformer
+
+BOS = 256  # of the bytes tokenizer
+
+
+def arguments(*words: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([str(word) for word in words])
+
+
+def measured(checkpoint: Path, out: Path, *words: object) -> list[dict[str, Any]]:
+    """The results in the JSON file, by number of pairs."""
+    assert run(arguments(checkpoint, "--out", out, *words)) == 0
+    (path,) = out.glob("*.json")
+    return json.loads(path.read_text())["results"]["by_pairs"]
+
+
+# -- the sequences -----------------------------------------------------------------------------------------------------
+
+
+def example(pairs: int = 8, queries: int | None = None, length: int | None = None, seed: int = 0, index: int = 0) -> Example:
+    return make_example(split_vocabulary(load_tokenizer("bytes"), seed), BOS, pairs, queries, length, seed, index)
+
+
+@pytest.mark.parametrize(("queries", "length"), [(None, None), (3, None), (3, 60), (None, 49)])
+def test_every_query_is_a_key_of_the_sequence_with_its_value_as_answer(queries: int | None, length: int | None) -> None:
+    found = example(8, queries, length)
+    tokens = found.tokens.tolist()
+    assert tokens[0] == BOS
+    pairs = dict(zip(tokens[1:17:2], tokens[2:18:2], strict=True))
+    assert len(pairs) == len(set(pairs.values())) == 8
+    assert list(pairs.values()) == found.values.tolist()
+    assert len(found.queries) == len({tokens[i] for i in found.queries}) == (queries or 8)
+    for where, answer, distance in zip(found.queries, found.answers, found.distances, strict=True):
+        assert found.values[answer] == pairs[tokens[where]] == tokens[where + 1]
+        assert tokens[where - distance] == tokens[where]
+        assert where >= 17 > where - distance
+
+
+def test_a_sequence_has_the_length_asked_for_and_fillers_are_keys_without_a_pair() -> None:
+    found = example(8, 3, 61)
+    assert len(found.tokens) == 61
+    fillers = set(range(17, 61)) - {i + j for i in found.queries for j in (0, 1)}
+    keys = split_vocabulary(load_tokenizer("bytes"), 0).keys
+    assert set(found.tokens[sorted(fillers)]) <= set(keys) - set(found.tokens[1:17:2])
+
+
+def test_keys_and_values_are_disjoint_halves_of_the_vocabulary_without_special_tokens() -> None:
+    vocabulary = split_vocabulary(load_tokenizer("bytes"), 0)
+    assert sorted([*vocabulary.keys, *vocabulary.values]) == list(range(256))
+    assert len(vocabulary.keys) == 128
+
+
+def test_a_sequence_is_a_function_of_seed_pairs_and_index() -> None:
+    first = example(index=3).tokens.tolist()
+    assert example(index=3).tokens.tolist() == first
+    others = [example(index=4), example(index=3, seed=1), example(7, index=3)]
+    assert all(other.tokens.tolist()[:15] != first[:15] for other in others)
+
+
+def test_queries_come_in_random_order_at_all_distances() -> None:
+    found = [example(4, index=i) for i in range(200)]
+    assert {tuple(e.answers) for e in found} == {tuple(p) for p in itertools.permutations(range(4))}
+    assert {int(d) for e in found for d in e.distances} == set(range(2, 16, 2))
+
+
+# -- models that recall, and that do not -------------------------------------------------------------------------------
+
+
+def recalling_model(seed: int = 0, **changes: object) -> tuple[config.Model, Transformer]:
+    """One DeltaNet layer over one-hot tokens: writes at each token (token before -> token), reads at the token itself."""
+    settings = {"hidden_size": 320, "num_hidden_layers": 1, "num_heads": 1, "head_dim": 320, "num_householder": 1}
+    c, model = random_model(seed, **settings, **changes)
+    mixer, identity = model.blocks[0].attn, torch.eye(320)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1)
+        for matrix in (model.embeddings, mixer.q_proj, mixer.k_proj, mixer.v_proj):
+            matrix.weight.copy_(identity)
+        mixer.o_proj.weight.copy_(100 * identity)
+        for conv, back in ((mixer.q_conv1d, 0), (mixer.k_conv1d, 1), (mixer.v_conv1d, 0)):
+            conv.weight[:, 0, -1 - back] = 1
+    return c, model
+
+
+@pytest.fixture
+def recalling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tests.pretrained, "random_model", recalling_model)
+    return save_checkpoint(tmp_path / "recalling")
+
+
+def test_a_model_that_recalls_by_construction_answers_every_query(recalling: Path, tmp_path: Path) -> None:
+    for row in measured(recalling, tmp_path / "out", "--pairs", 1, 4, 64, "--sequences", 5):
+        assert row["queries"] == 5 * row["pairs"]
+        assert row["accuracy"] == row["accuracy_among_values"] == 1.0
+
+
+def test_it_also_recalls_over_fillers(recalling: Path, tmp_path: Path) -> None:
+    (row,) = measured(recalling, tmp_path / "out", "--pairs", 8, "--queries", 2, "--length", 200, "--sequences", 5)
+    assert (row["queries"], row["accuracy"]) == (10, 1.0)
+
+
+def test_a_random_model_guesses(tmp_path: Path) -> None:
+    (row,) = measured(save_checkpoint(tmp_path / "run"), tmp_path / "out", "--pairs", 8, "--sequences", 100)
+    assert row["accuracy"] < 0.05
+    assert row["interval_among_values"][0] < row["chance_among_values"] + 0.03
+    assert row["interval_among_values"][1] > row["chance_among_values"] - 0.03
+
+
+def test_distances_share_the_queries(recalling: Path, tmp_path: Path) -> None:
+    (row,) = measured(recalling, tmp_path / "out", "--pairs", 8, "--sequences", 20)
+    distances = np.concatenate([example(index=i).distances for i in range(20)])
+    for near in row["by_distance"]:
+        low, high = near["distance"]
+        assert near["queries"] == int(((distances >= low) & (distances <= high)).sum())
+    assert sum(near["queries"] for near in row["by_distance"]) == row["queries"] == 160
+
+
+def recall_of_overwritten_keys(erase: bool) -> float:
+    """Share of keys whose last value is found: 8 orthogonal keys, each written three times, twice with the older value."""
+    rng = np.random.default_rng(0)
+    order = np.concatenate([rng.permutation(8) for _ in range(3)])
+    old, new = rng.permutation(16).reshape(2, 8)
+    values = np.concatenate([old[order[:16]], new[order[16:]]])
+    keys = torch.from_numpy(np.linalg.qr(rng.standard_normal((8, 8)))[0])
+    k = torch.cat([keys[order], torch.zeros(8, 8)])[None, :, None, None]  # then eight tokens that only read
+    v = torch.cat([torch.eye(16, dtype=torch.float64)[values], torch.zeros(8, 16)])[None, :, None, None]
+    q = torch.cat([torch.zeros(24, 8), keys])[None, :, None]
+    o, _ = gated_delta_product(q.double(), k, v, torch.ones(1, 32, 1, 1).double(), scale=1.0, erase=erase)
+    return float((o[0, 24:, 0].argmax(-1) == torch.from_numpy(new)).double().mean())
+
+
+def test_the_delta_rule_recalls_overwritten_keys_and_accumulation_does_not() -> None:
+    assert recall_of_overwritten_keys(erase=True) == 1.0
+    assert recall_of_overwritten_keys(erase=False) == 0.0
+
+
+# -- numbers that say what an accuracy is worth ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("right", "asked"), [(0, 10), (3, 10), (500, 1000), (10, 10)])
+def test_the_interval_is_of_proportions_the_count_does_not_contradict(right: int, asked: int) -> None:
+    z = 1.959964
+    grid = np.linspace(0, 1, 200_001)
+    inside = grid[np.abs(right / asked - grid) <= z * np.sqrt(grid * (1 - grid) / asked)]
+    assert wilson(right, asked) == pytest.approx((inside.min(), inside.max()), abs=1e-5)
+
+
+@pytest.mark.parametrize(("pairs", "queries"), [(4, None), (8, 3), (2, 100)])
+def test_the_guess_without_pairing_is_that_of_elimination(pairs: int, queries: int | None) -> None:
+    rng, hits = np.random.default_rng(0), []
+    for _ in range(4000):
+        answers = rng.permutation(pairs)[: queries or pairs]
+        left = set(range(pairs))
+        for answer in answers.tolist():
+            hits.append(rng.choice(sorted(left)) == answer)
+            left.remove(answer)
+    assert unpaired_guess(pairs, queries) == pytest.approx(np.mean(hits), abs=0.03)
+
+
+# -- files, mistakes, interruption, ranks ------------------------------------------------------------------------------
+
+
+def test_several_checkpoints_share_a_figure_and_keep_files_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = [save_checkpoint(tmp_path / name, seed=i) for i, name in enumerate(("one", "two"))]
+    assert run(arguments(*checkpoints, "--out", tmp_path / "out", "--pairs", 2, 4, "--sequences", 3)) == 0
+    labels = ["one-step-00000007", "two-step-00000007"]
+    expected = {"recall.png", *(f"recall-{label}.{ending}" for label in labels for ending in ("json", "csv"))}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+    assert (tmp_path / "out" / "recall.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "out" / "recall-one-step-00000007.csv").open(newline="") as file:
+        assert sum(int(row["queries"]) for row in csv.DictReader(file)) == 3 * (2 + 4)
+    printed = capsys.readouterr().out
+    assert all(label in printed for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pairs", "129"], "--pairs 129 needs 129 keys .* 256 ids .* at most 128 pairs"),
+        (["--pairs", "128", "--length", "2000"], "needs 129 keys .* at most 127 pairs"),
+        (["--pairs", "4", "8", "--length", "32"], "--length 32 is too short for 8 pairs .* at least 33"),
+        (["--pairs", "0"], "--pairs 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--sequences", "0"], "--sequences is 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_way_out(words: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        run(arguments(save_checkpoint(tmp_path / "run"), "--out", tmp_path / "out", *words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_most_pairs_a_vocabulary_allows_are_allowed(tmp_path: Path) -> None:
+    (row,) = measured(save_checkpoint(tmp_path / "run"), tmp_path / "out", "--pairs", 128, "--sequences", 1)
+    assert row["queries"] == 128
+
+
+def test_the_batch_does_not_matter(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "run")
+    words = ("--pairs", 3, 6, "--sequences", 7, "--batch-size")
+    assert measured(checkpoint, tmp_path / "1", *words, 1) == measured(checkpoint, tmp_path / "5", *words, 5)
+
+
+def test_a_run_that_is_cut_off_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = save_checkpoint(tmp_path / "run")
+    words = ("--pairs", 3, 6, "--sequences", 10, "--batch-size", 4)
+    whole = measured(checkpoint, tmp_path / "whole", *words)
+    monkeypatch.setattr(session_module, "_SAVE_SECONDS", 0)
+    sizes: list[int] = []
+    score = module.score
+
+    def cut(model: Transformer, batch: list[Example], vocab_size: int) -> Any:
+        if len(sizes) == 4:
+            raise KeyboardInterrupt
+        sizes.append(len(batch))
+        return score(model, batch, vocab_size)
+
+    monkeypatch.setattr(module, "score", cut)
+    with pytest.raises(KeyboardInterrupt):
+        measured(checkpoint, tmp_path / "cut", *words)
+    monkeypatch.setattr(module, "score", lambda *args: (sizes.append(len(args[1])), score(*args))[1])
+    assert measured(checkpoint, tmp_path / "cut", *words) == whole
+    assert sizes == [4, 4, 2, 4, 4, 2]  # none of the 20 sequences twice
+
+
+def on_this_rank(words: list[str]) -> dict[str, Any] | None:
+    (report,) = evaluate(Session(arguments(*words), current_world(), Console(quiet=True)))
+    return report.finished
+
+
+def test_two_ranks_find_what_one_does(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "run")
+    words = ["--pairs", "3", "6", "--sequences", "7"]
+    whole = measured(checkpoint, tmp_path / "one", *words)
+    found = run_ranks(2, on_this_rank, [str(checkpoint), "--out", str(tmp_path / "two"), *words])
+    assert json.loads(json.dumps(found[0]["by_pairs"])) == whole
+    assert found[1] == found[0]
