@@ -13,8 +13,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Several processes on two cores: one thread each, or they fight.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Several processes on two cores: one thread each, or they fight. The variable is for processes to come, torch is here already.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 # Triton kernels run on the CPU where there is no GPU; this must be set before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -262,11 +262,19 @@ def check_architecture(saved: Mapping[str, torch.Size], wanted: Mapping[str, Ten
 
 
 def save_model_weights(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """A committed checkpoint of weights alone, from one process; a run starts from it by `checkpoint.initial_load_path`."""
+    """A committed checkpoint of weights alone, from one process; a run starts from it by `checkpoint.initial_load_path`.
+
+    Raises OSError where it cannot be written.
+    """
     _make_empty(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")
-        dcp.save({f"model.{name}": tensor for name, tensor in tensors.items()}, checkpoint_id=folder, no_dist=True)
+        try:
+            dcp.save({f"model.{name}": tensor for name, tensor in tensors.items()}, checkpoint_id=folder, no_dist=True)
+        except BaseException as error:
+            if (cause := _os_error(error)) is None:
+                raise
+            raise OSError(cause.errno, f"{folder} could not be written: {cause.strerror or cause}") from error
     files = [file_entry(path) for path in sorted(folder.iterdir())]
     write_manifest(folder, {"weights_only": True, "torch": torch.__version__, "saved": _now(), **meta}, files)
 

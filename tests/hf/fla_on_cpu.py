@@ -2,8 +2,8 @@
 
 `fla_on_cpu` replaces only functions that launch a kernel (and flash-attention's, which fla imports); modules, names,
 configurations, caches and the shapes between kernels stay fla's. Each replacement is written from the definition the kernel
-states, takes every argument that fla's layers pass, and is compared with the kernel itself in test_fla_parity.py: with
-`fla_interpreted` nothing is replaced and Triton's interpreter runs fla's kernels. Only forward passes are covered.
+states, takes every argument that fla's layers pass, and is compared with the kernel itself in test_fla_kernels.py: with
+`fla_interpreted` no kernel of fla's is replaced and Triton's interpreter runs them. Only forward passes are covered.
 """
 
 from __future__ import annotations

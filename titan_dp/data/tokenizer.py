@@ -138,6 +138,7 @@ def _from_hugging_face(name: str) -> Tokenizer:
         backend = HFTokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({_short(error)}); {_ALTERNATIVES}") from error
+    backend.encode_special_tokens = True  # in a text they are ordinary text
     settings = folder / "tokenizer_config.json"
     declared = json.loads(settings.read_text()) if settings.exists() else {}
 

@@ -2,7 +2,7 @@
 
 A sequence is BOS (where the tokenizer has one), pairs "key value" and then queries: keys of these pairs in random order,
 each followed by its value; wanted is the value as the likeliest next token at each queried key. It is the task of Arora et al.
-2023 (Zoology, arXiv 2312.04927, section 3) with two changes for models that were trained on text. The value follows its
+2023 (Zoology, arXiv 2312.04927) with two changes for models that were trained on text. The value follows its
 query, so that the sequence goes on as it began; and queries lie uniformly in the slots of two tokens after the pairs, not
 at power-law gaps, so that every distance is asked for. Slots without a query, if --length leaves any, hold keys that have
 no pair here. Keys and values come from two disjoint random halves of the vocabulary without special tokens.

@@ -120,6 +120,7 @@ def export(
     from titan_dp.hf import layout
     from titan_dp.hf.folder import TRAINING
 
+    assert target in FORMATS, target
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; choose another folder or delete it")
     if model_type is not None and target != "fla":
@@ -154,10 +155,12 @@ def _write_texts(
 
     saved = save_tokenizer(tokenizer or source.tokenizer, folder, source.seq_len)
     check_vocabulary(saved, source)
-    ids = {"bos_token_id": saved.bos_id, "eos_token_id": saved.eos_id, "pad_token_id": saved.eos_id}
+    ids = {"bos_token_id": saved.bos_id, "eos_token_id": saved.eos_id}
     named = str(dtype).removeprefix("torch.")
-    write_json(folder / "config.json", {**settings, **ids, "dtype": named})
-    write_json(folder / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.8})
+    # No pad_token_id for the model: fla makes it the embedding's padding_idx, whose row fine-tuning then never changes.
+    write_json(folder / "config.json", {**settings, **ids, "pad_token_id": None, "dtype": named})
+    generation = {**ids, "pad_token_id": saved.eos_id, "do_sample": True, "temperature": 0.8}
+    write_json(folder / "generation_config.json", generation)
     bos = next((token for token, token_id in saved.special_tokens.items() if token_id == saved.bos_id), None)
     run_folder, step = source.path.parent.parent, source.training.get("step", 0)
     card = model_card(

@@ -75,6 +75,8 @@ class TitanDPConfig(PretrainedConfig):
 class TitanDPCache:
     """What each layer remembers: (state, convolution tails), or (keys, values, which of them are tokens)."""
 
+    is_compileable = False
+
     def __init__(self, layers):
         self.layers = [None] * layers
         self.seen = 0
@@ -365,9 +367,13 @@ class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
         use_cache=None,
         output_hidden_states=False,
         logits_to_keep=0,
+        num_items_in_batch=None,
         **kwargs,
     ):
-        """With labels, which are shifted here, also the mean loss over those that are not -100."""
+        """With labels, which are shifted here, also their loss: the mean over those that are not -100, or the sum over
+
+        `num_items_in_batch`, which transformers' Trainer gives when it accumulates gradients.
+        """
         out = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -376,10 +382,14 @@ class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
         )
-        logits = upcast(self.lm_head(out.last_hidden_state[:, -logits_to_keep:]))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = upcast(self.lm_head(out.last_hidden_state[:, kept]))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+            predictions, wanted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            loss = F.cross_entropy(predictions, wanted, ignore_index=-100, reduction=reduction)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
