@@ -8,6 +8,7 @@ tokens so far. What is done with the losses is the evaluations' business.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from titan_dp.errors import UserError
@@ -32,19 +33,26 @@ def token_losses(model: Transformer, tokens: Tensor, labels: Tensor, segment: in
     Args:
         tokens: [B, T] int64; each row is one sequence.
         labels: [B, T] int64: the id each position should predict; -100 for none, which gives loss 0 and False.
-        segment: tokens that go through the model at once.
+        segment: tokens of each sequence that go through the model at once.
     """
+    import torch
+
+    losses, right = zip(*segment_losses(model, tokens, labels, segment), strict=True)
+    return torch.cat(losses, 1), torch.cat(right, 1)
+
+
+def segment_losses(model: Transformer, tokens: Tensor, labels: Tensor, segment: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`token_losses` of one segment after the other."""
     import torch
 
     from titan_dp.model.loss import token_scores
 
-    parts, cache = [], None
-    with torch.inference_mode():
-        for piece, wanted in zip(tokens.split(segment, 1), labels.split(segment, 1), strict=True):
+    cache = None
+    for piece, wanted in zip(tokens.split(segment, 1), labels.split(segment, 1), strict=True):
+        with torch.inference_mode():
             hidden, cache = model.step_hidden(piece, cache)
-            parts.append(token_scores(hidden, model.output_weight, wanted))
-    losses, likeliest = zip(*parts, strict=True)
-    return torch.cat(losses, 1), torch.cat(likeliest, 1)
+            scores = token_scores(hidden, model.output_weight, wanted)
+        yield scores
 
 
 def keeps_all_tokens(model: Transformer) -> bool:

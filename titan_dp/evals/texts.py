@@ -11,6 +11,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,17 +120,15 @@ def _from_text(args: argparse.Namespace, tokenizer: Tokenizer, bos: int | None, 
     if args.hf_dataset:
         dataset = (args.hf_dataset, args.hf_name, args.hf_split, args.column)
         sources.load_hugging_face(*dataset, True)  # fail now, not later
+        texts = partial(sources.hugging_face_documents, *dataset, True)
         identity: dict[str, Any] = {"hf_dataset": dataset}
     else:
         files = sources.find_files(args.text)
+        texts = partial(sources.documents, files, args.column)
         identity = {"files": [{"file": str(path), "sha256": file_sha256(path)} for path in files], "column": args.column}
 
     def read() -> Iterator[Document]:
-        if args.hf_dataset:
-            texts = sources.hugging_face_documents(*dataset, True)
-        else:
-            texts = sources.documents(files, args.column)
-        for text in itertools.islice(texts, limit):
+        for text in itertools.islice(texts(), limit):
             yield Document(np.array(prefix + tokenizer.encode(text), dtype=np.int64), len(text.encode()))
 
     identity |= {"tokenizer": tokenizer.hash, "bos": bos is not None, "eos": False, "max_documents": limit}
