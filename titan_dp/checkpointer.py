@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -229,7 +229,15 @@ class CheckpointTensors:
         tensors = {f"model.{name}": torch.empty(self.shapes[name], dtype=self.dtypes[name]) for name in names}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's remark on no_dist
-            dcp.load(tensors, storage_reader=self._reader, no_dist=True)
+            try:
+                dcp.load(tensors, storage_reader=self._reader, no_dist=True)
+            except dcp.api.CheckpointException as error:
+                if (cause := _os_error(error)) is not None:
+                    raise cause from error
+                reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+                raise UserError(
+                    f"checkpoint {self._reader.path} is damaged ({reason}); take another step of the run"
+                ) from error
         return _without_prefix(tensors, "model.")
 
 
@@ -350,13 +358,29 @@ class _Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._metadata is None:
-            with (Path(self.path) / ".metadata").open("rb") as file:
-                self._metadata = _IndexUnpickler(file).load()
+            self._metadata = _read_index(Path(self.path) / ".metadata")
         metadata = self._metadata
         if metadata.storage_meta is None:
             metadata.storage_meta = dcp.metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _read_index(path: Path) -> Metadata:
+    """Raises UserError where it is damaged, or lists anything but tensors, which torch would unpickle without a check."""
+    try:
+        with path.open("rb") as file:
+            index = _IndexUnpickler(file).load()
+    except UserError:
+        raise
+    except Exception as error:  # a pickle with flipped bits raises anything
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); take another step of the run") from error
+    if not isinstance(index, Metadata):
+        raise UserError(f"{path} is no index of a checkpoint; take another step of the run")
+    for name, entry in index.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UserError(f"{path} lists {name}, which is no tensor: no checkpoint of ours has such; do not trust it")
+    return index
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -374,8 +398,12 @@ class _IndexUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module in self._MODULES or (module, name) in self._NAMES or is_dtype:
+        if (module, name) in self._NAMES or is_dtype:
             return super().find_class(module, name)
+        if module in self._MODULES and "." not in name:  # a dotted name would reach what these modules import
+            found = super().find_class(module, name)
+            if getattr(found, "__module__", None) == module:
+                return found
         raise UserError(
             f"a checkpoint's .metadata asks for {module}.{name}, which none of ours needs; do not trust this checkpoint"
         )

@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=_temperature, default=0.8, help="softmax temperature; 0 takes the likeliest (default: 0.8)")
     add("--top-k", type=_positive, default=None, metavar="K", help="choose among the K likeliest tokens only")
     add("--top-p", type=_share, default=1.0, metavar="P", help="choose among the fewest tokens of total probability P")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--seed", type=int, default=42, help="of the first continuation; the others count up (default: 42)")
+    add("--stop", type=_stop, action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("--seed", type=_seed, default=42, help="of the first continuation; the others count up (default: 42)")
     add("--no-bos", action="store_true", help="do not begin with BOS")
     add("--raw-prompt", action="store_true", help="take special tokens in the prompt as ordinary text")
     add("--json", action="store_true", help="print a JSON object a line: prompt, text, tokens, finish")
@@ -46,16 +46,35 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
 def _temperature(text: str) -> float:
-    if not 0 <= (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is below 0 or not finite")
+    if (value := _number(text)) != 0 and not 1e-3 <= value <= 1e3:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor from 0.001 to 1000")
     return value
 
 
 def _share(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1:
+    if not 0 < (value := _number(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
     return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**62:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer from 0 to 2**62")
+    return int(text)
+
+
+def _stop(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text would end every continuation at once")
+    return text
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,12 +104,16 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         raise UserError(f"--prompt-file {name!r} cannot be read: {error}") from error
     if not name.endswith(".jsonl"):
         return [*texts, content]
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             value = json.loads(line)["prompt"]
+            if not isinstance(value, str):
+                raise TypeError(f"its prompt is {value!r}")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{name}:{number} is no JSON object with a key 'prompt' ({error})") from error
-        texts.append(str(value))
+            raise UserError(f"{name}:{number} is no JSON object with a text under 'prompt' ({error})") from error
+        texts.append(value)
     if not texts:
         raise UserError(f"--prompt-file {name!r} holds no prompt")
     return texts

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from titan_dp import config
-from titan_dp.checkpoint import MANIFEST, read_manifest, resolve_checkpoint
+from titan_dp.checkpoint import MANIFEST, read_manifest, resolve_checkpoint, verify
 from titan_dp.checkpointer import CheckpointTensors, check_architecture
 from titan_dp.config_loader import config_from_toml
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
 from titan_dp.files import file_sha256
 from titan_dp.model import Transformer, build_model
+from titan_dp.plan import chosen_backend
 
 _READ_BYTES = 2**28
 
@@ -65,6 +66,9 @@ class Source(Protocol):
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Whole tensors on the CPU, as stored."""
 
+    def problems(self) -> list[str]:
+        """A sentence for each file that is not what was saved, as far as that can be told; reads everything."""
+
 
 class CheckpointSource:
     """A committed checkpoint of ours. Raises UserError where it is cut off or damaged."""
@@ -72,20 +76,42 @@ class CheckpointSource:
     def __init__(self, path: Path) -> None:
         self.path = folder = resolve_checkpoint(path)
         manifest = read_manifest(folder)
-        loaded = config_from_toml(manifest["config"], f"configuration in {folder / MANIFEST}")
-        self.label = f"{loaded.job.run_name or 'run'}-{folder.name}"
-        self.config, self.seq_len = loaded.model, loaded.training.seq_len
-        self.tokenizer: str = manifest["tokenizer"]
-        self.identity = {
-            "path": str(folder),
-            "step": manifest["step"],
-            "tokens": manifest["tokens"],
-            "manifest_sha256": file_sha256(folder / MANIFEST),
-            "git_commit": manifest["git_commit"],
-        }
-        self.training = {key: value for key, value in manifest.items() if key != "files"}
-        tensors = CheckpointTensors(folder)
-        self.shapes, self.dtypes, self.read = tensors.shapes, tensors.dtypes, tensors.read
+        try:
+            loaded = config_from_toml(manifest["config"], f"configuration in {folder / MANIFEST}")
+            name = loaded.job.run_name.replace("/", "-") or "run"
+            self.label = f"{name}-{folder.name}"
+            self.config, self.seq_len = loaded.model, loaded.training.seq_len
+            self.tokenizer = str(manifest["tokenizer"])
+            self.identity: dict[str, Any] = {
+                "path": str(folder),
+                "step": manifest["step"],
+                "tokens": manifest["tokens"],
+                "manifest_sha256": file_sha256(folder / MANIFEST),
+                "git_commit": manifest["git_commit"],
+            }
+            self.training = {key: value for key, value in manifest.items() if key != "files"}
+            tensors = CheckpointTensors(folder)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / MANIFEST} is damaged ({error!r}); take another step of the run") from error
+        self.shapes = in_the_models_order(self.config, tensors.shapes, f"checkpoint {folder}")
+        self.dtypes, self.read = tensors.dtypes, tensors.read
+
+    def problems(self) -> list[str]:
+        return verify(self.path)
+
+
+def in_the_models_order(c: config.Model, shapes: Mapping[str, torch.Size], where: str) -> dict[str, torch.Size]:
+    """The `shapes` of a model of settings `c`, all there; raises UserError where one is missing or another."""
+    try:
+        with torch.device("meta"):
+            wanted = dict(build_model(c).named_parameters())
+    except (RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{where} describes a model that cannot be built ({reason}); take the settings it was made with"
+        ) from error
+    check_architecture(shapes, wanted, where)
+    return {name: shapes[name] for name in wanted}
 
 
 def open_source(path: Path) -> Source:
@@ -117,14 +143,15 @@ def load_pretrained(
 ) -> Pretrained:
     """The model at `path` (see `open_source`) and its tokenizer, or the one named.
 
-    Raises UserError where there is none, the tokenizer cannot be had or has more ids than the model.
+    Raises UserError where there is none, the tokenizer cannot be had or has more ids than the model, or the backend cannot run.
     """
     source = open_source(path)
     loaded_tokenizer = load_tokenizer(tokenizer or source.tokenizer)
     check_vocabulary(loaded_tokenizer, source)
-    check_whole(source)
+    c = source.config.model_copy(update={"backend": backend})
+    chosen_backend(c, device)
     with torch.device("meta"):
-        model = build_model(source.config.model_copy(update={"backend": backend}))
+        model = build_model(c)
     islands = {id(p) for module in model.fp32_modules() for p in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in islands:
@@ -136,13 +163,6 @@ def load_pretrained(
             for name, tensor in source.read(names).items():
                 parameters[name].copy_(tensor)
     return Pretrained(model.eval().requires_grad_(False), loaded_tokenizer, source)
-
-
-def check_whole(source: Source) -> None:
-    """Raises UserError where a tensor of the model is missing at `source` or has another shape."""
-    with torch.device("meta"):
-        wanted = dict(build_model(source.config).named_parameters())
-    check_architecture(source.shapes, wanted, str(source.path))
 
 
 def check_vocabulary(tokenizer: Tokenizer, source: Source) -> None:

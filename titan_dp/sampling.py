@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from titan_dp.data.tokenizer import Tokenizer
-from titan_dp.errors import UserError
+from titan_dp.errors import RunError, UserError
 from titan_dp.model import Transformer
 
 _SEGMENT = 2048
 _LOOKS_SPECIAL = re.compile(r"<\|[^<>|\s][^<>|]*\|>")
 _UNFINISHED = "\ufffd"
-_LONGEST_CHARACTER = 8
-"""Tokens after which bytes that are no UTF-8 are shown as such: no character takes so many."""
+_LONGEST_CHARACTER = 4
+"""UTF-8 bytes; so many that are no text are no beginning of a character."""
+_CONTEXT = 8
+"""Ids decoded again with each new one."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Sampling:
         if self.temperature == 0:
             return logits.argmax(-1)
         probabilities = torch.softmax(logits.float() / self.temperature, -1)
+        if not bool(probabilities.isfinite().all()):
+            raise RunError("the model's logits are not finite; generate from an earlier, healthy checkpoint")
         if self.top_k or self.top_p < 1:
             # Rarer ids are cut off in falling order; top_k alone needs no more of that order than its beginning.
             count = min(self.top_k or probabilities.shape[-1], probabilities.shape[-1])
@@ -118,8 +122,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
-        self._ids = prompt[-_LONGEST_CHARACTER:]  # what comes before decides about spaces in some tokenizers
-        self._known, self._shown = 0, len(self._ids)
+        self._ids = prompt[-_CONTEXT:]  # what comes before decides about spaces in some tokenizers
+        self._decoded = len(self.tokenizer.decode(self._ids))
+        """Characters of the decoded ids that have been taken."""
         self._held = ""
         self.tokens = 0
         """Ids taken, the end-of-text token included."""
@@ -130,39 +135,40 @@ class TextStream:
         """Take an id; returns the text that is now certain, often a word, sometimes nothing."""
         self.tokens += 1
         if token == self.tokenizer.eos_id:
-            self.finished = "eos"
-            return self._release(self._decode_rest())
+            text = self.close()
+            self.finished = self.finished or "eos"
+            return text
         self._ids.append(token)
-        before = self.tokenizer.decode(self._ids[self._known : self._shown])
-        after = self.tokenizer.decode(self._ids[self._known :])
-        if after.endswith(_UNFINISHED) and len(self._ids) - self._shown < _LONGEST_CHARACTER:
-            return ""
-        self._known, self._shown = self._shown, len(self._ids)
-        return self._through_stops(after[len(before) :])
+        text = self.tokenizer.decode(self._ids)
+        unsure = len(text) - len(text.rstrip(_UNFINISHED))  # the last of them may be the beginning of a character
+        piece = self._take(text, len(text) - min(unsure, _LONGEST_CHARACTER - 1))
+        if not unsure and len(self._ids) > 2 * _CONTEXT:
+            self._ids = self._ids[-_CONTEXT:]
+            self._decoded = len(self.tokenizer.decode(self._ids))
+        return self._through_stops(piece)
 
     def close(self) -> str:
         """What was still held back, when generation ends for another reason."""
-        return self._release(self._decode_rest())
+        text = self.tokenizer.decode(self._ids)
+        rest = self._through_stops(self._take(text, len(text)))
+        held, self._held = self._held, ""
+        return rest + held
 
-    def _decode_rest(self) -> str:
-        before = self.tokenizer.decode(self._ids[self._known : self._shown])
-        rest = self.tokenizer.decode(self._ids[self._known :])[len(before) :]
-        self._known = self._shown = len(self._ids)
-        return self._through_stops(rest)
+    def _take(self, text: str, end: int) -> str:
+        """The characters up to `end` that have not been taken."""
+        piece = text[self._decoded : max(end, self._decoded)]
+        self._decoded = max(end, self._decoded)
+        return piece
 
     def _through_stops(self, piece: str) -> str:
         text = self._held + piece
-        found = [position for s in self.stop if (position := text.find(s)) >= 0]
+        found = [(start + len(s), start) for s in self.stop if (start := text.find(s)) >= 0]
         if found:
             self.finished, self._held = "stop", ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
-
-    def _release(self, text: str) -> str:
-        held, self._held = self._held, ""
-        return text + held
 
 
 def continue_text(

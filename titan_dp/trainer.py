@@ -256,5 +256,5 @@ class Trainer:
                 sampling=Sampling(c.temperature),
                 seed=self.config.debug.seed,
             )
-        except UserError as error:  # the run is done and saved: a tokenizer out of reach is no reason to fail it now
+        except (UserError, torch.OutOfMemoryError) as error:  # the run is done and saved: no reason to fail it now
             return f"no sample: {error}"

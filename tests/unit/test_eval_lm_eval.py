@@ -396,7 +396,7 @@ def evaluate_in_rank(args: argparse.Namespace) -> None:
 def test_two_ranks_give_what_one_gives(folder: Path, checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
     run_ranks(2, evaluate_in_rank, arguments(checkpoint, tmp_path, "--include-path", str(tasks), "--log-samples"))
     one, two = read(folder), read(tmp_path)
-    assert (one["settings"]["ranks"], two["settings"]["ranks"]) == (1, 2)
+    assert (one["made_on"]["ranks"], two["made_on"]["ranks"]) == (1, 2)
     assert two["results"] == one["results"]
 
 

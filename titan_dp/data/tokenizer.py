@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from titan_dp.errors import UserError
 
@@ -130,6 +130,30 @@ def hugging_face_folder(name: str) -> Path:
     return folder
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json of a folder, {} where there is none: bos_token and eos_token are str or None, ORIGIN is
+    {"name": str, "hash": str} or absent. Raises UserError for anything else.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(path.read_text())
+        for role in ("bos_token", "eos_token"):
+            token = settings.get(role)
+            settings[role] = token["content"] if isinstance(token, dict) else token
+            if not isinstance(settings[role], str | None):
+                raise ValueError(f"{role} = {token!r}")
+        origin = settings.get(ORIGIN)
+        if origin is not None and not (isinstance(origin["name"], str) and isinstance(origin["hash"], str)):
+            raise ValueError(f"{ORIGIN} = {origin!r}")
+        return settings
+    except (ValueError, OSError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not a tokenizer's settings ({error}); take it from where the tokenizer comes from"
+        ) from error
+
+
 def _from_hugging_face(name: str) -> Tokenizer:
     from tokenizers import Tokenizer as HFTokenizer
 
@@ -139,13 +163,11 @@ def _from_hugging_face(name: str) -> Tokenizer:
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({_short(error)}); {_ALTERNATIVES}") from error
     backend.encode_special_tokens = True  # in a text they are ordinary text
-    settings = folder / "tokenizer_config.json"
-    declared = json.loads(settings.read_text()) if settings.exists() else {}
+    declared = read_settings(folder)
 
     def id_of(role: str) -> int | None:
         token = declared.get(role)
-        content = token["content"] if isinstance(token, dict) else token
-        return None if content is None else backend.token_to_id(content)
+        return None if token is None else backend.token_to_id(token)
 
     def encode_batch(texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]

@@ -18,8 +18,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from titan_dp.errors import RunError, UserError
-from titan_dp.evals.scoring import check_positive
-from titan_dp.evals.session import Report, Session, add_common_arguments, session
+from titan_dp.evals.plots import check_matplotlib
+from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def evaluate(s: Session) -> Report:
 
     args = s.args
     check_positive(args, "max_length", "every", "segment")
+    check_matplotlib()
     pretrained = s.load(args.checkpoint)
     layers = recurrent_layers(pretrained.model)
     if not layers:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from titan_dp.errors import UserError
 from titan_dp.evals.plots import check_matplotlib
-from titan_dp.evals.scoring import check_positive, keeps_all_tokens, token_losses
-from titan_dp.evals.session import Report, Session, add_common_arguments, session
+from titan_dp.evals.scoring import keeps_all_tokens, token_losses
+from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from titan_dp.pretrained import Pretrained
 
 NAME = "length-extrapolation"
-# Tokens through the model at once. Measured on a CPU with debug.toml's model and 8 sequences, against a plain forward of 2048
-# tokens: 1.03 times its time a token with 1024, 1.04 with 2048, 1.2 with 8192, 2.2 with 32,768, as activations leave the
-# cache. For a GPU a guess: enough to keep it busy.
+# Tokens through the model at once, and of each sequence at least. On a CPU with debug.toml's model and 8 sequences a segment
+# of 256 costs 1.03 times a plain forward's time a token, one of 1024 1.2 times and one of 4096 2.2 times, as activations
+# leave the cache; shorter ones pay for more calls. For a GPU a guess: enough to keep it busy.
 _TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 16384}
+_SHORTEST = 256
 _CURVE_POINTS = 256
 _RANGES = 8
 
@@ -43,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, default=64, help="take so many at most (default: 64)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at once (default: 8)")
     parser.add_argument(
-        "--segment", type=int, help="tokens of each at once (default: 1024 / BATCH_SIZE on a CPU, 16384 / BATCH_SIZE on a GPU)"
+        "--segment",
+        type=int,
+        help="tokens of each at once (default: 1024 / BATCH_SIZE on a CPU, 16384 / BATCH_SIZE on a GPU, at least 256)",
     )
     parser.add_argument("--smooth", type=int, help="positions the curve is averaged over (default: MAX_LENGTH / 64)")
     parser.add_argument("--x-axis", choices=("log", "linear"), default="log", help="of the plot (default: log)")
@@ -57,25 +60,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--max-length is {args.max_length}; give at least 2")
     with session(args) as s:
         check_matplotlib()
-        _check_labels(args)
+        s.check_labels()
         reports = [_evaluate(s, path) for path in args.checkpoints]
         if len({str(report.head["settings"]["texts"]) for report in reports}) > 1:
             s.console.print("the checkpoints have different tokenizers: losses a token cannot be compared")
         if s.world.is_main:
             output.write(reports, args.out / NAME, args.x_axis)
     return 0
-
-
-def _check_labels(args: argparse.Namespace) -> None:
-    """Raises UserError where a checkpoint is no checkpoint, or two would have the same result file."""
-    from titan_dp.pretrained import open_source
-
-    seen: dict[str, str] = {}
-    for path in args.checkpoints:
-        label = open_source(path).label
-        if label in seen:
-            raise UserError(f"{path} and {seen[label]} are both called {label!r}; evaluate one of them into another --out")
-        seen[label] = str(path)
 
 
 def _evaluate(s: Session, path: Any) -> Report:
@@ -100,7 +91,7 @@ def _evaluate(s: Session, path: Any) -> Report:
 
 def default_segment(device: str, batch_size: int) -> int:
     """Tokens of each sequence that go through the model at once."""
-    return max(1, _TOKENS_AT_ONCE[device] // batch_size)
+    return max(_SHORTEST, _TOKENS_AT_ONCE[device] // batch_size)
 
 
 def sequences(texts: Texts, length: int) -> Iterator[np.ndarray]:

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from titan_dp.errors import UserError
 from titan_dp.evals.lm_eval_results import PAPER, collect, show
-from titan_dp.evals.scoring import check_positive
-from titan_dp.evals.session import Report, Session, add_common_arguments, session
+from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
 
 if TYPE_CHECKING:
     from titan_dp.evals.lm_eval_model import TitanDPLM
@@ -108,13 +107,13 @@ def _settings(args: argparse.Namespace, names: list[str], lm: TitanDPLM) -> dict
     return {
         "lm_eval": lm_eval.__version__,
         "tasks": names,
-        "include_path": None if args.include_path is None else [str(args.include_path), _digest(args.include_path)],
+        "include_path": args.include_path and str(args.include_path),
+        "include_sha256": args.include_path and _digest(args.include_path),
         "limit": args.limit,
         "num_fewshot": _fewshot(args),
         "batch_size": args.batch_size,
         "seed": args.seed,
         "log_samples": args.log_samples,
-        "backend": args.backend,
         **lm.conventions(),
     }
 

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from titan_dp.errors import UserError
-from titan_dp.evals.scoring import check_positive, token_losses
-from titan_dp.evals.session import Report, Session, add_common_arguments, session
+from titan_dp.evals.scoring import token_losses
+from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import argparse
 from typing import TYPE_CHECKING, NamedTuple
 
 from titan_dp.errors import UserError
-from titan_dp.evals.scoring import check_positive
-from titan_dp.evals.session import Report, Session, add_common_arguments, session
+from titan_dp.evals.plots import check_matplotlib
+from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,6 +81,8 @@ def evaluate(s: Session) -> list[Report]:
     args.pairs = sorted(set(args.pairs))
     if args.pairs[0] < 1 or args.seed < 0:
         raise UserError(f"--pairs {args.pairs[0]} and --seed {args.seed}: give at least 1 pair and a seed of at least 0")
+    check_matplotlib()
+    s.check_labels()
     reports = []
     for path in args.checkpoints:
         pretrained = s.load(path)

@@ -7,24 +7,13 @@ tokens so far. What is done with the losses is the evaluations' business.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
-
-from titan_dp.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from titan_dp.model import Transformer
-
-
-def check_positive(args: argparse.Namespace, *options: str) -> None:
-    """Raises UserError where one of `options` is given and below 1."""
-    for option in options:
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise UserError(f"--{option.replace('_', '-')} is {value}; give at least 1")
 
 
 def token_losses(model: Transformer, tokens: Tensor, labels: Tensor, segment: int) -> tuple[Tensor, Tensor]:

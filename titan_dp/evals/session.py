@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,14 @@ def add_common_arguments(parser: argparse.ArgumentParser, several: bool = False)
     )
 
 
+def check_positive(args: argparse.Namespace, *options: str) -> None:
+    """Raises UserError where one of `options` is given and below 1."""
+    for option in options:
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} is {value}; give at least 1")
+
+
 @dataclass(frozen=True)
 class Session:
     """The processes of one evaluation and the command it carries out."""
@@ -66,6 +75,17 @@ class Session:
         dtype = getattr(torch, args.dtype)
         return load_pretrained(path, self.world.device, dtype=dtype, tokenizer=args.tokenizer, backend=args.backend)
 
+    def check_labels(self) -> None:
+        """Raises UserError where one of the checkpoints is none, or two would have the same result file."""
+        from titan_dp.pretrained import open_source
+
+        seen: dict[str, Path] = {}
+        for path in self.args.checkpoints:
+            label = open_source(path).label
+            if label in seen:
+                raise UserError(f"{path} and {seen[label]} are both called {label!r}; evaluate one of them into another --out")
+            seen[label] = path
+
     def share(self, units: int, start: int = 0) -> range:
         """This rank's units of work, of which it has done the first `start`."""
         return range(self.world.rank + start * self.world.size, units, self.world.size)
@@ -80,8 +100,7 @@ class Session:
 
     def report(self, kind: str, source: Source, settings: dict[str, Any]) -> Report:
         """The result file of `kind` for `source`; see `Report`."""
-        shared = {"dtype": self.args.dtype, "ranks": self.world.size, "device": self.world.device.type}
-        return Report(self, kind, source, {**settings, **shared})
+        return Report(self, kind, source, {**settings, "dtype": self.args.dtype, "backend": self.args.backend})
 
 
 @contextmanager
@@ -98,7 +117,7 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
 class Report:
     """`<out>/<kind>-<label>.json` to be: finished already, begun, or to begin with.
 
-    Raises UserError where that file is there and was made with other settings or from another checkpoint.
+    Raises UserError where that file was made with other settings or from another checkpoint, or --out is a file.
     """
 
     def __init__(self, session: Session, kind: str, source: Source, settings: dict[str, Any]) -> None:
@@ -111,18 +130,22 @@ class Report:
         }
         self.folder: Path = session.args.out
         self.path = self.folder / f"{kind}-{source.label}.json"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out {self.folder} is a file; name a folder")
         self.finished: dict[str, Any] | None = None
         """The results of this very evaluation, where it has been done before."""
         if self.path.exists() and not session.args.overwrite:
             self.finished = self._read()
-        key = hashlib.sha256(json.dumps(self.head, sort_keys=True).encode()).hexdigest()[:16]
-        self._partial = self.folder / f".{self.path.stem}.{key}.rank{session.world.rank}.npz"
+        key = hashlib.sha256(json.dumps(_without_paths(self.head), sort_keys=True).encode()).hexdigest()[:16]
+        rank = f"rank{session.world.rank}of{session.world.size}"
+        self._partial = self.folder / f".{self.path.stem}.{key}.{rank}.npz"
         self._saved = time.monotonic()
 
     def _read(self) -> dict[str, Any]:
         try:
             found = json.loads(self.path.read_text())
-            same = all(found[key] == json.loads(json.dumps(value)) for key, value in self.head.items())
+            wanted = _without_paths(json.loads(json.dumps(self.head)))
+            same = all(_without_paths(found[key]) == value for key, value in wanted.items())
             results: dict[str, Any] = found["results"]
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path} is no result of an evaluation ({error}); choose another --out") from error
@@ -134,10 +157,11 @@ class Report:
         """What this rank had computed when it last saved; empty at the beginning."""
         import numpy as np
 
-        if not self._partial.exists():
+        try:
+            with np.load(self._partial, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, zipfile.BadZipFile):  # not there, or damaged: begin again
             return {}
-        with np.load(self._partial, allow_pickle=False) as arrays:
-            return dict(arrays)
 
     def keep(self, now: bool = False, **arrays: np.ndarray | float) -> None:
         """Save what this rank has computed so far, every half minute or `now`."""
@@ -157,8 +181,20 @@ class Report:
         from titan_dp.files import write_json
 
         self.finished = results
-        if self._session.world.is_main:
+        world = self._session.world
+        if world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, {**self.head, "torch": torch.__version__, "results": results})
+            made_on = {"torch": torch.__version__, "ranks": world.size, "device": world.device.type}
+            write_json(self.path, {**self.head, "made_on": made_on, "results": results})
         torch.distributed.barrier()
         self._partial.unlink(missing_ok=True)
+
+
+_PATHS = frozenset({"path", "shards", "file", "include_path"})
+
+
+def _without_paths(value: Any) -> Any:
+    """`value` but for where things lie, which hashes beside it identify: a moved run is the same run."""
+    if isinstance(value, dict):
+        return {key: _without_paths(entry) for key, entry in value.items() if key not in _PATHS}
+    return [_without_paths(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_dp import config
+from titan_dp.errors import UserError
 from titan_dp.model import build_model
 
 _USE = {
@@ -59,7 +60,10 @@ def model_card(
     lines += [_USE[target].format(name=name)]
     if bos:
         lines += [f"Every training document began with `{bos}`; put it before a prompt.", ""]
-    rows = {**_training_rows(training), **_measured_rows(measured)}
+    try:
+        rows = {**_training_rows(training), **_measured_rows(measured)}
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"the training summary of {name} is damaged ({error}); delete training.json") from error
     if rows:
         lines += ["## Training", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
     lines += ["## Architecture", "", "| | |", "|---|---|"]

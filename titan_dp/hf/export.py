@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 FORMATS = ("fla", "remote-code")
 DTYPES = ("float32", "bfloat16", "float16")
 _READ_BYTES = 2**26
+_CONVERTED_AT_ONCE = 2**22
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -67,22 +70,23 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
     from rich.filesize import decimal
-    from rich.progress import track
+    from rich.progress import Progress
 
     from titan_dp.pretrained import open_source
 
     source = open_source(args.checkpoint)
-    console = Console(stderr=True)
-    export(
-        source,
-        args.out,
-        target=args.format,
-        model_type=args.model_type,
-        dtype=getattr(torch, args.dtype),
-        max_shard_bytes=args.max_shard_size,
-        tokenizer=args.tokenizer,
-        show=lambda steps, count: track(steps, "writing", total=count, console=console, transient=True),
-    )
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("writing", total=len(source.shapes))
+        export(
+            source,
+            args.out,
+            target=args.format,
+            model_type=args.model_type,
+            dtype=getattr(torch, args.dtype),
+            max_shard_bytes=args.max_shard_size,
+            tokenizer=args.tokenizer,
+            written=lambda: progress.advance(task),
+        )
     files = sorted(args.out.iterdir())
     for file in files:
         print(f"{decimal(file.stat().st_size):>10}  {file}")
@@ -98,7 +102,7 @@ def export(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: str = "",
-    show: Callable[[Iterator[Any], int], Any] = lambda steps, count: steps,
+    written: Callable[[], object] = lambda: None,
 ) -> None:
     """Write the model of `source` as the folder `out`.
 
@@ -110,10 +114,10 @@ def export(
         dtype: of the matrices, convolutions and embeddings; None for float32. Norms, A_log and dt_bias are float32.
         max_shard_bytes: a file of weights holds at most so much (or one tensor).
         tokenizer: instead of the source's.
-        show: wraps the iterator over tensors batches, for a progress bar.
+        written: called after each tensor.
 
-    Raises UserError where `out` is in use, the format cannot express the model, or the tokenizer does not fit; then nothing
-    is left behind.
+    Raises UserError where the source is damaged, `out` is in use, the format cannot express the model, or the tokenizer does
+    not fit; then nothing is left behind.
     """
     import torch
 
@@ -128,33 +132,42 @@ def export(
     kind = layout.REMOTE_CODE if target == "remote-code" else model_type or "gated_deltaproduct"
     settings = layout.to_hf(source.config, kind, source.seq_len)
     dtype = dtype or torch.float32
-    scratch = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
+    if problems := source.problems():
+        raise UserError(f"{source.path} is damaged: {problems[0]}; take another step of the run")
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        scratch.mkdir(parents=True)
+        scratch.chmod(0o777 & ~_umask())
         _write_texts(source, scratch, out.name, settings, target, dtype, tokenizer)
-        _write_weights(source, scratch, dtype, max_shard_bytes, show)
+        _write_weights(source, scratch, dtype, max_shard_bytes, written)
         write_json(scratch / TRAINING, source.training)
         if target == "remote-code":
             shutil.copyfile(Path(__file__).with_name("modeling_titan_dp.py"), scratch / "modeling_titan_dp.py")
-        if out.exists():
-            out.rmdir()
-        scratch.rename(out)
+        scratch.rename(out)  # in place of an empty folder, too
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _umask() -> int:
+    """What the user's new files are not allowed; mkdtemp would keep the folder from everybody else."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def _write_texts(
     source: Source, folder: Path, name: str, settings: dict[str, Any], target: str, dtype: torch.dtype, tokenizer: str
 ) -> None:
     """Tokenizer, config.json, generation_config.json and the model card."""
+    from titan_dp.data.tokenizer import load_tokenizer
     from titan_dp.hf.card import last_validation, model_card
     from titan_dp.hf.tokenizer import save_tokenizer
     from titan_dp.pretrained import check_vocabulary
 
+    check_vocabulary(load_tokenizer(tokenizer or source.tokenizer), source)
     saved = save_tokenizer(tokenizer or source.tokenizer, folder, source.seq_len)
-    check_vocabulary(saved, source)
     ids = {"bos_token_id": saved.bos_id, "eos_token_id": saved.eos_id}
     named = str(dtype).removeprefix("torch.")
     # No pad_token_id for the model: fla makes it the embedding's padding_idx, whose row fine-tuning then never changes.
@@ -180,17 +193,16 @@ def _write_weights(
     folder: Path,
     dtype: torch.dtype,
     max_shard_bytes: int,
-    show: Callable[[Iterator[Any], int], Any],
+    written: Callable[[], object],
 ) -> None:
     from titan_dp.hf import layout
     from titan_dp.hf.folder import WEIGHTS
 
-    shards = plan_shards(source, dtype, max_shard_bytes)
+    shards = _plan_shards(source, dtype, max_shard_bytes)
     index: dict[str, str] = {}
-    for number in show(iter(range(len(shards))), len(shards)):
-        names = shards[number]
+    for number, names in enumerate(shards):
         file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        _write_safetensors(folder / file, source, names, dtype)
+        _write_safetensors(folder / file, source, names, dtype, written)
         index |= {layout.hf_name(name): file for name in names}
     if len(shards) > 1:
         total = sum(_stored_bytes(source, name, dtype) for name in source.shapes)
@@ -198,7 +210,7 @@ def _write_weights(
     assert set(index) == {layout.hf_name(name) for name in source.shapes}
 
 
-def _write_safetensors(path: Path, source: Source, names: list[str], dtype: torch.dtype) -> None:
+def _write_safetensors(path: Path, source: Source, names: list[str], dtype: torch.dtype, written: Callable[[], object]) -> None:
     """A file of safetensors, written as it is read: the package's own writer wants all tensors in memory.
 
     The format: the header's length in 8 bytes, little-endian; the header, JSON, padded to 8 bytes; the tensors' bytes.
@@ -221,11 +233,12 @@ def _write_safetensors(path: Path, source: Source, names: list[str], dtype: torc
         for batch in batches(source, names, _READ_BYTES):
             tensors = source.read(batch)
             for name in batch:
-                stored = tensors.pop(name).to(_stored_dtype(name, dtype)).contiguous()
-                file.write(stored.view(-1).view(torch.uint8).numpy().data)
+                for part in tensors.pop(name).contiguous().view(-1).split(_CONVERTED_AT_ONCE):
+                    file.write(part.to(_stored_dtype(name, dtype)).view(torch.uint8).numpy().data)
+                written()
 
 
-def plan_shards(source: Source, dtype: torch.dtype, most: int) -> list[list[str]]:
+def _plan_shards(source: Source, dtype: torch.dtype, most: int) -> list[list[str]]:
     """Tensor names file by file, in the model's order, at most `most` bytes (or one tensor) each."""
     shards: list[list[str]] = [[]]
     size = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from titan_dp.data.tokenizer import ORIGIN
+from titan_dp.data.tokenizer import ORIGIN, read_settings
 from titan_dp.errors import UserError
 from titan_dp.files import file_sha256
 from titan_dp.hf import layout
+from titan_dp.pretrained import in_the_models_order
 
 CONFIG = "config.json"
 TRAINING = "training.json"
@@ -35,40 +36,31 @@ class FolderSource:
     def __init__(self, path: Path) -> None:
         self.path, self.label = path, path.resolve().name
         values = _read_json(path / CONFIG)
-        self.config, self.assumed = layout.from_hf(values, str(path / CONFIG))
+        self.config, self.seq_len, self.assumed = layout.from_hf(values, str(path / CONFIG))
         """`assumed`: settings that config.json is silent about."""
         self.model_type: str = values["model_type"]
-        self.seq_len = int(values.get("max_position_embeddings", 2048))
         self.training: dict[str, Any] = _read_json(path / TRAINING) if (path / TRAINING).exists() else {}
         self._files = _weight_files(path)
-        names = [name for names in map(_tensors_of, self._files) for name in names]
         self._where = {name: file for file in self._files for name in _tensors_of(file)}
-        parts = layout.our_names(names)
-        if self.config.tie_word_embeddings:
-            parts.pop("lm_head.weight", None)  # some folders hold the tied matrix twice
-        self._parts = parts
-        self._check_complete()
-        self.shapes: dict[str, torch.Size] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        for name, of in parts.items():
-            shapes, dtypes = zip(*(self._look(part) for part in of), strict=True)
-            self.shapes[name] = torch.Size([sum(shape[0] for shape in shapes), *shapes[0][1:]])
-            self.dtypes[name] = dtypes[0]
-
-    def _check_complete(self) -> None:
-        from titan_dp.model import build_model
-
-        with torch.device("meta"):
-            wanted = {name for name, _ in build_model(self.config).named_parameters()}
-        if missing := sorted(wanted - set(self._parts)):
+        parts = self._parts = layout.our_names(self._where)
+        if self.config.tie_word_embeddings and "lm_head.weight" in parts:  # some folders hold the tied matrix twice
+            self._check_tied(parts)
+            del parts["lm_head.weight"]
+        found = {name: [self._look(part) for part in of] for name, of in parts.items()}
+        shapes = {name: torch.Size([sum(s[0] for s, _ in looks), *looks[0][0][1:]]) for name, looks in found.items()}
+        self.shapes = in_the_models_order(self.config, shapes, str(path))
+        self.dtypes = {name: looks[0][1] for name, looks in found.items()}
+        if unknown := sorted(set(parts) - set(self.shapes)):
             raise UserError(
-                f"{self.path} lacks {len(missing)} of the model's tensors, {layout.hf_name(missing[0])} first: its weights do "
-                "not belong to its config.json, or a file of them is missing"
+                f"{path} holds {parts[unknown[0]][0]}, which a model of its {CONFIG} does not have; the weights belong to "
+                "another model"
             )
-        if unknown := sorted(set(self._parts) - wanted):
+
+    def _check_tied(self, parts: dict[str, list[str]]) -> None:
+        own, tied = (self._load(parts[name][0]) for name in ("lm_head.weight", "embeddings.weight"))
+        if not torch.equal(own, tied):
             raise UserError(
-                f"{self.path} holds {self._parts[unknown[0]][0]}, which a model of its config.json does not have; the weights "
-                "belong to another model"
+                f"{self.path} has tie_word_embeddings = true, but an lm_head.weight other than its embeddings; set it to false"
             )
 
     @cached_property
@@ -81,8 +73,7 @@ class FolderSource:
     @property
     def tokenizer_origin(self) -> dict[str, str]:
         """{"name", "hash"} of the tokenizer that an exported one was converted from; empty for others."""
-        settings = self.path / "tokenizer_config.json"
-        return _read_json(settings).get(ORIGIN, {}) if settings.exists() else {}
+        return read_settings(self.path).get(ORIGIN, {})
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -97,15 +88,18 @@ class FolderSource:
     def _join(parts: list[Tensor]) -> Tensor:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def problems(self) -> list[str]:
+        return []  # safetensors have no checksums
+
     def _look(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of a tensor without reading it."""
+        """Shape and dtype of a tensor without reading it; a number's shape is (0,), which fits nowhere."""
         file = self._where[name]
         if file.suffix == ".bin":
             tensor = _mapped(file)[name]
-            return tuple(tensor.shape), tensor.dtype
+            return tuple(tensor.shape) or (0,), tensor.dtype
         with safe_open(file, "pt") as opened:
             part = opened.get_slice(name)
-            return tuple(part.get_shape()), _DTYPES[part.get_dtype()]
+            return tuple(part.get_shape()) or (0,), _DTYPES[part.get_dtype()]
 
     def _load(self, name: str) -> Tensor:
         file = self._where[name]
@@ -121,12 +115,12 @@ _DTYPES = {short: getattr(torch, name) for name, short in layout.SAFETENSORS_DTY
 def _weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights, all there."""
     for single in _SINGLE:
-        if (folder / single).exists():
+        if (folder / single).is_file():
             return [folder / single]
         index = folder / f"{single}.index.json"
         if index.exists():
             try:
-                names = sorted(set(_read_json(index)["weight_map"].values()))
+                names = sorted(map(str, set(_read_json(index)["weight_map"].values())))
             except (KeyError, AttributeError, TypeError) as error:
                 raise UserError(
                     f"{index} is no index of weights ({error}); take it from where the weights come from"
@@ -134,7 +128,7 @@ def _weight_files(folder: Path) -> list[Path]:
             for name in names:
                 if Path(name).name != name:
                     raise UserError(f"{index} names {name!r}, which is not a file of its folder")
-                if not (folder / name).exists():
+                if not (folder / name).is_file():
                     raise UserError(f"{folder} lacks {name}, one of {len(names)} files of weights; copy the folder again")
             return [folder / name for name in names]
     raise UserError(f"{folder} has a {CONFIG} but no weights ({' or '.join(_SINGLE)}, or an index of shards)")
@@ -153,21 +147,26 @@ def _tensors_of(file: Path) -> list[str]:
         raise UserError(f"{file} is cut off or no safetensors file ({error}); copy it again") from error
 
 
+@lru_cache(maxsize=64)
 def _mapped(file: Path) -> dict[str, Tensor]:
     """The tensors of a .bin file, mapped into memory where its format allows."""
     try:
         try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # written by a torch older than 1.6
-            return torch.load(file, map_location="cpu", weights_only=True)
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's, zip's and torch's own
         raise UserError(f"{file} is no file of tensors alone ({str(error).splitlines()[0][:120]})") from error
+    tensors = found.items() if isinstance(found, dict) else [(None, None)]
+    if not all(isinstance(k, str) and isinstance(t, Tensor) and t.dtype in _DTYPES.values() for k, t in tensors):
+        raise UserError(f"{file} is no file of named floating-point tensors; take the weights' own file")
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}); take it from where the folder comes from") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is no JSON object; take it from where the folder comes from")

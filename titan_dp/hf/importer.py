@@ -51,14 +51,13 @@ def import_folder(folder: Path, out: Path, *, tokenizer: str = "") -> Path:
     from titan_dp.checkpointer import save_model_weights
     from titan_dp.data.tokenizer import load_tokenizer
     from titan_dp.hf.folder import CONFIG, FolderSource
-    from titan_dp.pretrained import check_vocabulary, check_whole
+    from titan_dp.pretrained import check_vocabulary
 
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is no Hugging Face folder: it has no {CONFIG}")
     if out.exists():
         raise UserError(f"{out} exists already; choose another run folder or delete it")
     source = FolderSource(folder)
-    check_whole(source)
     name = tokenizer or _tokenizer_name(source)
     check_vocabulary(load_tokenizer(name), source)
     checkpoint = step_folder(out / "checkpoint", 0)

@@ -100,10 +100,9 @@ def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
         "conv_size": c.conv_size,
         "attn": _softmax_layers(c),
     }
-    expand_v = c.head_v_dim / c.head_dim
     product = {
         "head_dim": c.head_dim,
-        "expand_v": expand_v,
+        "expand_v": c.expand_v,
         "num_householder": c.num_householder,
         "use_forget_gate": c.use_forget_gate,
         "use_output_gate": c.use_output_gate,
@@ -114,8 +113,9 @@ def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
         return {**common, **product, "mixer": c.mixer, "auto_map": auto_map}
     fixed = {key: values[0] for key, values in {**_FIXED[""], **_FIXED.get(model_type, {})}.items()}
     common |= {**_FLA_RUNTIME, **fixed, "hidden_ratio": 4}
+    expand_v = c.head_v_dim / c.head_dim  # fla wants a whole number of head_dim times this
     if model_type == "gated_deltaproduct":
-        return {**common, **product}
+        return {**common, **product, "expand_v": expand_v}
     if model_type == "gated_deltanet":
         return {**common, "head_dim": c.head_dim, "expand_v": expand_v, "use_gate": c.use_output_gate}
     keys, values = c.num_heads * c.head_dim, c.num_heads * c.head_v_dim
@@ -154,13 +154,14 @@ def _softmax_layers(c: config.Model) -> dict[str, Any] | None:
     }
 
 
-def from_hf(values: dict[str, Any], where: str) -> tuple[config.Model, list[str]]:
-    """Our settings of a config.json, and the keys it lacks that change the function computed and were taken as defaults.
+def from_hf(values: dict[str, Any], where: str) -> tuple[config.Model, int, list[str]]:
+    """Our settings of a config.json; its sequence length; and the keys it lacks that change the function computed, with the
+    defaults that were taken.
 
     Raises UserError for another type of model, a missing key that has no default, or what our model cannot express.
     """
     model_type = values.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise UserError(f"{where} is of a model of type {model_type!r}; expected one of {', '.join(MODEL_TYPES)}")
     if missing := [key for key in _NEEDED if key not in values]:
         raise UserError(f"{where} lacks {', '.join(missing)}; take the file that belongs to the weights")
@@ -176,9 +177,15 @@ def from_hf(values: dict[str, Any], where: str) -> tuple[config.Model, list[str]
             raise UserError(f"{where} has {key} = {v[key]!r}; titan_dp's model has only {allowed[0]!r}")
     try:
         settings = {**_shared_keys(v), **_mixer_keys(v, kind), **_attention_keys(v, where)}
-        return config.Model(**settings), [f"{key} = {defaults[key]!r}" for key in absent]
-    except (ValidationError, TypeError, ValueError, ZeroDivisionError) as error:
-        message = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        seq_len = v["max_position_embeddings"]
+        if type(seq_len) is not int or seq_len < 1:
+            raise ValueError(f"max_position_embeddings = {seq_len!r} is no positive integer")
+        return config.Model(**settings), seq_len, [f"{key} = {defaults[key]!r}" for key in absent]
+    except (ValidationError, TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
+        message = repr(error) if isinstance(error, KeyError | AttributeError) else str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise UserError(f"{where} describes a model that titan_dp cannot build: {message}") from error
 
 

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan_dp.data.tokenizer import ORIGIN, Tokenizer, hugging_face_folder, load_tokenizer, tiktoken_encoding
+from titan_dp.data.tokenizer import ORIGIN, Tokenizer, hugging_face_folder, load_tokenizer, read_settings, tiktoken_encoding
 from titan_dp.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def save_tokenizer(name: str, folder: Path, seq_len: int) -> Tokenizer:
         for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             if (source / file).exists():
                 shutil.copyfile(source / file, folder / file)
-        declared = json.loads(settings.read_text()) if settings.exists() else {"tokenizer_class": "PreTrainedTokenizerFast"}
+        declared = read_settings(folder) or {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:
         _convert(encoding).save(str(folder / "tokenizer.json"))
         ids = {token_id: token for token, token_id in original.special_tokens.items()}

@@ -71,7 +71,8 @@ class Attention(nn.Module):
             k, v = torch.cat([cache.k, k], 2), torch.cat([cache.v, v], 2)
         keys = (seen + T - k.shape[2])[:, None] + torch.arange(k.shape[2], device=x.device)  # [B, K], below 0: padding
         visible = self._visible(position[:, :, None], keys[:, None]) & (keys[:, None] >= 0)
-        out = self._attend(q, k, v, visible[:, None])
+        plain = cache is None and self.window is None
+        out = self._attend(q, k, v, None if plain else visible[:, None])
         keep = k.shape[2] if self.window is None else min(k.shape[2], self.window - 1)
         return out, AttentionCache(k[:, :, k.shape[2] - keep :], v[:, :, v.shape[2] - keep :], seen + T)
 

@@ -1,0 +1,129 @@
+"""A trained model on disk: what is there is loaded as it was, and what is damaged, foreign or malicious is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from tests.pretrained import random_model, save_checkpoint
+from titan_dp.checkpointer import CheckpointTensors
+from titan_dp.errors import UserError
+from titan_dp.hf.export import export
+from titan_dp.model import Transformer
+from titan_dp.pretrained import load_pretrained, open_source
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("runs") / "run", use_forget_gate=True)
+
+
+@pytest.fixture
+def checkpoint(saved: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "run" / "checkpoint" / saved.name))
+
+
+def edit(path: Path, change: Callable[[dict], None]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def logits(model: Transformer) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(40)[None])
+
+
+def test_a_checkpoint_is_the_model_that_was_saved(saved: Path) -> None:
+    loaded = load_pretrained(saved, CPU)
+    assert torch.equal(logits(loaded.model), logits(random_model(use_forget_gate=True)[1]))
+    assert loaded.source.label == "run-step-00000007"
+    assert loaded.source.identity["step"] == 7
+    assert loaded.tokenizer.name == "bytes"
+
+
+def test_in_bfloat16_norms_and_gates_stay_float32(saved: Path) -> None:
+    model = load_pretrained(saved, CPU, dtype=torch.bfloat16).model
+    dtypes = {name.split(".")[-2 if "weight" in name else -1]: p.dtype for name, p in model.named_parameters()}
+    assert dtypes["q_proj"] == dtypes["q_conv1d"] == dtypes["embeddings"] == torch.bfloat16
+    assert dtypes["attn_norm"] == dtypes["o_norm"] == dtypes["A_log"] == dtypes["dt_bias"] == torch.float32
+
+
+def test_a_run_name_with_a_slash_gives_a_label_without(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "run")
+    edit(checkpoint / "manifest.json", lambda m: m.update(config=m["config"].replace('"run"', '"group/run"', 1)))
+    assert open_source(checkpoint).label == "group-run-step-00000007"
+
+
+@pytest.mark.parametrize("key", ["config", "tokenizer", "step", "tokens", "git_commit", "files"])
+def test_a_manifest_that_lacks_an_entry_is_damaged(checkpoint: Path, key: str) -> None:
+    edit(checkpoint / "manifest.json", lambda m: m.pop(key))
+    with pytest.raises(UserError, match=rf"manifest.json is damaged .*{key}.*; take another step"):
+        open_source(checkpoint)
+
+
+def test_weights_of_another_shape_than_the_settings_are_refused(checkpoint: Path) -> None:
+    edit(checkpoint / "manifest.json", lambda m: m.update(config=m["config"].replace("head_dim = 16", "head_dim = 8")))
+    with pytest.raises(UserError, match=r"is of another architecture: layers.0.attn.q_proj.weight"):
+        open_source(checkpoint)
+
+
+def test_flipped_bytes_of_the_weights_are_found_before_anything_is_exported(checkpoint: Path, tmp_path: Path) -> None:
+    file = next(checkpoint.glob("*.distcp"))
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match=r"its sha256 differs.*; take another step"):
+        export(open_source(checkpoint), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def write_index(checkpoint: Path, raw: bytes) -> None:
+    """Replace .metadata, the manifest agreeing."""
+    (checkpoint / ".metadata").write_bytes(raw)
+    edit(
+        checkpoint / "manifest.json",
+        lambda m: [entry.update(bytes=len(raw)) for entry in m["files"] if entry["name"] == ".metadata"],
+    )
+
+
+@pytest.mark.parametrize("name", ["os.system", "shutil.rmtree", "_FileSystemWriter"])
+def test_an_index_that_reaches_for_code_is_refused_and_does_not_run_it(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    def text(value: str) -> bytes:
+        return b"\x8c" + bytes([len(value)]) + value.encode()
+
+    call = text("torch.distributed.checkpoint.filesystem") + text(name) + b"\x93" + text(f"touch {tmp_path}/pwned") + b"\x85R."
+    write_index(checkpoint, b"\x80\x04" + call)
+    with pytest.raises(UserError, match=r"do not trust|is damaged|no index"):
+        CheckpointTensors(checkpoint)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_an_index_of_pickled_objects_is_refused(checkpoint: Path) -> None:
+    index = pickle.loads((checkpoint / ".metadata").read_bytes())
+    index.state_dict_metadata["rng.0.torch"] = BytesStorageMetadata()
+    write_index(checkpoint, pickle.dumps(index))
+    with pytest.raises(UserError, match=r"rng.0.torch, which is no tensor.*do not trust it"):
+        CheckpointTensors(checkpoint)
+
+
+def test_a_damaged_index_is_one_sentence(checkpoint: Path) -> None:
+    raw = (checkpoint / ".metadata").read_bytes()
+    write_index(checkpoint, raw[:40] + b"\xff\xfe" + raw[42:])
+    with pytest.raises(UserError, match=r"\.metadata is damaged .*; take another step"):
+        CheckpointTensors(checkpoint)
+
+
+def test_a_backend_that_does_not_exist_is_the_users_mistake(saved: Path) -> None:
+    with pytest.raises(UserError, match="backend = 'fast' is not available"):
+        load_pretrained(saved, CPU, backend="fast")
