@@ -12,7 +12,7 @@ from typing import IO
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> str:
     """Write a file so that it exists whole or not at all; returns its sha256."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write one file: the last one wins
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same, so that what a kill leaves behind is overwritten
     try:
         with temporary.open("wb") as file:
             write(file)
