@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
+import sys
 import tomllib
 from datetime import datetime
 from pathlib import Path
@@ -82,6 +84,8 @@ def resolve_checkpoint(path: Path) -> Path:
         return path
     for folder in (path, path / "checkpoint"):
         if steps := committed_steps(folder):
+            if (newest := all_steps(folder)[-1]) != steps[-1] and os.environ.get("RANK", "0") == "0":
+                print(f"step {newest} of {folder} was cut off while it was saved; taking step {steps[-1]}", file=sys.stderr)
             return step_folder(folder, steps[-1])
     raise UserError(f"{path} holds no committed checkpoint; give a run folder, its checkpoint folder, or one step-... of it")
 

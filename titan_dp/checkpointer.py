@@ -258,15 +258,17 @@ def load_model_weights(path: Path, model: nn.Module) -> dict[str, Any]:
     return read_manifest(folder)
 
 
-def check_architecture(saved: Mapping[str, torch.Size], wanted: Mapping[str, Tensor], where: str) -> None:
+def check_architecture(
+    saved: Mapping[str, torch.Size],
+    wanted: Mapping[str, Tensor],
+    where: str,
+    remedy: str = "use the [model] section it was made with",
+) -> None:
     """Raises UserError naming the first tensor of `wanted` that is not among the `saved`, or has another shape there."""
     for name, tensor in wanted.items():
         if (shape := saved.get(name)) != tensor.shape:
             was = "is not in it" if shape is None else f"has shape {tuple(shape)} there"
-            raise UserError(
-                f"{where} is of another architecture: {name} of shape {tuple(tensor.shape)} {was}; use the [model] section "
-                "it was made with"
-            )
+            raise UserError(f"{where} is of another architecture: {name} of shape {tuple(tensor.shape)} {was}; {remedy}")
 
 
 def save_model_weights(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

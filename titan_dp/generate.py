@@ -101,7 +101,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     try:
         content = sys.stdin.read() if name == "-" else Path(name).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt-file {name!r} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--prompt-file {name!r} cannot be read: {reason}") from error
     if not name.endswith(".jsonl"):
         return [*texts, content]
     for number, line in enumerate(content.split("\n"), 1):
@@ -153,7 +154,8 @@ def _generate(args: argparse.Namespace, loaded: Pretrained, prompts: list[tuple[
             break
     if live:
         print()
-    _show_speed(sum(len(ids) for _, ids in prompts), first - start, streams, time.perf_counter() - first)
+    read = sum(len(ids) for _, ids in prompts), first - start
+    _show_speed(loaded.source.label, *read, streams, time.perf_counter() - first)
 
 
 def _show(args: argparse.Namespace, index: int, prompt: str, text: str, stream: TextStream) -> None:
@@ -166,9 +168,10 @@ def _show(args: argparse.Namespace, index: int, prompt: str, text: str, stream: 
         print(f"--- {index + 1}\n{prompt}{text}", flush=True)
 
 
-def _show_speed(prompt_tokens: int, prompt_seconds: float, streams: list[TextStream], seconds: float) -> None:
+def _show_speed(label: str, prompt_tokens: int, prompt_seconds: float, streams: list[TextStream], seconds: float) -> None:
     tokens = sum(stream.tokens for stream in streams)
     after_first = tokens - len(streams)
     speed = f", {after_first / seconds:.0f} tokens/s" if after_first else ""
     batch = f" in a batch of {len(streams)}" if len(streams) > 1 else ""
-    print(f"[{prompt_tokens} prompt tokens in {prompt_seconds:.2f} s; {tokens} new tokens{batch}{speed}]", file=sys.stderr)
+    read = f"{prompt_tokens} prompt tokens in {prompt_seconds:.2f} s"
+    print(f"[{label}: {read}; {tokens} new tokens{batch}{speed}]", file=sys.stderr)

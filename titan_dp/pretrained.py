@@ -110,7 +110,7 @@ def in_the_models_order(c: config.Model, shapes: Mapping[str, torch.Size], where
         raise UserError(
             f"{where} describes a model that cannot be built ({reason}); take the settings it was made with"
         ) from error
-    check_architecture(shapes, wanted, where)
+    check_architecture(shapes, wanted, where, "its settings and its weights do not belong together: copy both again")
     return {name: shapes[name] for name in wanted}
 
 

@@ -106,7 +106,10 @@ class Trainer:
         if manifest is not None:
             self.step = manifest["step"]
             self.loader.load_state_dict(manifest["loader"])
-            self.console.print(f"resumed at step {self.step} from {self.checkpointer.folder}")
+            unused = f"; checkpoint.initial_load_path = {c.initial_load_path!r} is for a new job.run_name and not used"
+            self.console.print(
+                f"resumed at step {self.step} from {self.checkpointer.folder}{unused if c.initial_load_path else ''}"
+            )
         elif c.initial_load_path:
             load_model_weights(Path(c.initial_load_path), self.model)
             self.console.print(f"weights loaded from {c.initial_load_path}; optimizer, step and data start afresh")

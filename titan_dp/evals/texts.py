@@ -71,6 +71,8 @@ def open_texts(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
     if limit is not None and limit < 1:
         raise UserError(f"--max-documents is {limit}; give at least 1")
     if args.shards:
+        if args.no_bos:
+            raise UserError("--no-bos does not go with --shards, which hold what `titan-dp prepare` put in; use --text")
         return _from_shards(args.shards, tokenizer, limit)
     bos = None if args.no_bos else tokenizer.bos_id
     return _from_text(args, tokenizer, bos, limit)
