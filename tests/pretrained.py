@@ -1,7 +1,8 @@
-"""Trained models without training: a committed checkpoint of random weights, for tests of what is done with one."""
+"""Trained models without training: a committed checkpoint of random weights, and text to try it on."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def random_model(seed: int = 0, **changes: object) -> tuple[config.Model, Transf
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
     return c, model.eval()
+
+
+def write_documents(path: Path, texts: list[str]) -> Path:
+    """A .jsonl file of documents under the key 'text'."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
 
 
 def save_checkpoint(

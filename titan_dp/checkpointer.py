@@ -218,8 +218,8 @@ class CheckpointTensors:
     def __init__(self, folder: Path) -> None:
         if problems := size_problems(folder):
             raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; take another step of the run")
-        self._reader = _Reader(folder)
-        entries: dict[str, Any] = self._reader.read_metadata().state_dict_metadata
+        self.reader = _Reader(folder)
+        entries: dict[str, Any] = self.reader.read_metadata().state_dict_metadata
         entries = _without_prefix({name: e for name, e in entries.items() if name.startswith("model.")}, "model.")
         self.shapes: dict[str, torch.Size] = {name: entry.size for name, entry in entries.items()}
         self.dtypes: dict[str, torch.dtype] = {name: entry.properties.dtype for name, entry in entries.items()}
@@ -230,14 +230,12 @@ class CheckpointTensors:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's remark on no_dist
             try:
-                dcp.load(tensors, storage_reader=self._reader, no_dist=True)
+                dcp.load(tensors, storage_reader=self.reader, no_dist=True)
             except dcp.api.CheckpointException as error:
                 if (cause := _os_error(error)) is not None:
                     raise cause from error
                 reason = str(next(iter(error.failures.values()))[0]).splitlines()[0]
-                raise UserError(
-                    f"checkpoint {self._reader.path} is damaged ({reason}); take another step of the run"
-                ) from error
+                raise UserError(f"checkpoint {self.reader.path} is damaged ({reason}); take another step of the run") from error
         return _without_prefix(tensors, "model.")
 
 
@@ -252,8 +250,9 @@ def load_model_weights(path: Path, model: nn.Module) -> dict[str, Any]:
     """
     folder = resolve_checkpoint(path)
     tensors = _model_tensors(model)
-    check_architecture(CheckpointTensors(folder).shapes, _without_prefix(tensors, "model."), f"checkpoint {folder}")
-    dcp.load(tensors, storage_reader=_Reader(folder))
+    saved = CheckpointTensors(folder)
+    check_architecture(saved.shapes, _without_prefix(tensors, "model."), f"checkpoint {folder}")
+    dcp.load(tensors, storage_reader=saved.reader)
     set_model_state_dict(model, _without_prefix(tensors, "model."), options=_OPTIONS)
     return read_manifest(folder)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.pretrained import random_model, save_checkpoint
+from tests.pretrained import random_model, save_checkpoint, write_documents
 from titan_dp.errors import UserError
 from titan_dp.evals import length_extrapolation
 from titan_dp.evals.scoring import keeps_all_tokens, token_losses
@@ -42,9 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return path
+    return write_documents(tmp_path_factory.mktemp("text") / "documents.jsonl", TEXTS)
 
 
 @pytest.fixture(scope="module")

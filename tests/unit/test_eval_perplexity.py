@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.pretrained import random_model, save_checkpoint
+from tests.pretrained import random_model, save_checkpoint, write_documents
 from titan_dp.errors import UserError
 from titan_dp.evals import perplexity
 
@@ -33,9 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return path
+    return write_documents(tmp_path_factory.mktemp("text") / "documents.jsonl", TEXTS)
 
 
 def evaluate(checkpoint: Path, out: Path, *options: object) -> dict[str, Any]:

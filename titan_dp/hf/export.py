@@ -166,8 +166,9 @@ def _write_texts(
     from titan_dp.hf.tokenizer import save_tokenizer
     from titan_dp.pretrained import check_vocabulary
 
-    check_vocabulary(load_tokenizer(tokenizer or source.tokenizer), source)
-    saved = save_tokenizer(tokenizer or source.tokenizer, folder, source.seq_len)
+    original = load_tokenizer(tokenizer or source.tokenizer)
+    check_vocabulary(original, source)
+    saved = save_tokenizer(original, folder, source.seq_len)
     ids = {"bos_token_id": saved.bos_id, "eos_token_id": saved.eos_id}
     named = str(dtype).removeprefix("torch.")
     # No pad_token_id for the model: fla makes it the embedding's padding_idx, whose row fine-tuning then never changes.

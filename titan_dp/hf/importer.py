@@ -25,10 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from titan_dp.hf.folder import FolderSource
-
-    folder = import_folder(args.folder, args.out, tokenizer=args.tokenizer)
-    source = FolderSource(args.folder)
+    source = _open(args.folder)
+    folder = _import(source, args.out, args.tokenizer)
     for assumed in source.assumed:
         print(f"config.json is silent about {assumed}, flash-linear-attention's default; check that the model was trained so")
     print(f"{folder}: {sum(shape.numel() for shape in source.shapes.values()):,} parameters; train on from it with\n")
@@ -47,17 +45,25 @@ def import_folder(folder: Path, out: Path, *, tokenizer: str = "") -> Path:
 
     Raises UserError where the folder holds no model of a known type or damaged weights, or `out` is in use.
     """
-    from titan_dp.checkpoint import step_folder
-    from titan_dp.checkpointer import save_model_weights
-    from titan_dp.data.tokenizer import load_tokenizer
+    return _import(_open(folder), out, tokenizer)
+
+
+def _open(folder: Path) -> FolderSource:
     from titan_dp.hf.folder import CONFIG, FolderSource
-    from titan_dp.pretrained import check_vocabulary
 
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is no Hugging Face folder: it has no {CONFIG}")
+    return FolderSource(folder)
+
+
+def _import(source: FolderSource, out: Path, tokenizer: str) -> Path:
+    from titan_dp.checkpoint import step_folder
+    from titan_dp.checkpointer import save_model_weights
+    from titan_dp.data.tokenizer import load_tokenizer
+    from titan_dp.pretrained import check_vocabulary
+
     if out.exists():
         raise UserError(f"{out} exists already; choose another run folder or delete it")
-    source = FolderSource(folder)
     name = tokenizer or _tokenizer_name(source)
     check_vocabulary(load_tokenizer(name), source)
     checkpoint = step_folder(out / "checkpoint", 0)

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 _PROBE = "It's 12345 o'clock.\n\n\tTabs,   spaces  and\r\nlines; naïve façade — 北京 Ελλάδα 👩‍🚀🎉 \u00a0end  "
 
 
-def save_tokenizer(name: str, folder: Path, seq_len: int) -> Tokenizer:
-    """Write tokenizer.json and tokenizer_config.json of the tokenizer `name` into `folder`; returns the tokenizer.
+def save_tokenizer(original: Tokenizer, folder: Path, seq_len: int) -> Tokenizer:
+    """Write tokenizer.json and tokenizer_config.json of a tokenizer into `folder`; returns what was written.
 
     Args:
-        name: as for `load_tokenizer`.
+        original: from `load_tokenizer`.
         folder: exists.
         seq_len: longest sequence the model was trained on, for `model_max_length`.
 
-    Raises UserError where there is no such tokenizer, or where what was written does not encode alike.
+    Raises UserError where what was written does not encode alike.
     """
-    original = load_tokenizer(name)
+    name = original.name
     encoding = tiktoken_encoding(name)
     settings = folder / "tokenizer_config.json"
     if encoding is None:
