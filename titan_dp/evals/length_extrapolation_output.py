@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from titan_dp.evals import plots
+from titan_dp import plots
 from titan_dp.evals.length_extrapolation import moving_average
 from titan_dp.files import write_atomically
 

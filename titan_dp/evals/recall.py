@@ -16,7 +16,7 @@ import argparse
 from typing import TYPE_CHECKING, NamedTuple
 
 from titan_dp.errors import UserError
-from titan_dp.evals.plots import check_matplotlib
+from titan_dp.plots import check_matplotlib
 from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
 
 if TYPE_CHECKING:

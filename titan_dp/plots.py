@@ -1,7 +1,7 @@
-"""Figures of the evaluations: one style, the Agg backend, and PNG files that are there whole or not at all.
+"""Figures of evaluations and reports: one style, the Agg backend, and PNG files that are there whole or not at all.
 
 matplotlib is imported here only and when the first figure is asked for, so that nothing but a plot needs it. What is
-drawn is the evaluations' own business; nothing here opens a window.
+drawn is the callers' own business; nothing here opens a window.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check_matplotlib() -> None:
 
 
 def subplots(*args: Any, **kw: Any) -> tuple[Figure, Any]:
-    """`matplotlib.pyplot.subplots` in the evaluations' style, drawn without a display.
+    """`matplotlib.pyplot.subplots` in one style, drawn without a display.
 
     Raises UserError where matplotlib is not installed.
     """
