@@ -110,6 +110,16 @@ class Model(Section):
     def softmax_heads(self) -> int:
         return self.attention_num_heads or max(1, self.hidden_size // 64)
 
+    @property
+    def family(self) -> str:
+        """What the literature calls the mixer: 'DeltaNet', 'Gated DeltaProduct_2', 'linear attention', ..."""
+        if self.mixer == "attention":
+            return "softmax attention"
+        if self.mixer == "gla":
+            return ("gated " if self.use_forget_gate else "") + "linear attention"
+        name = "DeltaNet" if self.num_householder == 1 else f"DeltaProduct_{self.num_householder}"
+        return ("Gated " if self.use_forget_gate else "") + name
+
     def mixer_of(self, layer: int) -> str:
         """The mixer of block `layer`: 'deltaproduct', 'gla' or 'attention'."""
         return "attention" if layer in self.attention_layers else self.mixer

@@ -23,6 +23,7 @@ from titan_dp.errors import UserError
 from titan_dp.model import build_model
 from titan_dp.model.parallelize import is_recomputed, keep_policy
 from titan_dp.model.transformer import Transformer
+from titan_dp.model_size import embedding_parameters, model_size
 from titan_dp.schedule import BatchPlan, plan_batches
 
 _GIB = 2**30
@@ -48,7 +49,7 @@ def print_plan(loaded: Loaded) -> None:
         return
     console = Console(highlight=False)
     table = Table(title=f"{loaded.run_name}: dry run", show_header=False)
-    for name, value in {**model_facts(model, batch.seq_len), **run_facts(c, batch, world_size)}.items():
+    for name, value in {**model_facts(c.model, batch.seq_len), **run_facts(c, batch, world_size)}.items():
         table.add_row(name, value)
     table.add_section()
     for name, value in memory_facts(model, c, batch, shards).items():
@@ -58,14 +59,14 @@ def print_plan(loaded: Loaded) -> None:
         console.print(f"warning: {line}")
 
 
-def model_facts(model: Transformer, seq_len: int) -> dict[str, str]:
+def model_facts(c: config.Model, seq_len: int) -> dict[str, str]:
     """Sizes and FLOPs, for the dry run and the trainer's banner."""
-    flops = model.flops_breakdown(seq_len)
-    parts = " + ".join(f"{value / 1e9:.3g} {name}" for name, value in flops.items() if value)
-    total = sum(p.numel() for p in model.parameters())
+    size = model_size(c, seq_len)
+    kinds = {"matmul": size.matmul, "conv": size.conv, "recurrence": size.recurrence, "attention": size.attention}
+    parts = " + ".join(f"{flops / 1e9:.3g} {kind}" for kind, flops in kinds.items() if flops)
     return {
-        "parameters": f"{total:,} ({total - model.embeddings.weight.numel():,} without the embedding)",
-        "FLOPs a token": f"{sum(flops.values()) / 1e9:.4g} G = {parts} (forward + backward, no recomputation)",
+        "parameters": f"{size.parameters:,} ({size.parameters - embedding_parameters(c):,} without the embedding)",
+        "FLOPs a token": f"{size.flops_per_token / 1e9:.4g} G = {parts} (forward + backward, no recomputation)",
     }
 
 

@@ -28,6 +28,7 @@ from titan_dp.lr_scheduler import build_lr_scheduler
 from titan_dp.metrics import Metrics
 from titan_dp.model import build_model
 from titan_dp.model.parallelize import parallelize
+from titan_dp.model_size import model_size
 from titan_dp.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
 from titan_dp.plan import chosen_backend, model_facts, run_facts
 from titan_dp.pretrained import load_pretrained
@@ -76,8 +77,8 @@ class Trainer:
 
         with torch.device("meta"):
             self.model = build_model(c.model)
-        self.facts = model_facts(self.model, c.training.seq_len) | run_facts(c, self.batch, world.size)
-        self.flops_per_token = self.model.flops_per_token(c.training.seq_len)
+        self.facts = model_facts(c.model, c.training.seq_len) | run_facts(c, self.batch, world.size)
+        self.size = model_size(c.model, c.training.seq_len)
         parallelize(
             self.model,
             mesh,
@@ -159,7 +160,7 @@ class Trainer:
             world=self.world,
             total_steps=self.batch.steps,
             tokens_per_step=self.batch.tokens_per_step,
-            flops_per_token=self.flops_per_token,
+            flops_per_token=self.size.flops_per_token,
             start_step=self.step,
             bytes_per_token=self.validation_loader.bytes_per_token if self.validation_loader else None,
         )

@@ -9,9 +9,8 @@ import torch
 from deltaproduct_kernels.front_end import front_end
 from deltaproduct_kernels.interface import gated_delta_product, resolve_backend
 from deltaproduct_kernels.ops import executed_flops
-from deltaproduct_kernels.recurrent import recurrence_flops
 
 CHUNK_OPS = frozenset({torch.ops.deltaproduct.chunk.default, torch.ops.deltaproduct.triton_chunk.default})
 """The operators whose outputs a checkpointing policy keeps so that the recurrence is not run twice."""
 
-__all__ = ["CHUNK_OPS", "executed_flops", "front_end", "gated_delta_product", "recurrence_flops", "resolve_backend"]
+__all__ = ["CHUNK_OPS", "executed_flops", "front_end", "gated_delta_product", "resolve_backend"]

@@ -32,15 +32,6 @@ def read_offsets(cu_seqlens: Tensor, T: int) -> list[int]:
     return offsets
 
 
-def recurrence_flops(tokens: int, heads: int, dk: int, dv: int, n: int, gated: bool, erase: bool = True) -> int:
-    """Model FLOPs of the forward recurrence: what the definition needs, whatever algorithm computes it.
-
-    A token and head: each of the n steps reads S^T k (2 dk dv, absent without erasing) and writes a rank-one update
-    (2 dk dv); the gate scales the state once (dk dv); the query reads once (2 dk dv). Training counts three times this.
-    """
-    return tokens * heads * dk * dv * ((4 if erase else 2) * n + 2 + int(gated))
-
-
 def recurrent_forward(
     q: Tensor,
     k: Tensor,

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from deltaproduct_kernels import CHUNK_OPS, executed_flops, gated_delta_product, recurrence_flops, resolve_backend
+from deltaproduct_kernels import CHUNK_OPS, executed_flops, gated_delta_product, resolve_backend
 from deltaproduct_kernels.chunked import chunk_tokens, chunked_backward, chunked_forward
 from deltaproduct_kernels.ops import max_chunks
 from torch import Tensor
@@ -235,14 +235,6 @@ def test_torchs_flop_counter_sees_the_operator(gate: float | None) -> None:
         o, final, states = chunked_forward(*rest, plain["initial_state"], None, 1.0, True)
         chunked_backward(o, final, *rest, states, None, 1.0, True)
     assert operator.get_total_flops() == direct.get_total_flops()
-
-
-def test_model_flops_count_each_read_and_rank_one_write_of_the_definition() -> None:
-    H, dk, dv, n = 3, 16, 8, 2
-    read = write = 2 * dk * dv  # one multiply-add an entry of the state
-    assert recurrence_flops(10, H, dk, dv, n, gated=False) == 10 * H * (n * (read + write) + read)
-    assert recurrence_flops(10, H, dk, dv, n, gated=True) == 10 * H * (n * (read + write) + read + dk * dv)
-    assert recurrence_flops(10, H, dk, dv, 1, gated=False, erase=False) == 10 * H * (write + read)
 
 
 def test_chunks_hold_at_most_64_rows_and_16_for_small_heads() -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from titan_dp.config_loader import Loaded, config_folder, load_config
-from titan_dp.model import build_model
+from titan_dp.model_size import model_size
 from titan_dp.schedule import plan_batches
 
 # What one q convolution a layer gives, where the authors' files hold n_h of which n_h - 1 are never used: their totals
@@ -34,8 +33,7 @@ def load(name: str) -> Loaded:
 
 
 def parameters(loaded: Loaded) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_model(loaded.config.model).parameters())
+    return model_size(loaded.config.model, loaded.config.training.seq_len).parameters
 
 
 def test_the_folder_holds_the_debug_config_and_each_size_with_its_partners_gated_and_ungated() -> None:

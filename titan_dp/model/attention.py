@@ -96,13 +96,6 @@ class Attention(nn.Module):
     def init_weights(self, init: Initializer) -> None:
         init.normal_(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.o_proj.weight)
 
-    def flops_per_token(self, seq_len: int) -> dict[str, int]:
-        """Forward and backward; scores and their use count only visible tokens (causal, windowed), mean over the row."""
-        matrices = sum(m.weight.numel() for m in self.children() if isinstance(m, nn.Linear))
-        w = min(self.window or seq_len, seq_len)
-        visible = (w * (w + 1) // 2 + (seq_len - w) * w) / seq_len
-        return {"matmul": 6 * matrices, "attention": round(3 * 4 * self.heads * self.d * visible)}
-
     def describe(self) -> str:
         window = f", window {self.window}" if self.window else ""
         return f"softmax attention, {self.heads} heads ({self.kv_heads} key/value) of {self.d}{window}"

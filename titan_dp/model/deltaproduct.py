@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from deltaproduct_kernels import front_end, gated_delta_product, recurrence_flops
+from deltaproduct_kernels import front_end, gated_delta_product
 from torch import Tensor, nn
 
 from titan_dp import config
@@ -76,7 +76,7 @@ class DeltaProduct(nn.Module):
         super().__init__()
         D, H, n = c.hidden_size, c.num_heads, c.num_householder
         self.heads, self.dk, self.dv, self.n = H, c.head_dim, c.head_v_dim, n
-        self.erase, self.backend = c.mixer != "gla", c.backend
+        self.erase, self.backend, self.family = c.mixer != "gla", c.backend, c.family
         self.max_beta = 2.0 if c.allow_neg_eigval else 1.0
         keys, values = H * self.dk, H * self.dv
         self.q_proj = nn.Linear(D, keys, bias=False)
@@ -158,17 +158,7 @@ class DeltaProduct(nn.Module):
             elif isinstance(module, ShortConv | ForgetGate | RMSNorm):
                 module.init_weights(init)
 
-    def flops_per_token(self, seq_len: int) -> dict[str, int]:
-        """Forward and backward, by kind; independent of `seq_len`."""
-        matrices = sum(m.weight.numel() for m in self.children() if isinstance(m, nn.Linear))
-        convs = sum(m.flops_per_token() for m in self.children() if isinstance(m, ShortConv))
-        gated = self.forget_gate is not None
-        recurrence = recurrence_flops(1, self.heads, self.dk, self.dv, self.n, gated, self.erase)
-        return {"matmul": 6 * matrices, "conv": convs, "recurrence": 3 * recurrence}
-
     def describe(self) -> str:
-        name = ("Gated " if self.forget_gate else "") + ("DeltaNet" if self.n == 1 else f"DeltaProduct_{self.n}")
-        name = name if self.erase else ("gated " if self.forget_gate else "") + "linear attention"
         low = 1 - int(self.max_beta)
         spectrum = f", eigenvalues in [{low}, 1]" if self.erase else ""
-        return f"{name}, {self.heads} heads, dk {self.dk}, dv {self.dv}{spectrum}"
+        return f"{self.family}, {self.heads} heads, dk {self.dk}, dv {self.dv}{spectrum}"

@@ -26,7 +26,3 @@ class ShortConv(nn.Module):
 
     def init_weights(self, init: Initializer) -> None:
         init.normal_(self.weight)
-
-    def flops_per_token(self) -> int:
-        """Forward and backward: 6 a weight."""
-        return 6 * self.weight.numel()

@@ -3,11 +3,6 @@
 The mixer of each block is DeltaProduct, gated linear attention or softmax attention, as the configuration says; hybrids list
 their attention layers. Tensor names are flash-linear-attention's (`layers.N.attn.k_proj.weight`, ...), but for A_log and
 dt_bias, which sit in `attn.forget_gate`. Nothing here knows of ranks or devices.
-
-FLOP convention (`flops_breakdown`): model FLOPs of forward and backward, three times the forward. Matmuls count 6 a weight,
-the output matrix included (tied or not) and the embedding lookup not; convolutions 6 a weight; the recurrence what its
-definition needs, whatever algorithm runs it; attention only visible pairs. Recomputation and the extra work of
-chunked algorithms are executed FLOPs, not model FLOPs: MFU uses the latter.
 """
 
 from __future__ import annotations
@@ -46,9 +41,6 @@ class SwiGLU(nn.Module):
     def init_weights(self, init: Initializer) -> None:
         init.normal_(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
-    def flops_per_token(self) -> int:
-        return 6 * sum(p.numel() for p in self.parameters())
-
 
 class Block(nn.Module):
     """x + attn(norm x), then x + mlp(norm x), for x [B, T, D]."""
@@ -72,10 +64,6 @@ class Block(nn.Module):
     def init_weights(self, init: Initializer) -> None:
         for module in (self.attn_norm, self.attn, self.mlp_norm, self.mlp):
             module.init_weights(init)
-
-    def flops_per_token(self, seq_len: int) -> dict[str, int]:
-        flops = self.attn.flops_per_token(seq_len)
-        return flops | {"matmul": flops["matmul"] + self.mlp.flops_per_token()}
 
 
 class Transformer(nn.Module):
@@ -153,17 +141,6 @@ class Transformer(nn.Module):
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
-
-    def flops_breakdown(self, seq_len: int) -> dict[str, int]:
-        """Model FLOPs a token, forward and backward, by kind (convention above)."""
-        total = {"matmul": 6 * self.output_weight.numel()}
-        for block in self.blocks:
-            for kind, flops in block.flops_per_token(seq_len).items():
-                total[kind] = total.get(kind, 0) + flops
-        return total
-
-    def flops_per_token(self, seq_len: int) -> int:
-        return sum(self.flops_breakdown(seq_len).values())
 
     def describe(self) -> str:
         """'24 blocks, width 1024: DeltaProduct_2, 8 heads, ...'; hybrids list each kind once."""

@@ -1,0 +1,93 @@
+"""Counts from the configuration alone, against the tensors of real models and torch's own FLOP counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deltaproduct_kernels import executed_flops
+from deltaproduct_kernels.chunked import chunk_tokens
+from deltaproduct_kernels.ops import max_chunks
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.unit.test_model import VARIANTS, make, settings, tokens_of
+from titan_dp.model import build_model
+from titan_dp.model_size import model_size, recurrence_flops, state_size
+
+B, T = 2, 40
+
+
+def counted(model: nn.Module) -> int:
+    """FLOPs torch sees in the forward and backward of a batch, output matrix included."""
+    tokens = tokens_of(B, T)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_householder": 3}, {"use_output_gate": True, "expand_v": 2.0}])
+def test_matmuls_are_six_a_weight_and_the_rest_is_the_chunked_recurrence(changes: dict) -> None:
+    model, c = make(**changes), settings(**changes)
+    k, v = (torch.Size([B, T, c.num_householder, 2, d]) for d in (8, c.head_v_dim))
+    chunks = max_chunks(B, T, c.num_householder, 8, None)
+    recurrence = sum(executed_flops(k, v, chunks, erase=True, backward=b) for b in (False, True)) * c.num_hidden_layers
+    assert counted(model) == model_size(c, T).matmul * B * T + recurrence
+
+
+def test_the_chunked_algorithm_executes_more_than_the_model_needs_and_mfu_counts_the_latter() -> None:
+    k = torch.Size([1, 4096, 2, 12, 128])
+    chunks = max_chunks(1, 4096, 2, 128, None)
+    executed = sum(executed_flops(k, k, chunks, erase=True, backward=b) for b in (False, True))
+    model = 3 * recurrence_flops(4096, 12, 128, 128, 2, gated=False)
+    assert chunk_tokens(2, 128) == 32
+    assert 1.2 < executed / model < 2.5
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_attention_counts_visible_pairs_only(window: int | None) -> None:
+    size = model_size(settings(mixer="attention", attention_window=window), T)
+    visible = sum(min(t + 1, window or T) for t in range(T)) / T
+    assert size.attention == pytest.approx(2 * 3 * (2 + 2) * visible * 24, rel=1e-3)  # layers, fwd+bwd, QK and PV, width
+
+
+def test_a_transformer_is_matmuls_and_attention_over_the_full_square_as_torch_counts_it() -> None:
+    c, model = settings(mixer="attention"), make(mixer="attention")
+    full_square = 2 * 3 * (2 + 2) * T * 24 * B * T
+    with sdpa_kernel(SDPBackend.MATH):  # the counter has no formula for the CPU's flash attention
+        assert counted(model) == model_size(c, T).matmul * B * T + full_square
+
+
+def test_the_parts_of_a_gated_model_are_the_closed_forms() -> None:
+    c, layers = settings(use_forget_gate=True), 2
+    size = model_size(c, T)
+    mixer = 24 * (16 + 2 * 16 + 2 * 16 + 2 * 2 + 2 + 16)
+    assert size.matmul == 6 * (layers * (mixer + 3 * 24 * 40) + 50 * 24)
+    assert size.conv == 6 * layers * 4 * (16 + 32 + 32)
+    assert size.recurrence == layers * 3 * (4 * c.num_householder + 2 + 1) * 8 * 8 * 2
+    assert size.flops_per_token == size.matmul + size.conv + size.recurrence
+    assert state_size(c) == 2 * 8 * 8
+
+
+SHAPES = [
+    *VARIANTS.values(),
+    {"tie_word_embeddings": False},
+    {"use_short_conv": False},
+    {"mixer": "attention", "attention_num_kv_heads": 1},
+]
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+def test_parameters_are_those_of_the_model_that_is_built(changes: dict) -> None:
+    c = settings(**changes)
+    with torch.device("meta"):
+        tensors = build_model(c).parameters()
+    assert model_size(c, T).parameters == sum(p.numel() for p in tensors)
+
+
+def test_model_flops_count_each_read_and_rank_one_write_of_the_definition() -> None:
+    H, dk, dv, n = 3, 16, 8, 2
+    read = write = 2 * dk * dv  # one multiply-add an entry of the state
+    assert recurrence_flops(10, H, dk, dv, n, gated=False) == 10 * H * (n * (read + write) + read)
+    assert recurrence_flops(10, H, dk, dv, n, gated=True) == 10 * H * (n * (read + write) + read + dk * dv)
+    assert recurrence_flops(10, H, dk, dv, 1, gated=False, erase=False) == 10 * H * (write + read)
