@@ -124,13 +124,15 @@ def set_seeds(debug: config.Debug) -> None:
         torch.backends.cudnn.benchmark = False
 
 
+def device_name(world: World) -> str:
+    is_cuda = world.device.type == "cuda"
+    return torch.cuda.get_device_name(world.device) if is_cuda else f"CPU, {torch.get_num_threads()} threads"
+
+
 def describe(world: World, parallelism: config.Parallelism) -> str:
     """One line for the banner."""
-    name = (
-        torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
     triton = "yes" if find_spec("triton") else "no"
     return (
-        f"{world.size} rank(s) on {name}; replicate {parallelism.data_parallel_replicate_degree} x shard "
+        f"{world.size} rank(s) on {device_name(world)}; replicate {parallelism.data_parallel_replicate_degree} x shard "
         f"{shard_degree(parallelism, world.size)}; torch {torch.__version__}, triton {triton}"
     )

@@ -28,11 +28,12 @@ from titan_dp.lr_scheduler import build_lr_scheduler
 from titan_dp.metrics import Metrics
 from titan_dp.model import build_model
 from titan_dp.model.parallelize import parallelize
-from titan_dp.model_size import model_size
+from titan_dp.model_size import embedding_parameters, model_size
 from titan_dp.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
 from titan_dp.plan import chosen_backend, model_facts, run_facts
 from titan_dp.pretrained import load_pretrained
 from titan_dp.profiling import Profiler
+from titan_dp.run_folder import RunLock, write_run
 from titan_dp.sampling import Sampling, continue_text
 from titan_dp.schedule import plan_batches
 from titan_dp.validate import evaluate_loss, to_device
@@ -95,6 +96,7 @@ class Trainer:
         self.guard = NonFiniteGuard(world.device)
 
         self.step = 0
+        self.lock = RunLock(self.run_folder) if world.is_main else None
         self.checkpointer = Checkpointer(c.checkpoint, self.run_folder)
         self._resume()
 
@@ -154,6 +156,7 @@ class Trainer:
         if self.world.is_main:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             (self.run_folder / "config.toml").write_text(self.loaded.annotated_toml())
+        self._write_run("training")
         metrics = Metrics(
             c.metrics,
             self.run_folder,
@@ -190,10 +193,13 @@ class Trainer:
             self.checkpointer.wait()
             distributed.set_timeout(c.comm.init_timeout_seconds)  # the other ranks wait while rank 0 writes a sample
             self._show_result(metrics)
+            self._write_run("finished")
         finally:
             gc.enable()
             metrics.close()
             self.checkpointer.close()
+            if self.lock is not None:
+                self.lock.close()
 
     def _train_step(self, micro_batches: list[dict[str, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One optimizer step; returns the mean loss and the gradient norm as device tensors, and the learning rate."""
@@ -230,6 +236,30 @@ class Trainer:
             "tokens": position["samples"] * self.batch.seq_len,
         }
         self.checkpointer.save(self.step, self.model, self.optimizers, meta=meta, healthy=self.guard.healthy(), blocking=last)
+
+    def _write_run(self, state: str) -> None:
+        """run.json: what a reader of the metrics needs to know and cannot compute from config.toml."""
+        if self.world.is_main:
+            held_out = self.validation_loader
+            facts = {
+                "state": state,
+                "step": self.step,
+                "steps": self.batch.steps,
+                "tokens_per_step": self.batch.tokens_per_step,
+                "parameters": self.size.parameters,
+                "embedding_parameters": embedding_parameters(self.config.model),
+                "flops_per_token": self.size.flops_per_token,
+                "tokenizer": self.loader.tokenizer_name,
+                "fingerprint": self.loader.fingerprint,
+                "validation_fingerprint": held_out.fingerprint if held_out else None,
+                "validation_text_bytes": held_out.text_bytes if held_out else None,
+                "bytes_per_token": held_out.bytes_per_token if held_out else None,
+                "device": distributed.device_name(self.world),
+                "world_size": self.world.size,
+                "git_commit": self.loaded.git_commit,
+                "torch": torch.__version__,
+            }
+            write_run(self.run_folder, facts)
 
     def _show_result(self, metrics: Metrics) -> None:
         """Where everything is, and a sample read back from the checkpoint just written."""

@@ -156,8 +156,9 @@ class ValidationLoader:
         T = place.seq_len
         self.rows = [(source, start) for source in sources for start in range(0, len(source) - 1, T)]
         self.padding = (sources[0], len(sources[0]))
-        text, tokens = (sum(s.manifest[key] for s in sources) for key in ("text_bytes", "tokens"))
-        self.bytes_per_token = text / tokens
+        self.fingerprint = " ".join(source.fingerprint for source in sources)
+        self.text_bytes, tokens = (sum(s.manifest[key] for s in sources) for key in ("text_bytes", "tokens"))
+        self.bytes_per_token: float = self.text_bytes / tokens
 
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.place.local * self.place.world_size))

@@ -1,0 +1,85 @@
+"""What a run folder says about its run beside metrics and checkpoints: config.toml, run.json and a lock.
+
+`run.json` is written before the first step and again when everything is done; "state" is "finished" only then. The lock
+(flock on `.lock`) is held by rank 0 while it lives and freed by the system however it dies, so two runs never write
+one folder and anybody can ask whether somebody trains in it. Without torch: sweeps and reports read hundreds of folders.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from titan_dp.config import Config
+from titan_dp.errors import UserError
+from titan_dp.files import write_json
+
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # file systems without locks
+
+
+def identity(config: Config) -> str:
+    """sha256 of everything a run computes with: the configuration without [job], which only names it."""
+    values = config.model_dump(exclude={"job"})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def write_run(folder: Path, facts: dict[str, Any]) -> None:
+    """Write run.json, whole or not at all."""
+    write_json(folder / "run.json", facts)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The run's facts, or None where no run has reached its first step. Raises UserError where they cannot be read."""
+    path = folder / "run.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); resume the run, or remove the folder") from error
+
+
+def is_finished(folder: Path) -> bool:
+    return (read_run(folder) or {}).get("state") == "finished"
+
+
+class RunLock:
+    """The lock of a folder, held from construction to `close()` or the end of the process; makes the folder.
+
+    Raises UserError where another process holds it. On a file system without locks it holds nothing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / ".lock").open("w")
+        for _ in range(5):  # is_locked() of another process holds it for a moment
+            if _try_lock(self._file):
+                return
+            time.sleep(0.2)
+        self._file.close()
+        raise UserError(f"another process is at work in {folder}; wait until it ends, or choose another run folder")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether some process is at work in `folder`."""
+    if not (folder / ".lock").exists():
+        return False
+    with (folder / ".lock").open("w") as file:
+        return not _try_lock(file)
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Take the lock if it is free; true as well where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _UNSUPPORTED
+    return True
