@@ -20,6 +20,9 @@ COMMANDS = {
     "import": ("titan_dp.hf.importer", "make a checkpoint of a Hugging Face folder"),
     "evaluate": ("titan_dp.evals.command", "measure a trained model: perplexity, lm-eval, length, effective rank, recall"),
     "generate": ("titan_dp.generate", "continue a prompt with a trained model"),
+    "match": ("titan_dp.scaling.match", "find shapes of equal parameters or FLOPs for several n_h"),
+    "sweep": ("titan_dp.scaling.sweep", "expand a sweep file into runs, and launch them"),
+    "report": ("titan_dp.scaling.report", "tables, fits and plots of many runs"),
 }
 
 

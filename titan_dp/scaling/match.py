@@ -1,0 +1,154 @@
+"""`titan-dp match`: shapes of equal parameters or FLOPs for several n_h, before anything is trained.
+
+    titan-dp match --params 805M --num-householder 1,2,3,4 --by heads --gated both
+
+The solving is shapes.py's; here are the options, and the table people choose from. Everything that is no shape (vocabulary,
+convolution, head_dim where it is not the knob) comes from a config; `--model.KEY VALUE` overrides it, and a shape
+setting given that way is kept as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from titan_dp import config
+from titan_dp.config_docs import sections, to_toml
+from titan_dp.config_loader import config_folder, load_config
+from titan_dp.errors import UserError
+from titan_dp.model_size import embedding_parameters, model_size, state_size
+from titan_dp.scaling.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
+
+PAPER_SIZES = ("213m", "392m", "800m")
+PAPER = [f"{size}{partner}" for size in PAPER_SIZES for partner in ("_nh1", "", "_nh3")]
+"""The configs of the paper's nine language models, n_h = 1, 2, 3 of each size."""
+
+
+def count(text: str) -> int:
+    """'805M', '5G', '5e9' -> an integer."""
+    value = config.parse_count(text.removesuffix("G") + "B" if text.endswith("G") else text)
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        number = 0
+    if not isinstance(number, int | float) or not 0 < number < 1e30:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count above 0 such as 805M, 1.3B or 5e9")
+    return round(number)
+
+
+def householder_list(text: str) -> list[int]:
+    """'1,2,4' -> [1, 2, 4]."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or any(not 1 <= value <= 8 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers from 1 to 8 such as 1,2,3,4")
+    return values
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--params", type=count, metavar="N", help="parameters of every model, embedding included: 805M, 1.3B")
+    what.add_argument("--flops", type=count, metavar="N", help="model FLOPs a token, forward and backward: 5G")
+    what.add_argument("--preset", choices=["paper"], help="the paper's nine language models as they were trained")
+    parser.add_argument(
+        "--num-householder", type=householder_list, default=[1, 2, 3], metavar="LIST", help="n_h of the models (default: 1,2,3)"
+    )
+    parser.add_argument("--by", choices=list(KNOBS), default="heads", help="what makes up for n_h (default: heads)")
+    parser.add_argument("--gated", choices=["no", "yes", "both"], default="no", help="with a forget gate (default: no)")
+    parser.add_argument("--multiple", type=count, default=64, metavar="N", help="grid of all dimensions (default: 64)")
+    parser.add_argument(
+        "--config",
+        metavar="NAME",
+        help="config with the proportions and all that is no shape; its depth is kept (default: the paper's, of any depth)",
+    )
+    group = parser.add_argument_group("settings of the model", "as for train.py; a shape setting given here is kept")
+    for key in sections()["model"]:
+        group.add_argument(f"--{key.dotted}", metavar="VALUE", nargs="?", const="true", help=argparse.SUPPRESS)
+    group.add_argument("--model.KEY", metavar="VALUE", help="for example --model.head_dim 64 --model.vocab_size 50304")
+
+
+def run(args: argparse.Namespace) -> int:
+    gates = {"no": [False], "yes": [True], "both": [False, True]}[args.gated]
+    if args.preset:
+        loaded = [load_config(["--config", name + "_gated" * gate]) for name in PAPER for gate in gates]
+        models = [each.config.model for each in loaded]
+        smallest = [models[i // (3 * len(gates)) * 3 * len(gates)] for i in range(len(models))]
+        targets = [model_size(model, 4096).parameters for model in smallest]
+        _print_table(models, targets, "parameters", loaded[0].config.training.seq_len)
+        return 0
+    models, seq_len = solve(args, gates)
+    quantity = "parameters" if args.params else "flops"
+    _print_table(models, [args.params or args.flops] * len(models), quantity, seq_len)
+    _print_settings(models)
+    return 0
+
+
+def solve(args: argparse.Namespace, gates: list[bool]) -> tuple[list[config.Model], int]:
+    """The matched models of the command line and the sequence length their FLOPs are counted at. Raises UserError."""
+    given = {key.dotted: getattr(args, key.dotted) for key in sections()["model"] if getattr(args, key.dotted) is not None}
+    name = args.config or str(config_folder() / "base" / "paper.toml")
+    overrides = [part for key, value in given.items() for part in (f"--{key}", value)]
+    loaded = load_config(["--config", name, *overrides, "--training.steps", "1"]).config  # a length is of no concern here
+    if clash := given.keys() & {"model.num_householder", "model.use_forget_gate"}:
+        raise UserError(f"--{min(clash)} sets what is compared; use --num-householder and --gated")
+    pinned = frozenset(key for key in SHAPE_KEYS if f"model.{key}" in given)
+    rule = Rule(args.by, "parameters" if args.params else "flops", args.multiple)
+    base, target, seq_len = Variant(loaded.model, pinned), args.params or args.flops, loaded.training.seq_len
+    like = Proportions.of(loaded.model)
+    if args.config is None and "num_hidden_layers" not in pinned:
+        base = choose_depth(base, target, like, rule, seq_len)
+    variants = [
+        Variant(base.model.model_copy(update={"num_householder": n, "use_forget_gate": gated}), pinned)
+        for n in args.num_householder
+        for gated in gates
+    ]
+    return match_shapes(variants, target, like, rule, seq_len), seq_len
+
+
+def _print_table(models: Sequence[config.Model], targets: Sequence[int], quantity: str, seq_len: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="model FLOPs are forward + backward; memory is parameters, gradients and AdamW in float32, unsharded")
+    table.add_column("model", no_wrap=True)
+    names = ("layers", "width", "heads", "MLP", "parameters", "off", "w/o embedding", "GFLOPs a token", "matmul", "recurrence")
+    for name in (*names, "state a layer", "memory"):
+        table.add_column(name, justify="right")
+    for model, target in zip(models, targets, strict=True):
+        size = model_size(model, seq_len)
+        reached = size.parameters if quantity == "parameters" else size.flops_per_token
+        table.add_row(
+            model.family,
+            str(model.num_hidden_layers),
+            str(model.hidden_size),
+            f"{model.num_heads} x {model.head_dim}",
+            str(model.mlp_size),
+            f"{size.parameters:,}",
+            f"{reached / target - 1:+.2%}",
+            f"{size.parameters - embedding_parameters(model):,}",
+            f"{size.flops_per_token / 1e9:.4g}",
+            f"{size.matmul / 1e9:.4g}",
+            f"{size.recurrence / 1e9:.3g}",
+            f"{state_size(model):,}",
+            f"{16 * size.parameters / 2**30:.3g} GiB",
+        )
+    Console(highlight=False, width=None if sys.stdout.isatty() else 170).print(table)
+
+
+def _print_settings(models: Sequence[config.Model]) -> None:
+    """The settings of each model as train.py takes them."""
+    print("\nto train one, add its settings to train.py's:")
+    keys = (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_heads",
+        "head_dim",
+        "intermediate_size",
+        "num_householder",
+        "use_forget_gate",
+    )
+    for model in models:
+        print("  " + " ".join(f"--model.{key} {to_toml(getattr(model, key))}" for key in keys))
