@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NPROC ?= 2
 
-.PHONY: train test lint install bench clean
+.PHONY: train study test lint install bench clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -20,6 +20,10 @@ data/corpus/train/manifest.json: $(INSTALLED) $(wildcard corpus/*.jsonl)
 
 train: data/corpus/train/manifest.json
 	$(BIN)/torchrun --nproc_per_node=$(NPROC) train.py --config debug.toml
+
+study: data/corpus/train/manifest.json
+	$(BIN)/titan-dp sweep train_configs/sweeps/cpu_study.toml --launch local --at-once 2
+	$(BIN)/titan-dp report outputs/cpu_study
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

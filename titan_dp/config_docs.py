@@ -12,7 +12,7 @@ import os
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, TypeAdapter
@@ -47,11 +47,15 @@ class Key:
             value = getattr(value, part)
         return value
 
+    @cached_property
+    def _type(self) -> TypeAdapter[Any]:
+        annotation: Any = Annotated[self.field.annotation, self.field]  # the field carries the bounds
+        return TypeAdapter(annotation, config=ConfigDict(strict=True))
+
     def accepts(self, value: object) -> bool:
         """Whether the field's type takes `value`, apart from the rules of its section."""
-        annotation: Any = Annotated[self.field.annotation, self.field]  # the field carries the bounds
         try:
-            TypeAdapter(annotation, config=ConfigDict(strict=True)).validate_python(value)
+            self._type.validate_python(value)
         except ValueError:
             return False
         return True

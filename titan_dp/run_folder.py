@@ -83,3 +83,25 @@ def _try_lock(file: IO[str]) -> bool:
     except OSError as error:
         return error.errno in _UNSUPPORTED
     return True
+
+
+def last_record(folder: Path) -> dict[str, Any]:
+    """The newest values of metrics.jsonl by name, from its end; empty where there are none yet."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 8192))
+        lines = file.read().splitlines()
+    newest: dict[str, Any] = {}
+    for line in lines:
+        try:
+            newest |= json.loads(line)
+        except ValueError:  # a line cut off, at the end by a kill or at the start by us
+            continue
+    return newest
+
+
+def last_step(folder: Path) -> int:
+    """The last step metrics.jsonl knows of."""
+    return last_record(folder).get("step", 0)

@@ -18,34 +18,12 @@ from titan_dp.config_docs import sections, to_toml
 from titan_dp.config_loader import config_folder, load_config
 from titan_dp.errors import UserError
 from titan_dp.model_size import embedding_parameters, model_size, state_size
+from titan_dp.scaling.arguments import count, householder_list, percent
 from titan_dp.scaling.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
 
 PAPER_SIZES = ("213m", "392m", "800m")
 PAPER = [f"{size}{partner}" for size in PAPER_SIZES for partner in ("_nh1", "", "_nh3")]
 """The configs of the paper's nine language models, n_h = 1, 2, 3 of each size."""
-
-
-def count(text: str) -> int:
-    """'805M', '5G', '5e9' -> an integer."""
-    value = config.parse_count(text.removesuffix("G") + "B" if text.endswith("G") else text)
-    try:
-        number = float(value) if isinstance(value, str) else value
-    except ValueError:
-        number = 0
-    if not isinstance(number, int | float) or not 0 < number < 1e30:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count above 0 such as 805M, 1.3B or 5e9")
-    return round(number)
-
-
-def householder_list(text: str) -> list[int]:
-    """'1,2,4' -> [1, 2, 4]."""
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or any(not 1 <= value <= 8 for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers from 1 to 8 such as 1,2,3,4")
-    return values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--by", choices=list(KNOBS), default="heads", help="what makes up for n_h (default: heads)")
     parser.add_argument("--gated", choices=["no", "yes", "both"], default="no", help="with a forget gate (default: no)")
     parser.add_argument("--multiple", type=count, default=64, metavar="N", help="grid of all dimensions (default: 64)")
+    parser.add_argument(
+        "--tolerance", type=percent, metavar="PERCENT", help="largest deviation (default: 0.1 where the grid allows, else 0.25)"
+    )
     parser.add_argument(
         "--config",
         metavar="NAME",
@@ -95,7 +76,7 @@ def solve(args: argparse.Namespace, gates: list[bool]) -> tuple[list[config.Mode
     if clash := given.keys() & {"model.num_householder", "model.use_forget_gate"}:
         raise UserError(f"--{min(clash)} sets what is compared; use --num-householder and --gated")
     pinned = frozenset(key for key in SHAPE_KEYS if f"model.{key}" in given)
-    rule = Rule(args.by, "parameters" if args.params else "flops", args.multiple)
+    rule = Rule(args.by, "parameters" if args.params else "flops", args.multiple, args.tolerance)
     base, target, seq_len = Variant(loaded.model, pinned), args.params or args.flops, loaded.training.seq_len
     like = Proportions.of(loaded.model)
     if args.config is None and "num_hidden_layers" not in pinned:

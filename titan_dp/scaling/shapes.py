@@ -28,7 +28,7 @@ KNOBS: dict[str, str] = {
 SHAPE_KEYS = ("num_hidden_layers", *KNOBS.values())
 
 ASPECT = 64  # width over depth where the depth is free: the paper's 805M models have 1536 / 24
-TOLERANCE, FINE = 0.0025, 0.001
+_PULL = 4  # weight of the wanted proportions against the differences between the models
 _PROMISING = 100  # candidates a model that are compared with those of the others
 _HEAD_DIM_STEP, _LARGEST_HEAD_DIM = 16, 256  # what the kernels take
 
@@ -41,11 +41,13 @@ class Rule:
         by: the knob that makes up for what the models differ in.
         quantity: "parameters" (embedding included) or "flops" (model FLOPs a token, forward and backward).
         multiple: grid of every matrix dimension, but for the one column a head of beta and the gate.
+        tolerance: largest relative deviation from the target; None: 0.1 % where the grid allows, else 0.25 %.
     """
 
     by: Knob = "heads"
     quantity: Literal["parameters", "flops"] = "parameters"
     multiple: int = 64
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,27 +116,26 @@ def match_shapes(variants: Sequence[Variant], target: int, like: Proportions, ru
                 f"{', '.join(k for k in KNOBS if k != rule.by)}"
             )
     ideal = _ideal(variants[0], target, like, rule, seq_len)
+    steps = [variant.model.num_householder for variant in variants]
     candidates = []
-    for variant in variants:
+    for variant, n in zip(variants, steps, strict=True):
         shapes = _candidates(variant, ideal, target, like, rule, seq_len)
-        shapes.sort(key=lambda s, v=variant: _distance(s, ideal, v, variants[0], rule))  # type: ignore[misc]
+        shapes.sort(key=lambda shape, n=n: _difference(shape, n, ideal, steps[0], rule))  # type: ignore[misc]
         candidates.append(shapes[:_PROMISING])
     best, chosen = math.inf, [shapes[0] for shapes in candidates]
     for reference in candidates[0]:
-        near = [
-            min(shapes, key=lambda s, v=variant: _distance(s, reference, v, variants[0], rule))  # type: ignore[misc]
-            for variant, shapes in zip(variants, candidates, strict=True)
-        ]
-        cost = _distance(reference, ideal, variants[0], variants[0], rule, free=False)
-        cost += 4 * sum(_distance(s, reference, v, variants[0], rule) for s, v in zip(near, variants, strict=True))
+        pairs = []
+        for shapes, n in zip(candidates, steps, strict=True):
+            pairs.append(min((_difference(shape, n, reference, steps[0], rule), i) for i, shape in enumerate(shapes)))
+        cost = _PULL * _disproportion(reference, ideal) + sum(difference for difference, _ in pairs)
         if cost < best:
-            best, chosen = cost, near
+            best, chosen = cost, [shapes[i] for shapes, (_, i) in zip(candidates, pairs, strict=True)]
     shaped = [shape.apply(variant.model) for shape, variant in zip(chosen, variants, strict=True)]
     return [config.Model.model_validate(model.model_dump()) for model in shaped]
 
 
-def choose_depth(variant: Variant, target: int, like: Proportions, rule: Rule, seq_len: int) -> Variant:
-    """`variant` with the number of layers at which a model of the target is about 64 times as wide as deep."""
+def choose_depth(variant: Variant, target: int, like: Proportions, rule: Rule, seq_len: int, aspect: int = ASPECT) -> Variant:
+    """`variant` with the number of layers at which a model of the target is about `aspect` times as wide as deep."""
 
     def deep(layers: int) -> Variant:
         return Variant(variant.model.model_copy(update={"num_hidden_layers": layers}), variant.pinned)
@@ -142,7 +143,7 @@ def choose_depth(variant: Variant, target: int, like: Proportions, rule: Rule, s
     low, high = 2, 256
     while low < high:
         layers = (low + high) // 2
-        wide = _ideal(deep(layers), target, like, rule, seq_len).hidden_size > ASPECT * layers
+        wide = _ideal(deep(layers), target, like, rule, seq_len).hidden_size > aspect * layers
         low, high = (layers + 1, high) if wide else (low, layers)
     return deep(low)
 
@@ -174,12 +175,10 @@ def _ideal(variant: Variant, target: int, like: Proportions, rule: Rule, seq_len
 
 
 def _candidates(variant: Variant, ideal: Shape, target: int, like: Proportions, rule: Rule, seq_len: int) -> list[Shape]:
-    """All shapes of the grid within 0.1 % of the target, or within 0.25 % where there are none.
-
-    Raises UserError, naming the nearest shape, where there are none either.
-    """
+    """All shapes of the grid within the tolerance of the target. Raises UserError, naming the nearest, if there is none."""
     shapes = list(_grid(variant, ideal, target, like, rule, seq_len))
-    for tolerance in (FINE, TOLERANCE):
+    tolerances = (0.001, 0.0025) if rule.tolerance is None else (rule.tolerance,)
+    for tolerance in tolerances:
         if close := [shape for shape in shapes if abs(shape.deviation) <= tolerance]:
             return close
     wanted = f"{target:,} {'parameters' if rule.quantity == 'parameters' else 'FLOPs a token'}"
@@ -189,7 +188,7 @@ def _candidates(variant: Variant, ideal: Shape, target: int, like: Proportions, 
         raise UserError(f"no shape at all for {where}: loosen what is pinned, or choose another multiple")
     nearest = min(shapes, key=lambda shape: abs(shape.deviation))
     raise UserError(
-        f"{wanted} cannot be reached within {TOLERANCE:.2%} by {where}; the nearest is hidden_size {nearest.hidden_size}, "
+        f"{wanted} cannot be reached within {tolerances[-1]:.2%} by {where}; the nearest is hidden_size {nearest.hidden_size}, "
         f"{nearest.num_heads} heads of {nearest.head_dim}, intermediate_size {nearest.intermediate_size}: "
         f"{_size(nearest.apply(variant.model), rule, seq_len):,} ({nearest.deviation:+.2%}); ask for that size, or choose a "
         "smaller multiple, another number of layers or another vocab_size"
@@ -238,27 +237,24 @@ def _near(value: int, step: int) -> list[int]:
     return [i * step for i in range(max(1, math.ceil(low / step)), math.floor(high / step) + 1)]
 
 
-def _distance(
-    shape: Shape, reference: Shape, variant: Variant, reference_variant: Variant, rule: Rule, free: bool = True
-) -> float:
-    """How much two models differ in shape, as weighted logarithms of ratios; the knob is free where `free`.
+def _disproportion(shape: Shape, ideal: Shape) -> float:
+    """How far the first model is from the proportions wanted: squares, as a little does no harm and a lot much."""
+    width = math.log(shape.hidden_size / ideal.hidden_size)
+    mixer = math.log(shape.num_heads * shape.head_dim / (ideal.num_heads * ideal.head_dim))
+    mlp = math.log(shape.intermediate_size / ideal.intermediate_size)
+    return width**2 + mixer**2 + mlp**2
+
+
+def _difference(shape: Shape, n: int, reference: Shape, reference_n: int, rule: Rule) -> float:
+    """How much two models of n and reference_n steps differ in all but the knob: absolute values, as equal is best.
 
     Heads are compared by what they cost, heads x head_dim x (1 + n_h), where they are the knob, and as they are else.
     """
-
-    def log_ratio(a: float, b: float) -> float:
-        return abs(math.log(a / b))
-
-    width = 4 * log_ratio(shape.hidden_size, reference.hidden_size)
-    mlp = log_ratio(shape.intermediate_size, reference.intermediate_size)
+    width = 0.0 if rule.by == "hidden_size" else abs(math.log(shape.hidden_size / reference.hidden_size))
+    mlp = 0.0 if rule.by == "intermediate_size" else abs(math.log(shape.intermediate_size / reference.intermediate_size))
     if rule.by in ("heads", "head_dim"):
-        cost, other = (
-            s.num_heads * s.head_dim * (1 + v.model.num_householder)
-            for s, v in ((shape, variant), (reference, reference_variant))
-        )
-        heads = log_ratio(cost, other) / 2
+        cost, other = shape.num_heads * shape.head_dim * (1 + n), reference.num_heads * reference.head_dim * (1 + reference_n)
+        heads = abs(math.log(cost / other)) / 2
     else:
-        heads = 4 * log_ratio(shape.num_heads, reference.num_heads)
-    if free:
-        width, mlp = (0.0 if rule.by == "hidden_size" else width), (0.0 if rule.by == "intermediate_size" else mlp)
-    return width + mlp + heads + abs(shape.deviation)
+        heads = 4 * abs(math.log(shape.num_heads / reference.num_heads))
+    return 4 * width + mlp + heads + abs(shape.deviation)

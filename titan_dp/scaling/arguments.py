@@ -1,0 +1,59 @@
+"""Numbers on the command line of match and sweep: read, bounded, and refused by argparse with what was expected."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeVar
+
+from titan_dp.config import parse_count
+
+T = TypeVar("T")
+
+
+def count(text: str) -> int:
+    """'805M', '5G', '5e9' -> an integer above 0."""
+    value = parse_count(text.removesuffix("G") + "B" if text.endswith("G") else text)
+    return _bounded(text, lambda: round(float(value)), lambda n: 0 < n < 1e30, "count above 0 such as 805M, 1.3B or 5e9")  # type: ignore[arg-type]
+
+
+def natural(text: str) -> int:
+    return _bounded(text, lambda: int(text), lambda n: n >= 0, "whole number, 0 or more")
+
+
+def positive(text: str) -> int:
+    return _bounded(text, lambda: int(text), lambda n: n >= 1, "whole number above 0")
+
+
+def fraction(text: str) -> float:
+    return _bounded(text, lambda: float(text), lambda x: 0 < x <= 1, "number above 0 and at most 1")
+
+
+def above_zero(text: str) -> float:
+    return _bounded(text, lambda: float(text), lambda x: 0 < x < 1e9, "number above 0")
+
+
+def percent(text: str) -> float:
+    """'0.25' -> 0.0025."""
+    return _bounded(text, lambda: float(text.removesuffix("%")) / 100, lambda x: 0 < x < 1, "percentage such as 0.25")
+
+
+def householder_list(text: str) -> list[int]:
+    """'1,2,4' -> [1, 2, 4]."""
+
+    def fits(values: list[int]) -> bool:
+        return len(set(values)) == len(values) and all(1 <= n <= 8 for n in values)
+
+    return _bounded(
+        text, lambda: [int(part) for part in text.split(",")], fits, "list of different n_h from 1 to 8 such as 1,2,3"
+    )
+
+
+def _bounded(text: str, read: Callable[[], T], fits: Callable[[T], bool], expected: str) -> T:
+    try:
+        value = read()
+    except (ValueError, OverflowError):
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no {expected}")
+    return value

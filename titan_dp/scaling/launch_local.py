@@ -1,0 +1,272 @@
+"""The cells of a sweep on this machine: at most k at once, unfinished ones resumed, failed ones tried again.
+
+Every cell is a process of its own (train.py, under torchrun for several ranks) in a process group of its own, with
+its output in `attempt-N.log` of its run folder. A cell another process trains already, such as one that outlived a
+killed sweep, is waited for. Ctrl-C and SIGTERM end the cells; starting again resumes them from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from titan_dp.config_loader import PROJECT
+from titan_dp.errors import RunError, UserError
+from titan_dp.run_folder import is_finished, is_locked, last_record
+from titan_dp.scaling.sweep_file import Cell, Sweep
+from titan_dp.schedule import plan_batches
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 30  # between SIGTERM and SIGKILL
+
+
+def command(cell: Cell, nproc: int, python: str = sys.executable) -> list[str]:
+    """What trains `cell` on one machine."""
+    train = str(PROJECT / "train.py") if python == sys.executable else "train.py"
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    return [python, *launcher, train, "--config", f"{cell.folder / 'config.toml'}"]
+
+
+@dataclass
+class _Attempt:
+    """A cell on its way: waiting, running here (`process`), running elsewhere, finished or failed."""
+
+    cell: Cell
+    state: str = "waiting"
+    attempts: int = 0
+    slot: int = -1
+    process: subprocess.Popen[bytes] | None = None
+    reason: str = ""
+
+    @property
+    def log(self) -> Any:
+        return self.cell.folder / f"attempt-{self.attempts}.log"
+
+
+def launch_local(sweep: Sweep, *, at_once: int, nproc: int, retries: int) -> None:
+    """Run all unfinished cells.
+
+    Raises:
+        UserError: where the machine has fewer GPUs than asked for.
+        RunError: where cells failed more than `retries` times.
+    """
+    devices = _devices(at_once * nproc)
+    attempts = [_Attempt(cell) for cell in sweep.cells]
+    launcher = _Launcher(attempts, at_once, nproc, retries, devices)
+    with _terminated_as_interrupted(), _live(launcher) as show:
+        try:
+            while launcher.advance():
+                show()
+                time.sleep(_POLL_SECONDS)
+            show()
+        finally:
+            launcher.stop()
+    if failed := [f"{a.cell.name}: {a.reason}" for a in attempts if a.state == "failed"]:
+        raise RunError("\n  ".join([f"{len(failed)} cells failed; start the sweep again to retry them:", *failed]))
+
+
+def _devices(processes: int) -> list[str]:
+    """The GPUs to share out, none on a machine without. Raises UserError where there are some but too few."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        devices = [device for device in named.split(",") if device]
+    elif shutil.which("nvidia-smi"):
+        listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+        devices = [str(i) for i, line in enumerate(listing.stdout.splitlines()) if line.startswith("GPU")]
+    else:
+        devices = []
+    if devices and processes > len(devices):
+        raise UserError(f"--at-once times --nproc asks for {processes} GPUs, and there are {len(devices)}; lower one of them")
+    return devices
+
+
+class _Launcher:
+    def __init__(self, attempts: list[_Attempt], at_once: int, nproc: int, retries: int, devices: list[str]) -> None:
+        self.attempts, self.nproc, self.retries, self.devices = attempts, nproc, retries, devices
+        self.queue = deque(attempts)
+        self.free = list(range(at_once))
+        self.threads = max(1, (os.cpu_count() or 1) // (at_once * nproc))
+
+    def advance(self) -> bool:
+        """Look after what runs and start what can start; False when nothing is left to do."""
+        for attempt in self.attempts:
+            if attempt.process is not None and attempt.process.poll() is not None:
+                self._ended(attempt)
+            elif attempt.state == "elsewhere" and not is_locked(attempt.cell.folder):
+                self._settle(attempt)
+        while self.free and self.queue:
+            attempt = self.queue.popleft()
+            if is_finished(attempt.cell.folder):
+                attempt.state = "finished"
+            elif is_locked(attempt.cell.folder):
+                attempt.state = "elsewhere"
+            else:
+                self._start(attempt)
+        return any(attempt.state in ("waiting", "running", "elsewhere") for attempt in self.attempts)
+
+    def _start(self, attempt: _Attempt) -> None:
+        attempt.slot = self.free.pop(0)
+        attempt.attempts += 1
+        environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1", **os.environ}
+        if self.devices:
+            first = attempt.slot * self.nproc
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[first : first + self.nproc])
+        log: IO[bytes]
+        with attempt.log.open("wb") as log:
+            attempt.process = subprocess.Popen(
+                command(attempt.cell, self.nproc),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C is ours to pass on
+            )
+        attempt.state = "running"
+
+    def _ended(self, attempt: _Attempt) -> None:
+        assert attempt.process is not None
+        code, attempt.process = attempt.process.returncode, None
+        self.free.append(attempt.slot)
+        if code != 0 and is_locked(attempt.cell.folder):
+            attempt.state = "elsewhere"  # what refused this attempt is at work on the cell
+        else:
+            self._settle(attempt, code)
+
+    def _settle(self, attempt: _Attempt, code: int = 0) -> None:
+        """Decide on a cell nobody runs any more: finished, to be tried again, or failed."""
+        if is_finished(attempt.cell.folder):
+            attempt.state = "finished"
+            return
+        attempt.reason = f"exit code {code}, {_last_line(attempt)} ({attempt.log})"
+        if code == 2 or attempt.attempts > self.retries:  # 2 is a user's mistake: trying again cannot help
+            attempt.state = "failed"
+        else:
+            attempt.state = "waiting"
+            self.queue.append(attempt)
+
+    def stop(self) -> None:
+        """End what still runs: SIGTERM, and SIGKILL for what does not listen."""
+        running = [attempt.process for attempt in self.attempts if attempt.process is not None]
+        for process in running:
+            _signal_group(process, signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        for process in running:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _signal_group(process, signal.SIGKILL)
+                process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the sweep as Ctrl-C does, so that no cell is left behind."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _last_line(attempt: _Attempt) -> str:
+    """The last words of an attempt's log."""
+    try:
+        text = attempt.log.read_bytes()[-4096:].decode(errors="replace")
+    except FileNotFoundError:
+        return "no log"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error")]
+    return (errors or lines or ["no output"])[-1][:300]
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _live(launcher: _Launcher) -> Iterator[Any]:
+    """A function to call often: on a terminal it keeps a table up to date, else it prints a line when a state changes."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        with Live(_progress(launcher), console=console, auto_refresh=False) as live:
+            yield lambda: live.update(_progress(launcher), refresh=True)
+        return
+    told: dict[str, str] = {}
+
+    def tell() -> None:
+        for attempt in launcher.attempts:
+            if told.get(attempt.cell.name, "waiting") != attempt.state:
+                told[attempt.cell.name] = attempt.state
+                done = sum(a.state == "finished" for a in launcher.attempts)
+                console.print(f"[{done}/{len(launcher.attempts)}] {attempt.cell.name}: {_describe(attempt)}", markup=False)
+
+    yield tell
+
+
+def _describe(attempt: _Attempt) -> str:
+    if attempt.state == "running":
+        return f"attempt {attempt.attempts}" if attempt.attempts > 1 else "running"
+    if attempt.state == "failed":
+        return f"failed: {attempt.reason}"
+    if attempt.state == "waiting" and attempt.attempts:
+        return f"tried again after {attempt.reason}"
+    return {"elsewhere": "running in another process"}.get(attempt.state, attempt.state)
+
+
+_SHOWN = 30
+
+
+def _progress(launcher: _Launcher) -> Table:
+    """The live table: everything that runs or failed, and what else has room."""
+    from rich.table import Table
+
+    states = [attempt.state for attempt in launcher.attempts]
+    counts = ", ".join(
+        f"{states.count(s)} {s}" for s in ("finished", "running", "elsewhere", "waiting", "failed") if s in states
+    )
+    table = Table("cell", "state", "step", "loss", "validation", "tokens/s", title=f"{len(states)} cells: {counts}")
+    rank = {"running": 0, "elsewhere": 0, "failed": 1, "waiting": 2, "finished": 3}
+    shown = sorted(launcher.attempts, key=lambda attempt: rank[attempt.state])[:_SHOWN]
+    for attempt in launcher.attempts:
+        if attempt in shown:
+            record = last_record(attempt.cell.folder)
+            steps = plan_batches(attempt.cell.config.training.model_copy(update={"local_batch_size": 1}), 1).steps
+            table.add_row(
+                attempt.cell.name,
+                _describe(attempt),
+                f"{record.get('step', 0):,}/{steps:,}",
+                _value(record.get("loss"), ".4f"),
+                _value(record.get("validation_loss"), ".4f"),
+                _value(record.get("tokens_per_second"), ",.0f"),
+            )
+    if len(launcher.attempts) > _SHOWN:
+        table.caption = f"and {len(launcher.attempts) - _SHOWN} more"
+    return table
+
+
+def _value(value: object, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else ""

@@ -1,0 +1,72 @@
+"""The cells of a sweep as one SLURM array (launch/slurm_array.sbatch): submitted here, run and requeued by SLURM.
+
+Which cells are in which array is kept in `slurm.json` of the sweep's folder, and squeue says which of these are still
+pending or running; those are not submitted again. Everything else is read from the run folders, as for any launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from typing import Any
+
+from titan_dp.config_loader import PROJECT
+from titan_dp.errors import RunError, UserError
+from titan_dp.files import write_json
+from titan_dp.run_folder import is_finished, is_locked
+from titan_dp.scaling.sweep_file import Sweep
+
+ARRAY_SCRIPT = PROJECT / "launch" / "slurm_array.sbatch"
+
+
+def launch_slurm(sweep: Sweep, *, at_once: int, retries: int, options: list[str]) -> None:
+    """Submit every cell that is neither finished nor already with SLURM, at most `at_once` to run at a time.
+
+    Raises:
+        UserError: where SLURM is not installed, or refuses the options.
+        RunError: where SLURM does not answer.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError("--launch slurm: there is no sbatch on this machine; use --launch local, or --launch print")
+    jobs = _jobs(sweep)
+    queued = _queued(jobs)
+    cells = [c for c in sweep.cells if c.name not in queued and not is_finished(c.folder) and not is_locked(c.folder)]
+    if not cells:
+        print(f"nothing to submit: {len(queued)} cells are with SLURM, the rest is finished")
+        return
+    listing = sweep.folder / f"cells-{len(jobs)}.txt"
+    listing.write_text("".join(f"{cell.folder / 'config.toml'}\n" for cell in cells))
+    array = f"--array=0-{len(cells) - 1}%{at_once}"
+    result = subprocess.run(
+        ["sbatch", "--parsable", array, *options, str(ARRAY_SCRIPT), str(listing)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RETRIES": str(retries)},
+        check=False,
+    )
+    if result.returncode:
+        raise UserError(f"sbatch refuses the array: {result.stderr.strip()}; see --sbatch for options your site needs")
+    job = result.stdout.strip().partition(";")[0]
+    jobs.append({"id": job, "cells": [cell.name for cell in cells]})
+    write_json(sweep.folder / "slurm.json", jobs)
+    print(
+        f"array {job}: {len(cells)} cells, {at_once} at once; squeue --job {job}, or this command again, shows how far they are"
+    )
+
+
+def _jobs(sweep: Sweep) -> list[dict[str, Any]]:
+    path = sweep.folder / "slurm.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _queued(jobs: list[dict[str, Any]]) -> set[str]:
+    """Names of the cells whose array elements are pending or running."""
+    result = subprocess.run(
+        ["squeue", "--noheader", "--array", "--me", "--format=%F %K"], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise RunError(f"squeue fails: {result.stderr.strip()}; nothing was submitted")
+    active = {tuple(line.split()) for line in result.stdout.splitlines()}
+    return {name for job in jobs for i, name in enumerate(job["cells"]) if (job["id"], str(i)) in active}

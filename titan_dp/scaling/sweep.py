@@ -1,0 +1,176 @@
+"""`titan-dp sweep FILE`: expand a sweep file into run folders, show what they cost and how far they are, launch them.
+
+    titan-dp sweep train_configs/sweeps/cpu_study.toml
+    titan-dp sweep train_configs/sweeps/cpu_study.toml --launch local --at-once 2
+
+A sweep's state is its run folders and nothing else: what is finished, cut off or running is read from them each time. So
+a sweep can be killed at any moment and started again, and cells may be run by any launcher, by several in turn, or by
+hand. A folder that has been trained with other settings is never touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from titan_dp.config_loader import config_from_toml
+from titan_dp.errors import UserError
+from titan_dp.files import write_json
+from titan_dp.run_folder import RunLock, identity, is_finished, is_locked, last_step, read_run
+from titan_dp.scaling.arguments import above_zero, fraction, natural, positive
+from titan_dp.scaling.sweep_file import Cell, Sweep, load_sweep
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="sweep file, such as train_configs/sweeps/cpu_study.toml")
+    parser.add_argument(
+        "--launch", choices=["local", "slurm", "print"], help="run the cells here, as a SLURM array, or print their commands"
+    )
+    parser.add_argument("--at-once", type=positive, default=1, metavar="K", help="cells that run at the same time (default: 1)")
+    parser.add_argument(
+        "--nproc", type=positive, default=1, metavar="N", help="processes of a cell, local and print (default: 1)"
+    )
+    parser.add_argument("--retries", type=natural, default=2, metavar="N", help="new attempts of a failed cell (default: 2)")
+    parser.add_argument(
+        "--sbatch", default="", metavar="OPTIONS", help="more options of sbatch: '--partition=h100 --time=8:00:00'"
+    )
+    parser.add_argument("--mfu", type=fraction, default=0.4, help="MFU the GPU-hours are computed at (default: 0.4)")
+    parser.add_argument(
+        "--peak-tflops", type=above_zero, default=989.4, help="peak of one GPU in TFLOP/s (default: 989.4, H100 in bfloat16)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    sweep = load_sweep(args.file)
+    lock = RunLock(sweep.folder)  # two sweeps at once would start every cell twice
+    try:
+        write_cells(sweep)
+        if args.launch != "print":  # whose output is for another program
+            _print_table(sweep, args.mfu * args.peak_tflops * 1e12)
+        if args.launch == "local":
+            from titan_dp.scaling.launch_local import launch_local
+
+            launch_local(sweep, at_once=args.at_once, nproc=args.nproc, retries=args.retries)
+        elif args.launch == "slurm":
+            from titan_dp.scaling.launch_slurm import launch_slurm
+
+            launch_slurm(sweep, at_once=args.at_once, retries=args.retries, options=shlex.split(args.sbatch))
+        elif args.launch == "print":
+            from titan_dp.scaling.launch_local import command
+
+            for cell in sweep.cells:
+                if not is_finished(cell.folder):
+                    print(shlex.join(command(cell, args.nproc, python="python")))
+    finally:
+        lock.close()
+    return 0
+
+
+# -- run folders -------------------------------------------------------------------------------------------------------
+
+
+def write_cells(sweep: Sweep) -> None:
+    """Write a run folder a cell with its config.toml, and sweep.json.
+
+    Raises UserError, before anything is written, where a folder was trained with other settings.
+    """
+    new = [cell for cell in sweep.cells if not _is_written(cell)]
+    for cell in new:
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        (cell.folder / "config.toml").write_text(cell.toml())
+    listing = [
+        {
+            "name": cell.name,
+            "axes": cell.axes,
+            "identity": cell.identity,
+            "parameters": cell.parameters,
+            "flops_per_token": cell.flops_per_token,
+            "tokens": cell.tokens,
+            "flops": cell.flops,
+        }
+        for cell in sweep.cells
+    ]
+    facts = {"name": sweep.name, "description": sweep.description, "file": str(sweep.file), "cells": listing}
+    write_json(sweep.folder / "sweep.json", facts)
+
+
+def _is_written(cell: Cell) -> bool:
+    """Whether the cell's folder holds its configuration. Raises UserError where it holds another that was trained."""
+    path = cell.folder / "config.toml"
+    try:
+        found = config_from_toml(path.read_text(), str(path))
+        if identity(found) == cell.identity:
+            return True
+        changed = _first_difference(found.model_dump(exclude={"job"}), cell.config.model_dump(exclude={"job"}))
+    except FileNotFoundError:
+        changed = "it has no config.toml"
+    except (UserError, UnicodeDecodeError):
+        changed = "its config.toml cannot be read"
+    if read_run(cell.folder) is not None:
+        raise UserError(
+            f"{cell.folder} was trained by another sweep or with other settings ({changed}); "
+            "give this sweep another [sweep] name, or move that folder away"
+        )
+    return False
+
+
+def _first_difference(found: dict, wanted: dict, prefix: str = "") -> str:
+    for key, value in wanted.items():
+        if isinstance(value, dict):
+            if inner := _first_difference(found[key], value, f"{prefix}{key}."):
+                return inner
+        elif found[key] != value:
+            return f"{prefix}{key} was {found[key]!r}, is now {value!r}"
+    return ""
+
+
+def state_of(cell: Cell) -> str:
+    """'finished', 'running', 'step 120' of a run cut off there, or 'new'."""
+    if is_finished(cell.folder):
+        return "finished"
+    if is_locked(cell.folder):
+        return "running"
+    return f"step {last_step(cell.folder):,}" if read_run(cell.folder) is not None else "new"
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+def _print_table(sweep: Sweep, flops_per_second: float) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
+    console.print(_cost_table(sweep, flops_per_second))
+    console.print(f"runs in {sweep.folder}")
+
+
+def _cost_table(sweep: Sweep, flops_per_second: float) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{sweep.name}: {len(sweep.cells)} cells. {sweep.description}", show_footer=True)
+    states = [state_of(cell) for cell in sweep.cells]
+    total, left = (
+        sum(cell.flops for cell, state in zip(sweep.cells, states, strict=True) if keep(state))
+        for keep in (lambda state: True, lambda state: state != "finished")
+    )
+    hours = lambda flops: f"{flops / flops_per_second / 3600:.4g}"  # noqa: E731
+    table.add_column("cell", "all", no_wrap=True)
+    table.add_column("state", f"{states.count('finished')} finished")
+    table.add_column("model", "")
+    table.add_column("shape", "layers x width, heads x dim, MLP")
+    table.add_column("parameters", "", justify="right")
+    table.add_column("tokens", f"{sum(cell.tokens for cell in sweep.cells):,}", justify="right")
+    table.add_column("FLOPs", f"{total:.3g}", justify="right")
+    table.add_column("GPU-hours", f"{hours(total)}\n{hours(left)} left", justify="right")
+    for cell, state in zip(sweep.cells, states, strict=True):
+        m = cell.config.model
+        shape = f"{m.num_hidden_layers} x {m.hidden_size}, {m.num_heads} x {m.head_dim}, {m.mlp_size}"
+        row = (cell.name, state, m.family, shape, f"{cell.parameters:,}", f"{cell.tokens:,}", f"{cell.flops:.3g}")
+        table.add_row(*row, hours(cell.flops))
+    return table

@@ -1,0 +1,338 @@
+"""A sweep file and the runs it stands for.
+
+A sweep file is a config (settings, `extends`) with a section [sweep]: axes, whose full grid is taken, or a list of
+cells, or both (every listed cell with every point of the grid). Each cell becomes one complete, checked configuration;
+with a matching rule its shape is solved so that all cells of one size are equally large. The invariant: a cell is its
+configuration. No two may be equal, and nothing about a cell is known only here. Reading and expanding
+write nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from titan_dp import config
+from titan_dp.config import Config, Positive, Section
+from titan_dp.config_docs import all_keys, to_toml
+from titan_dp.config_hints import explain_unknown
+from titan_dp.config_loader import Loaded, Problems, Setting, build_config, read_files
+from titan_dp.errors import UserError
+from titan_dp.model_size import model_size
+from titan_dp.run_folder import identity
+from titan_dp.scaling.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
+from titan_dp.schedule import plan_batches
+
+
+class SweepSection(Section):
+    """[sweep]: what is varied, and what is kept equal."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    """Folder of the sweep inside job.dump_folder; default: the file's name without .toml."""
+    description: str = ""
+    """One line for people."""
+    match: Literal["heads", "head_dim", "intermediate_size", "hidden_size"] | None = None
+    """The knob by which all cells of one size get equally large; default: shapes are taken as they are given."""
+    match_quantity: Literal["parameters", "flops"] = "parameters"
+    """What the cells of one size have in common: parameters, or model FLOPs a token."""
+    multiple: Positive = 64
+    """Grid of all matrix dimensions that are solved for."""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Largest relative deviation of a solved size; default: 0.001 where the grid allows, else 0.0025."""
+    aspect_ratio: Positive | None = None
+    """Width over depth of the solved shapes; default: every size has the base's number of layers."""
+    axes: dict[str, list[Any]] = Field(default={})
+    """Values by axis; every combination is a cell."""
+    cells: list[dict[str, Any]] = Field(default=[])
+    """Listed cells: each a table of axis values, with a `name` if wanted; each is combined with every point of the axes."""
+
+
+# Axes that are no key of the configuration by the name of the axis: what they set.
+_SHORT = {"lr": ("optimizer.lr",), "seed": ("debug.seed", "data.seed"), "tokens": ("training.tokens",)}
+_SOLVED = ("size", "tokens_per_parameter", "flops")
+_LENGTHS = ("tokens", "training.tokens", "training.steps", "tokens_per_parameter", "flops")
+
+# How values are written in the names of run folders; other axes stand with their key's last part in front.
+_PREFIX = {
+    "num_householder": "nh",
+    "num_heads": "h",
+    "head_dim": "d",
+    "hidden_size": "w",
+    "intermediate_size": "mlp",
+    "num_hidden_layers": "l",
+    "size": "",
+    "tokens": "t",
+    "tokens_per_parameter": "tpp",
+    "flops": "c",
+    "seed": "s",
+    "mixer": "",
+}
+_FLAGS = {"use_forget_gate": ("ungated", "gated"), "allow_neg_eigval": ("pos", "neg")}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep: `config` is complete, with job.dump_folder and job.run_name."""
+
+    name: str
+    axes: dict[str, Any]
+    config: Config
+    identity: str
+    parameters: int
+    flops_per_token: int
+    tokens: int
+
+    @property
+    def flops(self) -> int:
+        return self.flops_per_token * self.tokens
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.job.dump_folder) / self.name
+
+    def toml(self) -> str:
+        return Loaded(self.config, dict.fromkeys(all_keys(), "sweep")).resolved_toml()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    name: str
+    description: str
+    file: Path
+    folder: Path
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A cell before its shape and length are solved."""
+
+    name: str
+    axes: dict[str, Any]
+    settings: list[Setting]
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read and expand a sweep file.
+
+    Raises UserError: a file that cannot be read, an unknown axis or a wrong value, axes that contradict the matching
+    rule or each other, a size that cannot be reached, two cells with one configuration.
+    """
+    section, base = _read(path)
+    _check_axes(path, section)
+    points = list(_points(path, section))
+    try:
+        configs = _solve(section, base, points)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    name = section.name or path.stem
+    folder = Path(configs[0].job.dump_folder) / name
+    cells = [_cell(path, point, c, folder) for point, c in zip(points, configs, strict=True)]
+    _refuse_twins(path, cells)
+    return Sweep(name, section.description, path, folder, cells)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> tuple[SweepSection, list[Setting]]:
+    """The [sweep] section, and the settings of the base configuration with their origins."""
+    if not path.is_file():
+        raise UserError(f"there is no sweep file {path}; the shipped ones are in train_configs/sweeps")
+    problems = Problems()
+    sweep: dict[str, Any] = {}
+    base = []
+    for setting in read_files(path, problems):
+        if not setting.key.startswith("sweep."):
+            base.append(setting)
+        elif setting.key.startswith("sweep.axes."):
+            sweep.setdefault("axes", {})[setting.key.removeprefix("sweep.axes.")] = setting.value
+        else:
+            sweep[setting.key.removeprefix("sweep.")] = setting.value
+    problems.raise_if_any()
+    if not sweep:
+        raise UserError(f"{path} has no [sweep] section; it is a config for train.py, not a sweep")
+    try:
+        return SweepSection.model_validate(sweep), base
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join(map(str, item["loc"]))
+            if item["type"] == "extra_forbidden":
+                near = get_close_matches(key, list(SweepSection.model_fields), n=1)
+                hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(SweepSection.model_fields)}"
+                lines.append(f"unknown key sweep.{key}; {hint}")
+            else:
+                lines.append(f"sweep.{key} = {item['input']!r}: {item['msg']}")
+        raise UserError(f"{path}: " + "; ".join(lines)) from error
+
+
+def _keys_of(axis: str) -> tuple[str, ...]:
+    """The configuration keys an axis sets; none for axes that are solved."""
+    if axis in _SOLVED:
+        return ()
+    if axis in _SHORT:
+        return _SHORT[axis]
+    return (axis,) if "." in axis else (f"model.{axis}",)
+
+
+def _check_axes(path: Path, section: SweepSection) -> None:
+    """Raise UserError for unknown axes and for axes that contradict each other or the matching rule."""
+    listed = [axis for cell in section.cells for axis in cell if axis != "name"]
+    axes = dict.fromkeys([*section.axes, *listed])
+    if not axes:
+        raise UserError(f"{path}: [sweep] has neither axes nor cells; give [sweep.axes] with num_householder = [1, 2], say")
+    for axis in axes:
+        for key in _keys_of(axis):
+            if key not in all_keys():
+                known = [*_SOLVED, *_SHORT, *(k.removeprefix("model.") for k in all_keys() if k.startswith("model."))]
+                near = get_close_matches(axis, known, n=1)
+                raise UserError(f"{path}: unknown axis {axis}; {f'did you mean {near[0]}?' if near else explain_unknown(key)}")
+    for axis in section.axes:
+        if not section.axes[axis]:
+            raise UserError(f"{path}: the axis {axis} has no values; give some, or remove it")
+        if axis in listed:
+            raise UserError(f"{path}: {axis} is both an axis and set by a listed cell; keep one")
+    lengths = [axis for axis in axes if axis in _LENGTHS]
+    if len(lengths) > 1:
+        raise UserError(f"{path}: the axes {' and '.join(lengths)} both set the length of a run; keep one")
+    if "size" in axes and section.match is None:
+        raise UserError(f'{path}: the axis size needs a rule that finds shapes; set match = "heads" (or {_others("heads")})')
+    if section.match and (knob := KNOBS[section.match]) in {key.removeprefix("model.") for a in axes for key in _keys_of(a)}:
+        raise UserError(
+            f'{path}: the axis {knob} contradicts match = "{section.match}", which solves for it; '
+            f"match by another of {_others(section.match)}, or drop the axis"
+        )
+
+
+def _others(knob: str) -> str:
+    return ", ".join(f'"{other}"' for other in KNOBS if other != knob)
+
+
+def _points(path: Path, section: SweepSection) -> Iterator[_Point]:
+    """Every listed cell (or one without a name) with every combination of the axes, in the file's order."""
+    origin = f"{path} [sweep]"
+    for listed in section.cells or [{}]:
+        own = {axis: value for axis, value in listed.items() if axis != "name"}
+        for values in itertools.product(*section.axes.values()):
+            axes = own | dict(zip(section.axes, values, strict=True))
+            name = [str(listed["name"])] if "name" in listed else [_label(axis, value) for axis, value in own.items()]
+            name += [_label(axis, value) for axis, value in zip(section.axes, values, strict=True)]
+            settings = [Setting(key, value, origin) for axis, value in axes.items() for key in _keys_of(axis)]
+            yield _Point(re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(name)), axes, settings)
+
+
+def _label(axis: str, value: object) -> str:
+    last = axis.rpartition(".")[2]
+    if last in _FLAGS and isinstance(value, bool):
+        return _FLAGS[last][value]
+    text = value if isinstance(value, str) else to_toml(value) if isinstance(value, bool | int | float) else str(value)
+    return _PREFIX.get(last, last) + text
+
+
+# -- solving -----------------------------------------------------------------------------------------------------------
+
+
+def _solve(section: SweepSection, base: list[Setting], points: list[_Point]) -> list[Config]:
+    """The checked configuration of every point, but for its folder."""
+    problems = Problems()
+    proposals = [build_config([*base, *point.settings, *_any_length(point)], problems)[0] for point in points]
+    if section.match is not None:
+        like = build_config([*base, Setting("training.steps", 1, "sweep")], Problems())[0]
+        shapes = _match(section, like, proposals, points)
+        proposals = [c.model_copy(update={"model": m}) for c, m in zip(proposals, shapes, strict=True)]
+    return [_with_length(c, point) for c, point in zip(proposals, points, strict=True)]
+
+
+def _any_length(point: _Point) -> list[Setting]:
+    """A length to check the rest of a configuration with, where the real one follows from its size."""
+    solved = point.axes.keys() & {"tokens_per_parameter", "flops"}
+    return [Setting("training.tokens", 1, "sweep")] if solved else []
+
+
+def _match(section: SweepSection, like: Config, proposals: list[Config], points: list[_Point]) -> list[config.Model]:
+    """The model of every cell: those of one target size are solved together, so that they differ as little as possible."""
+    assert section.match is not None
+    rule = Rule(section.match, section.match_quantity, section.multiple, section.tolerance)
+    proportions = Proportions.of(like.model)
+    groups: dict[tuple[int, int], dict[str, Variant]] = {}  # by target and sequence length, each model once
+    where = []
+    for c, point in zip(proposals, points, strict=True):
+        keys = {key.removeprefix("model.") for axis in point.axes for key in _keys_of(axis)}
+        group, model = (_target(point, like, rule), c.training.seq_len), c.model.model_dump_json()
+        groups.setdefault(group, {})[model] = Variant(c.model, frozenset(keys & set(SHAPE_KEYS)))
+        where.append((group, model))
+    solved: dict[tuple[tuple[int, int], str], config.Model] = {}
+    for (target, seq_len), variants in groups.items():
+        models = list(variants.values())
+        if section.aspect_ratio and "num_hidden_layers" not in models[0].pinned:
+            depth = choose_depth(models[0], target, proportions, rule, seq_len, section.aspect_ratio).model.num_hidden_layers
+            models = [Variant(v.model.model_copy(update={"num_hidden_layers": depth}), v.pinned) for v in models]
+        shaped = match_shapes(models, target, proportions, rule, seq_len)
+        solved.update(zip((((target, seq_len), model) for model in variants), shaped, strict=True))
+    return [solved[key] for key in where]
+
+
+def _target(point: _Point, like: Config, rule: Rule) -> int:
+    """The size every cell of this point's group has: the axis `size`, or that of the base configuration."""
+    if "size" in point.axes:
+        return _count(point.axes["size"], "size")
+    counts = model_size(like.model, like.training.seq_len)
+    return counts.parameters if rule.quantity == "parameters" else counts.flops_per_token
+
+
+def _count(value: object, axis: str) -> int:
+    number = config.parse_count(value)
+    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < 1e40:
+        raise UserError(f'the axis {axis} holds {value!r}, which is no count above 0 such as "805M" or 1e18')
+    return round(number)
+
+
+def _with_length(c: Config, point: _Point) -> Config:
+    """Solve the length of a run that is given by its size or its FLOPs."""
+    if c.training.global_batch_size == -1:
+        raise UserError("a sweep needs training.global_batch_size: with -1 the batch depends on how many processes run a cell")
+    counts = model_size(c.model, c.training.seq_len)
+    if "tokens_per_parameter" in point.axes:
+        ratio = point.axes["tokens_per_parameter"]
+        if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 < ratio < 1e9:
+            raise UserError(f"the axis tokens_per_parameter holds {ratio!r}, which is no number above 0 such as 20")
+        tokens = round(ratio * counts.parameters)
+    elif "flops" in point.axes:
+        tokens = max(1, round(_count(point.axes["flops"], "flops") / counts.flops_per_token))
+    else:
+        return c
+    training = c.training.model_copy(update={"tokens": tokens, "steps": None})
+    return c.model_copy(update={"training": training})
+
+
+def _cell(path: Path, point: _Point, c: Config, folder: Path) -> Cell:
+    job = c.job.model_copy(update={"dump_folder": str(folder), "run_name": point.name})
+    c = Config.model_validate(c.model_copy(update={"job": job}).model_dump())
+    counts = model_size(c.model, c.training.seq_len)
+    tokens = plan_batches(c.training.model_copy(update={"local_batch_size": 1}), 1).tokens
+    return Cell(point.name, point.axes, c, identity(c), counts.parameters, counts.flops_per_token, tokens)
+
+
+def _refuse_twins(path: Path, cells: list[Cell]) -> None:
+    seen: dict[str, Cell] = {}
+    for cell in cells:
+        for key in (cell.identity, f"name {cell.name}"):
+            if key in seen:
+                same = "the same configuration" if key == cell.identity else "the same name"
+                raise UserError(
+                    f"{path}: the cells {_axes(seen[key])} and {_axes(cell)} have {same}; "
+                    "remove one, or let an axis tell them apart"
+                )
+            seen[key] = cell
+
+
+def _axes(cell: Cell) -> str:
+    return "(" + ", ".join(f"{axis} = {value}" for axis, value in cell.axes.items()) + ")"
