@@ -1,0 +1,149 @@
+"""A sweep on this machine as a user runs it: interrupted, killed, failing, and always finished by starting it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_user_journey import ENV, kill_all, losses
+
+STEPS = 40
+
+
+@pytest.fixture
+def sweep_file(tiny_config: Path) -> Iterator[Path]:
+    """Two cells of 40 steps with a checkpoint every 5, from the smallest config there is."""
+    path = tiny_config.parent / "pair.toml"
+    path.write_text(
+        f"""
+extends = "tiny.toml"
+[sweep.axes]
+num_householder = [1, 2]
+[training]
+steps = {STEPS}
+[validation]
+enable = false
+[generate]
+enable = false
+"""
+    )
+    yield path
+    for cell in ("nh1", "nh2"):
+        kill_all(str(folder(path) / cell / "config.toml"))
+
+
+def folder(sweep_file: Path) -> Path:
+    return sweep_file.parent / "outputs/pair"
+
+
+def command(sweep_file: Path, root: Path, *options: str) -> list[str]:
+    program = "import sys; from titan_dp.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", program, "sweep", str(sweep_file), "--launch", "local", *options]
+
+
+def sweep(sweep_file: Path, root: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(sweep_file, root, *options), env=ENV, cwd=root, capture_output=True, text=True, timeout=180, check=False
+    )
+
+
+def start(sweep_file: Path, root: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(sweep_file, root, *options), env=ENV, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + 90
+    while not happened():
+        assert process is None or process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def committed(sweep_file: Path, cell: str) -> bool:
+    return (folder(sweep_file) / cell / "checkpoint/step-00000005/manifest.json").exists()
+
+
+def check_finished(sweep_file: Path, *cells: str) -> None:
+    for cell in cells:
+        assert json.loads((folder(sweep_file) / cell / "run.json").read_text())["state"] == "finished"
+        records = (folder(sweep_file) / cell / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(record)["step"] for record in records] == list(range(1, STEPS + 1))
+
+
+def test_a_sweep_interrupted_and_started_again_ends_as_if_never_interrupted(sweep_file: Path, root: Path) -> None:
+    process = start(sweep_file, root)
+    wait_until(lambda: committed(sweep_file, "nh1"), process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert "interrupted" in output
+    interrupted = losses(folder(sweep_file) / "nh1")
+    assert max(interrupted) < STEPS
+
+    again = sweep(sweep_file, root)
+    assert again.returncode == 0, again.stdout + again.stderr
+    check_finished(sweep_file, "nh1", "nh2")
+    assert "resumed at step" in (folder(sweep_file) / "nh1/attempt-1.log").read_text()
+    resumed = losses(folder(sweep_file) / "nh1")
+    assert {step: resumed[step] for step in interrupted} == interrupted
+
+    idle = sweep(sweep_file, root)
+    assert idle.returncode == 0
+    assert "2 finished" in idle.stdout
+    assert "running" not in idle.stdout
+
+
+def test_cells_that_outlive_a_sweep_killed_with_sigkill_are_waited_for_not_started_twice(sweep_file: Path, root: Path) -> None:
+    process = start(sweep_file, root, "--at-once", "2")
+    wait_until(lambda: committed(sweep_file, "nh1") and committed(sweep_file, "nh2"), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = sweep(sweep_file, root, "--at-once", "2")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "running in another process" in again.stdout
+    check_finished(sweep_file, "nh1", "nh2")
+    for cell in ("nh1", "nh2"):
+        assert "resumed" not in (folder(sweep_file) / cell / "attempt-1.log").read_text()
+
+
+def test_a_cell_that_is_killed_is_tried_again_and_a_users_mistake_is_not(sweep_file: Path, shards: Path, root: Path) -> None:
+    later = sweep_file.parent / "shards-to-come"
+    sweep_file.write_text(sweep_file.read_text() + f'[data]\npath = "{later}"\n')
+    refused = sweep(sweep_file, root, "--at-once", "2", "--retries", "3")
+    assert refused.returncode == 1
+    assert "2 cells failed" in refused.stderr
+    assert "there are no token shards" in refused.stderr
+    assert sorted(path.parent.name for path in folder(sweep_file).glob("*/attempt-*.log")) == ["nh1", "nh2"]
+
+    later.symlink_to(shards / "train")
+    process = start(sweep_file, root, "--retries", "1")
+    wait_until(lambda: committed(sweep_file, "nh1"), process)
+    kill_all(str(folder(sweep_file) / "nh1/config.toml"))
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert "nh1: tried again after exit code -9" in output
+    assert "resumed at step" in (folder(sweep_file) / "nh1/attempt-2.log").read_text()
+    check_finished(sweep_file, "nh1", "nh2")
+
+
+def test_a_second_sweep_and_a_second_run_are_refused_while_the_first_is_at_work(sweep_file: Path, root: Path) -> None:
+    sweep_file.write_text(sweep_file.read_text().replace(f"steps = {STEPS}", "steps = 100_000"))
+    process = start(sweep_file, root)
+    wait_until(lambda: (folder(sweep_file) / "nh1/run.json").exists(), process)
+    config = str(folder(sweep_file) / "nh1/config.toml")
+    run = [sys.executable, str(root / "train.py"), "--config", config]
+    for second in (sweep(sweep_file, root), subprocess.run(run, env=ENV, capture_output=True, text=True, check=False)):
+        assert second.returncode == 2
+        assert "another process is at work" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
