@@ -10,7 +10,7 @@ Settings that are pinned stay as they are. Nothing here knows how a model trains
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -199,8 +199,11 @@ def _grid(variant: Variant, ideal: Shape, target: int, like: Proportions, rule: 
     """The shapes around the ideal one: every width and number of heads (or head_dim), and the MLP that fits best."""
     model, step = variant.model, rule.multiple
     pinned = {key: getattr(model, key) for key in variant.pinned}
-    widths = [pinned["hidden_size"]] if "hidden_size" in pinned else _near(ideal.hidden_size, step)
+    reach = 0.5 if rule.by == "hidden_size" else 0.75
+    widths = [pinned["hidden_size"]] if "hidden_size" in pinned else _near(ideal.hidden_size, step, reach)
     for width in widths:
+        if not _splits(model.model_copy(update={"hidden_size": width})):
+            continue
         for heads, head_dim in _heads(variant, ideal, like.natural_heads(width, model, rule), rule):
             shape = Shape(width, heads, head_dim, pinned.get("intermediate_size", step), 0.0)
             size = _size(shape.apply(model), rule, seq_len)
@@ -215,9 +218,10 @@ def _grid(variant: Variant, ideal: Shape, target: int, like: Proportions, rule: 
 def _heads(variant: Variant, ideal: Shape, natural: float, rule: Rule) -> Iterator[tuple[int, int]]:
     """(heads, head_dim) to try where `natural` heads are in proportion."""
     model = variant.model
-    whole: Callable[[int, int], bool] = lambda heads, dim: (  # noqa: E731
-        heads * dim % rule.multiple == 0 and heads * int(dim * model.expand_v) % rule.multiple == 0
-    )
+
+    def whole(heads: int, dim: int) -> bool:
+        return heads * dim % rule.multiple == 0 and heads * int(dim * model.expand_v) % rule.multiple == 0
+
     if model.mixer == "attention":
         yield model.num_heads, model.head_dim
     elif rule.by == "head_dim":
@@ -231,9 +235,15 @@ def _heads(variant: Variant, ideal: Shape, natural: float, rule: Rule) -> Iterat
         yield from ((heads, model.head_dim) for heads in few if whole(heads, model.head_dim))
 
 
-def _near(value: int, step: int) -> list[int]:
-    """Multiples of `step` from three quarters to four thirds of `value`, and at least four to either side."""
-    low, high = min(0.75 * value, value - 4 * step), max(value / 0.75, value + 4 * step)
+def _splits(model: config.Model) -> bool:
+    """Whether the width splits into the heads of softmax layers, where there are any."""
+    softmax = model.mixer == "attention" or model.attention_layers
+    return not softmax or (model.hidden_size % model.softmax_heads == 0 and model.hidden_size // model.softmax_heads % 2 == 0)
+
+
+def _near(value: int, step: int, reach: float) -> list[int]:
+    """Multiples of `step` from `reach` times `value` to as much above, and at least four to either side."""
+    low, high = min(reach * value, value - 4 * step), max(value / reach, value + 4 * step)
     return [i * step for i in range(max(1, math.ceil(low / step)), math.floor(high / step) + 1)]
 
 

@@ -159,7 +159,10 @@ def _cost_table(sweep: Sweep, flops_per_second: float) -> Table:
         sum(cell.flops for cell, state in zip(sweep.cells, states, strict=True) if keep(state))
         for keep in (lambda state: True, lambda state: state != "finished")
     )
-    hours = lambda flops: f"{flops / flops_per_second / 3600:.4g}"  # noqa: E731
+
+    def hours(flops: int) -> str:
+        return f"{flops / flops_per_second / 3600:.4g}"
+
     table.add_column("cell", "all", no_wrap=True)
     table.add_column("state", f"{states.count('finished')} finished")
     table.add_column("model", "")
@@ -167,7 +170,9 @@ def _cost_table(sweep: Sweep, flops_per_second: float) -> Table:
     table.add_column("parameters", "", justify="right")
     table.add_column("tokens", f"{sum(cell.tokens for cell in sweep.cells):,}", justify="right")
     table.add_column("FLOPs", f"{total:.3g}", justify="right")
-    table.add_column("GPU-hours", f"{hours(total)}\n{hours(left)} left", justify="right")
+    table.add_column(
+        f"GPU-hours at\n{flops_per_second / 1e12:.4g} TFLOP/s", f"{hours(total)}\n{hours(left)} left", justify="right"
+    )
     for cell, state in zip(sweep.cells, states, strict=True):
         m = cell.config.model
         shape = f"{m.num_hidden_layers} x {m.hidden_size}, {m.num_heads} x {m.head_dim}, {m.mlp_size}"
