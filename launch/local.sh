@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# One machine: every GPU there is (two CPU processes where there is none).
-# Usage: launch/local.sh 800m.toml [--section.key VALUE ...]
+# One machine: every GPU there is (two CPU processes where there is none). launch/README.md has the rest.
+# Usage: launch/local.sh CONFIG [--section.key VALUE ...]
+#   NPROC=4       processes, where that is not the number of GPUs
+#   VENV=DIR      the Python environment, where that is not .venv ($CONDA_PREFIX for conda)
 set -euo pipefail
+if [[ $# -eq 0 || $1 == -* ]]; then
+    echo "usage: launch/local.sh CONFIG [--section.key VALUE ...]" >&2
+    exit 2
+fi
 cd "$(dirname "$0")/.."
-config=${1:?usage: launch/local.sh CONFIG [--section.key VALUE ...]}
-shift
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-exec .venv/bin/torchrun --standalone --nproc_per_node="$((gpus > 0 ? gpus : 2))" train.py --config "$config" "$@"
+exec "${VENV:-.venv}/bin/python" launch/torchrun.py --standalone --nproc-per-node="${NPROC:-$((gpus > 0 ? gpus : 2))}" \
+    train.py --config "$@"

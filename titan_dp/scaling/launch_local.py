@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from titan_dp.config_loader import PROJECT
@@ -32,11 +33,11 @@ _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 30  # between SIGTERM and SIGKILL
 
 
-def command(cell: Cell, nproc: int, python: str = sys.executable) -> list[str]:
+def command(cell: Cell, nproc: int, python: str = sys.executable, project: Path = PROJECT) -> list[str]:
     """What trains `cell` on one machine."""
-    train = str(PROJECT / "train.py") if python == sys.executable else "train.py"
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
-    return [python, *launcher, train, "--config", f"{cell.folder / 'config.toml'}"]
+    # launch/torchrun.py is torchrun, but for the exit code: that of train.py
+    launcher = [str(project / "launch/torchrun.py"), "--standalone", f"--nproc-per-node={nproc}"] if nproc > 1 else []
+    return [python, *launcher, str(project / "train.py"), "--config", str(cell.folder / "config.toml")]
 
 
 @dataclass
@@ -51,7 +52,7 @@ class _Attempt:
     reason: str = ""
 
     @property
-    def log(self) -> Any:
+    def log(self) -> Path:
         return self.cell.folder / f"attempt-{self.attempts}.log"
 
 

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
             for cell in sweep.cells:
                 if not is_finished(cell.folder):
-                    print(shlex.join(command(cell, args.nproc, python="python")))
+                    print(shlex.join(command(cell, args.nproc, python="python", project=Path())))
     finally:
         lock.close()
     return 0

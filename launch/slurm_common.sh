@@ -1,0 +1,59 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# Sourced by slurm.sbatch and slurm_array.sbatch in the project's root: what both need, and when a job is tried again.
+# The invariant: a job is requeued only if running it again can help. Exit code 2, the user's mistake, never is.
+
+python=${VENV:-.venv}/bin/python
+nproc=${NPROC:-${SLURM_GPUS_ON_NODE:-1}} # processes a node
+# The id to requeue. Of an array's elements one has the array's own id as SLURM_JOB_ID: requeueing that would requeue them all.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-${SLURM_JOB_ID:-}}
+
+mistake() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+say() {
+    echo "$(date '+%F %T') job $job: $*"
+}
+
+# Back into the queue, to resume from the newest committed checkpoint. Returns only if the cluster refuses.
+requeue() {
+    say "$1: requeueing"
+    scontrol requeue "$job" && exec sleep infinity # until SLURM ends what runs here, which is part of requeueing
+}
+
+# With a grace time the preempted job's processes end by themselves, which looks like a failure but for this.
+preempted() {
+    scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'
+}
+
+# train COMMAND...: run it and exit with its code, or requeue this job.
+train() {
+    local code=0 near_limit='' failures=outputs/slurm/$job.failures
+    # SLURM sends USR1 a minute or two before the time limit (--signal): a run longer than the limit goes on in the next slot.
+    trap 'near_limit=1' USR1
+    "$@" &
+    wait $! || code=$? # USR1 ends `wait`, not the command
+    if [[ $near_limit ]] && ! requeue "the time limit is near"; then
+        code=0
+        wait $! || code=$?
+    fi
+    if ((code == 0 || code == 2)); then
+        say "ended with exit code $code"
+    elif preempted; then
+        requeue "preempted" || true
+    else
+        mkdir -p outputs/slurm
+        say "exit code $code" >>"$failures" # not SLURM_RESTART_COUNT: that counts preemptions and time limits as well
+        if (($(wc -l <"$failures") <= ${RETRIES:-2})); then
+            requeue "failed with exit code $code, retry $(wc -l <"$failures") of ${RETRIES:-2}" || true
+        else
+            say "failed with exit code $code, no retry left of ${RETRIES:-2}: given up"
+        fi
+    fi
+    exit "$code"
+}
+
+[[ -n $job ]] || mistake "this is a job script: $usage"
+[[ -x $python ]] || mistake "there is no Python at $python: run make install, or set VENV to an environment's folder"

@@ -1,0 +1,71 @@
+"""torchrun with two things added that a scheduler needs; takes exactly torchrun's options.
+
+    python launch/torchrun.py --nproc-per-node=8 train.py --config 800m.toml
+
+1. It leaves with the exit code of the process that failed first (2: the user's mistake), where torchrun always says 1, so
+   that only what may succeed the next time is tried again.
+2. With several nodes gloo, which carries asynchronous checkpoints and CPU training, binds to the interface that leads to the
+   first node. By itself it binds to whatever the node's own name resolves to: loopback on Debian, nothing on many clusters.
+   A GLOO_SOCKET_IFNAME that is set is left alone. NCCL finds its interfaces by itself.
+
+Left out: everything else is torch.distributed.run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+SIOCGIFADDR = 0x8915  # netdevice(7)
+
+
+def main(argv: list[str]) -> int:
+    """Run torchrun with `argv`; returns the exit code: 128 + N where signal N killed the first process to fail."""
+    args = parse_args(argv)
+    host = args.rdzv_endpoint.rpartition(":")[0] or args.rdzv_endpoint or args.master_addr
+    if args.nnodes != "1" and not args.standalone and (interface := interface_towards(host)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    try:
+        run(args)
+    except ChildFailedError as error:
+        print(error, file=sys.stderr, flush=True)
+        code = error.get_first_failure()[1].exitcode  # negative: killed by that signal
+        return code if code >= 0 else 128 - code
+    except SignalException as error:
+        print(f"ended from outside by {error.sigval.name}", file=sys.stderr, flush=True)
+        return 1  # not 143: srun reports the highest code of all nodes, and the one that failed by itself must show
+    return 0
+
+
+def interface_towards(host: str) -> str | None:
+    """The name of the network interface whose IPv4 address this machine uses to talk to `host`, itself included.
+
+    None where `host` does not resolve or no interface has that address first.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # a datagram socket sends nothing here, it only asks for the route
+        except OSError:
+            return None
+        address = probe.getsockname()[0]
+        return next((name for _, name in socket.if_nameindex() if _address(probe, name) == address), None)
+
+
+def _address(any_socket: socket.socket, interface: str) -> str | None:
+    request = struct.pack("256s", interface.encode())
+    try:
+        answer = fcntl.ioctl(any_socket.fileno(), SIOCGIFADDR, request)
+    except OSError:  # it has no IPv4 address
+        return None
+    return socket.inet_ntoa(answer[20:24])  # struct ifreq: 16 bytes of name, then sockaddr_in with the address at its byte 4
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,97 @@
+"""What launch/ does without a scheduler: usage, mistakes, torchrun's exit codes and network interface, the Kubernetes file."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.torchrun import interface_towards
+
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"OMP_NUM_THREADS": "1", "VENV": sys.prefix}
+
+
+def run(root: Path, *command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)), cwd=root, env=ENV | env, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("script", ["local.sh", "slurm.sbatch", "slurm_array.sbatch"])
+@pytest.mark.parametrize("arguments", [[], ["--training.steps", "3"]])
+def test_a_script_without_a_config_prints_its_usage(root: Path, script: str, arguments: list[str]) -> None:
+    result = run(root, f"launch/{script}", *arguments)
+    assert result.returncode == 2
+    assert f"launch/{script} C" in result.stderr
+    assert result.stderr.startswith("usage: ")
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({}, "this is a job script: usage: sbatch"),
+        ({"SLURM_JOB_ID": "1", "PROJECT": "/"}, "/ is not the project's root"),
+        ({"SLURM_JOB_ID": "1", "VENV": "nowhere"}, "there is no Python at nowhere/bin/python"),
+    ],
+)
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_array.sbatch"])
+def test_a_job_script_says_what_it_lacks(root: Path, script: str, env: dict[str, str], message: str) -> None:
+    result = run(root, f"launch/{script}", "debug.toml", **env)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (None, "the job is no array"),
+        (1, "there is no config nowhere/config.toml"),
+        (2, "has no line 3: the array must be 0-1"),
+    ],
+)
+def test_an_array_that_does_not_fit_its_cells_is_a_mistake(root: Path, tmp_path: Path, index: int | None, message: str) -> None:
+    cells = tmp_path / "cells.txt"
+    cells.write_text("train_configs/debug.toml\nnowhere/config.toml\n")
+    array = {} if index is None else {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": str(index)}
+    result = run(root, "launch/slurm_array.sbatch", cells, **{"SLURM_JOB_ID": "1"} | array)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("statement", "code"), [("pass", 0), ("sys.exit(2)", 2), ("sys.exit(1)", 1), ("os.kill(os.getpid(), 9)", 137)]
+)
+def test_the_launcher_leaves_with_the_exit_code_of_what_it_launched(
+    root: Path, tmp_path: Path, statement: str, code: int
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, sys\n{statement}\n")
+    result = run(root, sys.executable, "launch/torchrun.py", "--standalone", "--nproc-per-node=1", script)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_interface_towards_a_host_is_the_one_that_has_the_route() -> None:
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("no-such-host.invalid") is None
+    outward = interface_towards("192.0.2.1")  # needs no answer from there (RFC 5737)
+    assert outward is None or outward in {name for _, name in socket.if_nameindex()} - {"lo"}
+
+
+def test_the_kubernetes_file_agrees_with_itself(root: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    service, job = yaml.safe_load_all((root / "launch/kubernetes.yaml").read_text())
+    spec: dict[str, Any] = job["spec"]
+    pod = spec["template"]["spec"]
+    container = pod["containers"][0]
+    options = dict(option.removeprefix("--").split("=", 1) for option in container["command"] if "=" in option)
+    assert spec["completions"] == spec["parallelism"] == int(options["nnodes"])
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+    assert options["rdzv-endpoint"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}:29500"
+    assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in container["volumeMounts"]}

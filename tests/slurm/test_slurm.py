@@ -1,0 +1,174 @@
+"""launch/slurm.sbatch and slurm_array.sbatch under a real SLURM: preempted, near the time limit, killed, mistaken, finished.
+
+Each job is submitted as a user submits it, from a project root of its own (links to the sources), so that nothing is written
+into this one. Left out: GPUs, and nodes on different machines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_user_journey import losses
+from tests.slurm.cluster import Cluster, missing_programs, wait_for
+
+pytestmark = pytest.mark.skipif(
+    bool(missing_programs()), reason="SLURM is not installed: apt-get install slurm-wlm munge (needed by tests/slurm)"
+)
+
+ONE_CPU = ("--gpus-per-node=0", "--cpus-per-task=1")  # what a user adds on a cluster without GPUs
+ENV = {"VENV": sys.prefix, "NPROC": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster() as running:
+        yield running
+
+
+@pytest.fixture
+def project(root: Path, tmp_path: Path) -> Path:
+    """A project's root that jobs may write into."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("launch", "train.py"):
+        (folder / name).symlink_to(root / name)
+    return folder
+
+
+def wait_for_checkpoint(run: Path, after: int, report: Path) -> int:
+    """The step of the first checkpoint past step `after`, as soon as it is committed."""
+
+    def newest() -> int:
+        return max((int(p.parent.name[5:]) for p in run.glob("checkpoint/step-*/manifest.json")), default=0)
+
+    wait_for(lambda: newest() > after, f"checkpoint after step {after}", 120, report=report.read_text)
+    return newest()
+
+
+def test_a_run_on_two_nodes_survives_preemption_and_the_time_limit(
+    cluster: Cluster, project: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    run, settings = tmp_path / "outputs/tiny", ("--training.steps", "100", "--validation.freq", "1000")
+    job = cluster.sbatch("--nodes=2", *ONE_CPU, "launch/slurm.sbatch", tiny_config, *settings, cwd=project, **ENV, RETRIES="0")
+    log = project / f"slurm-{job}.log"
+    wait_for(log.exists, f"log of job {job}", 30, cluster.logs)
+
+    step = wait_for_checkpoint(run, 10, log)
+    cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", cwd=tmp_path)
+    cluster.wait_until_requeued(job, 30)
+    step = wait_for_checkpoint(run, step + 20, log)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1@60 does near the time limit
+    (end,) = cluster.wait_until_over(job, seconds=180)
+
+    text = log.read_text()
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "2"), text
+    assert re.findall(f"job {job}: (.*): requeueing", text) == [
+        "preempted",
+        "the time limit is near",
+    ]  # RETRIES = 0 is for failures
+    assert "2 rank(s)" in text
+    resumed = [int(found) for found in re.findall(r"\[rank 0\] resumed at step (\d+)", text)]
+    assert len(resumed) == 2
+    assert 10 < resumed[0] < step <= resumed[1] < 100
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert steps == list(range(1, 101))
+    for node in (0, 1):
+        assert list((project / f"outputs/slurm/{job}/start-2/node-{node}").glob("**/0/stdout.log")), node
+
+    undisturbed = ["--job.run_name", "undisturbed", *settings]
+    local = [str(project / "launch/local.sh"), str(tiny_config), *undisturbed]
+    subprocess.run(local, env=os.environ | ENV | {"NPROC": "2"}, check=True, capture_output=True, timeout=180)
+    assert losses(run) == losses(tmp_path / "outputs/undisturbed")
+
+
+def test_a_mistake_on_two_nodes_ends_the_job_with_exit_code_2_and_is_not_tried_again(
+    cluster: Cluster, project: Path, tiny_config: Path
+) -> None:
+    wrong = ("--data.path", "nowhere")
+    job = cluster.sbatch("--nodes=2", *ONE_CPU, "launch/slurm.sbatch", tiny_config, *wrong, cwd=project, **ENV)
+    (end,) = cluster.wait_until_over(job, seconds=180)
+    log = (project / f"slurm-{job}.log").read_text()
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0"), log
+    assert "there are no token shards in 'nowhere'" in log
+
+
+def test_a_job_without_a_config_prints_the_usage(cluster: Cluster, project: Path) -> None:
+    job = cluster.sbatch(*ONE_CPU, "launch/slurm.sbatch", cwd=project, **ENV)
+    (end,) = cluster.wait_until_over(job, seconds=60)
+    assert end["ExitCode"] == "2:0"
+    assert "usage: sbatch --nodes=N launch/slurm.sbatch CONFIG" in (project / f"slurm-{job}.log").read_text()
+
+
+def test_an_array_retries_failed_cells_skips_finished_ones_and_leaves_mistakes(
+    cluster: Cluster, project: Path, tiny_config: Path
+) -> None:
+    cells = {
+        "killed": {"steps = 20": "steps = 80", "freq = 10\n": "freq = 1000\n"},
+        "finished": {},
+        "mistaken": {'path = "': 'path = "/nowhere'},
+        "diverging": {"lr = 0.003": "lr = 1e30", "[training]": "[training]\nmax_nonfinite_steps = 3"},
+    }
+    for name, changes in cells.items():
+        cell = project / "outputs/sweep" / name
+        cell.mkdir(parents=True)
+        text = re.sub(r'dump_folder = ".*"', 'dump_folder = "outputs/sweep"', tiny_config.read_text())
+        for old, new in (changes | {'run_name = "tiny"': f'run_name = "{name}"'}).items():
+            assert old in text
+            text = text.replace(old, new)
+        (cell / "config.toml").write_text(text)
+    (project / "outputs/sweep/finished/run.json").write_text('{"state": "finished", "step": 20}')
+    (project / "outputs/sweep/killed/run.json").write_text('{"state": "training", "step": 0}')
+    listing = project / "outputs/sweep/cells.txt"
+    listing.write_text("".join(f"outputs/sweep/{name}/config.toml\n" for name in cells))
+
+    arguments = ("--array=0-3", *ONE_CPU, "launch/slurm_array.sbatch", "outputs/sweep/cells.txt")
+    array = cluster.sbatch(*arguments, cwd=project, **ENV, RETRIES="1")
+    journal = project / f"slurm-{array}.log"
+    wait_for(journal.exists, f"log of array {array}", 30, cluster.logs)
+    wait_for_checkpoint(project / "outputs/sweep/killed", 5, journal)
+    kill_training(cluster, "outputs/sweep/killed/config.toml")
+
+    records = cluster.wait_until_over(*(f"{array}_{i}" for i in range(len(cells))), seconds=180)
+    ends = {name: (r["JobState"], r["ExitCode"], r["Restarts"]) for name, r in zip(cells, records, strict=True)}
+    assert ends == {
+        "killed": ("COMPLETED", "0:0", "1"),
+        "finished": ("COMPLETED", "0:0", "0"),
+        "mistaken": ("FAILED", "2:0", "0"),
+        "diverging": ("FAILED", "1:0", "1"),
+    }, journal.read_text()
+
+    text, sweep = journal.read_text(), project / "outputs/sweep"
+    assert "outputs/sweep/finished is finished: skipped" in text
+    assert not (sweep / "finished/metrics.jsonl").exists()
+    assert f"job {array}_0: failed with exit code 137, retry 1 of 1: requeueing" in text
+    assert re.search(r"resumed at step \d+", (sweep / "killed/slurm.log").read_text())
+    assert list(losses(sweep / "killed")) == list(range(1, 81))
+    assert f"job {array}_3: failed with exit code 1, no retry left of 1: given up" in text
+    assert "there are no token shards in '/nowhere" in (sweep / "mistaken/slurm.log").read_text()
+
+
+def kill_training(cluster: Cluster, config: str) -> None:
+    """SIGKILL the training process, not the launcher above it."""
+    for process in cluster.processes():
+        command = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+        if config in command and "launch/torchrun.py" not in command:
+            os.kill(process, signal.SIGKILL)
+
+
+def test_nothing_of_a_cluster_outlives_it() -> None:
+    with pytest.raises(KeyError), Cluster() as cluster:
+        cluster.sbatch("--nodes=2", "--wrap=srun sleep 600", cwd=cluster.folder)
+        names = lambda: {Path(f"/proc/{p}/comm").read_text().strip() for p in cluster.processes()}  # noqa: E731
+        wait_for(lambda: {"munged", "slurmctld", "slurmd", "slurmstepd", "sleep"} <= names(), "job", 30, cluster.logs)
+        raise KeyError("a test that fails")
+    assert cluster.processes() == []
+    assert not cluster.folder.exists()
