@@ -63,6 +63,16 @@ def test_an_array_that_does_not_fit_its_cells_is_a_mistake(root: Path, tmp_path:
     assert message in result.stderr
 
 
+def test_an_array_skips_a_cell_that_is_finished(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("not even valid")
+    (tmp_path / "run.json").write_text('{"state": "finished"}')
+    (tmp_path / "cells.txt").write_text(f"{tmp_path / 'config.toml'}\n")
+    array = {"SLURM_JOB_ID": "1", "SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "0"}
+    result = run(root, "launch/slurm_array.sbatch", tmp_path / "cells.txt", **array)
+    assert result.returncode == 0, result.stderr
+    assert f"{tmp_path} is finished: skipped" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("statement", "code"), [("pass", 0), ("sys.exit(2)", 2), ("sys.exit(1)", 1), ("os.kill(os.getpid(), 9)", 137)]
 )

@@ -108,52 +108,58 @@ def test_a_job_without_a_config_prints_the_usage(cluster: Cluster, project: Path
     assert "usage: sbatch --nodes=N launch/slurm.sbatch CONFIG" in (project / f"slurm-{job}.log").read_text()
 
 
-def test_an_array_retries_failed_cells_skips_finished_ones_and_leaves_mistakes(
+def test_a_sweep_is_an_array_that_retries_failed_cells_and_leaves_mistakes_and_finished_ones(
     cluster: Cluster, project: Path, tiny_config: Path
 ) -> None:
-    cells = {
-        "killed": {"steps = 20": "steps = 80", "freq = 10\n": "freq = 1000\n"},
-        "finished": {},
-        "mistaken": {'path = "': 'path = "/nowhere'},
-        "diverging": {"lr = 0.003": "lr = 1e30", "[training]": "[training]\nmax_nonfinite_steps = 3"},
-    }
-    for name, changes in cells.items():
-        cell = project / "outputs/sweep" / name
-        cell.mkdir(parents=True)
-        text = re.sub(r'dump_folder = ".*"', 'dump_folder = "outputs/sweep"', tiny_config.read_text())
-        for old, new in (changes | {'run_name = "tiny"': f'run_name = "{name}"'}).items():
-            assert old in text
-            text = text.replace(old, new)
-        (cell / "config.toml").write_text(text)
-    (project / "outputs/sweep/finished/run.json").write_text('{"state": "finished", "step": 20}')
-    (project / "outputs/sweep/killed/run.json").write_text('{"state": "training", "step": 0}')
-    listing = project / "outputs/sweep/cells.txt"
-    listing.write_text("".join(f"outputs/sweep/{name}/config.toml\n" for name in cells))
+    (project / "tiny.toml").write_text(re.sub(r'(dump_folder|run_name) = ".*"', "", tiny_config.read_text()))
+    (project / "four.toml").write_text(
+        """
+        extends = "tiny.toml"
+        [sweep]
+        cells = [
+            { name = "finished", "training.steps" = 20 },
+            { name = "killed", "training.steps" = 80 },
+            { name = "mistaken", "data.path" = "/nowhere" },
+            { name = "diverging", lr = 1e30 },
+        ]
+        [training]
+        max_nonfinite_steps = 3
+        [validation]
+        freq = 1000
+        """
+    )
+    sweep = project / "outputs/four"
+    assert titan_dp_sweep(cluster, project).returncode == 0  # writes the folders
+    (sweep / "finished/run.json").write_text('{"state": "finished", "step": 20}')
 
-    arguments = ("--array=0-3", *ONE_CPU, "launch/slurm_array.sbatch", "outputs/sweep/cells.txt")
-    array = cluster.sbatch(*arguments, cwd=project, **ENV, RETRIES="1")
+    launch = ("--launch", "slurm", "--at-once", "4", "--retries", "1", "--nproc", "1", "--sbatch", " ".join(ONE_CPU))
+    submitted = titan_dp_sweep(cluster, project, *launch)
+    assert submitted.returncode == 0, submitted.stderr
+    found = re.search(r"array (\d+): 3 cells, 4 at once", submitted.stdout)
+    assert found is not None, submitted.stdout
+    array = found[1]
+    assert "nothing to submit: 3 cells are with SLURM" in titan_dp_sweep(cluster, project, *launch).stdout
+
     journal = project / f"slurm-{array}.log"
     wait_for(journal.exists, f"log of array {array}", 30, cluster.logs)
-    wait_for_checkpoint(project / "outputs/sweep/killed", 5, journal)
-    kill_training(cluster, "outputs/sweep/killed/config.toml")
+    wait_for_checkpoint(sweep / "killed", 5, journal)
+    kill_training(cluster, "outputs/four/killed/config.toml")
+    records = cluster.wait_until_over(*(f"{array}_{i}" for i in range(3)), seconds=180)
+    ends = [(r["JobState"], r["ExitCode"], r["Restarts"]) for r in records]
+    assert ends == [("COMPLETED", "0:0", "1"), ("FAILED", "2:0", "0"), ("FAILED", "1:0", "1")], journal.read_text()
 
-    records = cluster.wait_until_over(*(f"{array}_{i}" for i in range(len(cells))), seconds=180)
-    ends = {name: (r["JobState"], r["ExitCode"], r["Restarts"]) for name, r in zip(cells, records, strict=True)}
-    assert ends == {
-        "killed": ("COMPLETED", "0:0", "1"),
-        "finished": ("COMPLETED", "0:0", "0"),
-        "mistaken": ("FAILED", "2:0", "0"),
-        "diverging": ("FAILED", "1:0", "1"),
-    }, journal.read_text()
-
-    text, sweep = journal.read_text(), project / "outputs/sweep"
-    assert "outputs/sweep/finished is finished: skipped" in text
-    assert not (sweep / "finished/metrics.jsonl").exists()
+    text = journal.read_text()
     assert f"job {array}_0: failed with exit code 137, retry 1 of 1: requeueing" in text
     assert re.search(r"resumed at step \d+", (sweep / "killed/slurm.log").read_text())
     assert list(losses(sweep / "killed")) == list(range(1, 81))
-    assert f"job {array}_3: failed with exit code 1, no retry left of 1: given up" in text
+    assert f"job {array}_2: failed with exit code 1, no retry left of 1: given up" in text
     assert "there are no token shards in '/nowhere" in (sweep / "mistaken/slurm.log").read_text()
+    assert not (sweep / "finished/metrics.jsonl").exists()
+    assert "2 finished" in titan_dp_sweep(cluster, project).stdout
+
+
+def titan_dp_sweep(cluster: Cluster, project: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return cluster.run(sys.executable, "-m", "titan_dp.cli", "sweep", "four.toml", *options, cwd=project)
 
 
 def kill_training(cluster: Cluster, config: str) -> None:

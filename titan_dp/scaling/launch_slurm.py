@@ -10,26 +10,33 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
-from titan_dp.config_loader import PROJECT
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import write_json
 from titan_dp.run_folder import is_finished, is_locked
 from titan_dp.scaling.sweep_file import Sweep
 
-ARRAY_SCRIPT = PROJECT / "launch" / "slurm_array.sbatch"
+ARRAY_SCRIPT = Path("launch/slurm_array.sbatch")
 
 
-def launch_slurm(sweep: Sweep, *, at_once: int, retries: int, options: list[str]) -> None:
+def launch_slurm(sweep: Sweep, *, at_once: int, nproc: int | None, retries: int, options: list[str]) -> None:
     """Submit every cell that is neither finished nor already with SLURM, at most `at_once` to run at a time.
 
+    Args:
+        nproc: processes a cell; None for one a GPU of the node.
+        options: for sbatch.
+
     Raises:
-        UserError: where SLURM is not installed, or refuses the options.
+        UserError: where SLURM is not installed or refuses the options, or this is not the project's root.
         RunError: where SLURM does not answer.
     """
     if shutil.which("sbatch") is None:
         raise UserError("--launch slurm: there is no sbatch on this machine; use --launch local, or --launch print")
+    if not ARRAY_SCRIPT.exists():
+        raise UserError(f"--launch slurm: there is no {ARRAY_SCRIPT} here; give the command in the project's root")
     jobs = _jobs(sweep)
     queued = _queued(jobs)
     cells = [c for c in sweep.cells if c.name not in queued and not is_finished(c.folder) and not is_locked(c.folder)]
@@ -39,21 +46,15 @@ def launch_slurm(sweep: Sweep, *, at_once: int, retries: int, options: list[str]
     listing = sweep.folder / f"cells-{len(jobs)}.txt"
     listing.write_text("".join(f"{cell.folder / 'config.toml'}\n" for cell in cells))
     array = f"--array=0-{len(cells) - 1}%{at_once}"
-    result = subprocess.run(
-        ["sbatch", "--parsable", array, *options, str(ARRAY_SCRIPT), str(listing)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "RETRIES": str(retries)},
-        check=False,
-    )
+    environment = {"VENV": sys.prefix} | os.environ | {"RETRIES": str(retries)} | ({"NPROC": str(nproc)} if nproc else {})
+    command = ["sbatch", "--parsable", array, *options, str(ARRAY_SCRIPT), str(listing)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if result.returncode:
         raise UserError(f"sbatch refuses the array: {result.stderr.strip()}; see --sbatch for options your site needs")
     job = result.stdout.strip().partition(";")[0]
     jobs.append({"id": job, "cells": [cell.name for cell in cells]})
     write_json(sweep.folder / "slurm.json", jobs)
-    print(
-        f"array {job}: {len(cells)} cells, {at_once} at once; squeue --job {job}, or this command again, shows how far they are"
-    )
+    print(f"array {job}: {len(cells)} cells, {at_once} at once; this command without --launch shows how far they are")
 
 
 def _jobs(sweep: Sweep) -> list[dict[str, Any]]:

@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launch", choices=["local", "slurm", "print"], help="run the cells here, as a SLURM array, or print their commands"
     )
     parser.add_argument("--at-once", type=positive, default=1, metavar="K", help="cells that run at the same time (default: 1)")
-    parser.add_argument(
-        "--nproc", type=positive, default=1, metavar="N", help="processes of a cell, local and print (default: 1)"
-    )
+    parser.add_argument("--nproc", type=positive, metavar="N", help="processes of a cell (default: 1; slurm: the node's GPUs)")
     parser.add_argument("--retries", type=natural, default=2, metavar="N", help="new attempts of a failed cell (default: 2)")
     parser.add_argument(
         "--sbatch", default="", metavar="OPTIONS", help="more options of sbatch: '--partition=h100 --time=8:00:00'"
@@ -56,17 +54,18 @@ def run(args: argparse.Namespace) -> int:
         if args.launch == "local":
             from titan_dp.scaling.launch_local import launch_local
 
-            launch_local(sweep, at_once=args.at_once, nproc=args.nproc, retries=args.retries)
+            launch_local(sweep, at_once=args.at_once, nproc=args.nproc or 1, retries=args.retries)
         elif args.launch == "slurm":
             from titan_dp.scaling.launch_slurm import launch_slurm
 
-            launch_slurm(sweep, at_once=args.at_once, retries=args.retries, options=shlex.split(args.sbatch))
+            options = shlex.split(args.sbatch)
+            launch_slurm(sweep, at_once=args.at_once, nproc=args.nproc, retries=args.retries, options=options)
         elif args.launch == "print":
             from titan_dp.scaling.launch_local import command
 
             for cell in sweep.cells:
                 if not is_finished(cell.folder):
-                    print(shlex.join(command(cell, args.nproc, python="python", project=Path())))
+                    print(shlex.join(command(cell, args.nproc or 1, python="python", project=Path())))
     finally:
         lock.close()
     return 0
