@@ -1,0 +1,138 @@
+"""`titan-dp report RUNS...`: many runs as tables, figures, scaling-law fits and one HTML page.
+
+Everything is read and computed before the first file is written, and each file is there whole or not at all;
+report.json is written first and marks the folder as a report's, which alone is ever overwritten. Finding and reading runs is
+runs.py's, what comes out of them report_results.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from titan_dp.errors import UserError
+from titan_dp.files import write_atomically, write_json
+from titan_dp.scaling.runs import find_runs, read_runs, read_sweep
+
+if TYPE_CHECKING:
+    from titan_dp.scaling.report_results import Results
+
+_MADE_BY = "titan-dp report"
+_TABLES = ("runs.csv", "configurations.csv")
+_PAGE = "report.html"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUNS", help="run folders, or folders that hold run folders, such as a sweep's"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the report (default: report/ in the one sweep's folder given, else report/)"
+    )
+    parser.add_argument(
+        "--loss",
+        choices=("nats", "bits-per-byte"),
+        default="nats",
+        help="compare validation losses in nats a token, or in bits a byte across tokenizers (default: nats)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, compute, print and write. Raises UserError for runs or a folder that will not do, before anything is written."""
+    _check_packages()
+    out = args.out or _default_out(args.runs)
+    _check_out(out)
+    runs = read_runs(find_runs(args.runs))
+    title, description = _title(args.runs)
+
+    from titan_dp.scaling.report_results import results_of
+
+    results = results_of(runs, args.loss, title, description)
+    _print(results)
+    _write(results, out)
+    return 0
+
+
+def _check_packages() -> None:
+    missing = [name for name in ("scipy", "matplotlib", "jinja2") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"titan-dp report needs {' and '.join(missing)}: pip install 'titan_dp[scaling]'")
+
+
+def _default_out(paths: list[Path]) -> Path:
+    return paths[0] / "report" if len(paths) == 1 and (paths[0] / "sweep.json").exists() else Path("report")
+
+
+def _check_out(out: Path) -> None:
+    """Raises UserError where `out` is something else than a report, or than nothing."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    try:
+        own = json.loads((out / "report.json").read_text())["made_by"] == _MADE_BY
+    except (OSError, ValueError, KeyError, TypeError):
+        own = False
+    if not own:
+        raise UserError(f"--out {out} holds files and is no report of this program; name another folder, or empty it")
+
+
+def _title(paths: list[Path]) -> tuple[str, str]:
+    """The sweep's name and description where one is reported, else the folders' names."""
+    if len(paths) == 1 and (paths[0] / "sweep.json").exists():
+        sweep = read_sweep(paths[0])
+        return str(sweep.get("name") or paths[0].resolve().name), str(sweep.get("description") or "")
+    names = [path.resolve().name for path in paths]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""), ""
+
+
+def _print(results: Results) -> None:
+    from rich.console import Console
+
+    from titan_dp.scaling import report_tables as tables
+    from titan_dp.scaling.report_text import summary
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=200)
+    console.print(*summary(results), *(f"warning: {line}" for line in results.warnings), sep="\n", soft_wrap=True)
+    console.print()
+    for comparison in results.comparisons:
+        tables.print_table(console, tables.comparison_title(comparison), tables.comparison_table(comparison))
+    tables.print_table(
+        console,
+        f"configurations (training loss: nats a token, last 5 % of steps; validation loss: {results.unit}, ± standard "
+        "deviation over seeds; front C: by FLOPs, N: by parameters)",
+        tables.configurations_table(results),
+    )
+    if results.isoflops:
+        tables.print_table(console, "isoFLOP minima", tables.isoflop_table(results))
+    tables.print_table(console, "L(N, D) = E + A/N^a + B/D^b, 90 % bootstrap intervals", tables.surface_table(results))
+    tables.print_table(console, "L(C) = E + A/C^a, 90 % bootstrap intervals", tables.compute_table(results))
+
+
+def _write(results: Results, out: Path) -> None:
+    from titan_dp import plots
+    from titan_dp.scaling import report_tables as tables
+    from titan_dp.scaling.report_page import page
+    from titan_dp.scaling.report_plots import FIGURES, figures
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "report.json", {"made_by": _MADE_BY, **tables.as_json(results)})
+    contents = (tables.runs_csv(results), tables.configurations_csv(results))
+    for name, content in zip(_TABLES, contents, strict=True):
+        write_atomically(out / name, lambda file, content=content: file.write(content))  # type: ignore[misc]
+    drawn: dict[Path, str] = {}
+    for name, caption, figure in figures(results):
+        plots.save_figure(figure, out / name)
+        drawn[out / name] = caption
+    for name in FIGURES:  # of an earlier report that had more to draw
+        if out / name not in drawn:
+            (out / name).unlink(missing_ok=True)
+    html = page(results, drawn)
+    write_atomically(out / _PAGE, lambda file: file.write(html))
+    for path in (out / "report.json", *(out / name for name in _TABLES), *drawn, out / _PAGE):
+        print(f"written to {path}")

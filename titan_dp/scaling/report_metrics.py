@@ -1,0 +1,138 @@
+"""metrics.jsonl reduced to a run's totals and a thinned training curve.
+
+A file of 10,000 records takes some 30 ms, half the time of parsing all of it: reports read hundreds. A line that a kill
+has cut off at the end is left out, one torn elsewhere is left out and counted, and a loss may be NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+CURVE_POINTS = 1000
+FINAL_SHARE = 0.05
+"""Of a run's step records, at its end: their mean is the final training loss."""
+_STEP_KEYS = ("step", "loss", "tokens_per_second", "step_seconds", "skipped_steps")
+_COLUMNS = [re.compile(b'"%s": ([^,}]+)' % key) for key in (b"step", b"loss", b"step_seconds")]
+_ENDS = re.compile(rb"\}$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What metrics.jsonl comes to; losses in nats a token, None where nothing of the kind was recorded."""
+
+    step: int = 0
+    training_loss: float | None = None
+    validation_step: int | None = None
+    validation_loss: float | None = None
+    validation_bits_per_byte: float | None = None
+    validation_tokens: int | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    """Both medians over at most CURVE_POINTS evenly spaced records."""
+    seconds: float = 0.0
+    """Of training, without validation and checkpoints."""
+    skipped_steps: int = 0
+    unreadable_lines: int = 0
+    """Lines before the last that are no records."""
+    curve_steps: list[float] = field(default_factory=list, repr=False)
+    curve_loss: list[float] = field(default_factory=list, repr=False)
+    """Means over blocks of records, at most CURVE_POINTS of them; NaN where a block has no finite loss."""
+
+
+def reduce_metrics(data: bytes) -> Totals | None:
+    """The totals of a metrics.jsonl, or None where it holds no record."""
+    text, validations, unreadable = _split(data)
+    lines = text.splitlines()
+    columns = _columns(text, len(lines))
+    if columns is None:  # a line is torn
+        good = [line for line in lines if _is_step(_parsed(line))]
+        unreadable += len(lines) - len(good)
+        lines, columns = good, _columns(b"\n".join(good), len(good))
+    if columns is None or not (lines or validations):
+        return None
+    step, loss, step_seconds = columns
+    last = validations[-1] if validations else {}
+    shown = json.loads(b"[" + b",".join(lines[:: math.ceil(len(lines) / CURVE_POINTS) or 1]) + b"]")
+    curve_steps, curve_loss = _thin(step, loss)
+    return Totals(
+        step=int(step[-1]) if lines else 0,
+        training_loss=_finite_mean(loss[-math.ceil(FINAL_SHARE * len(loss)) :]) if lines else None,
+        validation_step=last.get("step"),
+        validation_loss=last.get("validation_loss"),
+        validation_bits_per_byte=last.get("validation_bits_per_byte"),
+        validation_tokens=last.get("validation_tokens"),
+        tokens_per_second=_median([record["tokens_per_second"] for record in shown]),
+        mfu=_median([record["mfu"] for record in shown if "mfu" in record]),
+        seconds=math.fsum((now - before) * took for before, now, took in zip([0.0, *step], step, step_seconds, strict=False)),
+        skipped_steps=json.loads(lines[-1])["skipped_steps"] if lines else 0,
+        unreadable_lines=unreadable,
+        curve_steps=curve_steps,
+        curve_loss=curve_loss,
+    )
+
+
+def _split(data: bytes) -> tuple[bytes, list[dict[str, Any]], int]:
+    """The text of the step records, the parsed validation records, and how many of the latter are torn.
+
+    A kill can cut off the last line, which is then left out and no cause for a warning.
+    """
+    last = data.rfind(b"\n", 0, len(data) - 1) + 1
+    if _parsed(data[last:]) is None:
+        data = data[:last]
+    steps, validations, torn, end = [], [], 0, 0
+    for match in re.finditer(rb'"validation_loss"', data):
+        start = data.rfind(b"\n", 0, match.start()) + 1
+        steps.append(data[end:start])
+        end = (data.find(b"\n", start) + 1) or len(data)
+        record = _parsed(data[start:end])
+        if record is not None and "step" in record:
+            validations.append(record)
+        else:
+            torn += 1
+    return b"".join([*steps, data[end:]]), validations, torn
+
+
+def _columns(text: bytes, lines: int) -> list[list[float]] | None:
+    """Step, loss and seconds a step of the records in `text`, or None where one of so many lines is not whole.
+
+    Every record has a dozen numbers, of which these three are needed of all: parsing nothing else takes half the time.
+    """
+    found = [pattern.findall(text) for pattern in _COLUMNS]
+    if any(len(values) != lines for values in found) or len(_ENDS.findall(text)) != lines:
+        return None
+    try:
+        return [list(map(float, values)) for values in found]
+    except ValueError:
+        return None
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _is_step(record: dict[str, Any] | None) -> bool:
+    return record is not None and all(isinstance(record.get(key), int | float) for key in _STEP_KEYS)
+
+
+def _thin(step: list[float], loss: list[float]) -> tuple[list[float], list[float]]:
+    size = math.ceil(len(step) / CURVE_POINTS) or 1
+    blocks = range(0, len(step), size)
+    return [sum(b := step[i : i + size]) / len(b) for i in blocks], [_finite_mean(loss[i : i + size]) for i in blocks]
+
+
+def _finite_mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def _median(values: list[float]) -> float | None:
+    return median(values) if values else None

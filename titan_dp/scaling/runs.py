@@ -1,0 +1,216 @@
+"""Run folders as a report sees them: found, checked, and read.
+
+A folder is either a run that can be counted, or one that never started, or refused in one sentence: nothing that is cut
+off or belongs to another sweep slips into a table. A run is read in the process that reduces it, so that hundreds of
+metrics.jsonl files need the memory of one a core. What those come to is report_metrics.py's, grouping
+report_configurations.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titan_dp.config import Config
+from titan_dp.config_loader import config_from_toml
+from titan_dp.errors import UserError
+from titan_dp.run_folder import identity, read_run
+from titan_dp.scaling.report_metrics import Totals, reduce_metrics
+
+_POOL_BYTES = 50_000_000  # below that, reading takes less time than starting processes
+_RUN_FILES = ("config.toml", "run.json", "metrics.jsonl")
+_FACTS = (
+    *("state", "steps", "tokens_per_step", "parameters", "embedding_parameters", "flops_per_token"),
+    *("tokenizer", "fingerprint", "validation_fingerprint", "bytes_per_token", "device", "world_size"),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run folder, and the configuration its sweep promises for it (None outside a sweep)."""
+
+    folder: Path
+    identity: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    folder: Path
+    config: Config
+    facts: dict[str, Any] | None
+    """run.json; None where the run has never started."""
+    totals: Totals
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def state(self) -> str:
+        """'not started', 'unfinished', 'diverged' (finished, its loss not a number) or 'finished'."""
+        if self.facts is None:
+            return "not started"
+        if self.facts["state"] != "finished":
+            return "unfinished"
+        loss = self.totals.training_loss if self.totals.validation_loss is None else self.totals.validation_loss
+        return "finished" if loss is not None and math.isfinite(loss) else "diverged"
+
+    @property
+    def started(self) -> dict[str, Any]:
+        """run.json of a run that has one."""
+        assert self.facts is not None
+        return self.facts
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole run, done or not."""
+        return self.started["steps"] * self.started["tokens_per_step"]
+
+    @property
+    def flops(self) -> int:
+        """Model FLOPs of the whole run."""
+        return self.started["flops_per_token"] * self.tokens
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        return self.config.debug.seed, self.config.data.seed
+
+
+# -- finding -----------------------------------------------------------------------------------------------------------
+
+
+def find_runs(paths: list[Path]) -> list[Found]:
+    """The run folders that `paths` are or hold, each once, in order.
+
+    Raises UserError for a path that holds none, and for a sweep's folder that is not what its sweep.json says.
+    """
+    found: dict[Path, Found] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path} is no folder; name run folders, or folders that hold them")
+        here = list(_runs_in(path)) or [run for child in _folders(path) for run in _runs_in(child)]
+        if not here:
+            raise UserError(f"{path} is no run folder (it has no config.toml) and holds none; name one that train.py wrote")
+        found.update((run.folder.resolve(), run) for run in here)
+    return list(found.values())
+
+
+def _runs_in(folder: Path) -> Iterator[Found]:
+    """`folder` itself where it is a run, its cells where it is a sweep."""
+    if (folder / "sweep.json").exists():
+        yield from _cells(folder)
+    elif _is_run(folder):
+        sweep = folder.resolve().parent
+        promised = _promised(sweep) if (sweep / "sweep.json").exists() else None
+        if promised is not None and folder.resolve().name not in promised:
+            raise _foreign(folder, sweep)
+        yield Found(folder, promised[folder.resolve().name] if promised else None)
+
+
+def _cells(sweep: Path) -> Iterator[Found]:
+    promised = _promised(sweep)
+    for child in _folders(sweep):
+        if _is_run(child) and child.name not in promised:
+            raise _foreign(child, sweep)
+    for name, cell in promised.items():
+        if not (sweep / name).is_dir():
+            raise UserError(f"{sweep / name} is gone, which {sweep / 'sweep.json'} names; run titan-dp sweep again for it")
+        yield Found(sweep / name, cell)
+
+
+def _promised(sweep: Path) -> dict[str, str]:
+    return {cell["name"]: cell["identity"] for cell in read_sweep(sweep)["cells"]}
+
+
+def _foreign(folder: Path, sweep: Path) -> UserError:
+    return UserError(f"{folder} is a run that {sweep / 'sweep.json'} does not name: another sweep's; move it elsewhere")
+
+
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """sweep.json of `folder`. Raises UserError where it is cut off or something else."""
+    path = folder / "sweep.json"
+    try:
+        sweep: dict[str, Any] = json.loads(path.read_text())
+        for cell in sweep["cells"]:
+            if not isinstance(cell["identity"], str) or Path(cell["name"]).name != cell["name"]:
+                raise ValueError(f"cell {cell!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no list of a sweep's cells ({error!r}); write it anew with titan-dp sweep") from error
+    return sweep
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if child.is_dir())
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _RUN_FILES)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_runs(found: list[Found]) -> list[Run]:
+    """Read every run, in processes on all cores where there is much to read. Raises the first run's UserError."""
+    paths = (run.folder / "metrics.jsonl" for run in found)
+    if sum(path.stat().st_size for path in paths if path.exists()) < _POOL_BYTES:
+        return [read(run) for run in found]
+    with ProcessPoolExecutor() as pool:
+        return list(pool.map(read, found, chunksize=4))
+
+
+def read(found: Found) -> Run:
+    """Read one run folder. Raises UserError where it is cut off, unreadable or not the run its sweep promises."""
+    folder = found.folder
+    config = _read_config(folder / "config.toml")
+    if found.identity is not None and identity(config) != found.identity:
+        raise UserError(
+            f"{folder} is a run of another sweep: its config.toml is not what sweep.json promises; move it elsewhere"
+        )
+    facts, path = _read_facts(folder), folder / "metrics.jsonl"
+    data = path.read_bytes() if path.exists() else b""
+    if facts is None and not data:
+        return Run(folder, config, None, Totals())
+    if facts is None:
+        raise UserError(f"{folder} has metrics.jsonl but no run.json; resume the run with train.py, or leave the folder out")
+    totals = reduce_metrics(data)
+    if totals is None and b"\n" in data:  # else it is the run's first record that is cut off
+        raise UserError(f"{path} holds no record; train the run again, or leave {folder} out")
+    totals = totals or Totals()
+    if facts["state"] == "finished":
+        validated = not config.validation.enable or totals.validation_step == facts["steps"]
+        if totals.step != facts["steps"] or not validated:
+            raise UserError(
+                f"{path} is cut off: it ends at step {totals.step:,} of the {facts['steps']:,} that run.json calls finished"
+                f"{'' if validated else ', without the last validation'}; copy it again, or leave {folder} out"
+            )
+    return Run(folder, config, facts, totals)
+
+
+def _read_config(path: Path) -> Config:
+    if not path.exists():
+        raise UserError(f"{path.parent} is no run folder: it has no config.toml; leave it out")
+    try:
+        text = path.read_text(encoding="utf-8")
+        try:
+            return Config.model_validate(tomllib.loads(text))  # ten times as fast as what follows
+        except ValueError:
+            return config_from_toml(text, str(path))  # says what is wrong, or takes another spelling
+    except ValueError as error:
+        first, *more = str(error).split("\n  ")
+        reason = f"{len(more)} problems, the first: {more[0]}" if more else first
+        raise UserError(f"{path} is no configuration of this program ({reason}); leave {path.parent} out") from error
+
+
+def _read_facts(folder: Path) -> dict[str, Any] | None:
+    facts = read_run(folder)
+    missing = [] if facts is None else [key for key in _FACTS if not isinstance(facts, dict) or key not in facts]
+    if missing:
+        raise UserError(f"{folder / 'run.json'} lacks {', '.join(missing)}; resume the run with train.py, or leave it out")
+    return facts
