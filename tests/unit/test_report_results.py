@@ -11,11 +11,11 @@ import pytest
 
 from tests.runs import write_run, write_study
 from titan_dp.errors import UserError
-from titan_dp.scaling.report_comparisons import Comparison, compare, front, welch
-from titan_dp.scaling.report_configurations import clusters, group
-from titan_dp.scaling.report_results import Results, results_of
-from titan_dp.scaling.report_text import summary
-from titan_dp.scaling.runs import find_runs, read_runs
+from titan_dp.scaling.report.comparisons import Comparison, compare, front, welch
+from titan_dp.scaling.report.configurations import clusters, group
+from titan_dp.scaling.report.results import Results, results_of
+from titan_dp.scaling.report.runs import find_runs, read_runs
+from titan_dp.scaling.report.text import summary
 
 
 def results(folder: Path, loss: str = "nats") -> Results:

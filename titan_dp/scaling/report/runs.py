@@ -2,8 +2,8 @@
 
 A folder is either a run that can be counted, or one that never started, or refused in one sentence: nothing that is cut
 off or belongs to another sweep slips into a table. A run is read in the process that reduces it, so that hundreds of
-metrics.jsonl files need the memory of one a core. What those come to is report_metrics.py's, grouping
-report_configurations.py's.
+metrics.jsonl files need the memory of one a core. What those come to is metrics.py's, grouping
+configurations.py's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from titan_dp.config import Config
 from titan_dp.config_loader import config_from_toml
 from titan_dp.errors import UserError
 from titan_dp.run_folder import identity, read_run
-from titan_dp.scaling.report_metrics import Totals, reduce_metrics
+from titan_dp.scaling.report.metrics import Totals, reduce_metrics
 
 _POOL_BYTES = 50_000_000  # below that, reading takes less time than starting processes
 _RUN_FILES = ("config.toml", "run.json", "metrics.jsonl")

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from titan_dp.scaling.report_configurations import (
+from titan_dp.scaling.report.configurations import (
     CONFIDENCE,
     FAMILY,
     SAME_SIZE,

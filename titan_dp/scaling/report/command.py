@@ -2,7 +2,7 @@
 
 Everything is read and computed before the first file is written, and each file is there whole or not at all;
 report.json is written first and marks the folder as a report's, which alone is ever overwritten. Finding and reading runs is
-runs.py's, what comes out of them report_results.py's.
+runs.py's, what comes out of them results.py's.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from titan_dp.errors import UserError
 from titan_dp.files import write_atomically, write_json
-from titan_dp.scaling.runs import find_runs, read_runs, read_sweep
+from titan_dp.scaling.report.runs import find_runs, read_runs, read_sweep
 
 if TYPE_CHECKING:
-    from titan_dp.scaling.report_results import Results
+    from titan_dp.scaling.report.results import Results
 
 _MADE_BY = "titan-dp report"
 _TABLES = ("runs.csv", "configurations.csv")
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     runs = read_runs(find_runs(args.runs))
     title, description = _title(args.runs)
 
-    from titan_dp.scaling.report_results import results_of
+    from titan_dp.scaling.report.results import results_of
 
     results = results_of(runs, args.loss, title, description)
     _print(results)
@@ -92,8 +92,8 @@ def _title(paths: list[Path]) -> tuple[str, str]:
 def _print(results: Results) -> None:
     from rich.console import Console
 
-    from titan_dp.scaling import report_tables as tables
-    from titan_dp.scaling.report_text import summary
+    from titan_dp.scaling.report import tables
+    from titan_dp.scaling.report.text import summary
 
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
@@ -116,9 +116,9 @@ def _print(results: Results) -> None:
 
 def _write(results: Results, out: Path) -> None:
     from titan_dp import plots
-    from titan_dp.scaling import report_tables as tables
-    from titan_dp.scaling.report_page import page
-    from titan_dp.scaling.report_plots import FIGURES, figures
+    from titan_dp.scaling.report import tables
+    from titan_dp.scaling.report.page import page
+    from titan_dp.scaling.report.plots import FIGURES, figures
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", {"made_by": _MADE_BY, **tables.as_json(results)})

@@ -10,12 +10,12 @@ import io
 import math
 from typing import TYPE_CHECKING, Any
 
-from titan_dp.scaling.report_comparisons import Comparison
-from titan_dp.scaling.report_configurations import CONFIDENCE_TEXT, Configuration
-from titan_dp.scaling.report_fits import FamilyFits
-from titan_dp.scaling.report_results import Results
-from titan_dp.scaling.report_text import count, duration, estimate, fit_note, loss, minimum, percent
-from titan_dp.scaling.runs import Run
+from titan_dp.scaling.report.comparisons import Comparison
+from titan_dp.scaling.report.configurations import CONFIDENCE_TEXT, Configuration
+from titan_dp.scaling.report.families import FamilyFits
+from titan_dp.scaling.report.results import Results
+from titan_dp.scaling.report.runs import Run
+from titan_dp.scaling.report.text import count, duration, estimate, fit_note, loss, minimum, percent
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,6 +1,6 @@
 """The figures of a report. In all of them a colour is a family and a marker a size; error bars are the spread over seeds.
 
-What is drawn is what report_results.py computed. A figure for which there is nothing is not made.
+What is drawn is what results.py computed. A figure for which there is nothing is not made.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from titan_dp import plots
-from titan_dp.scaling.report_comparisons import Comparison
-from titan_dp.scaling.report_configurations import CONFIDENCE_TEXT, SAME_SIZE, SAME_TOKENS, Configuration, clusters
-from titan_dp.scaling.report_fits import Cost, FamilyFits, IsoFlop
-from titan_dp.scaling.report_results import Results
-from titan_dp.scaling.report_style import MARKERS, Style, log_axis, panels
-from titan_dp.scaling.report_text import count
-from titan_dp.scaling.runs import Run
+from titan_dp.scaling.report.comparisons import Comparison
+from titan_dp.scaling.report.configurations import CONFIDENCE_TEXT, SAME_SIZE, SAME_TOKENS, Configuration, clusters
+from titan_dp.scaling.report.families import Cost, FamilyFits, IsoFlop
+from titan_dp.scaling.report.results import Results
+from titan_dp.scaling.report.runs import Run
+from titan_dp.scaling.report.style import MARKERS, Style, log_axis, panels
+from titan_dp.scaling.report.text import count
 
 _LINES = 5  # of a fitted surface in one figure
 _COMPARISONS = 12  # in a row

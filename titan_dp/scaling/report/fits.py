@@ -9,7 +9,7 @@ Intervals are percentiles of a bootstrap. For power laws it draws configurations
 drawing residuals instead proved too narrow, because a fit this robust passes through some points exactly. A parabola has
 often three sizes, none of which can be missing: there residuals of a least-squares fit are drawn (Davison and Hinkley
 1997, section 6.2.3), times sqrt(n / chi2) with chi2 drawn for the n - 3 degrees of freedom of n runs, which widens
-intervals of few runs as Student's t does. What is enough for a fit, and which runs go into it, is report_fits.py's.
+intervals of few runs as Student's t does. What is enough for a fit, and which runs go into it, is families.py's.
 """
 
 from __future__ import annotations

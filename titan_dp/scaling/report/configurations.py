@@ -2,7 +2,7 @@
 
 A configuration is everything that can change the loss but the seeds; its runs are repetitions of one experiment. Losses
 enter here under one meaning (nats a token under one tokenizer, or bits a byte), and runs that are not finished or have
-diverged never enter a mean. What is compared between configurations is report_comparisons.py's.
+diverged never enter a mean. What is compared between configurations is comparisons.py's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from titan_dp.config_docs import all_keys
 from titan_dp.errors import UserError
-from titan_dp.scaling.runs import Run
+from titan_dp.scaling.report.runs import Run
 
 SAME_SIZE = SAME_TOKENS = 0.01
 SAME_BUDGET = 0.03

@@ -1,0 +1,1 @@
+"""`titan-dp report`: from run folders to tables, fits, figures and one page; command.py is where it begins."""
