@@ -37,7 +37,10 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """The run's facts, or None where no run has reached its first step. Raises UserError where they cannot be read."""
     path = folder / "run.json"
     try:
-        return json.loads(path.read_text())
+        facts = json.loads(path.read_text())
+        if not isinstance(facts, dict):
+            raise ValueError(f"it holds {facts!r}")
+        return facts
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -72,7 +75,7 @@ def is_locked(folder: Path) -> bool:
     """Whether some process is at work in `folder`."""
     if not (folder / ".lock").exists():
         return False
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open() as file:
         return not _try_lock(file)
 
 

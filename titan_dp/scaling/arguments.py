@@ -13,12 +13,17 @@ T = TypeVar("T")
 
 def count(text: str) -> int:
     """'805M', '5G', '5e9' -> an integer above 0."""
-    value = parse_count(text.removesuffix("G") + "B" if text.endswith("G") else text)
-    return _bounded(text, lambda: round(float(value)), lambda n: 0 < n < 1e30, "count above 0 such as 805M, 1.3B or 5e9")  # type: ignore[arg-type]
+    value = str(parse_count(text.removesuffix("G") + "B" if text.endswith("G") else text))
+    expected = "count from 1 to 1e14 such as 805M, 1.3B or 5e9"
+    return _bounded(text, lambda: round(float(value)), lambda n: 0 < n <= 1e14, expected)
 
 
 def natural(text: str) -> int:
     return _bounded(text, lambda: int(text), lambda n: n >= 0, "whole number, 0 or more")
+
+
+def grid(text: str) -> int:
+    return _bounded(text, lambda: int(text), lambda n: 1 <= n <= 4096, "whole number from 1 to 4096")
 
 
 def positive(text: str) -> int:

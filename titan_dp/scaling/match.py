@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from titan_dp import config
 from titan_dp.config_docs import sections, to_toml
 from titan_dp.config_loader import config_folder, load_config
 from titan_dp.errors import UserError
 from titan_dp.model_size import embedding_parameters, model_size, state_size
-from titan_dp.scaling.arguments import count, householder_list, percent
+from titan_dp.scaling.arguments import count, grid, householder_list, percent
 from titan_dp.scaling.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
 
 PAPER_SIZES = ("213m", "392m", "800m")
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--by", choices=list(KNOBS), default="heads", help="what makes up for n_h (default: heads)")
     parser.add_argument("--gated", choices=["no", "yes", "both"], default="no", help="with a forget gate (default: no)")
-    parser.add_argument("--multiple", type=count, default=64, metavar="N", help="grid of all dimensions (default: 64)")
+    parser.add_argument("--multiple", type=grid, default=64, metavar="N", help="grid of all dimensions (default: 64)")
     parser.add_argument(
         "--tolerance", type=percent, metavar="PERCENT", help="largest deviation (default: 0.1 where the grid allows, else 0.25)"
     )
@@ -45,15 +45,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="config with the proportions and all that is no shape; its depth is kept (default: the paper's, of any depth)",
     )
-    group = parser.add_argument_group("settings of the model", "as for train.py; a shape setting given here is kept")
+    group = parser.add_argument_group(
+        "--model.KEY VALUE",
+        "settings of the model as for train.py (--model.head_dim 64, --model.vocab_size 50304); a shape given this way is kept",
+    )
     for key in sections()["model"]:
         group.add_argument(f"--{key.dotted}", metavar="VALUE", nargs="?", const="true", help=argparse.SUPPRESS)
-    group.add_argument("--model.KEY", metavar="VALUE", help="for example --model.head_dim 64 --model.vocab_size 50304")
 
 
 def run(args: argparse.Namespace) -> int:
     gates = {"no": [False], "yes": [True], "both": [False, True]}[args.gated]
     if args.preset:
+        others = {"--by": args.by != "heads", "--multiple": args.multiple != 64, "--config": args.config is not None}
+        others |= {"--num-householder": args.num_householder != [1, 2, 3], "--tolerance": args.tolerance is not None}
+        others |= dict.fromkeys((f"--{key}" for key in _model_settings(args)), True)
+        if given := [option for option, is_given in others.items() if is_given]:
+            raise UserError(f"--preset paper shows the models as they are, so {given[0]} has no effect; remove it")
         loaded = [load_config(["--config", name + "_gated" * gate]) for name in PAPER for gate in gates]
         models = [each.config.model for each in loaded]
         smallest = [models[i // (3 * len(gates)) * 3 * len(gates)] for i in range(len(models))]
@@ -69,24 +76,50 @@ def run(args: argparse.Namespace) -> int:
 
 def solve(args: argparse.Namespace, gates: list[bool]) -> tuple[list[config.Model], int]:
     """The matched models of the command line and the sequence length their FLOPs are counted at. Raises UserError."""
-    given = {key.dotted: getattr(args, key.dotted) for key in sections()["model"] if getattr(args, key.dotted) is not None}
+    given = _model_settings(args)
     name = args.config or str(config_folder() / "base" / "paper.toml")
-    overrides = [part for key, value in given.items() for part in (f"--{key}", value)]
-    loaded = load_config(["--config", name, *overrides, "--training.steps", "1"]).config  # a length is of no concern here
+    first = {"model.num_householder": str(args.num_householder[0]), "training.steps": "1"}  # a length is of no concern here
+    overrides = [part for key, value in (given | first).items() for part in (f"--{key}", value)]
+    # Proportions are those of the config; what is given beside it is kept, or concerns no shape.
+    loaded = load_config(["--config", name, *overrides]).config
     if clash := given.keys() & {"model.num_householder", "model.use_forget_gate"}:
         raise UserError(f"--{min(clash)} sets what is compared; use --num-householder and --gated")
+    if loaded.model.mixer == "gla" and args.num_householder != [1]:
+        raise UserError("a model with mixer = 'gla' takes one step a token: give --num-householder 1")
     pinned = frozenset(key for key in SHAPE_KEYS if f"model.{key}" in given)
     rule = Rule(args.by, "parameters" if args.params else "flops", args.multiple, args.tolerance)
-    base, target, seq_len = Variant(loaded.model, pinned), args.params or args.flops, loaded.training.seq_len
-    like = Proportions.of(loaded.model)
-    if args.config is None and "num_hidden_layers" not in pinned:
-        base = choose_depth(base, target, like, rule, seq_len)
-    variants = [
-        Variant(base.model.model_copy(update={"num_householder": n, "use_forget_gate": gated}), pinned)
-        for n in args.num_householder
-        for gated in gates
-    ]
-    return match_shapes(variants, target, like, rule, seq_len), seq_len
+    target, seq_len = args.params or args.flops, loaded.training.seq_len
+    proportions = load_config(["--config", name, "--training.steps", "1"]).config.model
+    like = Proportions.of(proportions)
+
+    def at(base: Variant) -> list[config.Model]:
+        changes = [{"num_householder": n, "use_forget_gate": gated} for n in args.num_householder for gated in gates]
+        variants = [Variant(base.model.model_copy(update=change), pinned) for change in changes]
+        return match_shapes(variants, target, like, rule, seq_len)
+
+    base = Variant(loaded.model, pinned)
+    if args.config is not None or "num_hidden_layers" in pinned:
+        return at(base), seq_len
+    return _at_some_depth(at, choose_depth(base, target, like, rule, seq_len)), seq_len
+
+
+def _at_some_depth(solved: Callable[[Variant], list[config.Model]], base: Variant) -> list[config.Model]:
+    """`solved` at the base's depth, or where that has no solution at one or two layers less or more."""
+    first: UserError | None = None
+    for more in (0, -1, 1, -2, 2):
+        layers = base.model.num_hidden_layers + more
+        if layers > 0:
+            try:
+                return solved(Variant(base.model.model_copy(update={"num_hidden_layers": layers}), base.pinned))
+            except UserError as error:
+                first = first or error
+    assert first is not None
+    raise first
+
+
+def _model_settings(args: argparse.Namespace) -> dict[str, str]:
+    """The settings --model.KEY VALUE that were given."""
+    return {key.dotted: value for key in sections()["model"] if (value := getattr(args, key.dotted)) is not None}
 
 
 def _print_table(models: Sequence[config.Model], targets: Sequence[int], quantity: str, seq_len: int) -> None:

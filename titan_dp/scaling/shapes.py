@@ -29,7 +29,7 @@ SHAPE_KEYS = ("num_hidden_layers", *KNOBS.values())
 
 ASPECT = 64  # width over depth where the depth is free: the paper's 805M models have 1536 / 24
 _PULL = 4  # weight of the wanted proportions against the differences between the models
-_PROMISING = 100  # candidates a model that are compared with those of the others
+_PROMISING = 50  # candidates a model that are compared with those of the others
 _HEAD_DIM_STEP, _LARGEST_HEAD_DIM = 16, 256  # what the kernels take
 
 
@@ -41,13 +41,18 @@ class Rule:
         by: the knob that makes up for what the models differ in.
         quantity: "parameters" (embedding included) or "flops" (model FLOPs a token, forward and backward).
         multiple: grid of every matrix dimension, but for the one column a head of beta and the gate.
-        tolerance: largest relative deviation from the target; None: 0.1 % where the grid allows, else 0.25 %.
+        tolerance: largest relative deviation from the target; None: 0.1 % where the grid allows, else 0.25 %, which is
+            taken as well where only then the models differ in nothing but the knob.
     """
 
     by: Knob = "heads"
     quantity: Literal["parameters", "flops"] = "parameters"
     multiple: int = 64
     tolerance: float | None = None
+
+    @property
+    def tolerances(self) -> tuple[float, ...]:
+        return (0.001, 0.0025) if self.tolerance is None else (self.tolerance,)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Variant:
     pinned: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Shape:
     hidden_size: int
     num_heads: int
@@ -106,7 +111,8 @@ def match_shapes(variants: Sequence[Variant], target: int, like: Proportions, ru
         seq_len: at which the FLOPs of softmax attention are counted.
 
     Raises:
-        UserError: where a pinned key is the knob, or no shape of the grid is within the tolerance; names the nearest.
+        UserError: where a pinned key is the knob, or no shape of the grid is within the tolerance; names the nearest size
+            that all variants reach.
     """
     for variant in variants:
         if KNOBS[rule.by] in variant.pinned:
@@ -116,22 +122,49 @@ def match_shapes(variants: Sequence[Variant], target: int, like: Proportions, ru
                 f"{', '.join(k for k in KNOBS if k != rule.by)}"
             )
     ideal = _ideal(variants[0], target, like, rule, seq_len)
-    steps = [variant.model.num_householder for variant in variants]
-    candidates = []
-    for variant, n in zip(variants, steps, strict=True):
-        shapes = _candidates(variant, ideal, target, like, rule, seq_len)
-        shapes.sort(key=lambda shape, n=n: _difference(shape, n, ideal, steps[0], rule))  # type: ignore[misc]
-        candidates.append(shapes[:_PROMISING])
-    best, chosen = math.inf, [shapes[0] for shapes in candidates]
-    for reference in candidates[0]:
-        pairs = []
-        for shapes, n in zip(candidates, steps, strict=True):
-            pairs.append(min((_difference(shape, n, reference, steps[0], rule), i) for i, shape in enumerate(shapes)))
-        cost = _PULL * _disproportion(reference, ideal) + sum(difference for difference, _ in pairs)
-        if cost < best:
-            best, chosen = cost, [shapes[i] for shapes, (_, i) in zip(candidates, pairs, strict=True)]
-    shaped = [shape.apply(variant.model) for shape, variant in zip(chosen, variants, strict=True)]
+    grids = [list(_grid(variant, ideal, target, like, rule, seq_len)) for variant in variants]
+    best: tuple[float, list[Shape]] | None = None
+    for tolerance in rule.tolerances:
+        candidates = [[shape for shape in shapes if abs(shape.deviation) <= tolerance] for shapes in grids]
+        if all(candidates):
+            found = _most_alike(variants, candidates, ideal, rule)
+            if best is None or found[0] == 0:  # a wider tolerance only for models that differ in nothing but the knob
+                best = found
+            if best[0] == 0:
+                break
+    if best is None:
+        raise UserError(_unreachable(variants, grids, target, like, rule, seq_len))
+    shaped = [shape.apply(variant.model) for shape, variant in zip(best[1], variants, strict=True)]
     return [config.Model.model_validate(model.model_dump()) for model in shaped]
+
+
+def _most_alike(
+    variants: Sequence[Variant], candidates: list[list[Shape]], ideal: Shape, rule: Rule
+) -> tuple[float, list[Shape]]:
+    """One candidate a variant, and by how much they differ beside the knob (0: in nothing).
+
+    Every candidate of the first variant is tried as the one the others are to be like.
+    """
+    origin = _coordinates(ideal, variants[0].model.num_householder, rule)
+    coordinates = []
+    for variant, shapes in zip(variants, candidates, strict=True):
+        n = variant.model.num_householder
+        points = [(_coordinates(shape, n, rule), shape) for shape in shapes]
+        coordinates.append(sorted(points, key=lambda pair: _difference(pair[0], origin))[:_PROMISING])
+    best, chosen, apart = math.inf, [shapes[0] for shapes in candidates], math.inf
+    references = sorted((_disproportion(shape, ideal), point, shape) for point, shape in coordinates[0])
+    for disproportion, reference, _ in references:
+        if _PULL * disproportion >= best:
+            break
+        pairs = [min((_difference(point, reference), i) for i, (point, _) in enumerate(near)) for near in coordinates]
+        cost = _PULL * disproportion + sum(difference for difference, _ in pairs)
+        if cost < best:
+            best, chosen = cost, [near[i][1] for near, (_, i) in zip(coordinates, pairs, strict=True)]
+            apart = sum(
+                sum(abs(a - b) for a, b in zip(near[i][0][:2], reference[:2], strict=True))
+                for near, (_, i) in zip(coordinates, pairs, strict=True)
+            )
+    return apart, chosen
 
 
 def choose_depth(variant: Variant, target: int, like: Proportions, rule: Rule, seq_len: int, aspect: int = ASPECT) -> Variant:
@@ -174,25 +207,29 @@ def _ideal(variant: Variant, target: int, like: Proportions, rule: Rule, seq_len
     return min((below, above), key=lambda shape: abs(_size(shape.apply(model), rule, seq_len) - target))
 
 
-def _candidates(variant: Variant, ideal: Shape, target: int, like: Proportions, rule: Rule, seq_len: int) -> list[Shape]:
-    """All shapes of the grid within the tolerance of the target. Raises UserError, naming the nearest, if there is none."""
-    shapes = list(_grid(variant, ideal, target, like, rule, seq_len))
-    tolerances = (0.001, 0.0025) if rule.tolerance is None else (rule.tolerance,)
-    for tolerance in tolerances:
-        if close := [shape for shape in shapes if abs(shape.deviation) <= tolerance]:
-            return close
+def _unreachable(
+    variants: Sequence[Variant], grids: list[list[Shape]], target: int, like: Proportions, rule: Rule, seq_len: int
+) -> str:
+    """Why `target` cannot be had, and the nearest size that every variant reaches."""
+    tolerance = rule.tolerances[-1]
+    missing = next(i for i, shapes in enumerate(grids) if not any(abs(s.deviation) <= tolerance for s in shapes))
+    layers = variants[missing].model.num_hidden_layers
+    where = f"{variants[missing].model.family} of {layers} layers with dimensions in multiples of {rule.multiple}"
     wanted = f"{target:,} {'parameters' if rule.quantity == 'parameters' else 'FLOPs a token'}"
-    layers = variant.model.num_hidden_layers
-    where = f"{variant.model.family} of {layers} layers with dimensions in multiples of {rule.multiple}"
-    if not shapes:
-        raise UserError(f"no shape at all for {where}: loosen what is pinned, or choose another multiple")
-    nearest = min(shapes, key=lambda shape: abs(shape.deviation))
-    raise UserError(
-        f"{wanted} cannot be reached within {tolerances[-1]:.2%} by {where}; the nearest is hidden_size {nearest.hidden_size}, "
-        f"{nearest.num_heads} heads of {nearest.head_dim}, intermediate_size {nearest.intermediate_size}: "
-        f"{_size(nearest.apply(variant.model), rule, seq_len):,} ({nearest.deviation:+.2%}); ask for that size, or choose a "
-        "smaller multiple, another number of layers or another vocab_size"
-    )
+    out = "choose a smaller multiple, another number of layers or another vocab_size"
+    for nearest in sorted(grids[missing], key=lambda shape: abs(shape.deviation))[:_PROMISING]:
+        size = _size(nearest.apply(variants[missing].model), rule, seq_len)
+        ideal = _ideal(variants[0], size, like, rule, seq_len)
+        if all(
+            any(abs(shape.deviation) <= tolerance for shape in _grid(variant, ideal, size, like, rule, seq_len))
+            for variant in variants
+        ):
+            return (
+                f"{wanted} cannot be reached within {100 * tolerance:.3g} % by {where}; the nearest is hidden_size "
+                f"{nearest.hidden_size}, {nearest.num_heads} heads of {nearest.head_dim}, intermediate_size "
+                f"{nearest.intermediate_size}: {size:,} ({nearest.deviation:+.2%}); ask for that size, or {out}"
+            )
+    return f"{wanted} cannot be reached within {100 * tolerance:.3g} % by {where}, nor any size near it; {out}"
 
 
 def _grid(variant: Variant, ideal: Shape, target: int, like: Proportions, rule: Rule, seq_len: int) -> Iterator[Shape]:
@@ -204,15 +241,23 @@ def _grid(variant: Variant, ideal: Shape, target: int, like: Proportions, rule: 
     for width in widths:
         if not _splits(model.model_copy(update={"hidden_size": width})):
             continue
+        lines: dict[int, tuple[int, int, int]] = {}  # by head_dim: the size is linear in the heads and in the MLP's width
         for heads, head_dim in _heads(variant, ideal, like.natural_heads(width, model, rule), rule):
-            shape = Shape(width, heads, head_dim, pinned.get("intermediate_size", step), 0.0)
-            size = _size(shape.apply(model), rule, seq_len)
-            if "intermediate_size" not in pinned:  # the size is linear in the MLP's width
-                per_step = _size(Shape(width, heads, head_dim, 2 * step, 0.0).apply(model), rule, seq_len) - size
+            if head_dim not in lines:
+                one, two, wider = (
+                    _size(Shape(width, h, head_dim, mlp, 0.0).apply(model), rule, seq_len)
+                    for h, mlp in ((1, step), (2, step), (1, 2 * step))
+                )
+                lines[head_dim] = one, two - one, wider - one
+            one, per_head, per_step = lines[head_dim]
+            size = one + (heads - 1) * per_head
+            if "intermediate_size" in pinned:
+                mlp = pinned["intermediate_size"]
+                size = _size(Shape(width, heads, head_dim, mlp, 0.0).apply(model), rule, seq_len)
+            else:
                 steps = max(0, round((target - size) / per_step))
-                shape = Shape(width, heads, head_dim, step + steps * step, 0.0)
-                size += steps * per_step
-            yield Shape(width, heads, head_dim, shape.intermediate_size, size / target - 1)
+                mlp, size = step + steps * step, size + steps * per_step
+            yield Shape(width, heads, head_dim, mlp, size / target - 1)
 
 
 def _heads(variant: Variant, ideal: Shape, natural: float, rule: Rule) -> Iterator[tuple[int, int]]:
@@ -255,16 +300,18 @@ def _disproportion(shape: Shape, ideal: Shape) -> float:
     return width**2 + mixer**2 + mlp**2
 
 
-def _difference(shape: Shape, n: int, reference: Shape, reference_n: int, rule: Rule) -> float:
-    """How much two models of n and reference_n steps differ in all but the knob: absolute values, as equal is best.
+def _coordinates(shape: Shape, n: int, rule: Rule) -> tuple[float, float, float, float]:
+    """What two models of a set should have in common, as weighted logarithms, and the deviation; the knob is not among it.
 
     Heads are compared by what they cost, heads x head_dim x (1 + n_h), where they are the knob, and as they are else.
     """
-    width = 0.0 if rule.by == "hidden_size" else abs(math.log(shape.hidden_size / reference.hidden_size))
-    mlp = 0.0 if rule.by == "intermediate_size" else abs(math.log(shape.intermediate_size / reference.intermediate_size))
+    width, mlp = 4 * math.log(shape.hidden_size), math.log(shape.intermediate_size)
     if rule.by in ("heads", "head_dim"):
-        cost, other = shape.num_heads * shape.head_dim * (1 + n), reference.num_heads * reference.head_dim * (1 + reference_n)
-        heads = abs(math.log(cost / other)) / 2
-    else:
-        heads = 4 * abs(math.log(shape.num_heads / reference.num_heads))
-    return 4 * width + mlp + heads + abs(shape.deviation)
+        return width, mlp, math.log(shape.num_heads * shape.head_dim * (1 + n)) / 2, shape.deviation
+    heads = 4 * math.log(shape.num_heads)
+    return (mlp if rule.by == "hidden_size" else width), heads, 0.0, shape.deviation
+
+
+def _difference(point: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> float:
+    """How much two models differ beside the knob: absolute values, as equal is best; less deviation decides between equals."""
+    return abs(point[0] - other[0]) + abs(point[1] - other[1]) + abs(point[2] - other[2]) + abs(point[3])

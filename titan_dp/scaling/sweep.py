@@ -11,7 +11,9 @@ hand. A folder that has been trained with other settings is never touched.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     sweep = load_sweep(args.file)
-    lock = RunLock(sweep.folder)  # two sweeps at once would start every cell twice
+    _check_folder(sweep)
+    lock = RunLock(sweep.folder) if args.launch else None  # two launches at once would start every cell twice
     try:
         write_cells(sweep)
         if args.launch != "print":  # whose output is for another program
@@ -67,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
                 if not is_finished(cell.folder):
                     print(shlex.join(command(cell, args.nproc or 1, python="python", project=Path())))
     finally:
-        lock.close()
+        if lock is not None:
+            lock.close()
     return 0
 
 
@@ -77,9 +81,12 @@ def run(args: argparse.Namespace) -> int:
 def write_cells(sweep: Sweep) -> None:
     """Write a run folder a cell with its config.toml, and sweep.json.
 
-    Raises UserError, before anything is written, where a folder was trained with other settings.
+    Raises UserError, before anything is written, where a folder was trained with other settings, or the sweep's folder
+    holds trained cells that the file does not name.
     """
     new = [cell for cell in sweep.cells if not _is_written(cell)]
+    for folder in _dropped(sweep):
+        shutil.rmtree(folder)
     for cell in new:
         cell.folder.mkdir(parents=True, exist_ok=True)
         (cell.folder / "config.toml").write_text(cell.toml())
@@ -99,19 +106,53 @@ def write_cells(sweep: Sweep) -> None:
     write_json(sweep.folder / "sweep.json", facts)
 
 
+def _check_folder(sweep: Sweep) -> None:
+    """Raise UserError where the sweep's folder cannot be one, and make it."""
+    try:
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f"{sweep.folder} cannot be a folder ({error}); choose another job.dump_folder or [sweep] name"
+        ) from error
+
+
+def _dropped(sweep: Sweep) -> list[Path]:
+    """Folders of cells an earlier expansion wrote, never trained and no longer in the file.
+
+    Raises UserError where such a cell was trained: it is another sweep's, or the file has lost it.
+    """
+    path = sweep.folder / "sweep.json"
+    try:
+        before = {cell["name"] for cell in json.loads(path.read_text())["cells"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    gone = [sweep.folder / name for name in sorted(before - {cell.name for cell in sweep.cells})]
+    gone = [folder for folder in gone if folder.parent == sweep.folder and folder.is_dir()]
+    for folder in gone:
+        if read_run(folder) is not None or is_locked(folder):
+            raise UserError(
+                f"{folder} was trained and {sweep.file} does not name it: give this sweep another [sweep] name, put the cell "
+                "back, or move that folder away"
+            )
+    return [folder for folder in gone if {entry.name for entry in folder.iterdir()} <= {"config.toml", ".lock"}]
+
+
 def _is_written(cell: Cell) -> bool:
     """Whether the cell's folder holds its configuration. Raises UserError where it holds another that was trained."""
     path = cell.folder / "config.toml"
     try:
-        found = config_from_toml(path.read_text(), str(path))
-        if identity(found) == cell.identity:
+        text = path.read_text()
+        if text == cell.toml():
             return True
+        found = config_from_toml(text, str(path))
+        if identity(found) == cell.identity:  # a moved sweep has another [job]
+            return found.job == cell.config.job
         changed = _first_difference(found.model_dump(exclude={"job"}), cell.config.model_dump(exclude={"job"}))
     except FileNotFoundError:
         changed = "it has no config.toml"
     except (UserError, UnicodeDecodeError):
         changed = "its config.toml cannot be read"
-    if read_run(cell.folder) is not None:
+    if read_run(cell.folder) is not None or is_locked(cell.folder):
         raise UserError(
             f"{cell.folder} was trained by another sweep or with other settings ({changed}); "
             "give this sweep another [sweep] name, or move that folder away"

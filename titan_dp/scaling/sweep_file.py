@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,7 +23,7 @@ from pydantic import Field, ValidationError
 from titan_dp import config
 from titan_dp.config import Config, Positive, Section
 from titan_dp.config_docs import all_keys, to_toml
-from titan_dp.config_hints import explain_unknown
+from titan_dp.config_hints import HINTS, explain_unknown
 from titan_dp.config_loader import Loaded, Problems, Setting, build_config, read_files
 from titan_dp.errors import UserError
 from titan_dp.model_size import model_size
@@ -152,12 +153,14 @@ def _read(path: Path) -> tuple[SweepSection, list[Setting]]:
     for setting in read_files(path, problems):
         if not setting.key.startswith("sweep."):
             base.append(setting)
+        elif setting.key.startswith("sweep.cells."):  # [[sweep.cells]]: read_files knows no arrays of tables
+            sweep["cells"] = tomllib.loads(path.read_text())["sweep"]["cells"]
         elif setting.key.startswith("sweep.axes."):
             sweep.setdefault("axes", {})[setting.key.removeprefix("sweep.axes.")] = setting.value
         else:
             sweep[setting.key.removeprefix("sweep.")] = setting.value
     problems.raise_if_any()
-    if not sweep:
+    if not sweep and not re.search(r"^\s*\[sweep\b", path.read_text(), re.MULTILINE):
         raise UserError(f"{path} has no [sweep] section; it is a config for train.py, not a sweep")
     try:
         return SweepSection.model_validate(sweep), base
@@ -192,9 +195,15 @@ def _check_axes(path: Path, section: SweepSection) -> None:
     for axis in axes:
         for key in _keys_of(axis):
             if key not in all_keys():
-                known = [*_SOLVED, *_SHORT, *(k.removeprefix("model.") for k in all_keys() if k.startswith("model."))]
-                near = get_close_matches(axis, known, n=1)
-                raise UserError(f"{path}: unknown axis {axis}; {f'did you mean {near[0]}?' if near else explain_unknown(key)}")
+                raise UserError(f"{path}: unknown axis {axis}; {_explain_axis(axis, key)}")
+    owners: dict[str, str] = {}
+    for axis in axes:
+        for key in _keys_of(axis):
+            if (other := owners.setdefault(key, axis)) != axis:
+                raise UserError(f"{path}: the axes {other} and {axis} both set {key}; keep one")
+    idle = section.model_fields_set & {"match_quantity", "multiple", "tolerance", "aspect_ratio"}
+    if idle and section.match is None:
+        raise UserError(f"{path}: sweep.{min(idle)} has no effect without sweep.match; set match, or remove it")
     for axis in section.axes:
         if not section.axes[axis]:
             raise UserError(f"{path}: the axis {axis} has no values; give some, or remove it")
@@ -212,6 +221,18 @@ def _check_axes(path: Path, section: SweepSection) -> None:
         )
 
 
+def _explain_axis(axis: str, key: str) -> str:
+    """What to write instead of an axis that does not exist."""
+    models = [name.removeprefix("model.") for name in all_keys() if name.startswith("model.")]
+    if axis in ("gate", "gates", "gated", "gating"):
+        return "did you mean use_forget_gate?"
+    if near := get_close_matches(axis, [*_SOLVED, *_SHORT, *models], n=1):
+        return f"did you mean {near[0]}?"
+    if axis in HINTS or "." in axis:
+        return explain_unknown(key if "." in axis else axis)
+    return f"axes are {', '.join([*_SOLVED, *_SHORT])}, the keys of [model], and any other key with its section"
+
+
 def _others(knob: str) -> str:
     return ", ".join(f'"{other}"' for other in KNOBS if other != knob)
 
@@ -226,7 +247,18 @@ def _points(path: Path, section: SweepSection) -> Iterator[_Point]:
             name = [str(listed["name"])] if "name" in listed else [_label(axis, value) for axis, value in own.items()]
             name += [_label(axis, value) for axis, value in zip(section.axes, values, strict=True)]
             settings = [Setting(key, value, origin) for axis, value in axes.items() for key in _keys_of(axis)]
-            yield _Point(re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(name)), axes, settings)
+            yield _Point("-".join(name), axes, settings)
+
+
+def _checked_name(path: Path, name: str) -> str:
+    """`name` as the name of a folder. Raises UserError where it is none: empty, hidden, too long, or taken."""
+    clean = re.sub(r"[^A-Za-z0-9._+-]", "_", name)
+    if not re.match(r"[A-Za-z0-9]", clean) or len(clean) > 150 or clean in ("sweep.json", "slurm.json", "report"):
+        raise UserError(
+            f"{path}: a cell would be named {name[:60]!r}, which can be no run folder; give its cell a `name` of 1 to 150 "
+            "letters, digits, ., _ and -, beginning with a letter or digit"
+        )
+    return clean
 
 
 def _label(axis: str, value: object) -> str:
@@ -272,9 +304,10 @@ def _match(section: SweepSection, like: Config, proposals: list[Config], points:
     solved: dict[tuple[tuple[int, int], str], config.Model] = {}
     for (target, seq_len), variants in groups.items():
         models = list(variants.values())
-        if section.aspect_ratio and "num_hidden_layers" not in models[0].pinned:
-            depth = choose_depth(models[0], target, proportions, rule, seq_len, section.aspect_ratio).model.num_hidden_layers
-            models = [Variant(v.model.model_copy(update={"num_hidden_layers": depth}), v.pinned) for v in models]
+        if section.aspect_ratio and (free := [v for v in models if "num_hidden_layers" not in v.pinned]):
+            depth = choose_depth(free[0], target, proportions, rule, seq_len, section.aspect_ratio).model.num_hidden_layers
+            changes = {"num_hidden_layers": depth}
+            models = [Variant(v.model.model_copy(update=changes), v.pinned) if v in free else v for v in models]
         shaped = match_shapes(models, target, proportions, rule, seq_len)
         solved.update(zip((((target, seq_len), model) for model in variants), shaped, strict=True))
     return [solved[key] for key in where]
@@ -299,6 +332,7 @@ def _with_length(c: Config, point: _Point) -> Config:
     """Solve the length of a run that is given by its size or its FLOPs."""
     if c.training.global_batch_size == -1:
         raise UserError("a sweep needs training.global_batch_size: with -1 the batch depends on how many processes run a cell")
+    plan_batches(c.training.model_copy(update={"steps": 1, "tokens": None}), 1)  # refuses batches no process can make up
     counts = model_size(c.model, c.training.seq_len)
     if "tokens_per_parameter" in point.axes:
         ratio = point.axes["tokens_per_parameter"]
@@ -314,11 +348,12 @@ def _with_length(c: Config, point: _Point) -> Config:
 
 
 def _cell(path: Path, point: _Point, c: Config, folder: Path) -> Cell:
-    job = c.job.model_copy(update={"dump_folder": str(folder), "run_name": point.name})
+    name = _checked_name(path, point.name)
+    job = c.job.model_copy(update={"dump_folder": str(folder), "run_name": name})
     c = Config.model_validate(c.model_copy(update={"job": job}).model_dump())
     counts = model_size(c.model, c.training.seq_len)
     tokens = plan_batches(c.training.model_copy(update={"local_batch_size": 1}), 1).tokens
-    return Cell(point.name, point.axes, c, identity(c), counts.parameters, counts.flops_per_token, tokens)
+    return Cell(name, point.axes, c, identity(c), counts.parameters, counts.flops_per_token, tokens)
 
 
 def _refuse_twins(path: Path, cells: list[Cell]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, compute, print and write. Raises UserError for runs or a folder that will not do, before anything is written."""
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # fits are small and run in processes of their own: threads only get in the way
     _check_packages()
     out = args.out or _default_out(args.runs)
     _check_out(out)

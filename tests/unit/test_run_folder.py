@@ -1,0 +1,180 @@
+"""run.json, the lock and the end of metrics.jsonl: what other processes can know about a run from its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from titan_dp.config import Config
+from titan_dp.config_loader import config_from_toml
+from titan_dp.errors import UserError
+from titan_dp.run_folder import RunLock, identity, is_finished, is_locked, last_record, last_step, read_run, write_run
+
+TEXT = "[training]\nsteps = 10\n"
+
+
+# -- identity ----------------------------------------------------------------------------------------------------------
+
+
+def config(more: str = "") -> Config:
+    return config_from_toml(TEXT + more)
+
+
+def test_the_name_and_place_of_a_run_are_no_part_of_its_identity() -> None:
+    named = config('[job]\nrun_name = "x"\ndump_folder = "elsewhere"\ndescription = "y"\n')
+    assert identity(named) == identity(config())
+
+
+@pytest.mark.parametrize(
+    "more", ["[debug]\nseed = 1\n", "[data]\nseed = 1\n", "[model]\nnum_heads = 4\n", "[optimizer]\nlr = 1e-3\n"]
+)
+def test_every_other_setting_is(more: str) -> None:
+    assert identity(config(more)) != identity(config())
+
+
+def test_an_identity_does_not_depend_on_how_values_are_written() -> None:
+    assert identity(config("[optimizer]\nlr = 0.001\n")) == identity(config("[optimizer]\nlr = 1e-3\n"))
+    assert identity(config("[model]\nnum_heads = 8\n")) == identity(config())  # the default, spelled out
+    script = "from titan_dp.config_loader import config_from_toml as c; from titan_dp.run_folder import identity as i; "
+    other = subprocess.run([sys.executable, "-c", f"{script}print(i(c({TEXT!r})))"], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == identity(config())
+
+
+# -- run.json ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_finished_only_when_it_says_so(tmp_path: Path) -> None:
+    assert read_run(tmp_path) is None
+    assert not is_finished(tmp_path)
+    write_run(tmp_path, {"state": "training", "steps": 10})
+    assert not is_finished(tmp_path)
+    write_run(tmp_path, {"state": "finished", "steps": 10})
+    assert is_finished(tmp_path)
+    assert read_run(tmp_path) == {"state": "finished", "steps": 10}
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_folder_that_does_not_exist_holds_no_run(tmp_path: Path) -> None:
+    folder = tmp_path / "nowhere"
+    assert (read_run(folder), is_finished(folder), is_locked(folder), last_step(folder)) == (None, False, False, 0)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"state": "fini', "[1]", "3", "\x00"])
+def test_a_run_json_that_is_no_record_is_the_users_to_mend(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"run\.json"):
+        is_finished(tmp_path)
+
+
+def test_a_run_json_that_cannot_be_replaced_stays_whole(tmp_path: Path) -> None:
+    write_run(tmp_path, {"state": "training"})
+    with pytest.raises(TypeError):
+        write_run(tmp_path, {"state": object()})
+    assert read_run(tmp_path) == {"state": "training"}
+
+
+# -- the lock ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock."""
+    script = (
+        f"import sys; from pathlib import Path; from titan_dp.run_folder import RunLock; l = RunLock(Path({str(folder)!r}))"
+    )
+    command = [sys.executable, "-c", script + "; print('held', flush=True); sys.stdin.read()"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_folder_is_locked_while_a_process_holds_it_and_free_however_that_ends(tmp_path: Path) -> None:
+    with holder(tmp_path) as process:
+        assert is_locked(tmp_path)
+        with pytest.raises(UserError, match="another process is at work"):
+            RunLock(tmp_path)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not is_locked(tmp_path)
+        RunLock(tmp_path).close()
+
+
+def test_asking_for_the_lock_neither_takes_nor_makes_it(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    lock = RunLock(tmp_path / "new" / "run")
+    assert is_locked(tmp_path / "new" / "run")
+    assert is_locked(tmp_path / "new" / "run")
+    lock.close()
+    assert not is_locked(tmp_path / "new" / "run")
+    assert not is_locked(tmp_path / "new" / "run")
+    RunLock(tmp_path / "new" / "run").close()
+
+
+def test_the_lock_is_not_inherited_by_programs_the_run_starts(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    try:
+        lock.close()
+        assert not is_locked(tmp_path)
+    finally:
+        child.communicate()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_run_of_somebody_else_can_be_asked_about(tmp_path: Path) -> None:
+    RunLock(tmp_path).close()
+    (tmp_path / ".lock").chmod(0o444)
+    assert not is_locked(tmp_path)
+
+
+# -- metrics.jsonl -----------------------------------------------------------------------------------------------------
+
+
+def write_lines(folder: Path, records: list[dict[str, Any]], tail: str = "") -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+
+
+def test_the_newest_values_stand_for_a_run(tmp_path: Path) -> None:
+    assert (last_record(tmp_path), last_step(tmp_path)) == ({}, 0)
+    write_lines(tmp_path, [{"step": 10, "loss": 3.0}, {"step": 10, "validation_loss": 2.9}, {"step": 20, "loss": 2.5}])
+    assert last_record(tmp_path) == {"step": 20, "loss": 2.5, "validation_loss": 2.9}
+    assert last_step(tmp_path) == 20
+
+
+def test_an_empty_file_has_no_values(tmp_path: Path) -> None:
+    write_lines(tmp_path, [])
+    assert last_step(tmp_path) == 0
+
+
+@given(st.data())
+def test_a_kill_at_any_byte_leaves_the_last_whole_record(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    records = [{"step": step, "loss": 1 / step, "lr": 3e-4} for step in range(1, 300)]
+    whole = "".join(json.dumps(record) + "\n" for record in records)
+    size = data.draw(st.integers(1, len(whole)))
+    (folder / "metrics.jsonl").write_text(whole[:size])
+    complete = [json.loads(line) for line in (whole[:size] + "|").replace("}|", "}\n").splitlines() if line.endswith("}")]
+    assert last_step(folder) == (complete[-1]["step"] if complete else 0)
+
+
+def test_a_loss_that_is_no_number_is_a_value_too(tmp_path: Path) -> None:
+    write_lines(tmp_path, [{"step": 5, "loss": float("nan")}])
+    assert last_step(tmp_path) == 5

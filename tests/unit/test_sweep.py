@@ -1,0 +1,352 @@
+"""`titan-dp sweep FILE` without a launcher: run folders, the table, what is refused, and the commands of --launch print.
+
+The command runs in this process, in a folder of its own. Runs are made up by the files that training leaves behind; what
+starts and ends real ones is tested in tests/integration/test_sweep_local.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.test_sweep_file import BASE
+from titan_dp.cli import dispatch
+from titan_dp.config_loader import load_config
+from titan_dp.errors import run_main
+from titan_dp.run_folder import RunLock
+
+AXES = "[sweep.axes]\nnum_householder = [1, 2]\nseed = [1, 2]\n"
+CELLS = ["nh1-s1", "nh1-s2", "nh2-s1", "nh2-s2"]
+STUDY = Path("outputs/study")
+
+
+@dataclass
+class Answer:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Answer]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """sweep(text, *options): `titan-dp sweep study.toml` in tmp_path, with `text` over BASE."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.toml").write_text(BASE)
+
+    def run(text: str = AXES, *options: str, file: str = "study.toml") -> Answer:
+        Path(file).write_text('extends = "base.toml"\n' + text)
+        capsys.readouterr()
+        try:
+            code = run_main(lambda: dispatch(["sweep", file, *options]))
+        except SystemExit as error:  # argparse's own
+            code = int(str(error.code))
+        return Answer(code, *capsys.readouterr())
+
+    return run
+
+
+def contents() -> dict[str, str]:
+    """Every file of the sweep's folder but the locks."""
+    files = [path for path in Path("outputs").rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): path.read_text() for path in files}
+
+
+def train(cell: str, state: str = "training", step: int | None = None) -> None:
+    """Leave behind what a run does that got to its first step, and to `step`."""
+    facts = {"state": state, "step": 0, "parameters": 1}
+    (STUDY / cell / "run.json").write_text(json.dumps(facts))
+    if step is not None:
+        records = [{"step": i, "loss": 3.0, "step_seconds": 0.1} for i in range(10, step + 1, 10)]
+        (STUDY / cell / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def rows(answer: Answer) -> dict[str, list[str]]:
+    """The table's rows by cell."""
+    assert answer.code == 0, answer.err
+    lines = [[part.strip() for part in line.split("│")[1:-1]] for line in answer.out.splitlines() if line.startswith("│")]
+    return {line[0]: line[1:] for line in lines}
+
+
+# -- run folders -------------------------------------------------------------------------------------------------------
+
+
+def test_each_cell_gets_a_run_folder_that_holds_its_config_and_no_more(sweep: Run) -> None:
+    assert sweep().code == 0
+    assert sorted(contents()) == sorted([*(f"{STUDY}/{cell}/config.toml" for cell in CELLS), f"{STUDY}/sweep.json"])
+
+
+def test_train_py_runs_a_cell_where_the_sweep_looks_for_it(sweep: Run) -> None:
+    sweep()
+    for cell in CELLS:
+        config = load_config(["--config", str(STUDY / cell / "config.toml")]).config
+        assert Path(config.job.dump_folder) / config.job.run_name == STUDY / cell
+        assert (f"nh{config.model.num_householder}", f"s{config.data.seed}") == tuple(cell.split("-"))
+
+
+def test_sweep_json_lists_the_cells_and_their_cost(sweep: Run) -> None:
+    sweep('[sweep]\ndescription = "which?"\n' + AXES)
+    facts = json.loads((STUDY / "sweep.json").read_text())
+    assert (facts["name"], facts["description"], facts["file"]) == ("study", "which?", "study.toml")
+    assert [cell["name"] for cell in facts["cells"]] == CELLS
+    assert [cell["axes"] for cell in facts["cells"]] == [{"num_householder": n, "seed": s} for n in (1, 2) for s in (1, 2)]
+    assert len({cell["identity"] for cell in facts["cells"]}) == 4
+    for cell in facts["cells"]:
+        assert cell["tokens"] == 1_000_448  # 1M in whole steps of 512
+        assert cell["flops"] == cell["flops_per_token"] * cell["tokens"]
+
+
+def test_expanding_again_changes_nothing(sweep: Run) -> None:
+    sweep()
+    before = contents()
+    times = {name: Path(name).stat().st_mtime_ns for name in before if name.endswith("config.toml")}
+    assert sweep().code == 0
+    assert contents() == before
+    assert {name: Path(name).stat().st_mtime_ns for name in times} == times
+
+
+def test_a_sweep_that_was_changed_before_any_training_is_written_anew(sweep: Run) -> None:
+    sweep()
+    assert sweep(AXES + "[model]\nnum_heads = 8\n").code == 0
+    for cell in CELLS:
+        assert load_config(["--config", str(STUDY / cell / "config.toml")]).config.model.num_heads == 8
+
+
+def test_cells_that_are_gone_before_any_training_leave_no_folder_behind(sweep: Run) -> None:
+    sweep()
+    sweep(AXES.replace("[1, 2]\nseed", "[2]\nseed"))
+    assert sorted(path.name for path in STUDY.iterdir() if path.is_dir()) == ["nh2-s1", "nh2-s2"]
+
+
+def test_more_values_of_an_axis_add_cells_to_those_that_were_trained(sweep: Run) -> None:
+    sweep()
+    train("nh1-s1", "finished")
+    before = contents()
+    assert sweep(AXES.replace("seed = [1, 2]", "seed = [1, 2, 3]")).code == 0
+    assert {name: text for name, text in contents().items() if name in before and name != f"{STUDY}/sweep.json"} == {
+        name: text for name, text in before.items() if name != f"{STUDY}/sweep.json"
+    }
+    assert len(json.loads((STUDY / "sweep.json").read_text())["cells"]) == 6
+
+
+def test_an_unreadable_config_of_an_untrained_cell_is_written_anew(sweep: Run) -> None:
+    sweep()
+    whole = contents()
+    (STUDY / "nh1-s1" / "config.toml").write_text(whole[f"{STUDY}/nh1-s1/config.toml"][:100])  # cut off by a kill
+    assert sweep().code == 0
+    assert contents() == whole
+
+
+def test_a_sweep_that_was_moved_trains_where_it_is_now(sweep: Run) -> None:
+    sweep()
+    STUDY.rename("outputs/other")
+    assert sweep('[sweep]\nname = "other"\n' + AXES).code == 0
+    for cell in CELLS:
+        job = load_config(["--config", f"outputs/other/{cell}/config.toml"]).config.job
+        assert job.dump_folder == "outputs/other"
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def check_refused(answer: Answer, *said: str) -> None:
+    """Exit code 2, one line, nothing on stdout."""
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("error: ")
+    assert answer.err.count("\n") == 1
+    for part in said:
+        assert part in answer.err
+
+
+@pytest.mark.parametrize("state", ["training", "finished"])
+def test_a_folder_that_was_trained_with_other_settings_is_refused_and_nothing_is_overwritten(state: str, sweep: Run) -> None:
+    sweep()
+    train("nh2-s1", state, step=20)
+    before = contents()
+    answer = sweep(AXES + "[model]\nnum_heads = 8\n")
+    check_refused(answer, f"{STUDY}/nh2-s1", "model.num_heads was 4, is now 8", "name")
+    assert contents() == before
+
+
+def test_a_trained_folder_whose_config_is_cut_off_is_refused(sweep: Run) -> None:
+    sweep()
+    train("nh1-s1")
+    (STUDY / "nh1-s1" / "config.toml").write_text("[model]\nhidden_")
+    before = contents()
+    check_refused(sweep(), f"{STUDY}/nh1-s1", "cannot be read")
+    assert contents() == before
+
+
+def test_a_trained_folder_without_its_config_is_refused(sweep: Run) -> None:
+    sweep()
+    train("nh1-s1")
+    (STUDY / "nh1-s1" / "config.toml").unlink()
+    check_refused(sweep(), f"{STUDY}/nh1-s1", "no config.toml")
+
+
+@pytest.mark.parametrize("text", ['{"state": "trai', "[1]", '"finished"', "\x00\x00"])
+def test_a_run_json_that_cannot_be_read_is_refused(text: str, sweep: Run) -> None:
+    sweep()
+    (STUDY / "nh1-s1" / "run.json").write_text(text)
+    check_refused(sweep(), f"{STUDY}/nh1-s1/run.json")
+
+
+def test_a_cell_that_is_training_is_not_rewritten_though_it_has_not_reached_its_first_step(sweep: Run) -> None:
+    sweep()
+    before = contents()
+    lock = RunLock(STUDY / "nh1-s1")
+    try:
+        answer = sweep(AXES + "[model]\nnum_heads = 8\n")
+    finally:
+        lock.close()
+    check_refused(answer, f"{STUDY}/nh1-s1")
+    assert contents() == before
+
+
+def test_another_sweep_of_the_same_name_does_not_take_over_the_folder(sweep: Run) -> None:
+    sweep()
+    train("nh1-s1", "finished")
+    before = contents()
+    check_refused(sweep('[sweep]\nname = "study"\n[sweep.axes]\nlr = [1e-3]\n', file="another.toml"), str(STUDY))
+    assert contents() == before
+
+
+def test_two_sweeps_at_once_are_refused(sweep: Run) -> None:
+    sweep()
+    lock = RunLock(STUDY)
+    try:
+        check_refused(sweep(AXES, "--launch", "print"), str(STUDY))
+    finally:
+        lock.close()
+    assert sweep().code == 0
+
+
+def test_a_refused_sweep_writes_nothing(sweep: Run, tmp_path: Path) -> None:
+    check_refused(sweep("[sweep.axes]\nnum_householder = [1, 1]\n"), "same configuration")
+    check_refused(sweep("[sweep.axes]\nnum_househodler = [1]\n"), "did you mean num_householder?")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_dump_folder_that_is_a_file_is_one_message(sweep: Run) -> None:
+    answer = sweep(AXES + '[job]\ndump_folder = "base.toml"\n')
+    assert answer.code == 2
+    assert "base.toml" in answer.err
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--mfu", wrong] for wrong in ("0", "-0.4", "1.5", "40", "nan", "x")),
+        *(["--peak-tflops", wrong] for wrong in ("0", "-1", "inf", "nan", "x")),
+        *(["--at-once", wrong] for wrong in ("0", "-1", "1.5", "x")),
+        *(["--nproc", wrong] for wrong in ("0", "x")),
+        *(["--retries", wrong] for wrong in ("-1", "x")),
+        ["--launch", "kubernetes"],
+        ["--lunch", "local"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_options_are_the_users_mistake(options: list[str], sweep: Run, tmp_path: Path) -> None:
+    answer = sweep(AXES, *options)
+    assert (answer.code, answer.out) == (2, "")
+    assert options[-1] in answer.err
+    assert not (tmp_path / "outputs").exists()
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_says_what_each_cell_is_and_costs(sweep: Run) -> None:
+    table = rows(sweep(AXES, "--mfu", "0.5", "--peak-tflops", "2e-3"))  # 1 GFLOP/s
+    assert list(table)[:-2] == CELLS  # then the sums, in two lines
+    cells = {cell["name"]: cell for cell in json.loads((STUDY / "sweep.json").read_text())["cells"]}
+    for name in CELLS:
+        state, model, shape, parameters, tokens, flops, hours = table[name]
+        assert state == "new"
+        assert model == ("DeltaNet" if name.startswith("nh1") else "DeltaProduct_2")
+        assert shape == "3 x 128, 4 x 32, 384"
+        assert (parameters, tokens) == (f"{cells[name]['parameters']:,}", "1,000,448")
+        assert float(flops) == pytest.approx(cells[name]["flops"], rel=5e-3)
+        assert float(hours) == pytest.approx(cells[name]["flops"] / 1e9 / 3600, rel=1e-3)
+    total = sum(cell["flops"] for cell in cells.values())
+    assert float(table["all"][5]) == pytest.approx(total, rel=5e-3)
+    assert float(table["all"][6]) == pytest.approx(total / 1e9 / 3600, rel=1e-3)
+
+
+def test_the_table_says_how_far_each_cell_is(sweep: Run) -> None:
+    sweep()
+    train("nh1-s1", "finished", step=1954)
+    train("nh1-s2", "training", step=1230)
+    train("nh2-s1", "training", step=40)
+    lock = RunLock(STUDY / "nh2-s1")
+    try:
+        answer = sweep()
+    finally:
+        lock.close()
+    states = {cell: row[0] for cell, row in rows(answer).items()}
+    assert [states[cell] for cell in CELLS] == ["finished", "step 1,230", "running", "new"]
+    assert states["all"] == "1 finished"
+
+
+def test_what_is_left_to_pay_leaves_out_what_is_finished(sweep: Run) -> None:
+    options = ("--mfu", "1", "--peak-tflops", "1e-3")
+    sweep()
+    train("nh2-s1", "finished")
+    train("nh2-s2", "finished")
+    left = re.search(r"([\d.e+-]+) left", sweep(AXES, *options).out)
+    assert left
+    cells = json.loads((STUDY / "sweep.json").read_text())["cells"]
+    assert float(left[1]) == pytest.approx(sum(cell["flops"] for cell in cells[:2]) / 1e9 / 3600, rel=1e-3)
+
+
+def test_a_metrics_line_cut_off_by_a_kill_does_no_harm(sweep: Run) -> None:
+    sweep()
+    train("nh1-s1", step=500)
+    with (STUDY / "nh1-s1" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 510, "lo')
+    assert rows(sweep())["nh1-s1"][0] == "step 500"
+
+
+# -- --launch print ----------------------------------------------------------------------------------------------------
+
+
+def commands(answer: Answer) -> list[list[str]]:
+    assert (answer.code, answer.err) == (0, "")
+    return [shlex.split(line) for line in answer.out.splitlines()]
+
+
+def test_print_prints_one_command_a_cell_and_nothing_else(sweep: Run) -> None:
+    printed = commands(sweep(AXES, "--launch", "print"))
+    assert printed == [["python", "train.py", "--config", f"{STUDY}/{cell}/config.toml"] for cell in CELLS]
+    assert all(Path(command[-1]).is_file() for command in printed)
+
+
+def test_print_leaves_out_finished_cells_and_keeps_unfinished_ones(sweep: Run) -> None:
+    sweep()
+    train("nh1-s1", "finished")
+    train("nh2-s1", "training", step=10)
+    names = [Path(command[-1]).parent.name for command in commands(sweep(AXES, "--launch", "print"))]
+    assert names == ["nh1-s2", "nh2-s1", "nh2-s2"]
+
+
+def test_several_processes_are_started_by_torchrun(sweep: Run) -> None:
+    for command in commands(sweep(AXES, "--launch", "print", "--nproc", "4")):
+        assert command[0] == "python"
+        assert "torchrun" in command[1]
+        assert "--nproc-per-node=4" in command
+        assert command[-3:-1] == ["train.py", "--config"]
+
+
+def test_folders_with_spaces_survive_the_shell(sweep: Run) -> None:
+    answer: Any = sweep(AXES + '[job]\ndump_folder = "my outputs"\n', "--launch", "print")
+    assert commands(answer)[0][-1] == "my outputs/study/nh1-s1/config.toml"
