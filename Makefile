@@ -34,7 +34,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 bench: $(INSTALLED)
-	for script in op loader checkpoint trainer kernel_costs export generation length_extrapolation; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in op loader checkpoint trainer kernel_costs export generation length_extrapolation scaling report; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) data outputs build *.egg-info
