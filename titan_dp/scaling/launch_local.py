@@ -24,7 +24,6 @@ from titan_dp.config_loader import PROJECT
 from titan_dp.errors import RunError, UserError
 from titan_dp.run_folder import is_finished, is_locked, last_record
 from titan_dp.scaling.sweep_file import Cell, Sweep
-from titan_dp.schedule import plan_batches
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -255,11 +254,10 @@ def _progress(launcher: _Launcher) -> Table:
     for attempt in launcher.attempts:
         if attempt in shown:
             record = last_record(attempt.cell.folder)
-            steps = plan_batches(attempt.cell.config.training.model_copy(update={"local_batch_size": 1}), 1).steps
             table.add_row(
                 attempt.cell.name,
                 _describe(attempt),
-                f"{record.get('step', 0):,}/{steps:,}",
+                f"{record.get('step', 0):,}/{attempt.cell.steps:,}",
                 _value(record.get("loss"), ".4f"),
                 _value(record.get("validation_loss"), ".4f"),
                 _value(record.get("tokens_per_second"), ",.0f"),

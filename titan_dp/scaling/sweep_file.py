@@ -89,6 +89,7 @@ class Cell:
     parameters: int
     flops_per_token: int
     tokens: int
+    steps: int
 
     @property
     def flops(self) -> int:
@@ -352,8 +353,8 @@ def _cell(path: Path, point: _Point, c: Config, folder: Path) -> Cell:
     job = c.job.model_copy(update={"dump_folder": str(folder), "run_name": name})
     c = Config.model_validate(c.model_copy(update={"job": job}).model_dump())
     counts = model_size(c.model, c.training.seq_len)
-    tokens = plan_batches(c.training.model_copy(update={"local_batch_size": 1}), 1).tokens
-    return Cell(name, point.axes, c, identity(c), counts.parameters, counts.flops_per_token, tokens)
+    plan = plan_batches(c.training, 1)
+    return Cell(name, point.axes, c, identity(c), counts.parameters, counts.flops_per_token, plan.tokens, plan.steps)
 
 
 def _refuse_twins(path: Path, cells: list[Cell]) -> None:
