@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from titan_dp.config import Config
-from titan_dp.errors import UserError
+from titan_dp.errors import RunError, UserError
 from titan_dp.files import write_json
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # file systems without locks
@@ -54,18 +54,23 @@ def is_finished(folder: Path) -> bool:
 class RunLock:
     """The lock of a folder, held from construction to `close()` or the end of the process; makes the folder.
 
-    Raises UserError where another process holds it. On a file system without locks it holds nothing.
+    Args:
+        patience: seconds to wait for whoever holds it.
+
+    Raises:
+        RunError: where another process still holds it then: the same may succeed later. On a file system without locks
+            none is held.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience: float = 1.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / ".lock").open("w")
-        for _ in range(5):  # is_locked() of another process holds it for a moment
-            if _try_lock(self._file):
-                return
-            time.sleep(0.2)
-        self._file.close()
-        raise UserError(f"another process is at work in {folder}; wait until it ends, or choose another run folder")
+        deadline = time.monotonic() + patience
+        while not _try_lock(self._file, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                self._file.close()
+                raise RunError(f"another process is at work in {folder}; wait until it ends, or choose another run folder")
+            time.sleep(0.1)
 
     def close(self) -> None:
         self._file.close()
@@ -73,18 +78,23 @@ class RunLock:
 
 def is_locked(folder: Path) -> bool:
     """Whether some process is at work in `folder`."""
-    if not (folder / ".lock").exists():
+    try:
+        file = (folder / ".lock").open()
+    except FileNotFoundError:
         return False
-    with (folder / ".lock").open() as file:
-        return not _try_lock(file)
+    with file:  # shared: two that ask do not see each other, and NFS allows it for a file opened to read
+        return not _try_lock(file, fcntl.LOCK_SH)
 
 
-def _try_lock(file: IO[str]) -> bool:
+def _try_lock(file: IO[str], kind: int) -> bool:
     """Take the lock if it is free; true as well where there are no locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in _UNSUPPORTED
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno not in _UNSUPPORTED:
+            raise
     return True
 
 

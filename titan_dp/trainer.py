@@ -24,6 +24,7 @@ from titan_dp.data.batches import IGNORE
 from titan_dp.data.loader import build_dataloader, build_validation_loader
 from titan_dp.distributed import World
 from titan_dp.errors import UserError
+from titan_dp.files import write_atomically
 from titan_dp.lr_scheduler import build_lr_scheduler
 from titan_dp.metrics import Metrics
 from titan_dp.model import build_model
@@ -96,7 +97,7 @@ class Trainer:
         self.guard = NonFiniteGuard(world.device)
 
         self.step = 0
-        self.lock = RunLock(self.run_folder) if world.is_main else None
+        self.lock = RunLock(self.run_folder, patience=10) if world.is_main else None
         self.checkpointer = Checkpointer(c.checkpoint, self.run_folder)
         self._resume()
 
@@ -155,7 +156,8 @@ class Trainer:
         self._announce()
         if self.world.is_main:
             self.run_folder.mkdir(parents=True, exist_ok=True)
-            (self.run_folder / "config.toml").write_text(self.loaded.annotated_toml())
+            text = self.loaded.annotated_toml().encode()
+            write_atomically(self.run_folder / "config.toml", lambda file: file.write(text))
         self._write_run("training")
         metrics = Metrics(
             c.metrics,

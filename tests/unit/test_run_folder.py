@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from titan_dp.config import Config
 from titan_dp.config_loader import config_from_toml
-from titan_dp.errors import UserError
+from titan_dp.errors import RunError, UserError
 from titan_dp.run_folder import RunLock, identity, is_finished, is_locked, last_record, last_step, read_run, write_run
 
 TEXT = "[training]\nsteps = 10\n"
@@ -108,7 +108,7 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_folder_is_locked_while_a_process_holds_it_and_free_however_that_ends(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         assert is_locked(tmp_path)
-        with pytest.raises(UserError, match="another process is at work"):
+        with pytest.raises(RunError, match="another process is at work"):
             RunLock(tmp_path)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()

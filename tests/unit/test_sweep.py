@@ -220,14 +220,16 @@ def test_another_sweep_of_the_same_name_does_not_take_over_the_folder(sweep: Run
     assert contents() == before
 
 
-def test_two_sweeps_at_once_are_refused(sweep: Run) -> None:
+def test_while_a_launch_is_at_work_the_table_is_shown_and_nothing_is_written(sweep: Run) -> None:
     sweep()
+    before = (STUDY / "sweep.json").read_text()
     lock = RunLock(STUDY)
     try:
-        check_refused(sweep(AXES, "--launch", "print"), str(STUDY))
+        assert sweep("[sweep.axes]\nseed = [7]\n").code == 0
+        assert (STUDY / "sweep.json").read_text() == before
+        assert not list(STUDY.glob("s7*"))
     finally:
         lock.close()
-    assert sweep().code == 0
 
 
 def test_a_refused_sweep_writes_nothing(sweep: Run, tmp_path: Path) -> None:

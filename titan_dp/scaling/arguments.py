@@ -40,7 +40,9 @@ def above_zero(text: str) -> float:
 
 def percent(text: str) -> float:
     """'0.25' -> 0.0025."""
-    return _bounded(text, lambda: float(text.removesuffix("%")) / 100, lambda x: 0 < x < 1, "percentage such as 0.25")
+    return _bounded(
+        text, lambda: float(text.removesuffix("%")) / 100, lambda x: 0 < x <= 0.05, "percentage up to 5 such as 0.25"
+    )
 
 
 def householder_list(text: str) -> list[int]:

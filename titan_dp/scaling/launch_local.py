@@ -7,11 +7,13 @@ killed sweep, is waited for. Ctrl-C and SIGTERM end the cells; starting again re
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 30  # between SIGTERM and SIGKILL
+_GRACE_SECONDS = 45  # between SIGTERM and SIGKILL; torchrun gives its own processes 30
 
 
 def command(cell: Cell, nproc: int, python: str = sys.executable, project: Path = PROJECT) -> list[str]:
@@ -48,11 +50,9 @@ class _Attempt:
     attempts: int = 0
     slot: int = -1
     process: subprocess.Popen[bytes] | None = None
+    code: int | None = None
     reason: str = ""
-
-    @property
-    def log(self) -> Path:
-        return self.cell.folder / f"attempt-{self.attempts}.log"
+    log: Path | None = None
 
 
 def launch_local(sweep: Sweep, *, at_once: int, nproc: int, retries: int) -> None:
@@ -65,14 +65,18 @@ def launch_local(sweep: Sweep, *, at_once: int, nproc: int, retries: int) -> Non
     devices = _devices(at_once * nproc)
     attempts = [_Attempt(cell) for cell in sweep.cells]
     launcher = _Launcher(attempts, at_once, nproc, retries, devices)
-    with _terminated_as_interrupted(), _live(launcher) as show:
+    with _told_to_end() as ended, _live(launcher) as show:
         try:
-            while launcher.advance():
+            while not ended.is_set() and launcher.advance():
                 show()
                 time.sleep(_POLL_SECONDS)
             show()
         finally:
             launcher.stop()
+    if ended.is_set():
+        finished = sum(attempt.state == "finished" for attempt in attempts)
+        print(f"{finished} of {len(attempts)} cells are finished; the same command goes on from here")
+        raise KeyboardInterrupt
     if failed := [f"{a.cell.name}: {a.reason}" for a in attempts if a.state == "failed"]:
         raise RunError("\n  ".join([f"{len(failed)} cells failed; start the sweep again to retry them:", *failed]))
 
@@ -81,7 +85,7 @@ def _devices(processes: int) -> list[str]:
     """The GPUs to share out, none on a machine without. Raises UserError where there are some but too few."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        devices = [device for device in named.split(",") if device]
+        devices = list(itertools.takewhile(lambda device: device and device[0] != "-", map(str.strip, named.split(","))))
     elif shutil.which("nvidia-smi"):
         listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
         devices = [str(i) for i, line in enumerate(listing.stdout.splitlines()) if line.startswith("GPU")]
@@ -97,28 +101,62 @@ class _Launcher:
         self.attempts, self.nproc, self.retries, self.devices = attempts, nproc, retries, devices
         self.queue = deque(attempts)
         self.free = list(range(at_once))
-        self.threads = max(1, (os.cpu_count() or 1) // (at_once * nproc))
+        self.threads = max(1, len(os.sched_getaffinity(0)) // (at_once * nproc))
+        for attempt in attempts:
+            if is_locked(attempt.cell.folder) and not is_finished(attempt.cell.folder):
+                self._leave_elsewhere(attempt)
 
     def advance(self) -> bool:
         """Look after what runs and start what can start; False when nothing is left to do."""
         for attempt in self.attempts:
-            if attempt.process is not None and attempt.process.poll() is not None:
-                self._ended(attempt)
-            elif attempt.state == "elsewhere" and not is_locked(attempt.cell.folder):
-                self._settle(attempt)
+            with self._alone(attempt):
+                if attempt.process is not None and attempt.process.poll() is not None:
+                    self._ended(attempt)
+                elif attempt.state == "elsewhere" and not is_locked(attempt.cell.folder):
+                    self._settle(attempt)
         while self.free and self.queue:
             attempt = self.queue.popleft()
-            if is_finished(attempt.cell.folder):
-                attempt.state = "finished"
-            elif is_locked(attempt.cell.folder):
-                attempt.state = "elsewhere"
-            else:
-                self._start(attempt)
+            with self._alone(attempt):
+                if is_finished(attempt.cell.folder):
+                    attempt.state = "finished"
+                elif is_locked(attempt.cell.folder):
+                    self._leave_elsewhere(attempt)
+                else:
+                    self._start(attempt)
         return any(attempt.state in ("waiting", "running", "elsewhere") for attempt in self.attempts)
+
+    @contextmanager
+    def _alone(self, attempt: _Attempt) -> Iterator[None]:
+        """A folder that cannot be read or written fails its own cell and no other."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            attempt.state, attempt.reason = "failed", str(error)
+            self._free_slot(attempt)
+
+    def _leave_elsewhere(self, attempt: _Attempt) -> None:
+        """Wait for a cell another process trains; it counts as one of those at once, on the devices it was given."""
+        attempt.state = "elsewhere"
+        with suppress(ValueError):
+            self.queue.remove(attempt)
+        try:
+            slot = int((attempt.cell.folder / ".slot").read_text())
+        except (OSError, ValueError):
+            slot = -1
+        if self.free:
+            attempt.slot = slot if slot in self.free else self.free[0]
+            self.free.remove(attempt.slot)
+
+    def _free_slot(self, attempt: _Attempt) -> None:
+        if attempt.slot >= 0:
+            self.free.append(attempt.slot)
+            attempt.slot = -1
 
     def _start(self, attempt: _Attempt) -> None:
         attempt.slot = self.free.pop(0)
+        (attempt.cell.folder / ".slot").write_text(str(attempt.slot))  # for a launch after this one was killed
         attempt.attempts += 1
+        attempt.log = attempt.cell.folder / f"attempt-{len(list(attempt.cell.folder.glob('attempt-*.log'))) + 1}.log"
         environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1", **os.environ}
         if self.devices:
             first = attempt.slot * self.nproc
@@ -137,20 +175,22 @@ class _Launcher:
 
     def _ended(self, attempt: _Attempt) -> None:
         assert attempt.process is not None
-        code, attempt.process = attempt.process.returncode, None
-        self.free.append(attempt.slot)
-        if code != 0 and is_locked(attempt.cell.folder):
-            attempt.state = "elsewhere"  # what refused this attempt is at work on the cell
+        attempt.code, attempt.process = attempt.process.returncode, None
+        if attempt.code != 0 and is_locked(attempt.cell.folder):
+            attempt.state = "elsewhere"  # what refused this attempt, or what is left of it, is at work on the cell
+            if "another process is at work" in _last_line(attempt):
+                attempt.attempts -= 1  # it never began
         else:
-            self._settle(attempt, code)
+            self._settle(attempt)
 
-    def _settle(self, attempt: _Attempt, code: int = 0) -> None:
+    def _settle(self, attempt: _Attempt) -> None:
         """Decide on a cell nobody runs any more: finished, to be tried again, or failed."""
+        self._free_slot(attempt)
         if is_finished(attempt.cell.folder):
             attempt.state = "finished"
             return
-        attempt.reason = f"exit code {code}, {_last_line(attempt)} ({attempt.log})"
-        if code == 2 or attempt.attempts > self.retries:  # 2 is a user's mistake: trying again cannot help
+        attempt.reason = f"exit code {attempt.code}, {_last_line(attempt)} ({attempt.log})"
+        if attempt.code == 2 or attempt.attempts > self.retries:  # 2 is a user's mistake: trying again cannot help
             attempt.state = "failed"
         else:
             attempt.state = "waiting"
@@ -176,15 +216,16 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the sweep as Ctrl-C does, so that no cell is left behind."""
+def _told_to_end() -> Iterator[threading.Event]:
+    """Set by Ctrl-C, SIGTERM and a closed terminal, as often as they come: no cell is left behind by a second one.
 
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    A signal that is ignored stays so: `nohup` means it.
+    """
+    ended = threading.Event()
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: ended.set()) for number in numbers}
     try:
-        yield
+        yield ended
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -192,10 +233,9 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 def _last_line(attempt: _Attempt) -> str:
     """The last words of an attempt's log."""
-    try:
-        text = attempt.log.read_bytes()[-4096:].decode(errors="replace")
-    except FileNotFoundError:
-        return "no log"
+    if attempt.log is None:
+        return "started by another sweep"
+    text = attempt.log.read_bytes()[-4096:].decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error")]
     return (errors or lines or ["no output"])[-1][:300]
@@ -215,12 +255,13 @@ def _live(launcher: _Launcher) -> Iterator[Any]:
         with Live(_progress(launcher), console=console, auto_refresh=False) as live:
             yield lambda: live.update(_progress(launcher), refresh=True)
         return
-    told: dict[str, str] = {}
+    told: dict[str, tuple[str, int]] = {}
 
     def tell() -> None:
         for attempt in launcher.attempts:
-            if told.get(attempt.cell.name, "waiting") != attempt.state:
-                told[attempt.cell.name] = attempt.state
+            now = (attempt.state, attempt.attempts)
+            if told.get(attempt.cell.name, ("waiting", 0)) != now:
+                told[attempt.cell.name] = now
                 done = sum(a.state == "finished" for a in launcher.attempts)
                 console.print(f"[{done}/{len(launcher.attempts)}] {attempt.cell.name}: {_describe(attempt)}", markup=False)
 
@@ -229,19 +270,14 @@ def _live(launcher: _Launcher) -> Iterator[Any]:
 
 def _describe(attempt: _Attempt) -> str:
     if attempt.state == "running":
-        return f"attempt {attempt.attempts}" if attempt.attempts > 1 else "running"
+        return f"attempt {attempt.attempts} after {attempt.reason}" if attempt.attempts > 1 else "running"
     if attempt.state == "failed":
         return f"failed: {attempt.reason}"
-    if attempt.state == "waiting" and attempt.attempts:
-        return f"tried again after {attempt.reason}"
     return {"elsewhere": "running in another process"}.get(attempt.state, attempt.state)
 
 
-_SHOWN = 30
-
-
 def _progress(launcher: _Launcher) -> Table:
-    """The live table: everything that runs or failed, and what else has room."""
+    """The live table: what runs and what failed first, then what else the terminal has room for."""
     from rich.table import Table
 
     states = [attempt.state for attempt in launcher.attempts]
@@ -250,20 +286,19 @@ def _progress(launcher: _Launcher) -> Table:
     )
     table = Table("cell", "state", "step", "loss", "validation", "tokens/s", title=f"{len(states)} cells: {counts}")
     rank = {"running": 0, "elsewhere": 0, "failed": 1, "waiting": 2, "finished": 3}
-    shown = sorted(launcher.attempts, key=lambda attempt: rank[attempt.state])[:_SHOWN]
-    for attempt in launcher.attempts:
-        if attempt in shown:
-            record = last_record(attempt.cell.folder)
-            table.add_row(
-                attempt.cell.name,
-                _describe(attempt),
-                f"{record.get('step', 0):,}/{attempt.cell.steps:,}",
-                _value(record.get("loss"), ".4f"),
-                _value(record.get("validation_loss"), ".4f"),
-                _value(record.get("tokens_per_second"), ",.0f"),
-            )
-    if len(launcher.attempts) > _SHOWN:
-        table.caption = f"and {len(launcher.attempts) - _SHOWN} more"
+    room = max(3, shutil.get_terminal_size().lines - 7)
+    for attempt in sorted(launcher.attempts, key=lambda attempt: rank[attempt.state])[:room]:
+        record = last_record(attempt.cell.folder)
+        table.add_row(
+            attempt.cell.name,
+            _describe(attempt),
+            f"{record.get('step', 0):,}/{attempt.cell.steps:,}",
+            _value(record.get("loss"), ".4f"),
+            _value(record.get("validation_loss"), ".4f"),
+            _value(record.get("tokens_per_second"), ",.0f"),
+        )
+    if len(launcher.attempts) > room:
+        table.caption = f"and {len(launcher.attempts) - room} more"
     return table
 
 

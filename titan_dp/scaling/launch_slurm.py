@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ from titan_dp.scaling.sweep_file import Sweep
 ARRAY_SCRIPT = Path("launch/slurm_array.sbatch")
 
 
+def check_slurm() -> None:
+    """Raise UserError where SLURM is not installed, or this is not the project's root."""
+    if shutil.which("sbatch") is None:
+        raise UserError("--launch slurm: there is no sbatch on this machine; use --launch local, or --launch print")
+    if not ARRAY_SCRIPT.exists():
+        raise UserError(f"--launch slurm: there is no {ARRAY_SCRIPT} here; give the command in the project's root")
+
+
 def launch_slurm(sweep: Sweep, *, at_once: int, nproc: int | None, retries: int, options: list[str]) -> None:
     """Submit every cell that is neither finished nor already with SLURM, at most `at_once` to run at a time.
 
@@ -30,20 +39,16 @@ def launch_slurm(sweep: Sweep, *, at_once: int, nproc: int | None, retries: int,
         options: for sbatch.
 
     Raises:
-        UserError: where SLURM is not installed or refuses the options, or this is not the project's root.
+        UserError: where SLURM refuses the options.
         RunError: where SLURM does not answer.
     """
-    if shutil.which("sbatch") is None:
-        raise UserError("--launch slurm: there is no sbatch on this machine; use --launch local, or --launch print")
-    if not ARRAY_SCRIPT.exists():
-        raise UserError(f"--launch slurm: there is no {ARRAY_SCRIPT} here; give the command in the project's root")
     jobs = _jobs(sweep)
     queued = _queued(jobs)
     cells = [c for c in sweep.cells if c.name not in queued and not is_finished(c.folder) and not is_locked(c.folder)]
     if not cells:
         print(f"nothing to submit: {len(queued)} cells are with SLURM, the rest is finished")
         return
-    listing = sweep.folder / f"cells-{len(jobs)}.txt"
+    listing = sweep.folder / f"cells-{time.time_ns()}.txt"  # never one that an array of before still reads
     listing.write_text("".join(f"{cell.folder / 'config.toml'}\n" for cell in cells))
     array = f"--array=0-{len(cells) - 1}%{at_once}"
     environment = {"VENV": sys.prefix} | os.environ | {"RETRIES": str(retries)} | ({"NPROC": str(nproc)} if nproc else {})

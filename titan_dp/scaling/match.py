@@ -21,6 +21,7 @@ from titan_dp.model_size import embedding_parameters, model_size, state_size
 from titan_dp.scaling.arguments import count, grid, householder_list, percent
 from titan_dp.scaling.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
 
+_DETAILS = ("w/o embedding", "matmul", "recurrence", "memory")
 PAPER_SIZES = ("213m", "392m", "800m")
 PAPER = [f"{size}{partner}" for size in PAPER_SIZES for partner in ("_nh1", "", "_nh3")]
 """The configs of the paper's nine language models, n_h = 1, 2, 3 of each size."""
@@ -36,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--by", choices=list(KNOBS), default="heads", help="what makes up for n_h (default: heads)")
     parser.add_argument("--gated", choices=["no", "yes", "both"], default="no", help="with a forget gate (default: no)")
-    parser.add_argument("--multiple", type=grid, default=64, metavar="N", help="grid of all dimensions (default: 64)")
+    parser.add_argument(
+        "--multiple", type=grid, default=64, metavar="N", help="grid of width, MLP and heads x head_dim (default: 64)"
+    )
     parser.add_argument(
         "--tolerance", type=percent, metavar="PERCENT", help="largest deviation (default: 0.1 where the grid allows, else 0.25)"
     )
@@ -70,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     models, seq_len = solve(args, gates)
     quantity = "parameters" if args.params else "flops"
     _print_table(models, [args.params or args.flops] * len(models), quantity, seq_len)
+    _print_differences(models, args.by)
     _print_settings(models)
     return 0
 
@@ -149,7 +153,25 @@ def _print_table(models: Sequence[config.Model], targets: Sequence[int], quantit
             f"{state_size(model):,}",
             f"{16 * size.parameters / 2**30:.3g} GiB",
         )
-    Console(highlight=False, width=None if sys.stdout.isatty() else 170).print(table)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
+    if console.width < 150:  # on a narrow terminal fewer columns, for no number may be cut off
+        table.columns = [column for column in table.columns if column.header not in _DETAILS]
+    console.print(table)
+
+
+def _print_differences(models: Sequence[config.Model], by: str) -> None:
+    """Say so where the models differ in more than the knob."""
+    shared = {"width": "hidden_size", "MLP": "intermediate_size"} | (
+        {} if by in ("heads", "head_dim") else {"heads": "num_heads"}
+    )
+    ranges = []
+    for name, key in shared.items():
+        values = sorted({getattr(model, key) for model in models})
+        if key != KNOBS[by] and len(values) > 1:
+            ranges.append(f"{name} {values[0]} to {values[-1]}")
+    if ranges:
+        print(f"they differ in more than {by}: {', '.join(ranges)}; another size, a smaller --multiple or a larger --tolerance")
+        print("may find models that do not")
 
 
 def _print_settings(models: Sequence[config.Model]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titan_dp.config_loader import config_from_toml
-from titan_dp.errors import UserError
+from titan_dp.errors import RunError, UserError
 from titan_dp.files import write_json
 from titan_dp.run_folder import RunLock, identity, is_finished, is_locked, last_step, read_run
 from titan_dp.scaling.arguments import above_zero, fraction, natural, positive
@@ -47,11 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    options = _sbatch_options(args.sbatch)
+    if args.launch == "slurm":
+        from titan_dp.scaling.launch_slurm import check_slurm
+
+        check_slurm()
     sweep = load_sweep(args.file)
     _check_folder(sweep)
-    lock = RunLock(sweep.folder) if args.launch else None  # two launches at once would start every cell twice
     try:
-        write_cells(sweep)
+        lock: RunLock | None = RunLock(sweep.folder)  # whoever writes run folders or starts cells is alone
+    except RunError as error:
+        if args.launch in ("local", "slurm"):
+            hint = f"titan-dp sweep {args.file} shows how far it is"
+            raise RunError(f"another process is at work on this sweep ({sweep.folder}); {hint}") from error
+        lock = None  # a launch is at work: show how far it is, and write nothing
+    try:
+        if lock is not None:
+            write_cells(sweep)
         if args.launch != "print":  # whose output is for another program
             _print_table(sweep, args.mfu * args.peak_tflops * 1e12)
         if args.launch == "local":
@@ -61,18 +74,24 @@ def run(args: argparse.Namespace) -> int:
         elif args.launch == "slurm":
             from titan_dp.scaling.launch_slurm import launch_slurm
 
-            options = shlex.split(args.sbatch)
             launch_slurm(sweep, at_once=args.at_once, nproc=args.nproc, retries=args.retries, options=options)
         elif args.launch == "print":
             from titan_dp.scaling.launch_local import command
 
             for cell in sweep.cells:
-                if not is_finished(cell.folder):
+                if not is_finished(cell.folder) and not is_locked(cell.folder):
                     print(shlex.join(command(cell, args.nproc or 1, python="python", project=Path())))
     finally:
         if lock is not None:
             lock.close()
     return 0
+
+
+def _sbatch_options(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--sbatch {text!r}: {error}; close the quotation") from error
 
 
 # -- run folders -------------------------------------------------------------------------------------------------------
@@ -89,7 +108,9 @@ def write_cells(sweep: Sweep) -> None:
         shutil.rmtree(folder)
     for cell in new:
         cell.folder.mkdir(parents=True, exist_ok=True)
-        (cell.folder / "config.toml").write_text(cell.toml())
+        temporary = cell.folder / ".config.toml.tmp"
+        temporary.write_text(cell.toml())
+        os.replace(temporary, cell.folder / "config.toml")  # not forced to the disk: it can be written anew until it is trained
     listing = [
         {
             "name": cell.name,
@@ -134,7 +155,11 @@ def _dropped(sweep: Sweep) -> list[Path]:
                 f"{folder} was trained and {sweep.file} does not name it: give this sweep another [sweep] name, put the cell "
                 "back, or move that folder away"
             )
-    return [folder for folder in gone if {entry.name for entry in folder.iterdir()} <= {"config.toml", ".lock"}]
+    return [
+        folder
+        for folder in gone
+        if {entry.name for entry in folder.iterdir()} <= {"config.toml", ".config.toml.tmp", ".lock", ".slot"}
+    ]
 
 
 def _is_written(cell: Cell) -> bool:

@@ -24,7 +24,7 @@ from titan_dp import config
 from titan_dp.config import Config, Positive, Section
 from titan_dp.config_docs import all_keys, to_toml
 from titan_dp.config_hints import HINTS, explain_unknown
-from titan_dp.config_loader import Loaded, Problems, Setting, build_config, read_files
+from titan_dp.config_loader import Loaded, Problems, Setting, build_config, config_folder, read_files
 from titan_dp.errors import UserError
 from titan_dp.model_size import model_size
 from titan_dp.run_folder import identity
@@ -45,8 +45,8 @@ class SweepSection(Section):
     """What the cells of one size have in common: parameters, or model FLOPs a token."""
     multiple: Positive = 64
     """Grid of all matrix dimensions that are solved for."""
-    tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Largest relative deviation of a solved size; default: 0.001 where the grid allows, else 0.0025."""
+    tolerance: Annotated[float, Field(gt=0, le=5)] | None = None
+    """Largest deviation of a solved size in percent; default: 0.1 where the grid allows, else 0.25."""
     aspect_ratio: Positive | None = None
     """Width over depth of the solved shapes; default: every size has the base's number of layers."""
     axes: dict[str, list[Any]] = Field(default={})
@@ -122,11 +122,13 @@ class _Point:
 
 
 def load_sweep(path: Path) -> Sweep:
-    """Read and expand a sweep file.
+    """Read and expand a sweep file, by its path or by the name of a shipped one.
 
     Raises UserError: a file that cannot be read, an unknown axis or a wrong value, axes that contradict the matching
     rule or each other, a size that cannot be reached, two cells with one configuration.
     """
+    shipped = config_folder() / "sweeps" / path.with_suffix(".toml")
+    path = shipped if not path.is_file() and shipped.is_file() else path
     section, base = _read(path)
     _check_axes(path, section)
     points = list(_points(path, section))
@@ -147,7 +149,8 @@ def load_sweep(path: Path) -> Sweep:
 def _read(path: Path) -> tuple[SweepSection, list[Setting]]:
     """The [sweep] section, and the settings of the base configuration with their origins."""
     if not path.is_file():
-        raise UserError(f"there is no sweep file {path}; the shipped ones are in train_configs/sweeps")
+        names = ", ".join(sorted(file.stem for file in (config_folder() / "sweeps").glob("*.toml")))
+        raise UserError(f"there is no sweep file {path}; those of {config_folder() / 'sweeps'} are {names}")
     problems = Problems()
     sweep: dict[str, Any] = {}
     base = []
@@ -293,7 +296,8 @@ def _any_length(point: _Point) -> list[Setting]:
 def _match(section: SweepSection, like: Config, proposals: list[Config], points: list[_Point]) -> list[config.Model]:
     """The model of every cell: those of one target size are solved together, so that they differ as little as possible."""
     assert section.match is not None
-    rule = Rule(section.match, section.match_quantity, section.multiple, section.tolerance)
+    tolerance = None if section.tolerance is None else section.tolerance / 100
+    rule = Rule(section.match, section.match_quantity, section.multiple, tolerance)
     proportions = Proportions.of(like.model)
     groups: dict[tuple[int, int], dict[str, Variant]] = {}  # by target and sequence length, each model once
     where = []
