@@ -189,7 +189,7 @@ class _Launcher:
         if is_finished(attempt.cell.folder):
             attempt.state = "finished"
             return
-        attempt.reason = f"exit code {attempt.code}, {_last_line(attempt)} ({attempt.log})"
+        attempt.reason = f"exit code {attempt.code}, {_last_line(attempt)} ({attempt.log})" if attempt.log else "an earlier launch"
         if attempt.code == 2 or attempt.attempts > self.retries:  # 2 is a user's mistake: trying again cannot help
             attempt.state = "failed"
         else:
@@ -233,8 +233,7 @@ def _told_to_end() -> Iterator[threading.Event]:
 
 def _last_line(attempt: _Attempt) -> str:
     """The last words of an attempt's log."""
-    if attempt.log is None:
-        return "started by another sweep"
+    assert attempt.log is not None
     text = attempt.log.read_bytes()[-4096:].decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error")]
