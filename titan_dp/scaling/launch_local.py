@@ -189,7 +189,9 @@ class _Launcher:
         if is_finished(attempt.cell.folder):
             attempt.state = "finished"
             return
-        attempt.reason = f"exit code {attempt.code}, {_last_line(attempt)} ({attempt.log})" if attempt.log else "an earlier launch"
+        attempt.reason = (
+            f"exit code {attempt.code}, {_last_line(attempt)} ({attempt.log})" if attempt.log else "an earlier launch"
+        )
         if attempt.code == 2 or attempt.attempts > self.retries:  # 2 is a user's mistake: trying again cannot help
             attempt.state = "failed"
         else:
