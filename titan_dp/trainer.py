@@ -155,7 +155,6 @@ class Trainer:
         c = self.config
         self._announce()
         if self.world.is_main:
-            self.run_folder.mkdir(parents=True, exist_ok=True)
             text = self.loaded.annotated_toml().encode()
             write_atomically(self.run_folder / "config.toml", lambda file: file.write(text))
         self._write_run("training")

@@ -197,11 +197,12 @@ def _first_difference(found: dict, wanted: dict, prefix: str = "") -> str:
 
 def state_of(cell: Cell) -> str:
     """'finished', 'running', 'step 120' of a run cut off there, or 'new'."""
-    if is_finished(cell.folder):
+    facts = read_run(cell.folder)
+    if facts is not None and facts.get("state") == "finished":
         return "finished"
     if is_locked(cell.folder):
         return "running"
-    return f"step {last_step(cell.folder):,}" if read_run(cell.folder) is not None else "new"
+    return f"step {last_step(cell.folder):,}" if facts is not None else "new"
 
 
 # -- output ------------------------------------------------------------------------------------------------------------

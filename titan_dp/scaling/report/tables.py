@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from titan_dp.scaling.report.comparisons import Comparison
-from titan_dp.scaling.report.configurations import CONFIDENCE_TEXT, Configuration
+from titan_dp.scaling.report.configurations import CONFIDENCE_TEXT, Configuration, validation_loss
 from titan_dp.scaling.report.families import FamilyFits
 from titan_dp.scaling.report.results import Results
 from titan_dp.scaling.report.runs import Run
@@ -56,11 +56,10 @@ def runs_table(results: Results) -> Table:
             continue
         c, totals = by_run[id(run)], run.totals
         state = f"{run.state} at step {totals.step:,} of {run.started['steps']:,}" if run.state == "unfinished" else run.state
-        value = totals.validation_loss if results.loss == "nats" else totals.validation_bits_per_byte
         speed = "n/a" if totals.tokens_per_second is None else count(totals.tokens_per_second)
         row = [run.name, state, c.family, c.shape, count(c.parameters), count(run.tokens), "{}, {}".format(*run.seeds)]
-        row += [loss(totals.training_loss), loss(value), speed, percent(totals.mfu), duration(totals.seconds)]
-        rows.append([*row, str(totals.skipped_steps)])
+        row += [loss(totals.training_loss), loss(validation_loss(run, results.loss)), speed, percent(totals.mfu)]
+        rows.append([*row, duration(totals.seconds), str(totals.skipped_steps)])
     return headers, rows
 
 
