@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from titan_dp.config_docs import all_keys
 from titan_dp.errors import UserError
 from titan_dp.files import file_sha256, write_json
 
@@ -143,10 +144,9 @@ def check_resumable(saved: dict[str, Any], current: dict[str, Any], allow_change
     """
     before, now = tomllib.loads(saved["config"]), tomllib.loads(current["config"])
     keys = {f"model.{key}" for key in {**before["model"], **now["model"]}} - {"model.backend"}
-    values = {
-        key: tuple(c.get(key.split(".")[0], {}).get(key.split(".")[1]) for c in (before, now)) for key in (*keys, *_FIXED)
-    }
-    values["data.path"] = saved["fingerprint"], current["fingerprint"]
+    values = {key: (_value(before, key), _value(now, key)) for key in (*keys, *_FIXED)}
+    data = "state_tracking" if _value(now, "data.source") == "state_tracking" else "data.path"
+    values[data] = saved["fingerprint"], current["fingerprint"]
     values["training.global_batch_size"] = saved["global_batch_size"], current["global_batch_size"]
     changed = {key: pair for key, pair in values.items() if pair[0] != pair[1] and key not in allow_changed}
     if changed:
@@ -155,6 +155,13 @@ def check_resumable(saved: dict[str, Any], current: dict[str, Any], allow_change
             f"the run to resume (step {saved['step']}) was started with another {listed}; restore it, choose another "
             f"job.run_name, or name the keys in checkpoint.allow_changed"
         )
+
+
+def _value(config: dict[str, Any], dotted: str) -> object:
+    """Of a key in resolved TOML; one that was unset, or that the writing version did not know, has its default."""
+    section, name = dotted.split(".")
+    default = all_keys()[dotted].default if dotted in all_keys() else None
+    return config.get(section, {}).get(name, default)
 
 
 def _show(value: object) -> str:

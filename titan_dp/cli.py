@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("titan_dp.generate", "continue a prompt with a trained model"),
     "match": ("titan_dp.scaling.match", "find shapes of equal parameters or FLOPs for several n_h"),
     "sweep": ("titan_dp.scaling.sweep", "expand a sweep file into runs, and launch them"),
+    "state-tracking": ("titan_dp.state_tracking.command", "word problems and formal languages: train, compare, inspect, prove"),
     "report": ("titan_dp.scaling.report.command", "tables, fits and plots of many runs"),
 }
 

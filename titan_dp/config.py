@@ -51,8 +51,9 @@ class Job(Section):
 
 
 class Model(Section):
-    mixer: Literal["deltaproduct", "gla", "attention"] = "deltaproduct"
-    """Token mixer: DeltaProduct (n_h = 1 is DeltaNet), gated linear attention (the same op without erasing), or softmax."""
+    mixer: Literal["deltaproduct", "gla", "rwkv7", "attention"] = "deltaproduct"
+    """Token mixer: DeltaProduct (n_h = 1 is DeltaNet), gated linear attention (the same op without erasing), products of
+    n_h RWKV-7 transitions (a plain loop, for state tracking), or softmax."""
     hidden_size: Positive = 1024
     """Width of the residual stream."""
     num_hidden_layers: Positive = 24
@@ -64,11 +65,13 @@ class Model(Section):
     expand_v: Annotated[float, Field(gt=0)] = 1.0
     """Value dimension of a head as a multiple of `head_dim`: dv = int(head_dim * expand_v)."""
     num_householder: Annotated[int, Field(ge=1, le=8)] = 2
-    """n_h: Householder steps a token."""
+    """n_h: Householder steps a token; for rwkv7, transitions a token."""
+    adaptive_householder: bool = False
+    """A learned router decides for each token which of the n_h steps are taken; training.householder_cost is their price."""
     use_forget_gate: bool = False
     """Scalar decay per head and token before the n_h steps (Gated DeltaProduct)."""
     allow_neg_eigval: bool = True
-    """beta = 2 sigmoid instead of sigmoid: eigenvalues of each factor in [-1, 1] instead of [0, 1]."""
+    """beta = 2 sigmoid instead of sigmoid: eigenvalues of each factor in [-1, 1] instead of [0, 1]; for rwkv7, c = 2, not 1."""
     use_output_gate: bool = False
     """Multiply the normalised output of the mixer by silu(g_proj(x))."""
     use_short_conv: bool = True
@@ -112,16 +115,18 @@ class Model(Section):
 
     @property
     def family(self) -> str:
-        """What the literature calls the mixer: 'DeltaNet', 'Gated DeltaProduct_2', 'linear attention', ..."""
+        """What the literature calls the mixer: 'DeltaNet', 'Gated DeltaProduct_2', 'RWKV-7', 'linear attention', ..."""
         if self.mixer == "attention":
             return "softmax attention"
         if self.mixer == "gla":
             return ("gated " if self.use_forget_gate else "") + "linear attention"
+        if self.mixer == "rwkv7":
+            return "RWKV-7" + (f" product_{self.num_householder}" if self.num_householder > 1 else "")
         name = "DeltaNet" if self.num_householder == 1 else f"DeltaProduct_{self.num_householder}"
-        return ("Gated " if self.use_forget_gate else "") + name
+        return ("adaptive " if self.adaptive_householder else "") + ("Gated " if self.use_forget_gate else "") + name
 
     def mixer_of(self, layer: int) -> str:
-        """The mixer of block `layer`: 'deltaproduct', 'gla' or 'attention'."""
+        """The mixer of block `layer`: 'deltaproduct', 'gla', 'rwkv7' or 'attention'."""
         return "attention" if layer in self.attention_layers else self.mixer
 
     @model_validator(mode="after")
@@ -140,6 +145,10 @@ class Model(Section):
                 problems.append(f"attention_num_heads = {heads} is not a multiple of attention_num_kv_heads = {kv}")
         if self.mixer == "gla" and self.num_householder != 1:
             problems.append(f"mixer = 'gla' takes one step a token, so num_householder = {self.num_householder} must be 1")
+        if self.adaptive_householder and self.mixer != "deltaproduct":
+            problems.append(f"adaptive_householder = true needs mixer = 'deltaproduct', not {self.mixer!r}; set it to false")
+        elif self.adaptive_householder and self.num_householder == 1:
+            problems.append("adaptive_householder = true has no steps to choose from with num_householder = 1; set at least 2")
         if self.head_v_dim < 1:
             problems.append(f"head_dim = {self.head_dim} times expand_v = {self.expand_v} leaves no value dimension")
         refuse(problems)
@@ -147,8 +156,9 @@ class Model(Section):
 
 
 class Data(Section):
-    source: Literal["shards", "hf"] = "shards"
-    """Where training tokens come from: memory-mapped token shards, or a Hugging Face dataset tokenised while training."""
+    source: Literal["shards", "hf", "state_tracking"] = "shards"
+    """Where training tokens come from: memory-mapped token shards, a Hugging Face dataset tokenised while training, or the
+    problem of `[state_tracking]`, made while training."""
     path: str | list[str] = "data/corpus/train"
     """source = shards: folder, or list of folders of a mixture, written by `titan-dp prepare`."""
     weights: list[Annotated[float, Field(gt=0)]] | None = None
@@ -187,6 +197,31 @@ class Data(Section):
         return [self.path] if isinstance(self.path, str) else self.path
 
 
+class StateTracking(Section):
+    task: str = ""
+    """data.source = state_tracking: a group whose word problem is learnt (S3, A5, D4, Z60, S3xZ2, or a multiplication
+    table.csv), or a formal language (parity, even-pairs, cycle-navigation, modular-arithmetic, ...). Words are as long as
+    training.seq_len holds: 1 + symbols * tokens_per_element."""
+    min_length: Positive | None = None
+    """Draw the length of each word from here to the longest; default: all are of the longest."""
+    curriculum_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the longest word grows, linearly, from min_length (or 1) to what training.seq_len holds."""
+    max_moved: Positive | None = None
+    """Groups: draw only elements that move at most so many points (2: swaps and the identity); default: all elements."""
+    tokens_per_element: Annotated[int, Field(ge=1, le=8)] = 1
+    """Groups: each element is followed by fillers up to so many tokens, and the answer is asked at the last."""
+    validation_samples: Positive = 512
+    """Words of the training lengths on which a run is validated, stopped and chosen."""
+    solved_accuracy: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """A run is solved once this fraction of the validation words is right at every symbol."""
+    stop_when_solved: bool = False
+    """End the run at the first validation that finds it solved."""
+    test_length: Positive | None = None
+    """Longest words of the test at the end of the run; default: four times those trained on."""
+    test_samples: Positive = 512
+    """Words of the test."""
+
+
 class Dataloader(Section):
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Worker processes a rank; memory-mapped shards need none, streaming is the better for one."""
@@ -215,6 +250,8 @@ class Training(Section):
     """Dtype in which gradients are summed over ranks."""
     max_nonfinite_steps: Positive = 10
     """Stop after this many consecutive steps with a non-finite gradient (each is skipped)."""
+    householder_cost: Annotated[float, Field(gt=0)] | None = None
+    """Price of a Householder step that model.adaptive_householder takes, in nats a step and token, added to the loss."""
     gc_freq: Positive = 50
     """Collect Python garbage every so many steps, on all ranks at once."""
     dataloader: Dataloader = Dataloader()
@@ -375,6 +412,7 @@ class Config(Section):
     job: Job = Job()
     model: Model = Model()
     data: Data = Data()
+    state_tracking: StateTracking = StateTracking()
     training: Training = Training()
     optimizer: Optimizer = Optimizer()
     lr_scheduler: LRScheduler = LRScheduler()
@@ -396,10 +434,25 @@ class Config(Section):
         if (steps is None) == (tokens is None):
             given = "neither is given" if steps is None else f"steps = {steps} and tokens = {tokens}"
             problems.append(({"training"}, f"training: give exactly one of steps and tokens ({given})"))
+        if self.model.adaptive_householder and self.training.householder_cost is None:
+            rule = (
+                "model.adaptive_householder = true without training.householder_cost: a router without a cost never learns to "
+                "switch a step off; set the cost, such as --training.householder_cost 0.001 (nats a step and token)"
+            )
+            problems.append(({"model", "training"}, rule))
+        if self.compile.enable and self.model.mixer == "rwkv7":
+            rule = (
+                "compile.enable = true with model.mixer = 'rwkv7': the compiler would unroll its loop over tokens, which takes "
+                "hours; set compile.enable = false"
+            )
+            problems.append(({"model", "compile"}, rule))
         if self.validation.enable and self.data.source == "shards":
             for path in sorted(set(self.data.paths) & set(self.validation.paths)):
                 rule = f"data.path and validation.path both name {path!r}: validation must see text that training does not"
                 problems.append(({"data", "validation"}, rule))
+        if self.data.source == "state_tracking" and not self.state_tracking.task:
+            rule = "data.source = 'state_tracking' needs state_tracking.task (a group such as S3, or a formal language)"
+            problems.append(({"data", "state_tracking"}, rule))
         return problems
 
     @model_validator(mode="after")

@@ -198,11 +198,11 @@ def parse_command_line(argv: list[str], problems: Problems) -> CommandLine:
             if not has_value and key is not None and not key.is_flag:
                 problems.add(f"command line: --{name} needs a value; expected {key.expected}", name.partition(".")[0])
             else:
-                line.settings.append(Setting(name, _command_line_value(key, text) if has_value else True, "command line"))
+                line.settings.append(Setting(name, command_line_value(key, text) if has_value else True, "command line"))
     return line
 
 
-def _command_line_value(key: Key | None, text: str) -> object:
+def command_line_value(key: Key | None, text: str) -> object:
     """`text` read as a TOML value where that fits the key, else as a plain string: a run_name may be 123."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]

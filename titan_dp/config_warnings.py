@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from titan_dp.config import Config
+from titan_dp.config import Config, StateTracking
 from titan_dp.config_docs import all_keys
 
 _MATRIX_STATE = "num_heads head_dim expand_v num_householder use_forget_gate allow_neg_eigval use_output_gate backend"
@@ -22,11 +22,18 @@ def rules(c: Config) -> Iterator[tuple[bool, str, str, str]]:
     yield mixers == {"attention"}, "model", f"{_MATRIX_STATE} {_CONVOLUTION}", "every layer is softmax attention"
     yield "attention" not in mixers, "model", _SOFTMAX, "no layer is softmax attention"
     yield c.model.mixer == "attention", "model", "attention_layers", 'mixer = "attention" makes every layer one'
+    yield c.model.mixer == "rwkv7", "model", "use_forget_gate", 'mixer = "rwkv7" has decays of its own'
+    yield not c.model.adaptive_householder, "training", "householder_cost", "model.adaptive_householder is false"
     yield not c.model.use_short_conv, "model", "conv_size", "model.use_short_conv is false"
 
     hf = "hf_dataset hf_name hf_split hf_column hf_shuffle_buffer"
-    yield c.data.source == "shards", "data", hf, 'data.source = "shards"'
-    yield c.data.source == "hf", "data", "path weights", 'data.source = "hf"'
+    source, made = f'data.source = "{c.data.source}"', c.data.source == "state_tracking"
+    yield c.data.source != "hf", "data", hf, source
+    yield c.data.source != "shards", "data", "path weights", source
+    yield made, "data", "document_boundaries tokenizer", source
+    yield made, "validation", "path steps", source
+    yield made, "generate", "prompt max_new_tokens temperature", source
+    yield not made, "state_tracking", " ".join(StateTracking.model_fields), source
     yield len(c.data.paths) == 1, "data", "weights", "data.path is a single folder"
     yield c.training.dataloader.num_workers == 0, "training.dataloader", "prefetch_factor", "num_workers is 0"
 

@@ -24,6 +24,7 @@ from titan_dp import config
 from titan_dp.distributed import World
 from titan_dp.errors import UserError
 from titan_dp.files import write_atomically
+from titan_dp.validate import Evaluation
 
 # Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets (without sparsity); the first name contained in the device's wins.
 _PEAKS = {
@@ -122,8 +123,13 @@ class Metrics:
 
     # -- records -----------------------------------------------------------------------------------------------------
 
-    def log_step(self, step: int, *, loss: Tensor, grad_norm: Tensor, lr: float, skipped: int) -> None:
-        """Record step `step` (steps done); reads the device tensors."""
+    def log_step(
+        self, step: int, *, loss: Tensor, grad_norm: Tensor, lr: float, skipped: int, householder_steps: Tensor | None = None
+    ) -> None:
+        """Record step `step` (steps done); reads the device tensors.
+
+        `householder_steps` are those an adaptive layer took, mean over layers and tokens.
+        """
         loss_value, norm_value = torch.stack([loss.detach(), grad_norm.detach()]).tolist()
         now = time.perf_counter()
         elapsed = max(now - self._clock - self._other, 1e-9)
@@ -143,6 +149,8 @@ class Metrics:
             "step_seconds": elapsed / steps,
             "skipped_steps": skipped,
         }
+        if householder_steps is not None:
+            record["householder_steps"] = householder_steps.item()
         speed = f"{flops / 1e9:.3g} GFLOP/s"
         if self.peak is not None:
             record["mfu"] = flops / self.peak
@@ -160,16 +168,21 @@ class Metrics:
             f"loss [bold]{loss_value:.4f}[/bold] | lr {lr:.2e} | norm {norm_value:.3f} | {tokens_per_second:,.0f} tok/s | "
             f"{speed} | "
             f"{record['memory_gib']:.2f} GiB | data {record['data_wait']:.1%} | ETA {eta}"
+            + (f" | {record['householder_steps']:.2f} Householder steps a token" if householder_steps is not None else "")
             + (f" | {skipped} skipped" if skipped else "")
         )
         self._write(step, record)
         self._last_step, self._clock, self._data, self._other = step, now, 0.0, 0.0
 
-    def log_validation(self, step: int, *, loss: float, tokens: int) -> None:
+    def log_validation(self, step: int, result: Evaluation) -> None:
         """Record a validation after `step` steps."""
-        self.validation_loss = loss
-        record = {"step": step, "validation_loss": loss, "validation_tokens": tokens}
-        line = f"step {step:,} | validation loss [bold]{loss:.4f}[/bold] nats a token over {tokens:,} tokens"
+        loss = self.validation_loss = result.loss
+        record = {"step": step, "validation_loss": loss, "validation_tokens": result.tokens}
+        line = f"step {step:,} | validation loss [bold]{loss:.4f}[/bold] nats a token over {result.tokens:,} tokens"
+        if result.token_accuracy is not None and result.sequence_accuracy is not None:
+            record["validation_token_accuracy"] = result.token_accuracy
+            record["validation_sequence_accuracy"] = result.sequence_accuracy
+            line += f" | right: {result.token_accuracy:.2%} of tokens, [bold]{result.sequence_accuracy:.2%}[/bold] of sequences"
         if self.bytes_per_token:
             record["validation_bits_per_byte"] = loss / self.bytes_per_token * 1.4426950408889634  # 1 / ln 2
             line += f" | {record['validation_bits_per_byte']:.4f} bits a byte"

@@ -88,16 +88,21 @@ def _matrices(weights: int) -> Counts:
 
 
 def _recurrent(c: config.Model) -> Counts:
-    """DeltaProduct or gated linear attention, one layer."""
+    """DeltaProduct, gated linear attention or RWKV-7, one layer; an adaptive model with all steps taken."""
     D, H, n = c.hidden_size, c.num_heads, c.num_householder
     keys, values = H * c.head_dim, H * c.head_v_dim
-    gates = (D * H if c.use_forget_gate else 0) + (D * values if c.use_output_gate else 0)
-    counts = _matrices(D * (keys + n * keys + n * values + n * H + values) + gates)
+    rwkv7 = c.mixer == "rwkv7"
+    gated = c.use_forget_gate and not rwkv7
+    of_the_transition = 2 * n * keys if rwkv7 else n * H + (H if gated else 0) + (n if c.adaptive_householder else 0)
+    counts = _matrices(D * (keys + n * keys + n * values + of_the_transition + values * (2 if c.use_output_gate else 1)))
     if c.use_short_conv:
         taps = c.conv_size * (keys + n * keys + n * values)
         counts += Counts(parameters=taps, conv=6 * taps)
-    small = c.head_v_dim + (2 * H if c.use_forget_gate else 0)  # o_norm; A_log and dt_bias
-    recurrence = recurrence_flops(1, H, c.head_dim, c.head_v_dim, n, c.use_forget_gate, erase=c.mixer != "gla")
+    small = c.head_v_dim + (2 * H if gated else 0)  # o_norm; A_log and dt_bias
+    small += (2 * n * keys if rwkv7 else 0) + (n if c.adaptive_householder else 0)  # w0 and k_a; the router's bias
+    recurrence = recurrence_flops(1, H, c.head_dim, c.head_v_dim, n, gated, erase=c.mixer != "gla")
+    if rwkv7:  # erases along another vector than it writes along: a second rank-one update a step; and decays in every step
+        recurrence += 3 * n * keys * c.head_v_dim
     return counts + Counts(parameters=small, recurrence=3 * recurrence)
 
 

@@ -22,7 +22,7 @@ from titan_dp.distributed import rank_from_env, shard_degree, world_size_from_en
 from titan_dp.errors import UserError
 from titan_dp.model import build_model
 from titan_dp.model.parallelize import is_recomputed, keep_policy
-from titan_dp.model.transformer import Transformer
+from titan_dp.model.transformer import FLOAT32_MODULES, Transformer
 from titan_dp.model_size import embedding_parameters, model_size
 from titan_dp.schedule import BatchPlan, plan_batches
 
@@ -32,9 +32,10 @@ _GIB = 2**30
 def chosen_backend(model: config.Model, device: torch.device) -> str:
     """The implementation of the recurrence on `device`. Raises UserError for one that is not available."""
     try:
-        return resolve_backend(model.backend, device, dk=model.head_dim, dv=model.head_v_dim)
+        chosen = resolve_backend(model.backend, device, dk=model.head_dim, dv=model.head_v_dim)
     except ValueError as error:
         raise UserError(f"model.{error}") from error
+    return f"torch loop ({chosen} front end)" if model.mixer == "rwkv7" else chosen
 
 
 def print_plan(loaded: Loaded) -> None:
@@ -64,9 +65,10 @@ def model_facts(c: config.Model, seq_len: int) -> dict[str, str]:
     size = model_size(c, seq_len)
     kinds = {"matmul": size.matmul, "conv": size.conv, "recurrence": size.recurrence, "attention": size.attention}
     parts = " + ".join(f"{flops / 1e9:.3g} {kind}" for kind, flops in kinds.items() if flops)
+    taken = ", all Householder steps taken" if c.adaptive_householder else ""
     return {
         "parameters": f"{size.parameters:,} ({size.parameters - embedding_parameters(c):,} without the embedding)",
-        "FLOPs a token": f"{size.flops_per_token / 1e9:.4g} G = {parts} (forward + backward, no recomputation)",
+        "FLOPs a token": f"{size.flops_per_token / 1e9:.4g} G = {parts} (forward + backward, no recomputation{taken})",
     }
 
 
@@ -104,20 +106,23 @@ def activation_bytes(model: Transformer, c: config.Config, batch: BatchPlan) -> 
     """Bytes autograd holds at the end of one forward of `local_batch_size` sequences."""
     ac, dtype = c.activation_checkpoint, getattr(torch, c.training.mixed_precision_param)
     x = torch.empty(batch.local_batch_size, batch.seq_len, c.model.hidden_size, device="meta", dtype=dtype)
+    kinds = {block.attn.describe(): block for block in model.blocks}
+    saved = {kind: _saved_bytes(block, x) for kind, block in kinds.items()}  # once a kind: RWKV-7's loop takes seconds
     held = 0
-    for i, block in enumerate(model.layers):
+    for i, block in enumerate(model.blocks):
         if ac.mode == "none" or (ac.mode == "selective" and not is_recomputed(i, ac)):
-            held += _saved_bytes(block, x)
+            held += saved[block.attn.describe()]
         else:
             held += x.nbytes + (_kept_bytes(block, x) if ac.mode == "selective" and ac.selective_ac_option == "op" else 0)
     if ac.mode != "none":
-        held += _saved_bytes(model.layers[0], x)  # the block under recomputation
+        held += saved[model.blocks[0].attn.describe()]  # the block under recomputation
     return held
 
 
 def _cast(block: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The block's parameters as FSDP would hand them to it."""
-    return {n: p.to(dtype) if p.dim() > 1 else p for n, p in block.named_parameters()}
+    kept = {id(p) for module in block.modules() if isinstance(module, FLOAT32_MODULES) for p in module.parameters()}
+    return {n: p if id(p) in kept else p.to(dtype) for n, p in block.named_parameters()}
 
 
 def _saved_bytes(block: torch.nn.Module, x: torch.Tensor) -> int:

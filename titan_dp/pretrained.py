@@ -81,7 +81,8 @@ class CheckpointSource:
             name = loaded.job.run_name.replace("/", "-") or "run"
             self.label = f"{name}-{folder.name}"
             self.config, self.seq_len = loaded.model, loaded.training.seq_len
-            self.tokenizer = str(manifest["tokenizer"])
+            self.training_config = loaded
+            self._tokenizer = str(manifest["tokenizer"])
             self.identity: dict[str, Any] = {
                 "path": str(folder),
                 "step": manifest["step"],
@@ -95,6 +96,15 @@ class CheckpointSource:
             raise UserError(f"{folder / MANIFEST} is damaged ({error!r}); take another step of the run") from error
         self.shapes = in_the_models_order(self.config, tensors.shapes, f"checkpoint {folder}")
         self.dtypes, self.read = tensors.dtypes, tensors.read
+
+    @property
+    def tokenizer(self) -> str:
+        if self.training_config.data.source == "state_tracking":
+            task = self.training_config.state_tracking.task
+            raise UserError(
+                f"{self.path} was trained on {task}, not on text, and has no tokenizer; titan-dp state-tracking inspects it"
+            )
+        return self._tokenizer
 
     def problems(self) -> list[str]:
         return verify(self.path)
@@ -148,6 +158,13 @@ def load_pretrained(
     source = open_source(path)
     loaded_tokenizer = load_tokenizer(tokenizer or source.tokenizer)
     check_vocabulary(loaded_tokenizer, source)
+    return Pretrained(load_model(source, device, dtype=dtype, backend=backend), loaded_tokenizer, source)
+
+
+def load_model(
+    source: Source, device: torch.device, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
+) -> Transformer:
+    """The model of `source` in evaluation mode, without gradients. Raises UserError where the backend cannot run."""
     c = source.config.model_copy(update={"backend": backend})
     chosen_backend(c, device)
     with torch.device("meta"):
@@ -162,7 +179,7 @@ def load_pretrained(
         for names in batches(source, parameters, _READ_BYTES):
             for name, tensor in source.read(names).items():
                 parameters[name].copy_(tensor)
-    return Pretrained(model.eval().requires_grad_(False), loaded_tokenizer, source)
+    return model.eval().requires_grad_(False)
 
 
 def check_vocabulary(tokenizer: Tokenizer, source: Source) -> None:

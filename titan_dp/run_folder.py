@@ -23,8 +23,11 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # file systems witho
 
 
 def identity(config: Config) -> str:
-    """sha256 of everything a run computes with: the configuration without [job], which only names it."""
-    values = config.model_dump(exclude={"job"})
+    """sha256 of everything a run computes with: all that is not default in the configuration, [job] left out.
+
+    Keys that later versions add do not change it.
+    """
+    values = config.model_dump(exclude={"job"}, exclude_defaults=True)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -21,9 +21,7 @@ from titan_dp import distributed
 from titan_dp.checkpointer import Checkpointer, load_model_weights
 from titan_dp.config_loader import Loaded
 from titan_dp.data.batches import IGNORE
-from titan_dp.data.loader import build_dataloader, build_validation_loader
 from titan_dp.distributed import World
-from titan_dp.errors import UserError
 from titan_dp.files import write_atomically
 from titan_dp.lr_scheduler import build_lr_scheduler
 from titan_dp.metrics import Metrics
@@ -32,12 +30,11 @@ from titan_dp.model.parallelize import parallelize
 from titan_dp.model_size import embedding_parameters, model_size
 from titan_dp.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
 from titan_dp.plan import chosen_backend, model_facts, run_facts
-from titan_dp.pretrained import load_pretrained
 from titan_dp.profiling import Profiler
 from titan_dp.run_folder import RunLock, write_run
-from titan_dp.sampling import Sampling, continue_text
 from titan_dp.schedule import plan_batches
-from titan_dp.validate import evaluate_loss, to_device
+from titan_dp.tasks import build_task
+from titan_dp.validate import to_device
 
 
 class Trainer:
@@ -53,32 +50,12 @@ class Trainer:
         mesh = distributed.build_mesh(c.parallelism, world)
         self.batch = plan_batches(c.training, world.size)
 
-        self.loader = build_dataloader(
-            c.data,
-            c.training.dataloader,
-            seq_len=c.training.seq_len,
-            local_batch_size=self.batch.local_batch_size,
-            global_batch_size=self.batch.global_batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            vocab_size=c.model.vocab_size,
-        )
-        self.validation_loader = (
-            build_validation_loader(
-                c.validation,
-                c.data,
-                seq_len=c.training.seq_len,
-                local_batch_size=c.validation.local_batch_size or self.batch.local_batch_size,
-                rank=world.rank,
-                world_size=world.size,
-                vocab_size=c.model.vocab_size,
-            )
-            if c.validation.enable
-            else None
-        )
+        self.task = build_task(c, self.batch, world)
+        self.loader = self.task.loader
 
         with torch.device("meta"):
             self.model = build_model(c.model)
+        self.routers = sum(c.model.mixer_of(i) == "deltaproduct" for i in range(c.model.num_hidden_layers))
         self.facts = model_facts(c.model, c.training.seq_len) | run_facts(c, self.batch, world.size)
         self.size = model_size(c.model, c.training.seq_len)
         parallelize(
@@ -96,7 +73,7 @@ class Trainer:
         self.lr_factor = build_lr_scheduler(c.lr_scheduler, self.batch.steps)
         self.guard = NonFiniteGuard(world.device)
 
-        self.step = 0
+        self.step, self.reached = 0, False  # reached: the task is learnt, before the last step
         self.lock = RunLock(self.run_folder, patience=10) if world.is_main else None
         self.checkpointer = Checkpointer(c.checkpoint, self.run_folder)
         self._resume()
@@ -108,7 +85,7 @@ class Trainer:
         c = self.config.checkpoint
         manifest = self.checkpointer.load(self.model, self.optimizers, current=self._identity())
         if manifest is not None:
-            self.step = manifest["step"]
+            self.step, self.reached = manifest["step"], manifest.get("reached", False)
             self.loader.load_state_dict(manifest["loader"])
             unused = f"; checkpoint.initial_load_path = {c.initial_load_path!r} is for a new job.run_name and not used"
             self.console.print(
@@ -166,23 +143,26 @@ class Trainer:
             tokens_per_step=self.batch.tokens_per_step,
             flops_per_token=self.size.flops_per_token,
             start_step=self.step,
-            bytes_per_token=self.validation_loader.bytes_per_token if self.validation_loader else None,
+            bytes_per_token=self.task.held_out.bytes_per_token if self.task.held_out else None,
         )
         batches = iter(self.loader)
         gc.disable()  # collections at different moments on different ranks make all of them wait
         try:
             with Profiler(c.profiling, self.run_folder, self.world.rank) as profiler:
-                while self.step < self.batch.steps:
+                while not self._is_done():
                     with metrics.data_wait():
                         micro_batches = list(itertools.islice(batches, self.batch.accumulation))
-                    loss, grad_norm, lr = self._train_step(micro_batches)
+                    loss, steps, grad_norm, lr = self._train_step(micro_batches)
                     self.step += 1
-                    first, last = self.step == metrics.start_step + 1, self.step == self.batch.steps
+                    first, last = self.step == metrics.start_step + 1, self._is_done()
                     if self.step % c.metrics.log_freq == 0 or first or last:
                         self.guard.check(c.training.max_nonfinite_steps)
-                        metrics.log_step(self.step, loss=loss, grad_norm=grad_norm, lr=lr, skipped=self.guard.total)
-                    if self.validation_loader is not None and (self.step % c.validation.freq == 0 or last):
+                        metrics.log_step(
+                            self.step, loss=loss, grad_norm=grad_norm, lr=lr, skipped=self.guard.total, householder_steps=steps
+                        )
+                    if self.task.held_out is not None and (self.step % c.validation.freq == 0 or last):
                         self._validate(metrics)
+                        last = self._is_done()
                     if c.checkpoint.enable and (self.step % c.checkpoint.interval == 0 or last):
                         with metrics.excluded():
                             self._save(last)
@@ -202,31 +182,46 @@ class Trainer:
             if self.lock is not None:
                 self.lock.close()
 
-    def _train_step(self, micro_batches: list[dict[str, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """One optimizer step; returns the mean loss and the gradient norm as device tensors, and the learning rate."""
+    def _is_done(self) -> bool:
+        return self.reached or self.step >= self.batch.steps
+
+    def _train_step(
+        self, micro_batches: list[dict[str, torch.Tensor | None]]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, float]:
+        """One optimizer step.
+
+        Returns the mean loss, the mean number of Householder steps where a router chooses it, and the gradient norm as
+        device tensors, and the learning rate.
+        """
         device = self.world.device
         tensors = [to_device(batch, device) for batch in micro_batches]
         valid = distributed.all_reduce_sum(sum((b["labels"] != IGNORE).sum() for b in tensors))  # type: ignore[arg-type]
-        loss_sum = torch.zeros((), device=device)
+        loss_sum, steps_sum = torch.zeros((), device=device), torch.zeros((), device=device)
         for i, batch in enumerate(tensors):
             self.model.set_requires_gradient_sync(i == len(tensors) - 1)  # type: ignore[operator]  # FSDP added it
             loss = self.model(batch["input_ids"], batch["labels"], batch["cu_seqlens"])
+            objective, steps = loss, self.model.householder_steps
+            if steps is not None:
+                objective = loss + (self.config.training.householder_cost or 0) * steps
+                steps_sum += steps.detach()
             # FSDP averages gradients over ranks; times the number of ranks, that is the sum the global count divides.
-            (loss * (self.world.size / valid)).backward()
+            (objective * (self.world.size / valid)).backward()
             loss_sum += loss.detach()
         grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
         factor = self.lr_factor(self.step)
         self.optimizers.set_lr(factor)
         self.optimizers.step(self.guard.update(grad_norm))
         self.optimizers.zero_grad()
-        return distributed.all_reduce_sum(loss_sum) / valid, grad_norm, self.config.optimizer.lr * factor
+        mean_steps = None
+        if self.config.model.adaptive_householder:
+            mean_steps = distributed.all_reduce_sum(steps_sum) / (self.batch.tokens_per_step * self.routers)
+        return distributed.all_reduce_sum(loss_sum) / valid, mean_steps, grad_norm, self.config.optimizer.lr * factor
 
     def _validate(self, metrics: Metrics) -> None:
-        assert self.validation_loader is not None
-        limit = None if self.config.validation.steps == -1 else self.config.validation.steps
         with metrics.excluded():
-            result = evaluate_loss(self.model, itertools.islice(iter(self.validation_loader), limit), self.world.device)
-        metrics.log_validation(self.step, loss=result.loss, tokens=result.tokens)
+            result = self.task.evaluate(self.model)
+        metrics.log_validation(self.step, result)
+        self.reached = self.task.is_reached(result)
 
     def _save(self, last: bool) -> None:
         position = self.loader.state_dict()
@@ -235,13 +230,14 @@ class Trainer:
             "loader": position,
             "samples": position["samples"],
             "tokens": position["samples"] * self.batch.seq_len,
+            "reached": self.reached,
         }
         self.checkpointer.save(self.step, self.model, self.optimizers, meta=meta, healthy=self.guard.healthy(), blocking=last)
 
     def _write_run(self, state: str) -> None:
         """run.json: what a reader of the metrics needs to know and cannot compute from config.toml."""
         if self.world.is_main:
-            held_out = self.validation_loader
+            held_out = self.task.held_out
             facts = {
                 "state": state,
                 "step": self.step,
@@ -263,12 +259,14 @@ class Trainer:
             write_run(self.run_folder, facts)
 
     def _show_result(self, metrics: Metrics) -> None:
-        """Where everything is, and a sample read back from the checkpoint just written."""
+        """What the model can do now, and where everything is."""
         say, c = self.console.print, self.config
+        words = self.task.finish(self.model, self.run_folder, self.checkpointer.newest() if c.checkpoint.enable else None)
+        if words:
+            title, _, text = words.partition("\n")
+            say(f"\n{title}", style="bold")
+            say(text)
         if self.world.is_main:
-            if c.checkpoint.enable and c.generate.enable:
-                say("\nsample", style="bold")
-                say(self._sample())
             say()
             if metrics.validation_loss is not None:
                 say(f"final validation loss  {metrics.validation_loss:.4f} nats a token")
@@ -278,18 +276,3 @@ class Trainer:
                 say(f"TensorBoard logs       {self.run_folder / 'tb'}  (tensorboard --logdir {self.run_folder / 'tb'})")
             say(f"metrics                {self.run_folder / 'metrics.jsonl'}")
         dist.barrier()
-
-    def _sample(self) -> str:
-        c = self.config.generate
-        try:
-            loaded = load_pretrained(self.checkpointer.newest(), self.world.device)
-            return c.prompt + continue_text(
-                loaded.model,
-                loaded.tokenizer,
-                c.prompt,
-                max_new_tokens=c.max_new_tokens,
-                sampling=Sampling(c.temperature),
-                seed=self.config.debug.seed,
-            )
-        except (UserError, torch.OutOfMemoryError) as error:  # the run is done and saved: no reason to fail it now
-            return f"no sample: {error}"

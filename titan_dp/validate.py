@@ -1,7 +1,7 @@
-"""Mean loss over held-out tokens, exact for any number of ranks.
+"""Mean loss over held-out tokens, and accuracies where there are right answers, exact for any number of ranks.
 
-Sums of token losses and counts of valid tokens are reduced, never means of means; every rank runs the same number of
-batches (the loader pads with ignored labels), because FSDP's collectives need everybody.
+Sums and counts are reduced, never means of means; every rank runs the same number of batches (the loader pads with
+ignored labels), because FSDP's collectives need everybody. All functions leave the model in training mode.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from titan_dp.data.batches import IGNORE
 from titan_dp.distributed import all_reduce_sum
@@ -22,11 +24,15 @@ class Evaluation:
     """Mean loss in nats a token."""
     tokens: int
     """Valid tokens it was taken over."""
+    token_accuracy: float | None = None
+    """Fraction of the labels that the likeliest id is; None for text."""
+    sequence_accuracy: float | None = None
+    """Fraction of the rows with all labels right."""
 
 
 @torch.no_grad()
 def evaluate_loss(model: Transformer, batches: Iterable[dict[str, torch.Tensor | None]], device: torch.device) -> Evaluation:
-    """Loss of `model` over `batches` of all ranks; leaves the model in training mode."""
+    """Loss of `model` over `batches` of all ranks."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
@@ -37,6 +43,42 @@ def evaluate_loss(model: Transformer, batches: Iterable[dict[str, torch.Tensor |
     model.train()
     loss, tokens = all_reduce_sum(total).tolist()
     return Evaluation(loss / max(tokens, 1), int(tokens))
+
+
+@torch.no_grad()
+def evaluate_answers(model: Transformer, batches: Iterable[dict[str, Tensor | None]], device: torch.device) -> Evaluation:
+    """Loss and accuracies of `model` over `batches` of all ranks, for vocabularies whose logits fit in memory."""
+    model.eval()
+    total = torch.zeros(5, dtype=torch.float64, device=device)
+    for batch in batches:
+        tensors = to_device(batch, device)
+        labels = tensors["labels"]
+        logits, asked = model(tensors["input_ids"]), labels != IGNORE
+        right, rows = (logits.argmax(-1) == labels) & asked, asked.any(1)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        sums = (loss, asked.sum(), right.sum(), rows.sum(), (rows & (right == asked).all(1)).sum())
+        total += torch.stack([x.double() for x in sums])
+    model.train()
+    loss_sum, tokens, right_sum, row_sum, all_right = all_reduce_sum(total).tolist()
+    return Evaluation(loss_sum / max(tokens, 1), int(tokens), right_sum / max(tokens, 1), all_right / max(row_sum, 1))
+
+
+@torch.no_grad()
+def accuracy_by_position(model: Transformer, batches: Iterable[dict[str, Tensor | None]], device: torch.device) -> Tensor:
+    """Counts [3, T] int64 over the rows of all ranks: labels at each position, how many are right, and how many are
+    right with all labels before them in the row."""
+    model.eval()
+    counts: Tensor | None = None
+    for batch in batches:
+        tensors = to_device(batch, device)
+        asked = tensors["labels"] != IGNORE
+        right = (model(tensors["input_ids"]).argmax(-1) == tensors["labels"]) & asked
+        prefix = (right | ~asked).cumprod(1).bool() & asked
+        here = torch.stack([asked.sum(0), right.sum(0), prefix.sum(0)])
+        counts = here if counts is None else counts + here
+    model.train()
+    assert counts is not None
+    return all_reduce_sum(counts)
 
 
 def to_device(batch: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor]:

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.hf.exported import exported
 from tests.pretrained import save_checkpoint
+from titan_dp import config
 from titan_dp.errors import UserError
 from titan_dp.hf.export import export
 from titan_dp.hf.importer import import_folder
+from titan_dp.hf.layout import MODEL_TYPES, to_hf
 from titan_dp.pretrained import open_source
 
 
@@ -70,6 +72,16 @@ def test_a_model_that_the_format_cannot_express_is_not_exported(name: str, tmp_p
     source = open_source(save_checkpoint(tmp_path / "run", **changes))
     with refused(tmp_path, match):
         export(source, tmp_path / "out", **how)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_model_that_is_ours_alone_has_no_format(model_type: str) -> None:
+    for name, c in {
+        "mixer = 'rwkv7'": config.Model(mixer="rwkv7"),
+        "adaptive_householder = true": config.Model(adaptive_householder=True),
+    }.items():
+        with pytest.raises(UserError, match=f"^{name} cannot be exported: no Hugging Face format has it"):
+            to_hf(c, model_type, 64)
 
 
 def test_an_output_that_exists_is_not_touched(tmp_path: Path) -> None:

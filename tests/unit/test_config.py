@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.conftest import MINIMAL, Folder
 from titan_dp import config_docs, config_hints
-from titan_dp.config import parse_count
+from titan_dp.config import Model, parse_count
 from titan_dp.config_loader import config_from_toml, load_config
 from titan_dp.errors import UserError
 
@@ -258,6 +258,37 @@ def test_a_rule_within_a_section_names_where_its_values_were_set(folder: Folder)
 def test_several_rules_of_one_section_are_reported_a_line_each(folder: Folder) -> None:
     problems = folder.problems(MINIMAL + '[model]\nmixer = "gla"\nattention_layers = [99]\nattention_num_heads = 7\n')
     assert [line.split(" ")[1] for line in problems] == ["attention_layers", "hidden_size", "mixer"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "[model]\nadaptive_householder = true",
+            "model.adaptive_householder = true without training.householder_cost: a router without a cost never learns to "
+            "switch a step off; set the cost, such as --training.householder_cost 0.001 (nats a step and token)",
+        ),
+        ("[training]\nhouseholder_cost = 0", "training.householder_cost = 0: expected number > 0"),
+        ('[model]\nmixer = "rwkv7"\nadaptive_householder = true', "adaptive_householder = true needs mixer = 'deltaproduct'"),
+        ("[model]\nnum_householder = 1\nadaptive_householder = true", "no steps to choose from with num_householder = 1"),
+        ('[model]\nmixer = "rwkv7"\n[compile]\nenable = true', "compile.enable = true with model.mixer = 'rwkv7'"),
+    ],
+)
+def test_models_that_cannot_be_trained_as_asked_are_refused(folder: Folder, text: str, problem: str) -> None:
+    (found,) = folder.problems(f"training.steps = 10\n{text}\n" if "[training]" not in text else f"{text}\nsteps = 10\n")
+    assert problem in found
+
+
+def test_a_family_is_what_the_literature_calls_it() -> None:
+    settings = {
+        "DeltaNet": {"num_householder": 1},
+        "Gated DeltaProduct_3": {"num_householder": 3, "use_forget_gate": True},
+        "adaptive DeltaProduct_2": {"adaptive_householder": True},
+        "adaptive Gated DeltaProduct_4": {"adaptive_householder": True, "num_householder": 4, "use_forget_gate": True},
+        "RWKV-7": {"mixer": "rwkv7", "num_householder": 1},
+        "RWKV-7 product_2": {"mixer": "rwkv7"},
+    }
+    assert {name: Model(**values).family for name, values in settings.items()} == {name: name for name in settings}  # type: ignore[arg-type]
 
 
 def test_training_text_may_not_be_the_validation_text(folder: Folder) -> None:

@@ -124,7 +124,7 @@ def layers_by_definition(model: Transformer) -> dict[int, np.ndarray]:
     for i, block in enumerate(model.blocks):
         if isinstance(block.attn, DeltaProduct):
             found[i] = states_by_definition(block.attn, block.attn_norm.apply_to(x))
-        x = block(x)
+        x, _ = block(x)
     return found
 
 
@@ -251,7 +251,7 @@ def test_three_figures_are_drawn(tmp_path: Path, text: Path) -> None:
 
 
 def test_a_model_without_recurrent_layers_is_refused(tmp_path: Path, text: Path) -> None:
-    with pytest.raises(UserError, match="softmax layers only"):
+    with pytest.raises(UserError, match="no DeltaProduct or GLA layer"):
         run(arguments(save_checkpoint(tmp_path / "run", mixer="attention"), "--text", text, "--out", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

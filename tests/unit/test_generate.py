@@ -22,6 +22,8 @@ VARIANTS: dict[str, dict] = {
     "DeltaProduct_2": {},
     "Gated DeltaNet": {"num_householder": 1, "use_forget_gate": True},
     "no convolution": {"use_short_conv": False, "use_forget_gate": True},
+    "adaptive DeltaProduct_2": {"adaptive_householder": True},
+    "RWKV-7 product_2": {"mixer": "rwkv7"},
     "hybrid": {"attention_layers": [1], "use_forget_gate": True},
     "windowed, grouped softmax": {"mixer": "attention", "attention_window": 6, "attention_num_kv_heads": 1},
 }

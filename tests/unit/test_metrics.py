@@ -12,6 +12,7 @@ from titan_dp import config
 from titan_dp.distributed import World
 from titan_dp.errors import UserError
 from titan_dp.metrics import Metrics, drop_repeated_steps, peak_flops
+from titan_dp.validate import Evaluation
 
 CPU = torch.device("cpu")
 
@@ -88,7 +89,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
 
 def test_validation_is_recorded_in_nats_and_bits_a_byte(tmp_path: Path) -> None:
     m = metrics(tmp_path)
-    m.log_validation(10, loss=2.772588722239781, tokens=100)  # 4 ln 2
+    m.log_validation(10, Evaluation(loss=2.772588722239781, tokens=100))  # 4 ln 2
     (record,) = records(tmp_path)
     assert record["validation_bits_per_byte"] == pytest.approx(1.0)
     assert m.validation_loss == record["validation_loss"]

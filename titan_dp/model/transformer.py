@@ -1,8 +1,9 @@
 """The backbone: embedding, pre-norm blocks of a token mixer and a SwiGLU, final norm, output matrix.
 
-The mixer of each block is DeltaProduct, gated linear attention or softmax attention, as the configuration says; hybrids list
-their attention layers. Tensor names are flash-linear-attention's (`layers.N.attn.k_proj.weight`, ...), but for A_log and
-dt_bias, which sit in `attn.forget_gate`. Nothing here knows of ranks or devices.
+The mixer of each block is DeltaProduct, gated linear attention, a product of RWKV-7 transitions or softmax attention, as the
+configuration says; hybrids list their attention layers. Tensor names are flash-linear-attention's
+(`layers.N.attn.k_proj.weight`, ...), but for A_log and dt_bias, which sit in `attn.forget_gate`, and for what it does not have:
+a router (`attn.r_proj`), RWKV-7. Nothing here knows of ranks or devices.
 """
 
 from __future__ import annotations
@@ -19,6 +20,17 @@ from titan_dp.model.initialise import Initializer
 from titan_dp.model.loss import summed_cross_entropy
 from titan_dp.model.norm import RMSNorm, upcast
 from titan_dp.model.packing import Packing
+from titan_dp.model.rwkv7 import RWKV7, TransitionBias
+
+FLOAT32_MODULES = (RMSNorm, ForgetGate, TransitionBias)
+"""Holders of the parameters that compute in float32 whatever the dtype of the matrices is."""
+
+_MIXERS: dict[str, type[DeltaProduct | RWKV7 | Attention]] = {
+    "deltaproduct": DeltaProduct,
+    "gla": DeltaProduct,
+    "rwkv7": RWKV7,
+    "attention": Attention,
+}
 
 
 def build_model(c: config.Model) -> Transformer:
@@ -48,13 +60,19 @@ class Block(nn.Module):
     def __init__(self, c: config.Model, mixer: str) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.attn: DeltaProduct | Attention = Attention(c) if mixer == "attention" else DeltaProduct(c)
+        self.attn: DeltaProduct | RWKV7 | Attention = _MIXERS[mixer](c)
         self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = SwiGLU(c.hidden_size, c.mlp_size)
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        x = x + self.attn(self.attn_norm.apply_to(x), packing)
-        return x + self.mlp(self.mlp_norm.apply_to(x))
+    def forward(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor | None]:
+        """The block's output, and the Householder steps that its router took for all tokens, a scalar; None without one."""
+        normed = self.attn_norm.apply_to(x)
+        if isinstance(self.attn, Attention):
+            mixed, steps = self.attn(normed, packing), None
+        else:
+            mixed, steps = self.attn.mix(normed, packing)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm.apply_to(x)), steps
 
     def step(self, x: Tensor, cache: Any) -> tuple[Tensor, Any]:
         mixed, cache = self.attn.step(self.attn_norm.apply_to(x), cache)
@@ -67,10 +85,19 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model over token ids [B, T]."""
+    """A causal language model over token ids [B, T].
+
+    Attributes:
+        householder_steps: of the last `forward`, the steps that the routers took, summed over tokens and layers: a float32
+            scalar whose value is the hard count and whose gradient is the routers' straight-through one. None without a
+            router. It holds the forward's graph until the next one. `step` leaves it as it is.
+    """
+
+    householder_steps: Tensor | None
 
     def __init__(self, c: config.Model) -> None:
         super().__init__()
+        self.householder_steps = None
         self.std = c.initializer_range
         self.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, c.mixer_of(i)) for i in range(c.num_hidden_layers))
@@ -91,8 +118,11 @@ class Transformer(nn.Module):
         if cu_seqlens is not None:
             packing = Packing.build(cu_seqlens, tokens.numel())
             x = x.view(1, tokens.numel(), -1)
+        self.householder_steps = None
         for block in self.blocks:
-            x = block(x, packing)
+            x, steps = block(x, packing)
+            if steps is not None:
+                self.householder_steps = steps if self.householder_steps is None else self.householder_steps + steps
         x = self.norm.apply_to(x)
         if labels is not None:
             return summed_cross_entropy(x.flatten(0, 1), self.output_weight, labels.flatten())
@@ -125,8 +155,8 @@ class Transformer(nn.Module):
         return self.embeddings.weight if self.lm_head is None else self.lm_head.weight
 
     def fp32_modules(self) -> list[nn.Module]:
-        """Holders of the parameters that compute in float32: norms, A_log and dt_bias."""
-        return [module for module in self.modules() if isinstance(module, RMSNorm | ForgetGate)]
+        """Holders of the parameters that compute in float32: norms, A_log and dt_bias, RWKV-7's biases."""
+        return [module for module in self.modules() if isinstance(module, FLOAT32_MODULES)]
 
     def init_weights(self, seed: int) -> None:
         """Write every parameter, the same on any number of ranks."""

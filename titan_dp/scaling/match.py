@@ -10,12 +10,12 @@ setting given that way is kept as it is.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 
 from titan_dp import config
 from titan_dp.config_docs import sections, to_toml
 from titan_dp.config_loader import config_folder, load_config
+from titan_dp.console import table_console
 from titan_dp.errors import UserError
 from titan_dp.model_size import embedding_parameters, model_size, state_size
 from titan_dp.scaling.arguments import count, grid, householder_list, percent
@@ -127,7 +127,6 @@ def _model_settings(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _print_table(models: Sequence[config.Model], targets: Sequence[int], quantity: str, seq_len: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="model FLOPs are forward + backward; memory is parameters, gradients and AdamW in float32, unsharded")
@@ -153,7 +152,7 @@ def _print_table(models: Sequence[config.Model], targets: Sequence[int], quantit
             f"{state_size(model):,}",
             f"{16 * size.parameters / 2**30:.3g} GiB",
         )
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
+    console = table_console()
     if console.width < 150:  # on a narrow terminal fewer columns, for no number may be cut off
         table.columns = [column for column in table.columns if column.header not in _DETAILS]
     console.print(table)

@@ -15,11 +15,11 @@ import json
 import os
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titan_dp.config_loader import config_from_toml
+from titan_dp.console import table_console
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import write_json
 from titan_dp.run_folder import RunLock, identity, is_finished, is_locked, last_step, read_run
@@ -68,15 +68,15 @@ def run(args: argparse.Namespace) -> int:
         if args.launch != "print":  # whose output is for another program
             _print_table(sweep, args.mfu * args.peak_tflops * 1e12)
         if args.launch == "local":
-            from titan_dp.scaling.launch_local import launch_local
+            from titan_dp.launch_local import launch_local
 
-            launch_local(sweep, at_once=args.at_once, nproc=args.nproc or 1, retries=args.retries)
+            launch_local(sweep.cells, at_once=args.at_once, nproc=args.nproc or 1, retries=args.retries)
         elif args.launch == "slurm":
             from titan_dp.scaling.launch_slurm import launch_slurm
 
             launch_slurm(sweep, at_once=args.at_once, nproc=args.nproc, retries=args.retries, options=options)
         elif args.launch == "print":
-            from titan_dp.scaling.launch_local import command
+            from titan_dp.launch_local import command
 
             for cell in sweep.cells:
                 if not is_finished(cell.folder) and not is_locked(cell.folder):
@@ -209,9 +209,8 @@ def state_of(cell: Cell) -> str:
 
 
 def _print_table(sweep: Sweep, flops_per_second: float) -> None:
-    from rich.console import Console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
+    console = table_console()
     console.print(_cost_table(sweep, flops_per_second))
     console.print(f"runs in {sweep.folder}")
 

@@ -131,9 +131,9 @@ class Configuration:
 
     @property
     def n_h(self) -> int | None:
-        """Householder steps a token; None for mixers without any."""
+        """Householder steps or RWKV-7 transitions a token; None for mixers without any."""
         model = self.first.config.model
-        return model.num_householder if model.mixer == "deltaproduct" else None
+        return model.num_householder if model.mixer in ("deltaproduct", "rwkv7") else None
 
     @cached_property
     def family(self) -> str:
@@ -147,8 +147,9 @@ class Configuration:
     def kind(self) -> tuple[Any, ...]:
         """The family without n_h, in the order families are shown."""
         model = self.first.config.model
-        mixers = ("deltaproduct", "gla", "attention")
-        return mixers.index(model.mixer), len(model.attention_layers), model.use_forget_gate, not model.allow_neg_eigval
+        mixers = ("deltaproduct", "rwkv7", "gla", "attention")
+        choices = (model.use_forget_gate, model.adaptive_householder, not model.allow_neg_eigval)
+        return mixers.index(model.mixer), len(model.attention_layers), *choices
 
     @property
     def shape(self) -> str:

@@ -1,8 +1,8 @@
-"""The cells of a sweep on this machine: at most k at once, unfinished ones resumed, failed ones tried again.
+"""Many runs on this machine: at most k at once, unfinished ones resumed, failed ones tried again.
 
 Every cell is a process of its own (train.py, under torchrun for several ranks) in a process group of its own, with
 its output in `attempt-N.log` of its run folder. A cell another process trains already, such as one that outlived a
-killed sweep, is waited for. Ctrl-C and SIGTERM end the cells; starting again resumes them from their checkpoints.
+killed launch, is waited for. Ctrl-C and SIGTERM end the cells; starting again resumes them from their checkpoints.
 """
 
 from __future__ import annotations
@@ -16,22 +16,34 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from titan_dp.config_loader import PROJECT
 from titan_dp.errors import RunError, UserError
 from titan_dp.run_folder import is_finished, is_locked, last_record
-from titan_dp.scaling.sweep_file import Cell, Sweep
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 45  # between SIGTERM and SIGKILL; torchrun gives its own processes 30
+
+
+class Cell(Protocol):
+    """A run to be: its folder holds config.toml."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def steps(self) -> int: ...
 
 
 def command(cell: Cell, nproc: int, python: str = sys.executable, project: Path = PROJECT) -> list[str]:
@@ -55,7 +67,7 @@ class _Attempt:
     log: Path | None = None
 
 
-def launch_local(sweep: Sweep, *, at_once: int, nproc: int, retries: int) -> None:
+def launch_local(cells: Sequence[Cell], *, at_once: int, nproc: int, retries: int) -> None:
     """Run all unfinished cells.
 
     Raises:
@@ -63,7 +75,7 @@ def launch_local(sweep: Sweep, *, at_once: int, nproc: int, retries: int) -> Non
         RunError: where cells failed more than `retries` times.
     """
     devices = _devices(at_once * nproc)
-    attempts = [_Attempt(cell) for cell in sweep.cells]
+    attempts = [_Attempt(cell) for cell in cells]
     launcher = _Launcher(attempts, at_once, nproc, retries, devices)
     with _told_to_end() as ended, _live(launcher) as show:
         try:
@@ -78,7 +90,7 @@ def launch_local(sweep: Sweep, *, at_once: int, nproc: int, retries: int) -> Non
         print(f"{finished} of {len(attempts)} cells are finished; the same command goes on from here")
         raise KeyboardInterrupt
     if failed := [f"{a.cell.name}: {a.reason}" for a in attempts if a.state == "failed"]:
-        raise RunError("\n  ".join([f"{len(failed)} cells failed; start the sweep again to retry them:", *failed]))
+        raise RunError("\n  ".join([f"{len(failed)} cells failed; start again to retry them:", *failed]))
 
 
 def _devices(processes: int) -> list[str]:
@@ -295,12 +307,18 @@ def _progress(launcher: _Launcher) -> Table:
             _describe(attempt),
             f"{record.get('step', 0):,}/{attempt.cell.steps:,}",
             _value(record.get("loss"), ".4f"),
-            _value(record.get("validation_loss"), ".4f"),
+            _validation(record),
             _value(record.get("tokens_per_second"), ",.0f"),
         )
     if len(launcher.attempts) > room:
         table.caption = f"and {len(launcher.attempts) - room} more"
     return table
+
+
+def _validation(record: dict[str, Any]) -> str:
+    """The loss, or what says more where there are right answers: words right at every symbol."""
+    right = record.get("validation_sequence_accuracy")
+    return _value(record.get("validation_loss"), ".4f") if right is None else f"{right:.1%} right"
 
 
 def _value(value: object, form: str) -> str:

@@ -1,0 +1,243 @@
+"""The router of adaptive models: which steps are taken, what they cost, what their gradient is, and that a cost works.
+
+What every model must do (causality, packing, decoding, one graph a block) is asked in test_model.py with all steps on; here
+routers decide both ways.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.harness import run_ranks
+from tests.unit.test_model import CU_SEQLENS, make, settings, tokens_of
+from titan_dp import config
+from titan_dp.distributed import build_mesh, current_world
+from titan_dp.model import Transformer, build_model
+from titan_dp.model.deltaproduct import DeltaProduct
+from titan_dp.model.initialise import Initializer
+from titan_dp.model.parallelize import parallelize
+from titan_dp.optim import build_optimizer
+from titan_dp.plan import memory_facts, model_facts
+from titan_dp.schedule import plan_batches
+
+
+def steps_of(model: Transformer) -> float:
+    assert model.householder_steps is not None
+    return float(model.householder_steps.detach())
+
+
+def adaptive(undecided: bool = True, **changes: object) -> Transformer:
+    """A model with routers; undecided ones take about half of the steps."""
+    model = make(adaptive_householder=True, **changes)
+    for block in model.blocks:
+        if undecided:
+            torch.nn.init.normal_(block.attn.r_proj.bias, std=0.5)  # type: ignore[union-attr]
+    return model
+
+
+def test_with_all_steps_taken_it_is_exactly_the_model_without_a_router() -> None:
+    model, plain = adaptive(undecided=False, num_householder=3), make(num_householder=3)
+    plain.load_state_dict({name: p for name, p in model.state_dict().items() if "r_proj" not in name})
+    tokens = tokens_of(2, 30)
+    assert torch.equal(model(tokens), plain(tokens))
+    assert steps_of(model) == 2 * 30 * 3 * 2
+    assert plain.householder_steps is None
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_step_that_is_switched_off_is_left_out_of_the_recurrence(gate: bool) -> None:
+    c = settings(adaptive_householder=True, num_householder=3, use_forget_gate=gate)
+    mixer = DeltaProduct(c).double()
+    mixer.init_weights(Initializer(0, torch.device("cpu"), 0.3))
+    torch.nn.init.zeros_(mixer.r_proj.bias)
+    x = torch.randn(1, 15, 24, dtype=torch.float64)
+    on = x[0] @ mixer.r_proj.weight.T > 0  # [T, n]
+    assert 0 < int(on.sum()) < on.numel()
+    router, mixer.r_proj = mixer.r_proj, None
+    q, k, v, beta, g = mixer.recurrence_inputs(x, None)
+    mixer.r_proj = router
+    S, rows = torch.zeros(2, 8, 8, dtype=torch.float64), []
+    for t in range(15):
+        S = S if g is None else S * g[0, t].exp()[:, None, None]
+        for j in range(3):
+            if on[t, j]:
+                key, read = k[0, t, j], torch.einsum("hkv,hk->hv", S, k[0, t, j])
+                S = S + torch.einsum("hk,hv->hkv", key, beta[0, t, j, :, None] * (v[0, t, j] - read))
+        rows.append(torch.einsum("hkv,hk->hv", S, q[0, t]) * 8**-0.5)
+    o = torch.stack(rows)
+    o = o / (o.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()
+    out, steps = mixer.mix(x)
+    torch.testing.assert_close(out[0], mixer.o_proj(o.flatten(1)))
+    assert steps is not None
+    assert float(steps.detach()) == int(on.sum())
+    assert bool((mixer.recurrence_inputs(x, None).beta[0][~on] == 0).all())
+
+
+def test_the_steps_gradient_is_that_of_the_sigmoids_sum() -> None:
+    model, tokens = adaptive(num_hidden_layers=1), tokens_of(2, 20)
+    router, block = model.blocks[0].attn.r_proj, model.blocks[0]  # type: ignore[union-attr]
+    model(tokens)
+    assert model.householder_steps is not None
+    model.householder_steps.backward()
+    with torch.no_grad():
+        x = block.attn_norm.apply_to(model.embeddings(tokens)).flatten(0, 1)
+        soft = (x @ router.weight.T + router.bias).sigmoid()
+        slope = soft * (1 - soft)
+        assert steps_of(model) == int((soft > 0.5).sum())
+        torch.testing.assert_close(router.weight.grad, slope.T @ x)
+        torch.testing.assert_close(router.bias.grad, slope.sum(0))
+
+
+def test_the_losss_gradient_reaches_the_router_through_beta() -> None:
+    """d loss / d logit = slope of the sigmoid times d loss / d gate, where the gate multiplies beta in every head."""
+    model, tokens = adaptive(num_hidden_layers=1), tokens_of(2, 20)
+    mixer, seen = model.blocks[0].attn, []
+    recur = mixer._recur  # type: ignore[union-attr]
+
+    def look(inputs, *rest, **options):  # type: ignore[no-untyped-def]
+        inputs.beta.retain_grad()
+        seen.append(inputs.beta)
+        return recur(inputs, *rest, **options)
+
+    mixer._recur = look  # type: ignore[union-attr, method-assign]
+    model(tokens, tokens).backward()
+    with torch.no_grad():
+        x = model.blocks[0].attn_norm.apply_to(model.embeddings(tokens))
+        full_beta = 2 * mixer.b_proj(x).sigmoid().view(2, 20, 2, 2)  # type: ignore[union-attr]
+        soft = (x @ mixer.r_proj.weight.T + mixer.r_proj.bias).sigmoid()  # type: ignore[union-attr]
+        expected = (seen[0].grad * full_beta).sum(-1) * soft * (1 - soft)
+        torch.testing.assert_close(mixer.r_proj.bias.grad, expected.sum((0, 1)), rtol=1e-5, atol=1e-8)  # type: ignore[union-attr]
+
+
+def test_packed_documents_take_the_steps_that_each_takes_alone() -> None:
+    model, tokens = adaptive(), tokens_of(2, 40)
+    packed = model(tokens, None, CU_SEQLENS).flatten(0, 1)
+    steps, alone = steps_of(model), 0.0
+    for start, end in itertools.pairwise(CU_SEQLENS[:6].tolist()):
+        torch.testing.assert_close(model(tokens.flatten()[None, start:end])[0], packed[start:end], rtol=1e-5, atol=1e-5)
+        alone += steps_of(model)
+    assert 0 < steps == alone < 80 * 2 * 2
+
+
+@torch.no_grad()
+def test_decoding_takes_the_steps_of_the_parallel_forward() -> None:
+    model, tokens, cache = adaptive(), tokens_of(2, 25), None
+    expected = model(tokens)
+    for t in range(25):
+        logits, cache = model.step(tokens[:, t : t + 1], cache)
+        torch.testing.assert_close(logits, expected[:, t], rtol=1e-5, atol=1e-5)
+
+
+def test_the_count_is_in_float32_whatever_the_matrices_are_in() -> None:
+    model, tokens = adaptive(undecided=False).bfloat16(), tokens_of(8, 301)
+    model(tokens, tokens)
+    assert steps_of(model) == 8 * 301 * 2 * 2  # 9,632 is no bfloat16 number
+
+
+def mean_steps_after_training(cost: float) -> float:
+    """Steps a token and layer, after learning text in which every token is followed by the next id."""
+    model = adaptive(undecided=False, num_hidden_layers=1, initializer_range=0.02).float()
+    optimizers = build_optimizer(model, config.Optimizer(lr=0.02))
+    tokens = (torch.arange(21) + torch.randint(0, 50, (8, 1))) % 50
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    for _ in range(80):
+        ((model(inputs, labels) + cost * model.householder_steps) / labels.numel()).backward()
+        optimizers.step(torch.zeros(()))
+        optimizers.zero_grad()
+    model(inputs)
+    return steps_of(model) / labels.numel()
+
+
+def test_a_cost_switches_off_steps_that_are_not_needed() -> None:
+    assert mean_steps_after_training(1.0) < 0.7
+    assert mean_steps_after_training(1e-9) > 1.4
+
+
+def test_the_dry_run_counts_flops_with_all_steps_taken_and_runs_a_block_in_bfloat16() -> None:
+    c = config.Config(
+        model=settings(adaptive_householder=True), training=config.Training(steps=1, seq_len=16, householder_cost=0.1)
+    )
+    assert c.training.mixed_precision_param == "bfloat16"
+    assert "all Householder steps taken" in model_facts(c.model, 16)["FLOPs a token"]
+    assert "Householder" not in model_facts(settings(), 16)["FLOPs a token"]
+    with torch.device("meta"):
+        model = build_model(c.model)
+    assert "GiB" in memory_facts(model, c, plan_batches(c.training, 1), 1)["activations"]
+
+
+# -- sharded, recomputed, compiled -------------------------------------------------------------------------------------
+
+SHARDED = settings(adaptive_householder=True, num_householder=2, use_forget_gate=True, initializer_range=0.1)
+
+
+def _undecided(model: Transformer) -> None:
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.r_proj.bias.zero_()  # type: ignore[union-attr]
+
+
+def _loss_and_steps(model: Transformer) -> tuple[Tensor, Tensor]:
+    """Of a batch whose gradient is that of loss and steps together."""
+    tokens = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
+    loss = model(tokens, tokens)
+    assert model.householder_steps is not None
+    ((loss + 0.5 * model.householder_steps) / 48).backward()
+    return loss.detach(), model.householder_steps.detach()
+
+
+def sharded(mode: str, option: str | int, compile: bool) -> tuple[dict[str, Tensor], Tensor, Tensor, int]:
+    """Gradients, loss, steps and graph breaks of SHARDED with everything that `parallelize` does."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    parallelism = config.Parallelism()
+    with torch.device("meta"):
+        model = build_model(SHARDED)
+    parallelize(
+        model,
+        build_mesh(parallelism, current_world()),
+        training=config.Training(mixed_precision_param="float32"),
+        parallelism=parallelism,
+        activation_checkpoint=config.ActivationCheckpoint(mode=mode, selective_ac_option=option),  # type: ignore[arg-type]
+        compile=config.Compile(enable=compile),
+    )
+    model.to_empty(device="cpu")
+    model.init_weights(0)
+    _undecided(model)
+    loss, steps = _loss_and_steps(model)
+    gradients = {
+        name.replace("_checkpoint_wrapped_module.", ""): p.grad.full_tensor()  # type: ignore[union-attr]
+        for name, p in model.named_parameters()
+    }
+    return gradients, loss, steps, sum(counters["graph_break"].values())
+
+
+@pytest.mark.parametrize(
+    ("mode", "option", "compile"),
+    [
+        ("none", "op", False),
+        ("full", "op", False),
+        ("selective", "op", False),
+        ("selective", 2, False),
+        ("selective", "op", True),
+    ],
+)
+def test_sharded_recomputed_and_compiled_models_take_the_same_steps_with_the_same_gradients(
+    mode: str, option: str | int, compile: bool
+) -> None:
+    model = build_model(SHARDED)
+    model.init_weights(0)
+    _undecided(model)
+    expected_loss, expected_steps = _loss_and_steps(model)
+    gradients, loss, steps, breaks = run_ranks(1, sharded, mode, option, compile)[0]
+    assert breaks == 0
+    assert 0 < float(expected_steps) < 48 * 2 * 2
+    assert float(steps) == float(expected_steps)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)

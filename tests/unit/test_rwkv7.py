@@ -1,0 +1,157 @@
+"""Products of RWKV-7 transitions against a float64 recurrence in numpy, in RWKV-7's own layout.
+
+What every mixer must do (causality, packing in loss and gradients, decoding, initialisation) is asked in test_model.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.test_model import settings
+from titan_dp.model.initialise import Initializer
+from titan_dp.model.rwkv7 import RWKV7, TransitionInputs, rwkv7_product
+
+H, DK, DV = 2, 4, 3
+
+
+def some_inputs(tokens: int, n: int, B: int = 2, dk: int = DK, dv: int = DV) -> TransitionInputs:
+    k = torch.randn(B, tokens, n, H, dk, dtype=torch.float64)
+    return TransitionInputs(
+        q=torch.randn(B, tokens, H, dk, dtype=torch.float64),
+        k=k / k.norm(dim=-1, keepdim=True),
+        v=torch.randn(B, tokens, n, H, dv, dtype=torch.float64),
+        a=torch.rand_like(k),
+        w=0.545 + 0.455 * torch.rand_like(k),
+        k_a=torch.rand(n, H, dk, dtype=torch.float64),
+    )
+
+
+def in_rwkv7s_layout(x: TransitionInputs, c: float, state: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs [B, T, H, dv] and final state [B, H, dv, dk]: row vectors, states multiplied from the right."""
+    q, k, v, a, w, k_a = (y.detach().numpy() for y in x)
+    S = state.detach().numpy().transpose(0, 1, 3, 2).copy()
+    o = np.zeros((*q.shape[:3], v.shape[-1]))
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        for j in range(k.shape[2]):
+            key, rate = k[b, t, j, h], a[b, t, j, h]
+            transition = np.diag(w[b, t, j, h]) - c * np.outer(key, rate * key)
+            S[b, h] = S[b, h] @ transition + np.outer(v[b, t, j, h], key * (1 + (rate - 1) * k_a[j, h]))
+        o[b, t, h] = S[b, h] @ q[b, t, h] * q.shape[-1] ** -0.5
+    return o, S
+
+
+@pytest.mark.parametrize("c", [1.0, 2.0])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_outputs_and_state_are_those_of_the_recurrence_in_rwkv7s_own_layout(n: int, c: float) -> None:
+    x, state = some_inputs(9, n), torch.randn(2, H, DK, DV, dtype=torch.float64)
+    expected_o, expected_state = in_rwkv7s_layout(x, c, state)
+    o, final = rwkv7_product(x, c, state)
+    np.testing.assert_allclose(o.numpy(), expected_o, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(final.numpy().transpose(0, 1, 3, 2), expected_state, rtol=1e-10, atol=1e-10)
+
+
+def test_a_token_of_two_transitions_is_two_tokens_of_one() -> None:
+    x = some_inputs(7, 2)
+    k, v, a, w = (y.flatten(1, 2).unsqueeze(2) for y in (x.k, x.v, x.a, x.w))
+    k_a = torch.rand(1, H, DK, dtype=torch.float64)
+    single = TransitionInputs(x.q.repeat_interleave(2, 1), k, v, a, w, k_a)
+    double = x._replace(k_a=k_a.repeat(2, 1, 1))
+    (o, state), (single_o, single_state) = rwkv7_product(double, 2.0), rwkv7_product(single, 2.0)
+    torch.testing.assert_close(o, single_o[:, 1::2])
+    torch.testing.assert_close(state, single_state)
+
+
+def test_a_sequence_in_two_parts_with_the_state_carried_is_the_whole() -> None:
+    x = some_inputs(11, 2)
+    parts = [TransitionInputs(*(y[:, part] for y in x[:-1]), x.k_a) for part in (slice(0, 4), slice(4, 11))]
+    whole_o, whole_state = rwkv7_product(x, 2.0)
+    first, state = rwkv7_product(parts[0], 2.0)
+    second, state = rwkv7_product(parts[1], 2.0, state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole_o)
+    torch.testing.assert_close(state, whole_state)
+
+
+def test_nothing_of_a_document_reaches_the_next_one() -> None:
+    x, position = some_inputs(9, 2, B=1), torch.tensor([0, 1, 2, 3, 0, 0, 1, 2, 3])
+    changed = x._replace(v=x.v.clone())
+    changed.v[:, :4] = torch.randn_like(changed.v[:, :4])
+    o, state = rwkv7_product(x, 2.0, None, position)
+    changed_o, changed_state = rwkv7_product(changed, 2.0, None, position)
+    assert not torch.equal(o[:, :4], changed_o[:, :4])
+    assert torch.equal(o[:, 4:], changed_o[:, 4:])
+    assert torch.equal(state, changed_state)
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    x, state = some_inputs(3, 2, B=1, dk=3, dv=2), torch.randn(1, H, 3, 2, dtype=torch.float64)
+    tensors = [y.requires_grad_() for y in (*x, state)]
+    assert torch.autograd.gradcheck(lambda *y: rwkv7_product(TransitionInputs(*y[:-1]), 2.0, y[-1]), tensors)
+
+
+def test_low_precision_inputs_are_computed_with_in_float32() -> None:
+    x = some_inputs(50, 2)
+    half = TransitionInputs(*(y.bfloat16() for y in x))
+    o, state = rwkv7_product(half, 1.0)
+    expected, _ = in_rwkv7s_layout(TransitionInputs(*(y.double() for y in half)), 1.0, torch.zeros(2, H, DK, DV))
+    assert (o.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    np.testing.assert_allclose(o.float().numpy(), expected, rtol=2**-8, atol=1e-5)
+
+
+# -- the layer ---------------------------------------------------------------------------------------------------------
+
+
+def layer(std: float = 0.3, **changes: object) -> RWKV7:
+    mixer = RWKV7(settings(mixer="rwkv7", use_short_conv=False, **changes)).double()
+    mixer.init_weights(Initializer(0, torch.device("cpu"), std))
+    return mixer
+
+
+@pytest.mark.parametrize("c", [1.0, 2.0])
+def test_the_layer_is_the_recurrence_of_its_projections(c: float) -> None:
+    mixer, x = layer(num_householder=2, allow_neg_eigval=c == 2), torch.randn(2, 8, 24, dtype=torch.float64)
+    torch.nn.init.normal_(mixer.transition_bias.k_a)
+
+    def activated(projection: torch.nn.Linear, *shape: int) -> Tensor:
+        return torch.nn.functional.silu(projection(x)).view(2, 8, *shape)
+
+    def unit(y: Tensor) -> Tensor:
+        return y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+    bias = mixer.transition_bias
+    inputs = TransitionInputs(
+        q=unit(activated(mixer.q_proj, 2, 8)),
+        k=unit(activated(mixer.k_proj, 2, 2, 8)),
+        v=activated(mixer.v_proj, 2, 2, 8),
+        a=mixer.a_proj(x).sigmoid().view(2, 8, 2, 2, 8),
+        w=torch.exp(-math.exp(-0.5) * (mixer.w_proj(x) + bias.w0).sigmoid()).view(2, 8, 2, 2, 8),
+        k_a=bias.k_a.view(2, 2, 8),
+    )
+    o, _ = in_rwkv7s_layout(inputs, c, torch.zeros(2, 2, 8, 8, dtype=torch.float64))
+    o = o / np.sqrt(np.square(o).mean(-1, keepdims=True) + 1e-6)
+    expected = mixer.o_proj(torch.from_numpy(o).flatten(2))
+    torch.testing.assert_close(mixer(x), expected)
+
+
+def test_a_new_layer_forgets_little_and_learns_at_half_rate() -> None:
+    mixer = layer(std=0.006)
+    inputs, _, _ = mixer._project(torch.randn(1, 100, 24, dtype=torch.float64), None, None)
+    assert bool(((inputs.w > 0.989) & (inputs.w < 0.99991)).all())
+    assert bool(((inputs.a - 0.5).abs() < 0.1).all())
+    assert bool((inputs.k_a == 1).all())
+
+
+def test_a_step_of_rate_zero_and_decay_one_is_the_identity_at_first_values_of_k_a() -> None:
+    x = some_inputs(5, 2)
+    idle = x._replace(a=torch.zeros_like(x.a), w=torch.ones_like(x.w), k_a=torch.ones_like(x.k_a))
+    state = torch.randn(2, H, DK, DV, dtype=torch.float64)
+    assert torch.equal(rwkv7_product(idle, 2.0, state)[1], state)
+
+
+def test_the_layer_says_what_it_is() -> None:
+    assert layer(num_householder=1).describe() == "RWKV-7, 2 heads, dk 8, dv 8, transitions diag(w) - 2 k (a k)^T"
+    assert layer(num_householder=3, allow_neg_eigval=False).describe().startswith("RWKV-7 product_3, ")

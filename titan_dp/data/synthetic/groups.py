@@ -1,0 +1,170 @@
+"""Finite groups as permutations and multiplication tables: Z_n, D_n, S_n, A_n, products of them, or any table in a file.
+
+Element 0 is the identity. `table[a, b]` is a after b, the order in which a state is multiplied: y_t = x_t y_(t-1). Named
+groups are made by composing permutations; a table from a file is believed only after the group axioms were checked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+
+from titan_dp.errors import UserError
+
+MAX_ORDER = 8192
+"""Elements at most (S_7 has 5,040): every element is a token, and the table holds order^2 entries."""
+_KINDS = "Z60 (cyclic), D4 (symmetries of a square), S5 (permutations), A5 (even ones), products as S3xZ2, or a table's .csv"
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A finite group; compare by `name`."""
+
+    name: str
+    table: np.ndarray
+    """[order, order] int64: table[a, b] is the element "first b, then a"."""
+    permutations: np.ndarray
+    """[order, points] int64: element a takes point i to permutations[a, i]; faithful, and the identity is row 0."""
+
+    @property
+    def order(self) -> int:
+        return len(self.table)
+
+    @property
+    def points(self) -> int:
+        return self.permutations.shape[1]
+
+    @property
+    def moved(self) -> np.ndarray:
+        """[order] points that each element moves: 0 for the identity, 2 for a swap."""
+        return (self.permutations != np.arange(self.points)).sum(1)
+
+
+def parse_group(name: str) -> Group:
+    """The group called `name`: "Z60", "D4", "S5", "A5", a product such as "S3xZ2", or a file with a multiplication table.
+
+    D_n has order 2n: the symmetries of a regular n-gon; D_1 and D_2 are Z2 and Z2xZ2.
+
+    Raises UserError where there is no such group, it has more than MAX_ORDER elements, or a table is not one of a group.
+    """
+    if name.endswith(".csv"):
+        return _from_file(Path(name))
+    factors = [_factor(part, name) for part in name.split("x")]
+    order = np.prod([float(_order(kind, n)) for kind, n in factors])
+    if order > MAX_ORDER:
+        raise UserError(f"group {name!r} has {order:,.0f} elements, a vocabulary at most {MAX_ORDER:,}; take a smaller one")
+    return from_permutations(name, reduce(_side_by_side, (_PERMUTATIONS[kind](n) for kind, n in factors)))
+
+
+def from_permutations(name: str, permutations: np.ndarray) -> Group:
+    """The group of `permutations` [order, points], all of them different, closed under composition, the identity first.
+
+    Raises UserError where they are no such set.
+    """
+    order, points = permutations.shape
+    codes = _codes(permutations)
+    sorted_order = np.argsort(codes, kind="stable")
+    table = np.empty((order, order), dtype=np.int64)
+    for a in range(order):
+        composed = _codes(permutations[a][permutations])  # a after b for all b: point i goes to a[b[i]]
+        place = np.searchsorted(codes[sorted_order], composed).clip(max=order - 1)
+        table[a] = sorted_order[place]
+        if (codes[table[a]] != composed).any():
+            raise UserError(f"group {name!r}: a product of two of its permutations is not among them; give a closed set")
+    assert (permutations[0] == np.arange(points)).all(), name
+    assert len(np.unique(codes)) == order, name
+    return Group(name, table, permutations)
+
+
+def check_axioms(table: np.ndarray, where: str) -> None:
+    """Raises UserError naming the axiom and elements where `table` [n, n] of integers is no group with identity 0."""
+    n = len(table)
+    if table.shape != (n, n) or n == 0:
+        raise UserError(f"{where} has shape {table.shape}; a multiplication table is square, one row and column an element")
+    if table.min() < 0 or table.max() >= n:
+        outside = table[(table < 0) | (table >= n)][0]
+        raise UserError(f"{where} is not a group: it holds {outside}, but its elements are 0 to {n - 1} (closure)")
+    elements = np.arange(n)
+    if (table[0] != elements).any() or (table[:, 0] != elements).any():
+        raise UserError(f"{where} is not a group with identity 0: row 0 and column 0 must read 0, 1, ..., {n - 1}")
+    for a in range(n):
+        if not (table[a] == 0).any():
+            raise UserError(f"{where} is not a group: element {a} has no inverse (row {a} has no 0)")
+        wrong = table[table[a]] != table[a][table]  # (a b) c against a (b c), for all b and c
+        if wrong.any():
+            b, c = np.argwhere(wrong)[0]
+            raise UserError(f"{where} is not a group: ({a} {b}) {c} is not {a} ({b} {c}) (associativity)")
+
+
+def _from_file(path: Path) -> Group:
+    try:
+        table = np.atleast_2d(np.loadtxt(path, delimiter=",", dtype=np.int64, max_rows=MAX_ORDER + 1, comments=None))
+    except OSError as error:
+        raise UserError(f"group {str(path)!r} cannot be read ({error}); give comma-separated element numbers") from error
+    except ValueError as error:
+        raise UserError(f"group {str(path)!r} is no table of integers ({error}); write row a, column b: a after b") from error
+    if len(table) > MAX_ORDER:
+        raise UserError(f"group {str(path)!r} has over {MAX_ORDER:,} elements, the largest vocabulary; take a smaller one")
+    check_axioms(table, f"group {str(path)!r}")
+    return Group(path.stem, table, table)  # Cayley's theorem: a group permutes its own elements, b -> a b
+
+
+def _factor(part: str, name: str) -> tuple[str, int]:
+    match = re.fullmatch(r"([ZDSA])([1-9][0-9]*)", part)
+    if match is None:
+        what = f"{part!r} in group {name!r}" if part != name else f"group {name!r}"
+        raise UserError(f"{what} is none that is known; write {_KINDS}")
+    return match[1], int(match[2])
+
+
+def _order(kind: str, n: int) -> int:
+    """Elements, or more than MAX_ORDER where they are many."""
+    if kind in "ZD":
+        return n if kind == "Z" else 2 * n
+    factorial = 1
+    for i in range(2, n + 1):
+        factorial *= i
+        if factorial > 2 * MAX_ORDER:
+            return factorial
+    return factorial if kind == "S" else max(1, factorial // 2)
+
+
+def _cyclic(n: int) -> np.ndarray:
+    return (np.arange(n)[:, None] + np.arange(n)) % n
+
+
+def _dihedral(n: int) -> np.ndarray:
+    """Rotations, then reflections, of n corners; of 2n points where n corners do not tell them apart (n < 3)."""
+    if n < 3:
+        return _cyclic(2) if n == 1 else _side_by_side(_cyclic(2), _cyclic(2))
+    return np.concatenate([_cyclic(n), (np.arange(n)[:, None] - np.arange(n)) % n])
+
+
+def _symmetric(n: int) -> np.ndarray:
+    return np.array(list(itertools.permutations(range(n))), dtype=np.int64)
+
+
+def _alternating(n: int) -> np.ndarray:
+    everything = _symmetric(n)
+    inversions = sum((everything[:, i] > everything[:, j]).astype(np.int64) for i in range(n) for j in range(i + 1, n))
+    return everything[np.asarray(inversions + np.zeros(len(everything), np.int64)) % 2 == 0]
+
+
+_PERMUTATIONS = {"Z": _cyclic, "D": _dihedral, "S": _symmetric, "A": _alternating}
+
+
+def _side_by_side(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The direct product: every pair, acting on the points of both."""
+    left, right = np.repeat(a, len(b), 0), np.tile(b, (len(a), 1))
+    return np.concatenate([left, right + a.shape[1]], 1)
+
+
+def _codes(permutations: np.ndarray) -> np.ndarray:
+    """One number a row: a random linear form modulo 2^64. Rows of a group that met in one would fail its assertion."""
+    weights = np.random.default_rng(0).integers(2**63, size=permutations.shape[-1])
+    return (permutations * weights).sum(-1)

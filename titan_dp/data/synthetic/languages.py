@@ -1,0 +1,218 @@
+"""Formal languages: a string, and one question about it that is answered at its last symbol.
+
+Parity, even pairs, cycle navigation and arithmetic modulo 5 without and with brackets, as defined by Deletang et al. 2023
+("Neural networks and the Chomsky hierarchy", arXiv 2207.02098) and trained on by Grazzi et al. 2025 (arXiv 2411.12537).
+Sample i is a pure function of (key, i, low, high). Rows are made together on the samples' device, with no loop over rows;
+bracketed expressions alone read the device back, once a level of their trees. Lengths count every symbol, "=" included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titan_dp.data.batches import IGNORE
+from titan_dp.data.synthetic.random import Random
+from titan_dp.errors import UserError
+
+MODULUS = 5
+_PLUS, _MINUS, _TIMES = 5, 6, 7
+_OPEN, _CLOSE = 8, 9
+_ARITHMETIC = tuple("01234+-*=")
+_BRACKETS = tuple("01234+-*()=")
+
+
+@dataclass(frozen=True)
+class Language:
+    """Strings of random lengths and their answers."""
+
+    name: str
+    symbols: tuple[str, ...]
+    """What the tokens 0, 1, ... stand for."""
+    answers: int
+    """The answers are 0 to answers - 1."""
+    make: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(numbers, lengths [B]) -> (tokens [B, L], answers [B]); numbers [B, L] are uniform in [0, 2^31), 0 after a row's end,
+    where the tokens may be anything."""
+    shortest: int = 1
+    step: int = 1
+    """Strings have `shortest`, `shortest` + `step`, ... symbols."""
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a uniform guess, as the papers count it. Multiplication makes 0 commoner than that: see LANGUAGES."""
+        return 1 / self.answers
+
+    def valid_lengths(self, low: int, high: int) -> list[int]:
+        """The lengths in [low, high] that strings have, ascending."""
+        return list(self._lengths(low, high))
+
+    def sample(self, random: Random, samples: Tensor, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Strings of `low` to `high` symbols; each valid length is as likely as another.
+
+        Args:
+            random: the stream.
+            samples: [B] int64 indices; a row depends on its index alone.
+
+        Returns:
+            tokens [B, high] int64, len(symbols) after each row's end; lengths [B] int64; answers [B] int64.
+
+        Raises UserError where no string has such a length.
+        """
+        valid = self._lengths(low, high)
+        if not valid:
+            some = ", ".join(str(self.shortest + i * self.step) for i in range(3))
+            raise UserError(
+                f"{self.name} has no string of {low} to {high} symbols, only of {some}, ...; change --min-length or --length "
+                "(state_tracking.min_length, training.seq_len - 1)"
+            )
+        lengths = valid.start + valid.step * random.integers(samples, 1, len(valid))[:, 0]
+        after = torch.arange(high, device=samples.device) >= lengths[:, None]
+        numbers = random.integers(samples, high, 2**31, start=1).masked_fill_(after, 0)
+        tokens, answers = self.make(numbers, lengths)
+        return tokens.masked_fill_(after, len(self.symbols)), lengths, answers
+
+    def _lengths(self, low: int, high: int) -> range:
+        steps = -(-max(0, low - self.shortest) // self.step)
+        return range(self.shortest + steps * self.step, high + 1, self.step)
+
+
+class LanguageProblem:
+    """Rows of `language` for a model: BOS, a string, and its answer as the label of its last symbol."""
+
+    tokens_per_element = 1
+
+    def __init__(self, language: Language) -> None:
+        self.language, self.name, self.answers, self.chance = language, language.name, language.answers, language.chance
+        self.filler, self.bos = len(language.symbols), len(language.symbols) + 1
+        self.vocab_size = len(language.symbols) + 2
+        assert self.answers <= self.vocab_size, "answers are tokens too"
+
+    def describe(self) -> str:
+        return f"formal language {self.name}, {self.answers} answers"
+
+    def rows(self, random: Random, samples: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """Rows with strings of `low` to `high` symbols.
+
+        Args:
+            random: the stream.
+            samples: [B] int64 indices; a row depends on its index alone.
+
+        Returns:
+            input_ids [B, 1 + high] int64, fillers after a row's end; labels [B, 1 + high] int64, -100 but for the answer.
+
+        Raises UserError where no string has such a length.
+        """
+        tokens, lengths, answers = self.language.sample(random, samples, low, high)
+        input_ids = F.pad(tokens, (1, 0), value=self.bos)
+        return input_ids, torch.full_like(input_ids, IGNORE).scatter_(1, lengths[:, None], answers[:, None])
+
+
+def scaled_accuracy(accuracy: float, chance: float) -> float:
+    """1 for all right, 0 for guessing (Grazzi et al. 2025): (accuracy - chance) / (1 - chance)."""
+    return (accuracy - chance) / (1 - chance)
+
+
+def find_language(name: str) -> Language:
+    """The language called `name`. Raises UserError where there is none."""
+    if name not in LANGUAGES:
+        raise UserError(f"task {name!r} is none that is known; choose {', '.join(LANGUAGES)}, or a group such as S3")
+    return LANGUAGES[name]
+
+
+def _parity(numbers: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of ones, modulo 2."""
+    tokens = numbers % 2
+    return tokens, tokens.sum(1) % 2
+
+
+def _even_pairs(numbers: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of "ab" and "ba", modulo 2. Each of them changes the letter: it is odd if the last is not the first."""
+    tokens = numbers % 2
+    return tokens, (tokens[:, 0] != tokens.gather(1, lengths[:, None] - 1)[:, 0]).long()
+
+
+def _cycle_navigation(numbers: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the moves 0, +1 and -1 lead from position 0 of a cycle."""
+    tokens = numbers % 3
+    return tokens, ((tokens == 1).sum(1) - (tokens == 2).sum(1)) % MODULUS
+
+
+def _arithmetic(numbers: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Digits with + - * between them; multiplication binds first.
+
+    Modulo 5 every digit but 0 is a power of 2, so a product is a sum of exponents, and no loop over positions is needed.
+    """
+    position = torch.arange(numbers.shape[1], device=numbers.device)
+    tokens = torch.where(position % 2 == 0, numbers % MODULUS, _PLUS + numbers % 3)
+    tokens.scatter_(1, lengths[:, None] - 1, len(_ARITHMETIC) - 1)
+    digits = tokens[:, ::2]  # after the end come = 0 + 0 + 0 ...: more terms, of value 0
+    operators = F.pad(tokens[:, 1::2], (1, 0), value=_PLUS)[:, : digits.shape[1]]
+    # 1, 2, 3, 4 are 2^4, 2^1, 2^3, 2^2, and -1 is 2^2. One zero outweighs any exponents; an exponent of 0 is no factor.
+    zero = 2**32
+    exponents = torch.tensor([zero, 4, 1, 3, 2], device=numbers.device)[digits] + 2 * (operators == _MINUS)
+    term = (operators != _TIMES).cumsum(1) - 1
+    sums = torch.zeros_like(exponents).scatter_add_(1, term, exponents)
+    values = torch.where((sums > 0) & (sums < zero), 2 ** (sums % 4), 0)
+    return tokens, values.sum(1) % MODULUS
+
+
+def _brackets(operators: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Bracketed expressions with the first `operators` of + - *.
+
+    Those of 1 to 4 symbols are x, -x, (x) and (-x); a longer one is (left op right), its length split uniformly. Nodes of
+    the tree are known by where they start in the flattened batch: no two longer ones start together. A position's number
+    is its digit or operator, or, where a longer expression opens, how that splits.
+    """
+
+    def make(numbers: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        B, L = numbers.shape
+        numbers = numbers.flatten()
+        start, size = torch.arange(0, B * L, L, device=numbers.device), lengths - 1
+        leaves, levels = [], []
+        while len(start):
+            leaf = size <= 4
+            leaves.append((start[leaf], size[leaf]))
+            start, size = start[~leaf], size[~leaf]
+            left = 1 + numbers[start] % (size - 4)
+            operator = start + 1 + left
+            levels.append((start, operator, start + size - 1))
+            start, size = torch.cat([start + 1, operator + 1]), torch.cat([left, size - 3 - left])
+
+        tokens, values = torch.zeros_like(numbers), torch.zeros_like(numbers)
+        start, size = (torch.cat(parts) for parts in zip(*leaves, strict=True))
+        digit = start + size // 2
+        tokens[start], tokens[start + size - 1] = _OPEN, _CLOSE
+        tokens[start + (size - 1) // 2] = _MINUS  # each overwrites what a shorter expression lacks: an odd one its minus,
+        tokens[digit] = numbers[digit] % MODULUS  # at its digit, and x and -x their brackets
+        values[start] = torch.where(size % 2 == 0, -tokens[digit], tokens[digit])
+        for start, operator, end in reversed(levels):
+            which, a, b = numbers[operator] % operators, values[start + 1], values[operator + 1]
+            tokens[start], tokens[operator], tokens[end] = _OPEN, _PLUS + which, _CLOSE
+            values[start] = torch.where(which == 0, a + b, torch.where(which == 1, a - b, a * b)) % MODULUS
+        tokens = tokens.view(B, L).scatter_(1, lengths[:, None] - 1, len(_BRACKETS) - 1)
+        return tokens, values.view(B, L)[:, 0] % MODULUS
+
+    return make
+
+
+LANGUAGES = {
+    language.name: language
+    for language in (
+        Language("parity", ("0", "1"), 2, _parity),
+        Language("even-pairs", ("a", "b"), 2, _even_pairs),
+        Language("cycle-navigation", ("0", "+1", "-1"), MODULUS, _cycle_navigation),
+        Language("modular-arithmetic", _ARITHMETIC, MODULUS, _arithmetic, shortest=2, step=2),
+        Language("modular-arithmetic-brackets", _BRACKETS, MODULUS, _brackets(2), shortest=2),
+        Language("modular-arithmetic-brackets-mult", _BRACKETS, MODULUS, _brackets(3), shortest=2),
+    )
+}
+"""By name. Both bracket languages have one alphabet; the task of Grazzi et al.'s table 3 is the one without *.
+
+Answers are uniform but where there is *: answering always 0 is right for 30 % of "...-brackets-mult" at lengths 40 to 256,
+a scaled accuracy of 0.13 (27 % and 0.09 at 3 to 40; "modular-arithmetic": 20 %, and 21 % at 3 to 40).
+"""

@@ -1,0 +1,179 @@
+"""Batches of a synthetic problem: endless for training, a fixed set for validation and for the test.
+
+Sample i is a pure function of (problem, data.seed, i) and of the step it falls in, whose longest word the curriculum sets;
+so, as with token shards, the state is the number of samples consumed and any number of ranks sees the same run. The
+three sets are three streams of random numbers. Rows are made on the device and padded to one width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titan_dp import config
+from titan_dp.data.batches import IGNORE, Batch, Place
+from titan_dp.data.synthetic.groups import parse_group
+from titan_dp.data.synthetic.languages import LANGUAGES, LanguageProblem, find_language
+from titan_dp.data.synthetic.random import Random
+from titan_dp.data.synthetic.words import WordProblem
+from titan_dp.errors import UserError
+
+
+class Problem(Protocol):
+    """A task with right answers: `WordProblem` or `LanguageProblem`."""
+
+    name: str
+    vocab_size: int
+    chance: float
+    """Accuracy of guessing."""
+    tokens_per_element: int
+
+    def describe(self) -> str: ...
+
+    def rows(self, random: Random, samples: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """input_ids and labels [B, 1 + high * tokens_per_element] of words of `low` to `high` symbols."""
+
+
+def build_problem(c: config.StateTracking) -> Problem:
+    """The problem that `c.task` names: a formal language, or a group for its word problem. Raises UserError."""
+    if c.task in LANGUAGES:
+        return LanguageProblem(find_language(c.task))
+    if c.task.islower() and not c.task.endswith(".csv"):
+        find_language(c.task)  # raises: groups begin with a capital letter
+    return WordProblem(parse_group(c.task), c.max_moved, c.tokens_per_element)
+
+
+class SyntheticLoader:
+    """The training batches of one rank."""
+
+    tokenizer_name = "none"
+    """Tokens are elements and symbols: there is no text."""
+
+    def __init__(self, c: config.StateTracking, seed: int, place: Place, vocab_size: int, device: torch.device) -> None:
+        self.c, self.place, self.device, self.samples = c, place, device, 0
+        self.problem, self.length = problem_that_fits(c, place.seq_len, vocab_size)
+        self.random = Random(f"training {seed} {self.problem.describe()}")
+        self.fingerprint = fingerprint(self.problem, c)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            longest = self.longest(self.samples // self.place.total)
+            for micro in range(self.place.accumulation):
+                first = self.place.first_sample(self.samples, micro)
+                if micro == self.place.accumulation - 1:
+                    self.samples += self.place.total
+                yield self._batch(first, longest)
+
+    def longest(self, step: int) -> int:
+        """Symbols of the longest words of a step: grows linearly from min_length to the whole over curriculum_steps."""
+        low = self.c.min_length or 1
+        if step >= self.c.curriculum_steps:
+            return self.length
+        return low + math.floor((self.length - low) * step / self.c.curriculum_steps)
+
+    def _batch(self, first: int, longest: int) -> Batch:
+        samples = torch.arange(first, first + self.place.local, device=self.device)
+        tokens, labels = self.problem.rows(self.random, samples, min(self.c.min_length or longest, longest), longest)
+        missing = self.place.seq_len - tokens.shape[1]
+        tokens, labels = F.pad(tokens, (0, missing)), F.pad(labels, (0, missing), value=IGNORE)
+        return {"input_ids": tokens, "labels": labels, "cu_seqlens": None}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.samples = state["samples"]
+
+    def describe(self, run_tokens: int) -> str:
+        low = f"{self.c.min_length} to " if self.c.min_length else ""
+        growing = f", growing over {self.c.curriculum_steps:,} steps" if self.c.curriculum_steps else ""
+        return f"{self.problem.describe()}; words of {low}{self.length} symbols{growing}, made on {self.device.type}"
+
+
+class SyntheticSet:
+    """`size` samples of a stream of their own, split over ranks; all ranks have the same number of batches.
+
+    Args:
+        low, high: symbols a word.
+    """
+
+    text_bytes = bytes_per_token = None
+
+    def __init__(
+        self, problem: Problem, stream: str, size: int, low: int, high: int, place: Place, device: torch.device
+    ) -> None:
+        self.problem, self.size, self.low, self.high, self.place, self.device = problem, size, low, high, place, device
+        self.random = Random(f"{stream} {problem.describe()}")
+        self.fingerprint = hashlib.sha256(f"{stream} {problem.describe()} {size} {low} {high}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return -(-self.size // (self.place.local * self.place.world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(len(self)):
+            first = (number * self.place.world_size + self.place.rank) * self.place.local
+            samples = torch.arange(first, first + self.place.local, device=self.device)
+            tokens, labels = self.problem.rows(self.random, samples, self.low, self.high)
+            labels[samples >= self.size] = IGNORE
+            yield {"input_ids": tokens, "labels": labels, "cu_seqlens": None}
+
+
+def validation_set(c: config.StateTracking, place: Place, vocab_size: int, device: torch.device) -> SyntheticSet:
+    """Fresh words of the training lengths: what a run is watched, stopped and chosen by."""
+    problem, length = problem_that_fits(c, place.seq_len, vocab_size)
+    return SyntheticSet(problem, "validation", c.validation_samples, c.min_length or length, length, place, device)
+
+
+def test_set(c: config.StateTracking, place: Place, vocab_size: int, device: torch.device) -> SyntheticSet:
+    """Words up to `test_length`, longer than those trained on; looked at once, when training is over.
+
+    Word problems have an answer at every symbol, so each word is as long as can be. A language's strings are longer than
+    any trained on and have all lengths up to test_length.
+    """
+    problem, length = problem_that_fits(c, place.seq_len, vocab_size)
+    longest = c.test_length or 4 * length
+    low = longest if isinstance(problem, WordProblem) else length
+    return SyntheticSet(problem, "test", c.test_samples, low, longest, place, device)
+
+
+def problem_that_fits(c: config.StateTracking, seq_len: int, vocab_size: int) -> tuple[Problem, int]:
+    """The problem and the symbols a row of `seq_len` tokens holds. Raises UserError where something does not fit."""
+    problem = build_problem(c)
+    each = problem.tokens_per_element
+    length, rest = divmod(seq_len - 1, each)
+    if length < 1 or rest:
+        raise UserError(
+            f"training.seq_len = {seq_len} does not hold BOS and a whole number of elements of {each} token(s); "
+            f"{1 + each * max(1, length)} would, for words of {max(1, length)}"
+        )
+    if problem.vocab_size > vocab_size:
+        raise UserError(
+            f"model.vocab_size = {vocab_size} is too small for {problem.name}, which needs {problem.vocab_size} (its symbols, "
+            "a filler and BOS); set it to at least that"
+        )
+    if c.min_length and c.min_length > length:
+        raise UserError(
+            f"state_tracking.min_length = {c.min_length} does not fit into training.seq_len = {seq_len}, which holds words of "
+            f"at most {length}; lower it or raise training.seq_len"
+        )
+    if c.test_length and c.test_length < length:
+        raise UserError(
+            f"state_tracking.test_length = {c.test_length} is shorter than the words trained on, {length}; give at least that"
+        )
+    if isinstance(problem, LanguageProblem):
+        shortest = c.min_length or (1 if c.curriculum_steps else length)
+        first_longest = shortest if c.curriculum_steps else length
+        for low, high in ((shortest, first_longest), (c.min_length or length, length), (length, c.test_length or 4 * length)):
+            problem.rows(Random(""), torch.zeros(1, dtype=torch.int64), low, high)  # raises where no string is so long
+    return problem, length
+
+
+def fingerprint(problem: Problem, c: config.StateTracking) -> str:
+    """Of what training draws from; its seed is in the configuration, as with token shards."""
+    return hashlib.sha256(f"{problem.describe()} {c.min_length} {c.curriculum_steps}".encode()).hexdigest()

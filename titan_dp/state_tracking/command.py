@@ -1,0 +1,29 @@
+"""`titan-dp state-tracking KIND ...`: one module a kind, each with `add_arguments(parser)` and `run(args) -> exit code`."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+# kind: (module, what it does)
+KINDS = {
+    "train": ("titan_dp.state_tracking.train", "train models on a word problem or a formal language, several seeds of each"),
+    "report": ("titan_dp.state_tracking.report", "table and curves of trained models, from their run folders"),
+    "inspect": ("titan_dp.state_tracking.inspect", "what a trained model does: step sizes, keys, the orbit of its state"),
+    "theory": ("titan_dp.state_tracking.theory", "the theorems as executable checks on weights written by hand"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(metavar="KIND", required=True)
+    for name, (module_name, summary) in KINDS.items():
+        module = import_module(module_name)
+        subparser = kinds.add_parser(
+            name, help=summary, description=(module.__doc__ or summary).split("\n\n")[0], allow_abbrev=False
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(run_kind=module.run)
+
+
+def run(args: argparse.Namespace) -> int:
+    return args.run_kind(args)

@@ -1,0 +1,190 @@
+"""`titan-dp state-tracking inspect RUN`: what a trained model does with a group's elements, in numbers and one figure a layer.
+
+For each head: the step sizes (reflections have beta = 2, unused steps 0); how many dimensions the keys of the steps taken
+span; and the orbit of the state over random words, which falls into one cluster an element where the head tracks the group.
+That S4 is learnt as the rotations of a cube shows as keys in three dimensions with beta near 2 (Siems et al. 2025, section
+5.1). Writes inspect.json and layer-N.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from titan_dp.console import table_console
+from titan_dp.errors import UserError
+from titan_dp.files import write_json
+from titan_dp.plots import check_matplotlib, save_figure, subplots
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from titan_dp.data.synthetic.words import WordProblem
+    from titan_dp.model import Transformer
+
+_SHOWN_HEADS = 8
+
+
+class Trace(NamedTuple):
+    """One layer over words [B, L], BOS left out, on the CPU in float32."""
+
+    beta: torch.Tensor  # [B, L, n, H]
+    k: torch.Tensor  # [B, L, n, H, dk]
+    states: torch.Tensor  # [B, L, H, dk, dv], after each element
+    products: torch.Tensor  # [B, L] int64: the running product, what the state should tell
+
+
+@dataclass(frozen=True)
+class Head:
+    """What one head does."""
+
+    layer: int
+    head: int
+    steps_near_2: float
+    """Fraction of the steps with beta > 1.9: reflections."""
+    steps_near_0: float
+    """Fraction with beta < 0.1: steps not taken."""
+    key_variance: list[float]
+    """Fraction of the keys' second moment, weighted by beta, in their first 1, 2, ... principal components."""
+    state_within: float
+    """Variance of the state within the words of equal product, as a fraction of all: 0 where it tells the element alone."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="RUN", help="run folder or checkpoint of a word problem")
+    parser.add_argument("--length", type=int, default=128, help="elements a word (default: 128)")
+    parser.add_argument("--words", type=int, default=8, help="words (default: 8)")
+    parser.add_argument("--out", type=Path, help="where to write (default: inspect/ in the run folder)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from titan_dp.data.synthetic.loader import build_problem
+    from titan_dp.data.synthetic.words import WordProblem
+    from titan_dp.pretrained import CheckpointSource, load_model
+
+    check_matplotlib()
+    for name in ("length", "words"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} = {getattr(args, name)}; give 1 or more")
+    if not args.path.exists():
+        raise UserError(f"{args.path} does not exist; give the folder of a run of `titan-dp state-tracking train`")
+    source = CheckpointSource(args.path)
+    c = source.training_config
+    problem = build_problem(c.state_tracking) if c.data.source == "state_tracking" else None
+    if not isinstance(problem, WordProblem):
+        raise UserError(f"{args.path} was not trained on a group's word problem; name a run that was")
+    model = load_model(source, torch.device("cpu"))
+    traces = trace(model, problem, args.words, args.length)
+    if not traces:
+        raise UserError(f"{args.path} has no DeltaProduct layer to look into; name a run of one that has")
+    out = args.out or args.path / "inspect"
+    heads = [describe(layer, head, t) for layer, t in traces.items() for head in range(t.beta.shape[-1])]
+    _print(heads, problem.name)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "inspect.json", {"task": problem.name, "run": source.label, "heads": [asdict(head) for head in heads]})
+    for layer, t in traces.items():
+        draw(layer, t, [head for head in heads if head.layer == layer], problem.name, out / f"layer-{layer}.png")
+    print(f"written: {out}")
+    return 0
+
+
+def trace(model: Transformer, problem: WordProblem, words: int, length: int) -> dict[int, Trace]:
+    """Every DeltaProduct layer over random words, by the index of its block."""
+    import torch
+
+    from titan_dp.data.batches import IGNORE
+    from titan_dp.data.synthetic.random import Random
+    from titan_dp.model.deltaproduct import DeltaProduct
+
+    tokens, labels = problem.rows(Random("inspect"), torch.arange(words), length, length)
+    asked = labels[0] != IGNORE  # BOS and fillers are left out
+    x, traces = model.embeddings(tokens), {}
+    for i, block in enumerate(model.blocks):
+        if isinstance(block.attn, DeltaProduct):
+            inputs = block.attn.recurrence_inputs(block.attn_norm.apply_to(x), None)
+            states = _states(inputs, block.attn.erase)
+            traces[i] = Trace(inputs.beta[:, asked], inputs.k[:, asked], states[:, asked], labels[:, asked])
+        x, _ = block(x)
+    return traces
+
+
+def _states(inputs: Any, erase: bool) -> torch.Tensor:
+    """The state after every token [B, T, H, dk, dv]."""
+    import torch
+    from deltaproduct_kernels import gated_delta_product
+
+    states, state = [], None
+    for t in range(inputs.q.shape[1]):
+        token: Any = [None if x is None else x[:, t : t + 1] for x in inputs]
+        _, state = gated_delta_product(*token, initial_state=state, output_final_state=True, erase=erase, backend="recurrent")
+        states.append(state)
+    return torch.stack(states, 1)  # type: ignore[arg-type]
+
+
+def describe(layer: int, head: int, t: Trace) -> Head:
+    """The numbers of one head."""
+    import numpy as np
+
+    beta, keys = t.beta[..., head], (t.k * t.beta[..., None].sqrt())[..., head, :].flatten(0, 2).numpy()
+    moments = np.linalg.svd(keys, compute_uv=False) ** 2  # a key and its negative are one reflection: no mean is taken off
+    states, products = t.states[:, :, head].flatten(2).flatten(0, 1).double().numpy(), t.products.flatten().numpy()
+    within = sum(((group - group.mean(0)) ** 2).sum() for group in (states[products == y] for y in np.unique(products)))
+    return Head(
+        layer=layer,
+        head=head,
+        steps_near_2=float((beta > 1.9).float().mean()),
+        steps_near_0=float((beta < 0.1).float().mean()),
+        key_variance=(moments.cumsum() / moments.sum()).tolist(),
+        state_within=float(within / ((states - states.mean(0)) ** 2).sum()),
+    )
+
+
+def _print(heads: list[Head], task: str) -> None:
+    from rich.table import Table
+
+    table = Table("layer", "head", "beta > 1.9", "beta < 0.1", "keys in 1, 2, 3, 4 dimensions", "state within an element")
+    table.title = f"{task}: what each head does"
+    for head in heads:
+        variance = ", ".join(f"{share:.1%}" for share in head.key_variance[:4])
+        steps = (f"{head.steps_near_2:.0%}", f"{head.steps_near_0:.0%}")
+        table.add_row(str(head.layer), str(head.head), *steps, variance, f"{head.state_within:.1%}")
+    table_console().print(table)
+
+
+def draw(layer: int, t: Trace, heads: list[Head], task: str, path: Path) -> None:
+    """A row a head: step sizes, keys and states in their first principal components, states coloured by the product."""
+    shown = heads[:_SHOWN_HEADS]
+    figure, rows = subplots(len(shown), 3, figsize=(12, 3.4 * len(shown)), squeeze=False)
+    for head, (steps, keys, orbit) in zip(shown, rows, strict=True):
+        h = head.head
+        for j in range(t.beta.shape[2]):
+            steps.hist(t.beta[:, :, j, h].flatten().numpy(), bins=40, range=(0, 2), alpha=0.6, label=f"step {j + 1}")
+        steps.set(title=f"layer {layer}, head {h}: step sizes", xlabel="beta", ylabel="tokens")
+        steps.legend(fontsize="small")
+        taken = t.k[:, :, :, h][t.beta[..., h] > 0.1].numpy()
+        if len(taken):
+            keys.scatter(*_components(taken, centred=False).T[:2], s=12, alpha=0.3)
+        dimensions = next(i for i, share in enumerate(head.key_variance, 1) if share > 0.95)
+        keys.set(title=f"keys: 95 % in {dimensions} dimension(s)", xlabel="first component", ylabel="second", aspect="equal")
+        states = _components(t.states[:, :, h].flatten(2).flatten(0, 1).numpy(), centred=True)
+        orbit.remove()
+        orbit = figure.add_subplot(orbit.get_subplotspec(), projection="3d")
+        orbit.scatter(*states.T[:3], c=t.products.flatten().numpy(), cmap="nipy_spectral", s=6)
+        orbit.set_title(f"states, coloured by the product: {head.state_within:.1%} within", fontsize="medium")
+    figure.suptitle(f"{task}: {len(heads)} heads" + (f", the first {len(shown)} shown" if len(heads) > len(shown) else ""))
+    save_figure(figure, path)
+
+
+def _components(x: np.ndarray, centred: bool) -> np.ndarray:
+    """x [N, d] in the directions of its largest (second) moments, at least three columns."""
+    import numpy as np
+
+    x = x - x.mean(0) if centred else x
+    _, _, directions = np.linalg.svd(x, full_matrices=False)
+    projected = x @ directions.T
+    return np.pad(projected, ((0, 0), (0, max(0, 3 - projected.shape[1]))))

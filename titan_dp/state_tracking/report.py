@@ -1,0 +1,180 @@
+"""`titan-dp state-tracking report FOLDERS`: the table and the curves of trained models, from their run folders.
+
+Prints the table and writes it as summary.json and summary.md, with curves.png: the accuracy at every length of the run
+that validates best, all seeds in thin lines, and how accuracy came over the steps. Unfinished runs are counted, not hidden.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from titan_dp.console import table_console
+from titan_dp.errors import UserError
+from titan_dp.files import write_atomically, write_json
+from titan_dp.plots import check_matplotlib, save_figure, subplots
+from titan_dp.run_folder import read_run
+from titan_dp.state_tracking.results import Outcome, Summary, read_outcome, summarise
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of them, of one task")
+    parser.add_argument("--out", type=Path, help="where to write (default: the first folder)")
+
+
+def run(args: argparse.Namespace) -> int:
+    report(args.folders, args.out or args.folders[0])
+    return 0
+
+
+def report(folders: list[Path], out: Path) -> list[Summary]:
+    """Read, print and write. Raises UserError where there is no finished run."""
+    from rich.table import Table
+
+    check_matplotlib()
+    runs = [run for folder in folders for run in ([folder] if (folder / "run.json").exists() else _runs_in(folder))]
+    outcomes = [read_outcome(run) for run in runs]
+    finished = [outcome for outcome in outcomes if outcome is not None]
+    if not finished:
+        raise UserError(f"{folders[0]} holds no finished state-tracking run; train some with `titan-dp state-tracking train`")
+    summaries = summarise(finished)
+    console = table_console()
+    headers, rows = table(summaries)
+    shown = Table(*headers, title=title(summaries))
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    if unfinished := len(outcomes) - len(finished):
+        console.print(f"{unfinished} more run(s) are not finished and not counted")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "summary.json", as_json(summaries))
+    text = "\n".join(["| " + " | ".join(cells) + " |" for cells in (headers, ["---"] * len(headers), *rows)]) + "\n"
+    write_atomically(out / "summary.md", lambda file: file.write(text.encode()))
+    draw(summaries, out / "curves.png")
+    console.print(f"written: {out / 'summary.json'}, summary.md, curves.png")
+    return summaries
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; give run folders, or a folder of them")
+    return sorted(path.parent for path in folder.glob("*/run.json") if read_run(path.parent) is not None)
+
+
+def title(summaries: list[Summary]) -> str:
+    test = summaries[0].outcomes[0].test
+    return f"{test.problem}, trained on words of up to {test.train_length} symbols"
+
+
+def table(summaries: list[Summary]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows, one a model."""
+    first = summaries[0].outcomes[0]
+    lengths = _lengths(first)
+    ahead = ["model", "parameters", "seeds solved", "95 % interval", "steps to solve", "validation"]
+    headers = [*ahead, *([f"right at {n}" for n in lengths] if lengths else ["scaled accuracy, longer", "median of seeds"])]
+    if any(outcome.householder_steps is not None for s in summaries for outcome in s.outcomes):
+        headers.append("steps a token")
+    rows = []
+    for summary in summaries:
+        low, high = summary.escape_interval()
+        steps = [outcome.solved_step for outcome in summary.outcomes if outcome.solved_step is not None]
+        row = [
+            summary.label,
+            f"{summary.chosen.parameters:,}",
+            f"{summary.solved} of {len(summary.outcomes)}",
+            f"{low:.0%} to {high:.0%}",
+            f"{median(steps):,.0f}" if steps else "never",
+            f"{summary.chosen.last['validation_sequence_accuracy']:.1%}",
+        ]
+        if lengths:
+            row += [f"{summary.chosen.test.sequence_accuracy(n):.1%}" for n in lengths]
+        else:
+            scaled = [scaled_accuracy(outcome) for outcome in summary.outcomes]
+            row += [f"{scaled_accuracy(summary.chosen):.3f}", f"{median(scaled):.3f}"]
+        if "steps a token" in headers:
+            used = summary.chosen.householder_steps
+            row.append(f"{summary.chosen.config.model.num_householder}" if used is None else f"{used:.2f}")
+        rows.append(row)
+    return headers, rows
+
+
+def _lengths(outcome: Outcome) -> list[int]:
+    """Once, twice and four times the training length, where words are tested at every symbol."""
+    test = outcome.test
+    if not test.has_prefixes:
+        return []
+    return [n for n in (test.train_length, 2 * test.train_length, 4 * test.train_length) if n <= test.lengths[-1]]
+
+
+def scaled_accuracy(outcome: Outcome) -> float:
+    """On strings longer than any trained on: 1 is perfect, 0 is guessing (Grazzi et al. 2025, section 5.1)."""
+    test = outcome.test
+    return (test.token_accuracy(test.train_length + 1, test.lengths[-1]) - test.chance) / (1 - test.chance)
+
+
+def as_json(summaries: list[Summary]) -> dict[str, Any]:
+    test = summaries[0].outcomes[0].test
+    return {
+        "task": test.problem,
+        "train_length": test.train_length,
+        "models": [
+            {
+                "model": summary.label,
+                "solved": summary.solved,
+                "seeds": len(summary.outcomes),
+                "interval": summary.escape_interval(),
+                "chosen": summary.chosen.folder.name,
+                "runs": [_run_json(outcome) for outcome in summary.outcomes],
+            }
+            for summary in summaries
+        ],
+    }
+
+
+def _run_json(outcome: Outcome) -> dict[str, Any]:
+    test = outcome.test
+    return {
+        "run": outcome.folder.name,
+        "parameters": outcome.parameters,
+        "steps": outcome.steps,
+        "seconds": round(outcome.seconds, 1),
+        "data_wait": outcome.data_wait,
+        "solved_step": outcome.solved_step,
+        "solved": outcome.is_solved,
+        "householder_steps": outcome.householder_steps,
+        "validation": outcome.last,
+        "test": {str(n): test.sequence_accuracy(n) for n in _lengths(outcome)} or {"scaled_accuracy": scaled_accuracy(outcome)},
+    }
+
+
+def draw(summaries: list[Summary], path: Path) -> None:
+    """Accuracy by length at the left, by step at the right."""
+    figure, (by_length, by_step) = subplots(1, 2, figsize=(12, 4.2))
+    for number, summary in enumerate(summaries):
+        color = f"C{number}"
+        for outcome in summary.outcomes:
+            chosen = outcome is summary.chosen
+            look: dict[str, Any] = {"color": color, "lw": 2 if chosen else 0.8, "alpha": 1 if chosen else 0.5}
+            by_length.plot(*_curve(outcome), **look, label=summary.label if chosen else None)
+            steps = [r["step"] for r in outcome.validations]
+            by_step.plot(steps, [r["validation_token_accuracy"] for r in outcome.validations], **look)
+    test = summaries[0].outcomes[0].test
+    by_length.axvline(test.train_length, color="grey", ls=":", lw=1)
+    by_length.annotate("trained up to here", (test.train_length, 0.5), rotation=90, ha="right", va="center", color="grey")
+    what = "words right so far" if test.has_prefixes else "strings right"
+    by_length.set(xlabel="symbols", ylabel=what, title=title(summaries), ylim=(-0.03, 1.03))
+    by_step.axhline(test.chance, color="grey", ls=":", lw=1)
+    by_step.set(xlabel="step", ylabel="validation answers right", title="training (dotted: guessing)", ylim=(-0.03, 1.03))
+    by_length.legend(loc="best", fontsize="small")
+    save_figure(figure, path)
+
+
+def _curve(outcome: Outcome) -> tuple[list[float], list[float]]:
+    """Lengths and accuracies; of strings, over windows of 16 lengths."""
+    test = outcome.test
+    if test.has_prefixes:
+        return [float(n) for n in test.lengths], [r / a for r, a in zip(test.right_so_far, test.asked, strict=True)]
+    windows = [(low, low + 15) for low in range(test.lengths[0], test.lengths[-1] + 1, 16)]
+    return [sum(w) / 2 for w in windows], [test.token_accuracy(*w) for w in windows]

@@ -1,0 +1,141 @@
+"""The theory as executable checks: models constructed to solve word problems, and the spectra of their transitions.
+
+Each construction reads random words in float64 and float32 and may not be wrong at a single token; each spectral fact is
+measured on random draws. The tables show what this run measured; the exit code is 1 where anything is not as the theory
+says. The constructions are explained in `constructions.py`, the facts in `spectra.py`; nothing is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from titan_dp.scaling.arguments import natural, positive
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from titan_dp.data.synthetic.groups import Group
+    from titan_dp.model import Transformer
+    from titan_dp.state_tracking.spectra import Fact
+
+# A function of `constructions.py`, and the groups it is run for.
+GROUPS = {
+    "swaps": ("S3", "S4", "S5"),
+    "rotations": ("S4", "A5"),
+    "mirrors": ("Z3", "Z5", "Z7", "Z60", "D3", "D4", "D5", "D8"),
+    "parity": ("Z2",),
+}
+CONSTRUCTIONS = {f"{group}-{kind}": (kind, group) for kind, groups in GROUPS.items() for group in groups}
+DTYPES = ("float64", "float32")
+ALSO_RECURRENT = ("S3-swaps",)
+"""Run token by token too, as the recurrence is defined; the others by chunks only, which is many times faster."""
+DRAWS = 50_000
+
+
+@dataclass(frozen=True)
+class Check:
+    """A construction, run once."""
+
+    construction: str
+    group: str
+    layers: int
+    num_householder: int
+    dtype: str
+    backend: str
+    tokens: int
+    errors: int
+    """Tokens at which the largest logit was not the product so far."""
+
+    @property
+    def solved(self) -> bool:
+        return self.errors == 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=positive, default=4096, help="random elements after BOS (default %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the words and draws (default %(default)s)")
+    parser.add_argument(
+        "--construction",
+        choices=list(CONSTRUCTIONS),
+        metavar="NAME",
+        help=f"run only this one, and no spectra: {', '.join(CONSTRUCTIONS)}",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables; 0 if everything is as the theory says, else 1."""
+    import numpy as np
+    from rich.console import Console
+
+    from titan_dp.state_tracking.spectra import measure_all
+
+    names = [args.construction] if args.construction else list(CONSTRUCTIONS)
+    checks = [check for name in names for check in run_construction(name, args.tokens, args.seed)]
+    facts = [] if args.construction else list(measure_all(np.random.default_rng(args.seed), DRAWS))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
+    _print_checks(console, checks)
+    if facts:
+        _print_facts(console, facts)
+    failed = sum(not check.solved for check in checks) + sum(not fact.holds for fact in facts)
+    total = len(checks) + len(facts)
+    console.print(f"{failed} of {total} checks failed" if failed else f"all {total} checks are as the theory says")
+    return 1 if failed else 0
+
+
+def run_construction(name: str, tokens: int, seed: int) -> list[Check]:
+    """`name` of CONSTRUCTIONS on one random word of `tokens` elements: by chunks in both dtypes, ALSO_RECURRENT both ways."""
+    import torch
+
+    from titan_dp.data.synthetic.groups import parse_group
+    from titan_dp.state_tracking import constructions
+
+    kind, group_name = CONSTRUCTIONS[name]
+    group, checks = parse_group(group_name), []
+    for backend in ("torch", "recurrent") if name in ALSO_RECURRENT else ("torch",):
+        model = getattr(constructions, kind)(group, backend)
+        layers, n = len(model.blocks), model.blocks[0].attn.n
+        for dtype in DTYPES:  # float64 first, in which the weights are written
+            errors = count_errors(model.to(getattr(torch, dtype)), group, tokens, seed)
+            checks.append(Check(name, group.name, layers, n, dtype, backend, tokens, errors))
+    return checks
+
+
+def count_errors(model: Transformer, group: Group, tokens: int, seed: int) -> int:
+    """At how many of `tokens` random elements of `group` the largest of all logits is not the product so far."""
+    import torch
+
+    from titan_dp.data.synthetic.random import Random
+    from titan_dp.data.synthetic.words import WordProblem
+
+    samples = torch.zeros(1, dtype=torch.int64)
+    inputs, labels = WordProblem(group).rows(Random(f"theory {seed}"), samples, tokens, tokens)
+    with torch.no_grad():
+        answers = model(inputs).argmax(-1)
+    return int((answers != labels)[:, 1:].sum())
+
+
+def _print_checks(console: Console, checks: list[Check]) -> None:
+    from rich.table import Table
+
+    table = Table(title="Constructed weights on random words")
+    for name in ("construction", "group", "layers", "n_h", "dtype", "backend", "tokens", "errors", "solved"):
+        table.add_column(name, justify="right" if name in ("layers", "n_h", "tokens", "errors") else "left")
+    for c in checks:
+        numbers = (f"{c.tokens:,}", f"{c.errors:,}", "yes" if c.solved else "no")
+        table.add_row(c.construction, c.group, str(c.layers), str(c.num_householder), c.dtype, c.backend, *numbers)
+    console.print(table)
+
+
+def _print_facts(console: Console, facts: list[Fact]) -> None:
+    from rich.table import Table
+
+    table = Table(title="Spectra of random transitions")
+    for name in ("fact", "draws", "worst value", "found", "theory", "holds"):
+        table.add_column(name, justify="right" if name in ("draws", "found") else "left")
+    for f in facts:
+        holds = "yes" if f.holds else "no"
+        table.add_row(f.statement, f"{f.draws:,}", f.quantity, f"{f.worst:.3g}", f.allowed, holds)
+    console.print(table)

@@ -1,0 +1,91 @@
+"""The test at the end of a run on a problem with right answers: accuracy at every length, kept as test.json.
+
+Where words have an answer at every symbol, a word counts at a length if it is right up to there (the paper's
+"accuracy", Siems et al. 2025, section 5.1); a language's strings count at their own length, where their answer stands.
+Reading test.json needs no torch: tables and plots over many runs start here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from titan_dp.errors import UserError
+from titan_dp.files import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from titan_dp.data.synthetic.loader import SyntheticSet
+    from titan_dp.model.transformer import Transformer
+
+FILE = "test.json"
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """Counts at every length that was asked about; all lists have one entry a length."""
+
+    problem: str
+    chance: float
+    train_length: int
+    lengths: list[int]
+    """Symbols."""
+    asked: list[int]
+    """Words with an answer at that length."""
+    right: list[int]
+    """Words whose answer there is right."""
+    right_so_far: list[int]
+    """Words whose answers up to there are all right."""
+
+    def token_accuracy(self, low: int, high: int) -> float:
+        """Of all answers at lengths `low` to `high`; NaN where there are none."""
+        inside = [i for i, length in enumerate(self.lengths) if low <= length <= high]
+        asked = sum(self.asked[i] for i in inside)
+        return sum(self.right[i] for i in inside) / asked if asked else float("nan")
+
+    def sequence_accuracy(self, length: int) -> float:
+        """Words right up to `length` symbols."""
+        i = self.lengths.index(length)
+        return self.right_so_far[i] / self.asked[i]
+
+    @property
+    def has_prefixes(self) -> bool:
+        """Whether words have an answer at every symbol."""
+        return len(set(self.asked)) == 1
+
+    def describe(self) -> str:
+        longest = self.lengths[-1]
+        if not self.has_prefixes:
+            accuracy = self.token_accuracy(self.train_length + 1, longest)
+            scaled = (accuracy - self.chance) / (1 - self.chance)
+            return f"lengths {self.train_length + 1} to {longest}: {accuracy:.2%} right, scaled accuracy {scaled:.3f}"
+        shown = sorted({self.train_length, *(self.train_length * i // 2 for i in range(3, 9) if i != 7), longest})
+        at = [f"{self.sequence_accuracy(length):.1%} at {length}" for length in shown if length in self.lengths]
+        return f"words right so far: {', '.join(at)} symbols; {self.token_accuracy(1, longest):.2%} of all answers"
+
+    def write(self, run_folder: Path) -> None:
+        write_json(run_folder / FILE, asdict(self))
+
+
+def read_test(run_folder: Path) -> TestResult:
+    """Raises UserError where the run has none, or it cannot be read."""
+    path = run_folder / FILE
+    try:
+        return TestResult(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); a finished state-tracking run has one: run it again") from error
+
+
+def run_test(model: Transformer, test: SyntheticSet, train_length: int, device: torch.device) -> TestResult:
+    """Measure; every rank calls it."""
+    from titan_dp.validate import accuracy_by_position
+
+    counts = accuracy_by_position(model, test, device)  # [3, 1 + symbols * tokens_per_element]
+    each = test.problem.tokens_per_element
+    counts = counts[:, each::each].cpu()
+    lengths = (counts[0] > 0).nonzero().flatten()
+    asked, right, right_so_far = (row[lengths].tolist() for row in counts)
+    return TestResult(test.problem.name, test.problem.chance, train_length, (lengths + 1).tolist(), asked, right, right_so_far)

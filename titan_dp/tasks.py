@@ -1,0 +1,120 @@
+"""What a run learns and how it is judged: text, or a problem with right answers. The trainer asks no further.
+
+`build_task` makes the one the configuration names. Every method is called by all ranks together.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from titan_dp import config
+from titan_dp.data.batches import Loader, Place
+from titan_dp.data.loader import ValidationLoader, build_dataloader, build_validation_loader
+from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
+from titan_dp.distributed import World
+from titan_dp.errors import UserError
+from titan_dp.model.transformer import Transformer
+from titan_dp.pretrained import load_pretrained
+from titan_dp.sampling import Sampling, continue_text
+from titan_dp.schedule import BatchPlan
+from titan_dp.synthetic_test import run_test
+from titan_dp.validate import Evaluation, evaluate_answers, evaluate_loss
+
+
+class Task(Protocol):
+    @property
+    def loader(self) -> Loader: ...
+
+    @property
+    def held_out(self) -> ValidationLoader | SyntheticSet | None:
+        """What the run is validated on; None where validation is off."""
+
+    def evaluate(self, model: Transformer) -> Evaluation:
+        """Of `model` on what is held out."""
+
+    def is_reached(self, result: Evaluation) -> bool:
+        """Whether there is nothing left to learn, and the run may end before its last step."""
+
+    def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> str | None:
+        """What a trained model has to show, on rank 0; `checkpoint` is its last one, None where none was saved."""
+
+
+def build_task(c: config.Config, batch: BatchPlan, world: World) -> Task:
+    """Raises UserError where the data does not exist or does not fit the settings."""
+    return AnswerTask(c, batch, world) if c.data.source == "state_tracking" else TextTask(c, batch, world)
+
+
+class TextTask:
+    """Next tokens of text; at the end a sample, read back from the checkpoint just written."""
+
+    def __init__(self, c: config.Config, batch: BatchPlan, world: World) -> None:
+        self.world, self.validation, self.generate, self.seed = world, c.validation, c.generate, c.debug.seed
+        where: Any = {
+            "seq_len": batch.seq_len,
+            "rank": world.rank,
+            "world_size": world.size,
+            "vocab_size": c.model.vocab_size,
+        }
+        own = batch.local_batch_size
+        self.loader = build_dataloader(
+            c.data, c.training.dataloader, local_batch_size=own, global_batch_size=batch.global_batch_size, **where
+        )
+        self.held_out: ValidationLoader | None = None
+        if c.validation.enable:
+            held_out_size = c.validation.local_batch_size or own
+            self.held_out = build_validation_loader(c.validation, c.data, local_batch_size=held_out_size, **where)
+
+    def evaluate(self, model: Transformer) -> Evaluation:
+        assert self.held_out is not None
+        limit = None if self.validation.steps == -1 else self.validation.steps
+        return evaluate_loss(model, itertools.islice(iter(self.held_out), limit), self.world.device)
+
+    def is_reached(self, result: Evaluation) -> bool:
+        return False
+
+    def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> str | None:
+        c = self.generate
+        if checkpoint is None or not c.enable or not self.world.is_main:
+            return None
+        try:
+            loaded = load_pretrained(checkpoint, self.world.device)
+            sampling = Sampling(c.temperature)
+            text = continue_text(
+                loaded.model, loaded.tokenizer, c.prompt, max_new_tokens=c.max_new_tokens, sampling=sampling, seed=self.seed
+            )
+            return f"sample\n{c.prompt}{text}"
+        except (UserError, torch.OutOfMemoryError) as error:  # the run is done and saved: no reason to fail it now
+            return f"no sample: {error}"
+
+
+class AnswerTask:
+    """A word problem or a formal language; at the end the test on longer words, which nothing was chosen by."""
+
+    def __init__(self, c: config.Config, batch: BatchPlan, world: World) -> None:
+        self.world, self.c, self.device = world, c.state_tracking, world.device
+        vocab_size, own = c.model.vocab_size, batch.local_batch_size
+        place = Place(batch.seq_len, own, batch.global_batch_size, world.rank, world.size)
+        self.loader = SyntheticLoader(self.c, c.data.seed, place, vocab_size, world.device)
+        own = c.validation.local_batch_size or own
+        place = Place(batch.seq_len, own, own * world.size, world.rank, world.size)
+        self.held_out = validation_set(self.c, place, vocab_size, world.device) if c.validation.enable else None
+        self.test = test_set(self.c, place, vocab_size, world.device)
+
+    def evaluate(self, model: Transformer) -> Evaluation:
+        assert self.held_out is not None
+        return evaluate_answers(model, self.held_out, self.device)
+
+    def is_reached(self, result: Evaluation) -> bool:
+        assert result.sequence_accuracy is not None
+        return self.c.stop_when_solved and result.sequence_accuracy >= self.c.solved_accuracy
+
+    def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> str | None:
+        result = run_test(model, self.test, self.loader.length, self.device)
+        if not self.world.is_main:
+            return None
+        result.write(run_folder)
+        return f"test\n{result.describe()}"
