@@ -30,8 +30,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes where tests are many and small; the others start processes of their own. A worker's torch has one thread.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/kernels --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest tests/hf tests/distributed tests/slurm tests/integration
 
 bench: $(INSTALLED)
 	for script in op loader checkpoint trainer kernel_costs export generation length_extrapolation scaling report; do $(BIN)/python benchmarks/$$script.py || exit 1; done

@@ -1,0 +1,314 @@
+"""`titan-dp state-tracking inspect`: numbers of a model written by hand, whose heads are known, and of random weights."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.pretrained import save_checkpoint
+from titan_dp import config
+from titan_dp.checkpoint import step_folder
+from titan_dp.checkpointer import save_model_weights
+from titan_dp.cli import dispatch
+from titan_dp.config_docs import all_keys
+from titan_dp.config_loader import Loaded
+from titan_dp.data.batches import IGNORE
+from titan_dp.data.synthetic.groups import parse_group
+from titan_dp.data.synthetic.words import WordProblem
+from titan_dp.errors import UserError
+from titan_dp.model import Transformer, build_model
+from titan_dp.model.deltaproduct import DeltaProduct
+from titan_dp.state_tracking import constructions
+from titan_dp.state_tracking.inspect import Head, Trace, describe, trace
+
+VOCABULARY = {"S3": 8, "D4": 10, "Z5": 7}
+SMALL: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_heads": 3,
+    "head_dim": 4,
+    "num_householder": 2,
+    "use_short_conv": False,
+    "intermediate_size": 16,
+    "initializer_range": 0.5,
+    "tie_word_embeddings": False,
+}
+
+
+def random_model(task: str = "S3", **changes: Any) -> tuple[config.Model, Transformer]:
+    c = config.Model(**{**SMALL, "vocab_size": VOCABULARY[task], **changes})
+    model = build_model(c)
+    model.init_weights(int(torch.randint(2**31, ())))
+    return c, model.requires_grad_(False).eval()
+
+
+def traces_of(model: Transformer, task: str = "S3", words: int = 6, length: int = 20, **keys: Any) -> dict[int, Trace]:
+    return trace(model, WordProblem(parse_group(task), **keys), words, length)
+
+
+def heads_of(model: Transformer, task: str, words: int = 6, length: int = 40) -> list[Head]:
+    found = traces_of(model, task, words, length)
+    return [describe(layer, head, t) for layer, t in found.items() for head in range(t.beta.shape[-1])]
+
+
+# -- a model that is known ---------------------------------------------------------------------------------------------
+
+
+def test_the_states_of_the_swaps_tell_the_element_alone_and_every_step_is_a_reflection_or_none() -> None:
+    heads = heads_of(constructions.swaps(parse_group("S3")), "S3")
+    assert len(heads) == 3
+    for head in heads:
+        assert head.state_within < 1e-3
+        assert head.steps_near_2 + head.steps_near_0 == 1
+        assert 0 < head.steps_near_0 < 1
+        # the keys are e_a - e_b, in the plane of vectors whose entries sum to 0
+        assert head.key_variance[1] == pytest.approx(1, abs=1e-4)
+        assert head.key_variance[0] < 0.99
+
+
+def test_the_share_of_reflections_is_that_of_the_words() -> None:
+    """An S3 element needs as many swaps as 3 minus its cycles: 0, 1 or 2 of the 2 steps."""
+    group = parse_group("S3")
+    t = traces_of(constructions.swaps(group), "S3", words=9, length=33)[0]
+    cycles = np.array([sum(min(orbit) == i for i, orbit in enumerate(orbits(p))) for p in group.permutations.tolist()])
+    elements = group.table[t.products[:, 1:], np.argmax(group.table[t.products[:, :-1]] == 0, -1)]  # x_t = y_t after y_(t-1)^-1
+    elements = np.concatenate([t.products[:, :1].numpy(), elements], 1)
+    wanted = (3 - cycles)[elements].sum() / (2 * elements.size)
+    assert describe(0, 1, t).steps_near_2 == pytest.approx(wanted)
+
+
+def orbits(permutation: list[int]) -> list[set[int]]:
+    found = []
+    for start in range(len(permutation)):
+        orbit, point = {start}, permutation[start]
+        while point != start:
+            orbit.add(point)
+            point = permutation[point]
+        found.append(orbit)
+    return found
+
+
+def test_rotations_of_the_cube_have_keys_in_three_dimensions() -> None:
+    heads = heads_of(constructions.rotations(parse_group("S4")), "S4")
+    for head in heads:
+        assert head.state_within < 1e-3
+        assert head.key_variance[2] == pytest.approx(1, abs=1e-4)
+        assert head.key_variance[1] < 0.99
+
+
+# -- random weights ----------------------------------------------------------------------------------------------------
+
+
+def test_every_layer_with_a_matrix_state_is_traced_at_the_elements_alone() -> None:
+    _, model = random_model()
+    found = traces_of(model, words=5, length=7)
+    assert list(found) == [0, 1]
+    for t in found.values():
+        assert t.beta.shape == (5, 7, 2, 3)
+        assert t.k.shape == (5, 7, 2, 3, 4)
+        assert t.states.shape == (5, 7, 3, 4, 4)
+        assert t.products.shape == (5, 7)
+        assert ((t.products >= 0) & (t.products < 6)).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_forget_gate": True}, {"num_householder": 3, "allow_neg_eigval": False}])
+def test_states_follow_the_definition(changes: dict[str, Any]) -> None:
+    """Step by step, H <- H - beta k (k^T H) + beta k v^T for j = 1 to n, after the token's decay."""
+    _, model = random_model(num_hidden_layers=1, **changes)
+    problem = WordProblem(parse_group("S3"))
+    t = trace(model, problem, 3, 12)[0]
+    mixer = model.blocks[0].attn
+    assert isinstance(mixer, DeltaProduct)
+    normed = model.blocks[0].attn_norm.apply_to(model.embeddings(words_with(problem, t.products)))
+    inputs = mixer.recurrence_inputs(normed, None)
+    q, k, v, beta = (x.double().numpy() for x in (inputs.q, inputs.k, inputs.v, inputs.beta))
+    decay = [x for x in inputs if x is not None and x.shape == q.shape[:3]]
+    for b in range(3):
+        for h in range(3):
+            H = np.zeros((4, 4))
+            for i in range(13):
+                H *= np.exp(decay[0].double().numpy()[b, i, h]) if changes.get("use_forget_gate") else 1
+                for j in range(k.shape[2]):
+                    key, value = k[b, i, j, h], v[b, i, j, h]
+                    H = H + beta[b, i, j, h] * np.outer(key, value - key @ H)
+                if i:
+                    assert np.allclose(t.states[b, i - 1, h].numpy(), H, atol=1e-4)
+                    assert np.allclose(t.k[b, i - 1, :, h].numpy(), k[b, i, :, h], atol=1e-6)
+                    assert np.allclose(t.beta[b, i - 1, :, h].numpy(), beta[b, i, :, h], atol=1e-6)
+
+
+def words_with(problem: WordProblem, products: torch.Tensor) -> torch.Tensor:
+    """The input whose running products these are."""
+    table, rows = problem.group.table, []
+    for row in products.tolist():
+        word, before = [], 0
+        for y in row:
+            word.append(next(x for x in range(problem.group.order) if table[x, before] == y))
+            before = y
+        rows.append([problem.bos, *word])
+    return torch.tensor(rows)
+
+
+def test_the_second_layer_sees_what_the_first_wrote() -> None:
+    _, model = random_model()
+    problem = WordProblem(parse_group("S3"))
+    t = trace(model, problem, 4, 10)
+    tokens = words_with(problem, t[1].products)
+    mixer, seen = model.blocks[1].attn, []
+    assert isinstance(mixer, DeltaProduct)
+    mixer.b_proj.register_forward_hook(lambda _, args, out: seen.append(out))
+    model(tokens)
+    assert torch.allclose(t[1].beta, 2 * torch.sigmoid(seen[-1][:, 1:]).view(4, 10, 2, 3), atol=1e-5)
+
+
+def test_describe_counts_as_numpy_does() -> None:
+    """Step sizes, second moments of the keys weighted by beta, and variance within and in all."""
+    _, model = random_model("D4", head_dim=6, initializer_range=1.0)
+    t = traces_of(model, "D4", words=7, length=30)[1]
+    for h in range(3):
+        head = describe(1, h, t)
+        beta, k = t.beta[..., h].double().numpy(), t.k[..., h, :].double().numpy()
+        assert (head.layer, head.head) == (1, h)
+        assert head.steps_near_2 == pytest.approx((beta > 1.9).mean())
+        assert head.steps_near_0 == pytest.approx((beta < 0.1).mean())
+        moment = np.einsum("btj,btjd,btje->de", beta, k, k)
+        share = np.sort(np.linalg.eigvalsh(moment))[::-1].cumsum() / np.trace(moment)
+        assert head.key_variance == pytest.approx(share.tolist(), abs=1e-4)
+
+        states, products = t.states[:, :, h].double().numpy().reshape(210, -1), t.products.numpy().flatten()
+        within = total = 0.0
+        for state, product in zip(states, products, strict=True):
+            within += ((state - states[products == product].mean(0)) ** 2).sum()
+            total += ((state - states.mean(0)) ** 2).sum()
+        assert head.state_within == pytest.approx(within / total)
+
+
+def test_fillers_are_read_but_not_shown() -> None:
+    _, model = random_model()
+    found = traces_of(model, words=3, length=5, tokens_per_element=3)
+    assert found[0].states.shape[:2] == (3, 5)
+    plain = traces_of(model, words=3, length=5)
+    assert torch.equal(found[0].products, plain[0].products)
+    assert not torch.allclose(found[0].states, plain[0].states)
+
+
+def test_hybrids_show_their_matrix_states_only() -> None:
+    _, model = random_model(attention_layers=[0], attention_num_heads=2)
+    assert list(traces_of(model)) == [1]
+    _, model = random_model(mixer="attention", attention_num_heads=2)
+    assert traces_of(model) == {}
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def save(run_folder: Path, c: config.Model, model: Transformer, **task: Any) -> Path:
+    """The run folder of a word problem with a checkpoint of `model`."""
+    settings = config.Config(
+        job=config.Job(run_name=run_folder.name),
+        model=c,
+        data=config.Data(source="state_tracking"),
+        state_tracking=config.StateTracking(**task),
+        training=config.Training(steps=7, seq_len=17),
+    )
+    meta = {
+        "step": 7,
+        "healthy": True,
+        "world_size": 1,
+        "config": Loaded(settings, dict.fromkeys(all_keys(), "test")).resolved_toml(),
+        "git_commit": "0" * 40,
+        "fingerprint": "0" * 64,
+        "tokenizer": "none",
+        "global_batch_size": 8,
+        "seed": 0,
+        "loader": {"samples": 56},
+        "samples": 56,
+        "tokens": 56 * 17,
+    }
+    save_model_weights(step_folder(run_folder / "checkpoint", 7), dict(model.state_dict()), meta)
+    return run_folder
+
+
+def inspect(*words: str) -> int:
+    return dispatch(["state-tracking", "inspect", *words])
+
+
+def test_a_run_is_printed_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    c, model = random_model("D4", num_heads=1)
+    run = save(tmp_path / "run", c, model, task="D4")
+    assert inspect(str(run), "--length", "25", "--words", "3") == 0
+    assert "D4: what each head does" in " ".join(capsys.readouterr().out.split())
+    for layer in (0, 1):
+        assert (run / f"inspect/layer-{layer}.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((run / "inspect/inspect.json").read_text())
+    assert written["task"] == "D4"
+    assert [(head["layer"], head["head"]) for head in written["heads"]] == [(i, h) for i in (0, 1) for h in (0,)]
+    expected = heads_of(model, "D4", words=3, length=25)
+    for head, wanted in zip(written["heads"], expected, strict=True):
+        assert head["state_within"] == pytest.approx(wanted.state_within, rel=1e-3)
+        assert len(head["key_variance"]) == 4
+
+
+def test_another_place_may_be_named_and_one_word_of_two_elements_is_enough(tmp_path: Path) -> None:
+    c, model = random_model(num_heads=1, num_hidden_layers=1)
+    run = save(tmp_path / "run", c, model, task="S3")
+    assert inspect(str(run), "--length", "2", "--words", "1", "--out", str(tmp_path / "new/place")) == 0
+    assert not (run / "inspect").exists()
+    assert (tmp_path / "new/place/inspect.json").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_state_has_no_variance_to_divide(tmp_path: Path) -> None:
+    c, model = random_model(num_heads=1, num_hidden_layers=1)
+    run = save(tmp_path / "run", c, model, task="S3")
+    with suppress(UserError):  # to refuse it is as good
+        inspect(str(run), "--length", "1", "--words", "1")
+        assert "NaN" not in (run / "inspect/inspect.json").read_text()
+
+
+def test_a_model_of_dead_steps_is_described_too() -> None:
+    """Where a router or training switched every step off, there are no keys to weigh."""
+    t = traces_of(random_model()[1])[0]
+    head = describe(0, 0, t._replace(beta=torch.zeros_like(t.beta)))
+    assert head.steps_near_0 == 1
+    assert all(not np.isnan(share) for share in head.key_variance)
+
+
+def refused(message: str, *words: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        inspect(*words)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_inspected_is_refused(tmp_path: Path) -> None:
+    refused("nowhere does not exist", str(tmp_path / "nowhere"))
+    save_checkpoint(tmp_path / "text")
+    refused("text was not trained on a group's word problem", str(tmp_path / "text"))
+    c, model = random_model()
+    refused("language was not trained on a group's", str(save(tmp_path / "language", c, model, task="parity")))
+    c, model = random_model(mixer="attention", attention_num_heads=2)
+    run = save(tmp_path / "attention", c, model, task="S3")
+    refused("attention has no DeltaProduct layer", str(run))
+    for option in ("--length", "--words"):
+        refused(f"{option} = 0; give 1 or more", str(run), option, "0")
+    assert not (run / "inspect").exists()
+
+
+def test_text_is_not_generated_by_a_model_of_word_problems(tmp_path: Path) -> None:
+    c, model = random_model()
+    run = save(tmp_path / "run", c, model, task="S3")
+    for command in (["generate", str(run), "--prompt", "x"], ["export", str(run), str(tmp_path / "hf")]):
+        with pytest.raises(UserError, match="S3") as caught:
+            dispatch(command)
+        assert "no tokenizer" in str(caught.value)
+
+
+def test_labels_of_trace_are_never_the_ignored_one() -> None:
+    t = traces_of(random_model()[1], tokens_per_element=2)[0]
+    assert (t.products != IGNORE).all()
