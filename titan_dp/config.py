@@ -203,9 +203,10 @@ class StateTracking(Section):
     table.csv), or a formal language (parity, even-pairs, cycle-navigation, modular-arithmetic, ...). Words are as long as
     training.seq_len holds: 1 + symbols * tokens_per_element."""
     min_length: Positive | None = None
-    """Draw the length of each word from here to the longest; default: all are of the longest."""
+    """Draw the length of each word from here to the longest; default: a group's words are all of the longest, whose beginnings
+    are words too, and a language's strings have all lengths."""
     curriculum_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the longest word grows, linearly, from min_length (or 1) to what training.seq_len holds."""
+    """Steps over which the longest word grows, linearly, from min_length (or the shortest) to what training.seq_len holds."""
     max_moved: Positive | None = None
     """Groups: draw only elements that move at most so many points (2: swaps and the identity); default: all elements."""
     tokens_per_element: Annotated[int, Field(ge=1, le=8)] = 1

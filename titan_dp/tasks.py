@@ -17,11 +17,11 @@ from titan_dp.data.loader import ValidationLoader, build_dataloader, build_valid
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
 from titan_dp.distributed import World
 from titan_dp.errors import UserError
+from titan_dp.length_test import run_length_test
 from titan_dp.model.transformer import Transformer
 from titan_dp.pretrained import load_pretrained
 from titan_dp.sampling import Sampling, continue_text
 from titan_dp.schedule import BatchPlan
-from titan_dp.synthetic_test import run_test
 from titan_dp.validate import Evaluation, evaluate_answers, evaluate_loss
 
 
@@ -113,7 +113,7 @@ class AnswerTask:
         return self.c.stop_when_solved and result.sequence_accuracy >= self.c.solved_accuracy
 
     def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> str | None:
-        result = run_test(model, self.test, self.loader.length, self.device)
+        result = run_length_test(model, self.test, self.loader.length, self.device)
         if not self.world.is_main:
             return None
         result.write(run_folder)

@@ -22,8 +22,7 @@ from titan_dp.data.synthetic.languages import LanguageProblem, find_language
 from titan_dp.data.synthetic.loader import SyntheticSet
 from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
-from titan_dp.synthetic_test import FILE, read_test, run_test
-from titan_dp.synthetic_test import TestResult as Result  # pytest would collect the name
+from titan_dp.length_test import FILE, LengthTest, read_length_test, run_length_test
 from titan_dp.validate import accuracy_by_position, evaluate_answers
 
 CPU = torch.device("cpu")
@@ -182,35 +181,36 @@ test_set_of.__test__ = False  # type: ignore[attr-defined]
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_word_counts_at_a_length_if_it_is_right_up_to_there(n: int) -> None:
     problem = WordProblem(parse_group("S3"), tokens_per_element=n)
-    result = run_test(Oracle(problem, until=10), test_set_of(problem, 20, 16, 16), 4, CPU)  # type: ignore[arg-type]
-    assert (result.problem, result.chance, result.train_length) == ("S3", 1 / 6, 4)
+    result = run_length_test(Oracle(problem, until=10), test_set_of(problem, 20, 16, 16), 4, CPU)  # type: ignore[arg-type]
+    assert result.problem == "word problem of S3, 6 elements" + (f", {n} tokens an element" if n > 1 else "")
+    assert (result.chance, result.train_length) == (1 / 6, 4)
     assert result.lengths == list(range(1, 17))
     assert result.asked == [20] * 16
     assert result.right == result.right_so_far == [20] * 10 + [0] * 6
     assert (result.sequence_accuracy(10), result.sequence_accuracy(11)) == (1, 0)
     assert result.token_accuracy(1, 16) == 10 / 16
     assert result.token_accuracy(9, 12) == 0.5
-    assert result.has_prefixes
+    assert result.answers_everywhere
     assert "100.0% at 4" in result.describe()
     assert "0.0% at 16" in result.describe()
 
 
 def test_a_string_counts_at_its_own_length() -> None:
     problem = LanguageProblem(find_language("parity"))
-    result = run_test(Oracle(problem, until=8), test_set_of(problem, 300, 4, 12), 4, CPU)  # type: ignore[arg-type]
+    result = run_length_test(Oracle(problem, until=8), test_set_of(problem, 300, 4, 12), 4, CPU)  # type: ignore[arg-type]
     assert result.lengths == list(range(4, 13))
     assert sum(result.asked) == 300
-    assert not result.has_prefixes
+    assert not result.answers_everywhere
     for length, asked, right in zip(result.lengths, result.asked, result.right, strict=True):
         assert right == (asked if length <= 8 else 0)
-    longer = sum(asked for length, asked in zip(result.lengths, result.asked, strict=True) if length > 4)
-    right = sum(result.right[1:])
-    assert result.token_accuracy(5, 12) == right / longer
-    assert f"{(right / longer - 0.5) / 0.5:.3f}" in result.describe()
+    assert result.token_accuracy(5, 12) == sum(result.right[1:]) / sum(result.asked[1:])
+    scaled = (sum(result.right) / 300 - 0.5) / 0.5
+    assert result.scaled_accuracy() == pytest.approx(scaled)
+    assert f"scaled accuracy {scaled:.3f}" in result.describe()
 
 
 def test_lengths_nobody_asked_about_have_no_accuracy() -> None:
-    result = Result("parity", 0.5, 4, [5, 7], [2, 3], [1, 3], [1, 3])
+    result = LengthTest("parity", 0.5, False, 4, [5, 7], [2, 3], [1, 3], [1, 3])
     assert math.isnan(result.token_accuracy(8, 20))
     assert result.token_accuracy(1, 5) == 0.5
     with pytest.raises(ValueError, match="6"):
@@ -219,9 +219,9 @@ def test_lengths_nobody_asked_about_have_no_accuracy() -> None:
 
 def test_strings_that_happen_to_be_as_many_at_every_length_are_no_prefixes() -> None:
     problem = LanguageProblem(find_language("parity"))
-    result = run_test(Oracle(problem, until=99), test_set_of(problem, 30, 12, 12), 12, CPU)  # type: ignore[arg-type]
+    result = run_length_test(Oracle(problem, until=99), test_set_of(problem, 30, 12, 12), 12, CPU)  # type: ignore[arg-type]
     assert result.lengths == [12]
-    assert not result.has_prefixes
+    assert not result.answers_everywhere
 
 
 # -- test.json ---------------------------------------------------------------------------------------------------------
@@ -229,14 +229,14 @@ def test_strings_that_happen_to_be_as_many_at_every_length_are_no_prefixes() -> 
 
 def test_a_result_comes_back_from_its_file(tmp_path: Path) -> None:
     lengths = list(range(1, 9))
-    result = Result("S3", 1 / 6, 2, lengths, [8] * 8, [8, 8, 8, 7, 6, 4, 3, 1], [8, 8, 8, 7, 6, 3, 2, 0])
+    result = LengthTest("S3", 1 / 6, True, 2, lengths, [8] * 8, [8, 8, 8, 7, 6, 4, 3, 1], [8, 8, 8, 7, 6, 3, 2, 0])
     result.write(tmp_path)
-    assert read_test(tmp_path) == result
+    assert read_length_test(tmp_path) == result
     assert json.loads((tmp_path / FILE).read_text())["lengths"] == lengths
 
 
 def test_reading_needs_no_torch() -> None:
-    code = "import sys, titan_dp.synthetic_test; assert 'torch' not in sys.modules"
+    code = "import sys, titan_dp.length_test; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
@@ -245,5 +245,5 @@ def test_a_file_that_is_no_result_is_the_users_to_mend(text: str | None, tmp_pat
     if text is not None:
         (tmp_path / FILE).write_text(text)
     with pytest.raises(UserError, match=r"test.json cannot be read .*run it again") as caught:
-        read_test(tmp_path)
+        read_length_test(tmp_path)
     assert "\n" not in str(caught.value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,25 @@ import pytest
 from scipy.stats import beta as beta_distribution
 
 from titan_dp.cli import dispatch
+from titan_dp.data.synthetic.groups import parse_group
+from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
-from titan_dp.state_tracking.report import report, scaled_accuracy, table
+from titan_dp.state_tracking.report import report, table
 from titan_dp.state_tracking.results import Summary, read_outcome, summarise
 
 L = 8
 """Symbols of the words trained on."""
+PLANNED = 100
+"""Steps; runs that solve their task may end before."""
 MODELS = {
     "DeltaProduct_2 [-1, 1]": "num_householder = 2",
     "DeltaNet [0, 1]": "num_householder = 1\nallow_neg_eigval = false",
     "softmax attention": 'mixer = "attention"',
 }
+
+
+def problem(task: str) -> str:
+    return f"word problem of {task}, 6 elements"
 
 
 def write_run(
@@ -42,12 +49,12 @@ def write_run(
 ) -> Path:
     """A run validated every 10 steps with `accuracies` of whole words; the test finds a fraction `right` beyond `length`."""
     folder.mkdir(parents=True)
-    steps = 10 * len(accuracies)
+    step = 10 * len(accuracies)
     (folder / "config.toml").write_text(
-        f'[model]\n{MODELS[model]}\n[data]\nsource = "state_tracking"\n[training]\nsteps = {steps}\nseq_len = {length + 1}\n'
+        f'[model]\n{MODELS[model]}\n[data]\nsource = "state_tracking"\n[training]\nsteps = {PLANNED}\nseq_len = {length + 1}\n'
         f'[state_tracking]\ntask = "{task}"\nsolved_accuracy = 0.9\n{more}'
     )
-    (folder / "run.json").write_text(json.dumps({"state": state, "step": steps, "steps": steps, "parameters": parameters}))
+    (folder / "run.json").write_text(json.dumps({"state": state, "step": step, "steps": PLANNED, "parameters": parameters}))
     records: list[dict[str, Any]] = [{"step": 1, "loss": 2.0, "data_wait": 0.9, "step_seconds": 3.0, **step_values}]
     for i, accuracy in enumerate(accuracies, 1):
         records.append({"step": 10 * i, "loss": 1.0, "data_wait": 0.01 * i, "step_seconds": 0.5, **step_values})
@@ -58,7 +65,7 @@ def write_run(
         lengths, n = list(range(1, 4 * length + 1)), 1000
         so_far = [n if i <= length else round(n * right) for i in lengths]
         prefixes = {"lengths": lengths, "asked": [n] * len(lengths), "right": so_far, "right_so_far": so_far}
-        facts = {"problem": task, "chance": 1 / 6, "train_length": length}
+        facts = {"problem": problem(task), "chance": 1 / 6, "train_length": length, "answers_everywhere": True}
         (folder / "test.json").write_text(json.dumps(facts | prefixes | (test or {})))
     return folder
 
@@ -67,7 +74,7 @@ def language_test(right: dict[int, int], asked: int = 100) -> dict[str, Any]:
     counts = list(right.values())
     numbers = [asked + i % 2 for i in range(len(counts))]
     lists = {"lengths": list(right), "asked": numbers, "right": counts, "right_so_far": counts}
-    return {"problem": "parity", "chance": 0.5, **lists}
+    return {"problem": "formal language parity, 2 answers", "chance": 0.5, "answers_everywhere": False, **lists}
 
 
 def summary_of(*folders: Path) -> Summary:
@@ -104,7 +111,7 @@ def test_an_outcome_holds_what_the_folder_says(tmp_path: Path) -> None:
 def test_a_run_that_solved_the_task_and_fell_back_has_not_solved_it(tmp_path: Path) -> None:
     outcome = read_outcome(write_run(tmp_path / "a", [0.2, 1.0, 0.3]))
     assert outcome is not None
-    assert (outcome.solved_step, outcome.is_solved) == (20, False)
+    assert (outcome.solved_step, outcome.is_solved) == (None, False)
 
 
 def test_solved_is_what_the_run_itself_was_told(tmp_path: Path) -> None:
@@ -192,24 +199,37 @@ def test_models_come_in_the_order_of_their_runs_and_layers_make_a_model(tmp_path
 def test_several_tasks_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "a", [1.0])
     write_run(tmp_path / "b", [1.0], task="A5")
-    with pytest.raises(UserError, match=r"several tasks \(A5, S3\); report one at a time"):
+    with pytest.raises(UserError, match=r"several tasks \(.* A5, .*; .* S3, .*\); report one at a time"):
         report([tmp_path], tmp_path)
     assert not (tmp_path / "summary.json").exists()
 
 
 def test_swaps_only_are_another_task_than_all_elements(tmp_path: Path) -> None:
     """A group's variants are easier or harder: their seeds cannot make one escape fraction."""
-    write_run(tmp_path / "a", [1.0], task="S5")
-    write_run(tmp_path / "b", [0.0], task="S5", more="max_moved = 2\n")
-    with suppress(UserError):  # to refuse them is as good
-        assert [len(s.outcomes) for s in report([tmp_path], tmp_path / "out")] == [1, 1]
+    all_elements, swaps = (WordProblem(parse_group("S5"), most).describe() for most in (None, 2))
+    write_run(tmp_path / "a", [1.0], task="S5", test={"problem": all_elements})
+    write_run(tmp_path / "b", [0.0], task="S5", more="max_moved = 2\n", test={"problem": swaps})
+    with pytest.raises(UserError, match="several tasks"):
+        report([tmp_path], tmp_path / "out")
 
 
-def test_runs_of_other_training_lengths_are_refused_or_kept_apart(tmp_path: Path) -> None:
+def test_runs_of_other_training_lengths_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "a", [1.0])
     write_run(tmp_path / "b", [0.0], length=2, model="DeltaNet [0, 1]")  # tested up to 8 only
-    with suppress(UserError):  # to refuse them is as good
-        assert [len(s.outcomes) for s in report([tmp_path], tmp_path / "out")] == [1, 1]
+    with pytest.raises(UserError, match=r"several tasks \(.* words of 2, tested to 8; .* words of 8, tested to 32\)"):
+        report([tmp_path], tmp_path / "out")
+
+
+def test_seeds_and_names_make_no_other_model_and_any_other_setting_does(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, [1.0]) for name in ("a", "b", "slow")]
+    text = (runs[0] / "config.toml").read_text()
+    seeded = text.replace("[data]", "[data]\nseed = 7") + '[debug]\nseed = 7\n[job]\nrun_name = "b"\ndescription = "another"\n'
+    (runs[1] / "config.toml").write_text(seeded)
+    (runs[2] / "config.toml").write_text(text + "[optimizer]\nlr = 1e-5\n")
+    found = summarise([outcome for folder in runs if (outcome := read_outcome(folder))])
+    assert [[o.folder.name for o in s.outcomes] for s in found] == [["a", "b"], ["slow"]]
+    name = "DeltaProduct_2 [-1, 1], 24 layers"
+    assert [s.label for s in found] == [f"{name} ({runs[0]})", f"{name} ({runs[2]})"]
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -242,15 +262,15 @@ def test_a_test_that_is_shorter_has_fewer_columns(tmp_path: Path) -> None:
     assert [h for h in headers if "right at" in h] == ["right at 8", "right at 16"]
 
 
-def test_a_language_has_scaled_accuracies_of_the_longer_strings(tmp_path: Path) -> None:
-    perfect = write_run(tmp_path / "a", [1.0], task="parity", test=language_test({8: 0, 9: 100, 10: 101}), loss=0.1)
-    guess = write_run(tmp_path / "b", [1.0], task="parity", test=language_test({9: 50, 10: 50, 11: 50}), loss=0.2)
-    third = write_run(tmp_path / "c", [1.0], task="parity", test=language_test({9: 80, 10: 70}), loss=0.3)
+def test_a_language_has_scaled_accuracies_of_all_strings_tested(tmp_path: Path) -> None:
+    perfect = write_run(tmp_path / "a", [1.0], task="parity", test=language_test({8: 100, 9: 101, 10: 100}), loss=0.1)
+    guess = write_run(tmp_path / "b", [1.0], task="parity", test=language_test({8: 50, 9: 50, 10: 50}), loss=0.2)
+    third = write_run(tmp_path / "c", [1.0], task="parity", test=language_test({8: 80, 9: 70, 10: 60}), loss=0.3)
     outcomes = [outcome for run in (perfect, guess, third) if (outcome := read_outcome(run))]
-    expected = [1.0, (150 / 301 - 0.5) / 0.5, (150 / 201 - 0.5) / 0.5]
-    assert [scaled_accuracy(o) for o in outcomes] == pytest.approx(expected)
+    expected = [1.0, (150 / 301 - 0.5) / 0.5, (210 / 301 - 0.5) / 0.5]
+    assert [o.test.scaled_accuracy() for o in outcomes] == pytest.approx(expected)
     summary = summary_of(perfect, guess, third)
-    assert column("scaled accuracy, longer", [summary]) == ["1.000"]
+    assert column("scaled accuracy", [summary]) == ["1.000"]
     assert column("median of seeds", [summary]) == [f"{expected[2]:.3f}"]
     assert not [h for h in table([summary])[0] if "right at" in h]
 
@@ -267,11 +287,11 @@ def test_a_report_prints_the_table_and_writes_it_with_the_curves(tmp_path: Path,
     assert dispatch(["state-tracking", "report", str(tmp_path / "runs")]) == 0
     printed = capsys.readouterr().out
     assert "1 more run(s) are not finished and not counted" in printed
-    assert "S3, trained on words of up to 8 symbols" in " ".join(printed.split())
+    assert f"{problem('S3')}, trained on words of up to 8 symbols" in " ".join(printed.split())
     assert (tmp_path / "runs/curves.png").read_bytes().startswith(b"\x89PNG")
 
     summary = json.loads((tmp_path / "runs/summary.json").read_text())
-    assert (summary["task"], summary["train_length"]) == ("S3", L)
+    assert (summary["task"], summary["train_length"]) == (problem("S3"), L)
     ours, attention = summary["models"]
     assert (ours["model"], ours["solved"], ours["seeds"], ours["chosen"]) == ("DeltaProduct_2 [-1, 1], 24 layers", 1, 2, "a")
     assert ours["interval"] == pytest.approx([0.0126, 0.9874], abs=1e-4)
@@ -316,7 +336,7 @@ def test_a_run_of_text_is_no_run_of_state_tracking(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "runs/a", [1.0])
     (folder / "test.json").unlink()
     (folder / "config.toml").write_text("[training]\nsteps = 10\n")
-    with pytest.raises(UserError, match="state-tracking run"):
+    with pytest.raises(UserError, match="was trained on text; name folders of `titan-dp state-tracking train`"):
         report([tmp_path / "runs"], tmp_path / "out")
 
 

@@ -17,6 +17,8 @@ import torch
 from titan_dp import config
 from titan_dp.cli import dispatch
 from titan_dp.config_loader import config_from_toml
+from titan_dp.data.synthetic.groups import parse_group
+from titan_dp.data.synthetic.loader import build_problem, fingerprint
 from titan_dp.errors import UserError
 from titan_dp.model import build_model
 from titan_dp.run_folder import write_run
@@ -42,6 +44,12 @@ def parameters(c: config.Model) -> int:
     """Counted on the tensors of the model."""
     with torch.device("meta"):
         return sum(p.numel() for p in build_model(c).parameters())
+
+
+def begin(cell: Cell, state: str) -> None:
+    """What the trainer leaves in a run's folder."""
+    c = cell.loaded.config.state_tracking
+    write_run(cell.folder, {"state": state, "steps": cell.steps, "fingerprint": fingerprint(build_problem(c), c)})
 
 
 # -- flags -------------------------------------------------------------------------------------------------------------
@@ -253,7 +261,7 @@ def test_a_folder_says_what_will_be_trained_there(tmp_path: Path) -> None:
 def test_a_folder_trained_with_other_settings_is_refused_and_untouched(tmp_path: Path) -> None:
     before = cells("--steps", "9", "--seeds", "1", out=tmp_path)
     write_folders(before)
-    write_run(before[0].folder, {"state": "finished", "steps": 9})
+    begin(before[0], "finished")
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"deltaproduct_2_-1_1-seed1 was trained with other settings; choose another --out"):
         write_folders(cells("--steps", "10", "--seeds", "2", out=tmp_path))
@@ -266,8 +274,34 @@ def test_a_folder_trained_with_other_settings_is_refused_and_untouched(tmp_path:
 def test_what_only_names_a_run_is_no_other_setting(tmp_path: Path) -> None:
     first = cells(out=tmp_path)
     write_folders(first)
-    write_run(first[0].folder, {"state": "training"})
-    write_folders(cells("--job.description", "another", out=tmp_path))
+    begin(first[0], "training")
+    path = first[0].folder / "config.toml"
+    text = path.read_text().replace('description = "', 'description = "another ')
+    assert text != path.read_text()
+    path.write_text(text)
+    write_folders(cells(out=tmp_path))
+    assert path.read_text() == text
+
+
+def test_a_table_that_changed_since_is_another_setting(tmp_path: Path) -> None:
+    four = tmp_path / "four.csv"
+    four.write_text("0,1,2,3\n1,2,3,0\n2,3,0,1\n3,0,1,2\n")
+    first = cells("--task", str(four), out=tmp_path / "out")
+    write_folders(first)
+    begin(first[0], "finished")
+    write_folders(cells("--task", str(four), out=tmp_path / "out"))
+    four.write_text("0,1,2,3\n1,0,3,2\n2,3,0,1\n3,2,1,0\n")
+    parse_group.cache_clear()  # as in another process
+    with pytest.raises(UserError, match="was trained with other settings"):
+        write_folders(cells("--task", str(four), out=tmp_path / "out"))
+
+
+def test_a_run_that_does_not_say_what_it_drew_from_is_another_one(tmp_path: Path) -> None:
+    first = cells(out=tmp_path)
+    write_folders(first)
+    write_run(first[0].folder, {"state": "finished", "steps": first[0].steps})
+    with pytest.raises(UserError, match="was trained with other settings"):
+        write_folders(first)
 
 
 def test_a_folder_that_never_began_is_written_anew(tmp_path: Path) -> None:
@@ -294,13 +328,16 @@ MISTAKES = {
     "a factor that is no group": (["--group", "S3xQ8"], "'Q8'"),
     "a language that is not one": (["--task", "dyck"], "'dyck'"),
     "no task": (["--task", ""], "state_tracking.task"),
-    "an order above the vocabulary's limit": (["--task", "S8"], "'S8' has"),
+    "an order above the vocabulary's limit": (["--task", "S8"], "'S8' has more elements than a vocabulary may have"),
     "an order above the vocabulary asked for": (["--task", "S5", "--model.vocab_size", "64"], "model.vocab_size = 64"),
     "positions that hold no element": (["--training.seq_len", "1"], "training.seq_len = 1"),
     "positions that hold no whole element": (["--tokens-per-element", "3"], "training.seq_len = 129"),
     "words longer than the positions": (["--min-length", "200"], "state_tracking.min_length = 200"),
     "a test shorter than training": (["--test-length", "10"], "state_tracking.test_length = 10"),
-    "strings that do not exist": (["--task", "modular-arithmetic", "--length", "5"], "modular-arithmetic has no string"),
+    "strings that do not exist": (
+        ["--task", "modular-arithmetic", "--length", "5", "--min-length", "5"],
+        "modular-arithmetic has no string of 5 to 5 symbols",
+    ),
     "no word": (["--length", "0"], "--length = 0"),
     "n_h = 0": (["--num-householder", "0"], "num_householder = 0"),
     "n_h = 9": (["--num-householder", "9"], "num_householder = 9"),
@@ -317,11 +354,21 @@ MISTAKES = {
     "DeltaProduct without its n_h": (["--models", "deltaproduct"], "deltaproduct_2"),
     "an n_h DeltaNet has not": (["--models", "deltanet_2"], "n_h = 2"),
     "models and a model": (["--models", "deltanet", "--num-householder", "2"], "--num-householder"),
+    "models and a model by its key": (["--models", "deltanet", "--model.num_householder", "2"], "--models"),
+    "models and gates": (["--models", "deltanet", "--gated"], "--gated"),
+    "models and gates by their key": (["--models", "deltanet", "--model.use_forget_gate", "false"], "--models"),
+    "models and a router": (["--models", "deltanet", "--adaptive"], "--adaptive"),
     "models and a range": (["--models", "deltanet", "--range", "[0,1]"], "--range"),
     "models and a range by its key": (["--models", "deltanet", "--model.allow_neg_eigval", "false"], "--models"),
     "models and a mixer": (["--models", "deltanet", "--model.mixer", "attention"], "--models"),
     "models that cannot be so small": (["--models", "deltanet", "rwkv7_4", "--parameters", "9000"], "9,000"),
     "parameters of one model": (["--parameters", "10_000"], "--parameters"),
+    "a seed of its own": (["--debug.seed", "3"], "--debug.seed: a study numbers its seeds"),
+    "a seed of its words": (["--data.seed", "3"], "--data.seed"),
+    "a name of its own": (["--job.run_name", "mine"], "--job.run_name: a study numbers its seeds and names its runs"),
+    "a folder of its own": (["--job.dump_folder", "mine"], "--job.dump_folder"),
+    "a description of its own": (["--job.description", "mine"], "--job.description"),
+    "two lengths": (["--length", "64", "--training.seq_len", "65"], "--length and --training.seq_len"),
     "no seeds": (["--seeds", "0"], "--seeds = 0"),
     "nothing at once": (["--at-once", "0"], "--at-once = 0"),
     "only the identity": (["--task", "A5", "--max-moved", "2"], "max_moved = 2"),

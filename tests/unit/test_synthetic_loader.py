@@ -282,16 +282,36 @@ def test_words_that_cannot_be_so_short_or_long_are_refused() -> None:
 @pytest.mark.parametrize(
     "keys",
     [
-        {"seq_len": 16},  # words of 15 symbols: an expression has an even number
-        {"seq_len": 2},
+        {"seq_len": 2},  # an expression has an even number of symbols
         {"seq_len": 4, "min_length": 3},
-        {"seq_len": 17, "curriculum_steps": 5},  # which begins with words of 1
-        {"seq_len": 17, "curriculum_steps": 5, "min_length": 3},
+        {"seq_len": 4, "min_length": 3, "curriculum_steps": 5},
+        {"seq_len": 16, "test_length": 15},  # the test's lengths begin with the longest trained on
     ],
 )
 def test_lengths_that_no_string_of_a_language_has_are_refused_before_training(keys: dict[str, int]) -> None:
     seq_len = keys.pop("seq_len")
     refused("modular-arithmetic has no string of", settings("modular-arithmetic", **keys), seq_len=seq_len)
+
+
+@pytest.mark.parametrize(
+    ("min_length", "lengths"), [(None, {2, 4, 6, 8, 10, 12, 14}), (7, {8, 10, 12, 14}), (8, {8, 10, 12, 14})]
+)
+@pytest.mark.parametrize("curriculum_steps", [0, 5])
+def test_strings_have_all_lengths_that_their_language_has(
+    min_length: int | None, lengths: set[int], curriculum_steps: int
+) -> None:
+    c = settings("modular-arithmetic", min_length=min_length, curriculum_steps=curriculum_steps)
+    answers = steps(c, 60, seq_len=16)[5:, 1]  # rows of 15 symbols, of which no string has so many
+    assert set((answers != -100).flatten(0, 1).nonzero()[:, 1].tolist()) == lengths
+
+
+@pytest.mark.parametrize(
+    ("task", "min_length", "first"), [("parity", None, 2), ("modular-arithmetic", None, 3), ("parity", 5, 6)]
+)
+def test_a_languages_curriculum_begins_with_two_lengths(task: str, min_length: int | None, first: int) -> None:
+    """Of which arithmetic, whose strings are even, has one."""
+    one = loader(settings(task, min_length=min_length, curriculum_steps=16 - first))
+    assert [one.longest(step) for step in range(20)] == [min(16, first + step) for step in range(20)]
 
 
 def test_what_is_not_refused_is_trained_on_to_the_end() -> None:
@@ -317,7 +337,8 @@ def test_a_task_that_is_none_is_refused(task: str) -> None:
 
 def test_a_table_in_lower_case_is_a_file_not_a_language(tmp_path: Path) -> None:
     (tmp_path / "z2.csv").write_text("0,1\n1,0\n")
-    assert build_problem(settings(str(tmp_path / "z2.csv"))).name == "z2"
+    problem = build_problem(settings(str(tmp_path / "z2.csv")))
+    assert (problem.name[:3], problem.vocab_size) == ("z2-", 4)
 
 
 def test_tables_of_one_name_that_differ_have_fingerprints_that_differ(tmp_path: Path) -> None:

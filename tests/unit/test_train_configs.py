@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from titan_dp.config_loader import Loaded, config_folder, load_config
+from titan_dp.data.synthetic.loader import problem_that_fits
 from titan_dp.model_size import model_size
 from titan_dp.schedule import plan_batches
 
@@ -91,3 +94,19 @@ def test_a_paper_config_follows_the_papers_recipe(name: str) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_the_debug_batch_divides_over_the_ranks_of_a_laptop_and_of_a_node(ranks: int) -> None:
     assert plan_batches(load("debug").config.training, ranks).global_batch_size == 32
+
+
+@pytest.mark.parametrize("path", sorted(config_folder().glob("state_tracking/*.toml")), ids=lambda path: path.stem)
+def test_a_state_tracking_config_fits_its_task_and_sets_nothing_in_vain(path: Path) -> None:
+    loaded = load(str(path))
+    c = loaded.config
+    problem, length = problem_that_fits(c.state_tracking, c.training.seq_len, c.model.vocab_size)
+    assert problem.name == c.state_tracking.task
+    assert length == (40 if path.stem == "formal_languages" else 128)
+    assert loaded.warnings() == []
+
+
+def test_the_papers_word_problems_have_the_papers_number_of_words() -> None:
+    for path in config_folder().glob("state_tracking/paper_*.toml"):
+        training = load(str(path)).config.training
+        assert plan_batches(training, 1).steps * training.local_batch_size == pytest.approx(100 * 2_000_000, rel=1e-3)

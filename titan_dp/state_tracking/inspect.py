@@ -48,9 +48,11 @@ class Head:
     steps_near_0: float
     """Fraction with beta < 0.1: steps not taken."""
     key_variance: list[float]
-    """Fraction of the keys' second moment, weighted by beta, in their first 1, 2, ... principal components."""
+    """Fraction of the keys' second moment, weighted by beta, in their first 1, 2, ... principal components; empty where every
+    beta is 0."""
     state_within: float
-    """Variance of the state within the words of equal product, as a fraction of all: 0 where it tells the element alone."""
+    """Variance of the state within the words of equal product, as a fraction of all: 0 where it tells the element alone, 1
+    where it tells nothing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,13 +136,14 @@ def describe(layer: int, head: int, t: Trace) -> Head:
     moments = np.linalg.svd(keys, compute_uv=False) ** 2  # a key and its negative are one reflection: no mean is taken off
     states, products = t.states[:, :, head].flatten(2).flatten(0, 1).double().numpy(), t.products.flatten().numpy()
     within = sum(((group - group.mean(0)) ** 2).sum() for group in (states[products == y] for y in np.unique(products)))
+    total = ((states - states.mean(0)) ** 2).sum()
     return Head(
         layer=layer,
         head=head,
         steps_near_2=float((beta > 1.9).float().mean()),
         steps_near_0=float((beta < 0.1).float().mean()),
-        key_variance=(moments.cumsum() / moments.sum()).tolist(),
-        state_within=float(within / ((states - states.mean(0)) ** 2).sum()),
+        key_variance=(moments.cumsum() / moments.sum()).tolist() if moments.sum() else [],
+        state_within=float(within / total) if total else 1.0,
     )
 
 
@@ -169,7 +172,7 @@ def draw(layer: int, t: Trace, heads: list[Head], task: str, path: Path) -> None
         taken = t.k[:, :, :, h][t.beta[..., h] > 0.1].numpy()
         if len(taken):
             keys.scatter(*_components(taken, centred=False).T[:2], s=12, alpha=0.3)
-        dimensions = next(i for i, share in enumerate(head.key_variance, 1) if share > 0.95)
+        dimensions = next((i for i, share in enumerate(head.key_variance, 1) if share > 0.95), 0)
         keys.set(title=f"keys: 95 % in {dimensions} dimension(s)", xlabel="first component", ylabel="second", aspect="equal")
         states = _components(t.states[:, :, h].flatten(2).flatten(0, 1).numpy(), centred=True)
         orbit.remove()

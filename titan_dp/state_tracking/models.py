@@ -26,6 +26,8 @@ _FAMILIES: dict[str, dict[str, object]] = {
 _SEVERAL = ("deltaproduct", "gated-deltaproduct", "adaptive-deltaproduct", "rwkv7")  # that take n_h
 _RANGELESS = ("gla", "attention")
 _ALL_OFF = {"num_householder": 1, "use_forget_gate": False, "adaptive_householder": False}
+MODEL_KEYS = [f"model.{key}" for key in ("mixer", *_ALL_OFF, "allow_neg_eigval")]
+"""What a model's name decides."""
 KNOWN = (
     "deltanet, gated-deltanet, deltaproduct_2, gated-deltaproduct_2, adaptive-deltaproduct_2, rwkv7, rwkv7_2 (each also with "
     "[0,1] or [-1,1] behind it), gla, attention"

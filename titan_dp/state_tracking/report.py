@@ -15,7 +15,6 @@ from titan_dp.console import table_console
 from titan_dp.errors import UserError
 from titan_dp.files import write_atomically, write_json
 from titan_dp.plots import check_matplotlib, save_figure, subplots
-from titan_dp.run_folder import read_run
 from titan_dp.state_tracking.results import Outcome, Summary, read_outcome, summarise
 
 
@@ -34,7 +33,7 @@ def report(folders: list[Path], out: Path) -> list[Summary]:
     from rich.table import Table
 
     check_matplotlib()
-    runs = [run for folder in folders for run in ([folder] if (folder / "run.json").exists() else _runs_in(folder))]
+    runs = [run for folder in folders for run in ([folder] if (folder / "config.toml").exists() else _runs_in(folder))]
     outcomes = [read_outcome(run) for run in runs]
     finished = [outcome for outcome in outcomes if outcome is not None]
     if not finished:
@@ -60,7 +59,7 @@ def report(folders: list[Path], out: Path) -> list[Summary]:
 def _runs_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; give run folders, or a folder of them")
-    return sorted(path.parent for path in folder.glob("*/run.json") if read_run(path.parent) is not None)
+    return sorted(path.parent for path in folder.glob("*/config.toml"))
 
 
 def title(summaries: list[Summary]) -> str:
@@ -73,7 +72,7 @@ def table(summaries: list[Summary]) -> tuple[list[str], list[list[str]]]:
     first = summaries[0].outcomes[0]
     lengths = _lengths(first)
     ahead = ["model", "parameters", "seeds solved", "95 % interval", "steps to solve", "validation"]
-    headers = [*ahead, *([f"right at {n}" for n in lengths] if lengths else ["scaled accuracy, longer", "median of seeds"])]
+    headers = [*ahead, *([f"right at {n}" for n in lengths] if lengths else ["scaled accuracy", "median of seeds"])]
     if any(outcome.householder_steps is not None for s in summaries for outcome in s.outcomes):
         headers.append("steps a token")
     rows = []
@@ -91,8 +90,8 @@ def table(summaries: list[Summary]) -> tuple[list[str], list[list[str]]]:
         if lengths:
             row += [f"{summary.chosen.test.sequence_accuracy(n):.1%}" for n in lengths]
         else:
-            scaled = [scaled_accuracy(outcome) for outcome in summary.outcomes]
-            row += [f"{scaled_accuracy(summary.chosen):.3f}", f"{median(scaled):.3f}"]
+            scaled = [outcome.test.scaled_accuracy() for outcome in summary.outcomes]
+            row += [f"{summary.chosen.test.scaled_accuracy():.3f}", f"{median(scaled):.3f}"]
         if "steps a token" in headers:
             used = summary.chosen.householder_steps
             row.append(f"{summary.chosen.config.model.num_householder}" if used is None else f"{used:.2f}")
@@ -103,15 +102,9 @@ def table(summaries: list[Summary]) -> tuple[list[str], list[list[str]]]:
 def _lengths(outcome: Outcome) -> list[int]:
     """Once, twice and four times the training length, where words are tested at every symbol."""
     test = outcome.test
-    if not test.has_prefixes:
+    if not test.answers_everywhere:
         return []
     return [n for n in (test.train_length, 2 * test.train_length, 4 * test.train_length) if n <= test.lengths[-1]]
-
-
-def scaled_accuracy(outcome: Outcome) -> float:
-    """On strings longer than any trained on: 1 is perfect, 0 is guessing (Grazzi et al. 2025, section 5.1)."""
-    test = outcome.test
-    return (test.token_accuracy(test.train_length + 1, test.lengths[-1]) - test.chance) / (1 - test.chance)
 
 
 def as_json(summaries: list[Summary]) -> dict[str, Any]:
@@ -145,7 +138,8 @@ def _run_json(outcome: Outcome) -> dict[str, Any]:
         "solved": outcome.is_solved,
         "householder_steps": outcome.householder_steps,
         "validation": outcome.last,
-        "test": {str(n): test.sequence_accuracy(n) for n in _lengths(outcome)} or {"scaled_accuracy": scaled_accuracy(outcome)},
+        "test": {str(n): test.sequence_accuracy(n) for n in _lengths(outcome)}
+        or {"scaled_accuracy": outcome.test.scaled_accuracy()},
     }
 
 
@@ -163,7 +157,7 @@ def draw(summaries: list[Summary], path: Path) -> None:
     test = summaries[0].outcomes[0].test
     by_length.axvline(test.train_length, color="grey", ls=":", lw=1)
     by_length.annotate("trained up to here", (test.train_length, 0.5), rotation=90, ha="right", va="center", color="grey")
-    what = "words right so far" if test.has_prefixes else "strings right"
+    what = "words right so far" if test.answers_everywhere else "strings right"
     by_length.set(xlabel="symbols", ylabel=what, title=title(summaries), ylim=(-0.03, 1.03))
     by_step.axhline(test.chance, color="grey", ls=":", lw=1)
     by_step.set(xlabel="step", ylabel="validation answers right", title="training (dotted: guessing)", ylim=(-0.03, 1.03))
@@ -174,7 +168,7 @@ def draw(summaries: list[Summary], path: Path) -> None:
 def _curve(outcome: Outcome) -> tuple[list[float], list[float]]:
     """Lengths and accuracies; of strings, over windows of 16 lengths."""
     test = outcome.test
-    if test.has_prefixes:
+    if test.answers_everywhere:
         return [float(n) for n in test.lengths], [r / a for r, a in zip(test.right_so_far, test.asked, strict=True)]
     windows = [(low, low + 15) for low in range(test.lengths[0], test.lengths[-1] + 1, 16)]
     return [sum(w) / 2 for w in windows], [test.token_accuracy(*w) for w in windows]

@@ -15,9 +15,9 @@ from typing import Any
 from titan_dp import config
 from titan_dp.config_loader import config_from_toml
 from titan_dp.errors import UserError
-from titan_dp.run_folder import read_run
+from titan_dp.length_test import FILE, LengthTest, read_length_test
+from titan_dp.run_folder import identity, read_run
 from titan_dp.state_tracking.models import label
-from titan_dp.synthetic_test import FILE, TestResult, read_test
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class Outcome:
     """Largest fraction of the time between two log lines that training waited for data, the first line left out."""
     householder_steps: float | None
     """Last mean number of steps a token that a router took."""
-    test: TestResult
+    test: LengthTest
 
     @property
     def solved_step(self) -> int | None:
-        """The first validation that reached `state_tracking.solved_accuracy`."""
+        """The first validation that reached `state_tracking.solved_accuracy`, of a run that is solved at the end."""
+        if not self.is_solved:
+            return None
         wanted = self.config.state_tracking.solved_accuracy
         return next((r["step"] for r in self.validations if r["validation_sequence_accuracy"] >= wanted), None)
 
@@ -81,11 +83,16 @@ class Summary:
 
 def read_outcome(folder: Path) -> Outcome | None:
     """The run in `folder`; None where it is not finished. Raises UserError where it is none of a state-tracking task."""
+    loaded = config_from_toml((folder / "config.toml").read_text(), str(folder / "config.toml"))
+    if loaded.data.source != "state_tracking":
+        raise UserError(f"{folder} was trained on text; name folders of `titan-dp state-tracking train`")
     facts = read_run(folder)
     if facts is None or facts.get("state") != "finished" or not (folder / FILE).exists():
         return None
-    loaded = config_from_toml((folder / "config.toml").read_text(), str(folder / "config.toml"))
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    try:
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'metrics.jsonl'} cannot be read ({error}); train the run again") from error
     steps = [r for r in records if "loss" in r]
     validations = [r for r in records if "validation_sequence_accuracy" in r]
     if not validations:
@@ -100,7 +107,7 @@ def read_outcome(folder: Path) -> Outcome | None:
         seconds=seconds,
         data_wait=max([r["data_wait"] for r in steps[1:]], default=0.0),
         householder_steps=steps[-1].get("householder_steps"),
-        test=read_test(folder),
+        test=read_length_test(folder),
     )
 
 
@@ -109,13 +116,27 @@ def _steps_before(records: list[dict[str, Any]]) -> list[int]:
 
 
 def summarise(outcomes: list[Outcome]) -> list[Summary]:
-    """By model, in the order in which they come. Raises UserError where the runs are of several tasks."""
-    tasks = {outcome.test.problem for outcome in outcomes}
+    """By model, in the order in which they come: runs that differ in nothing but their seeds.
+
+    Raises UserError where the runs are of several tasks or training lengths.
+    """
+    tasks = {f"{o.test.problem}, words of {o.test.train_length}, tested to {o.test.lengths[-1]}" for o in outcomes}
     if len(tasks) > 1:
-        raise UserError(f"the runs are of several tasks ({', '.join(sorted(tasks))}); report one at a time")
+        raise UserError(f"the runs are of several tasks ({'; '.join(sorted(tasks))}); report one at a time")
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        c = outcome.config.model
-        layers = f", {c.num_hidden_layers} layers" if c.num_hidden_layers > 1 else ""
-        groups.setdefault(f"{label(c)}{layers}", []).append(outcome)
-    return [Summary(name, runs) for name, runs in groups.items()]
+        groups.setdefault(_without_seeds(outcome.config), []).append(outcome)
+    names = [_name(runs[0].config.model) for runs in groups.values()]
+    return [
+        Summary(name if names.count(name) == 1 else f"{name} ({runs[0].folder})", runs)
+        for name, runs in zip(names, groups.values(), strict=True)
+    ]
+
+
+def _without_seeds(c: config.Config) -> str:
+    seedless = {"debug": c.debug.model_copy(update={"seed": 0}), "data": c.data.model_copy(update={"seed": 0})}
+    return identity(c.model_copy(update=seedless))
+
+
+def _name(c: config.Model) -> str:
+    return label(c) + (f", {c.num_hidden_layers} layers" if c.num_hidden_layers > 1 else "")

@@ -11,6 +11,7 @@ are the trainer's. A finished run is not run again; a folder trained with other 
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from titan_dp.files import write_atomically
 from titan_dp.model_size import model_size
 from titan_dp.run_folder import RunLock, identity, read_run
 from titan_dp.schedule import plan_batches
-from titan_dp.state_tracking.models import KNOWN, folder_name, label, model_settings, with_parameters
+from titan_dp.state_tracking.models import KNOWN, MODEL_KEYS, folder_name, label, model_settings, with_parameters
 
 # flag: (key, what it is)
 FLAGS = {
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     write_folders(cells)
     if args.launch == "print":
         for cell in cells:
-            print(" ".join(command(cell, 1, python="python", project=Path())))
+            print(shlex.join(command(cell, 1, python="python", project=Path())))
         return 0
     lock = RunLock(cells[0].folder.parent)
     try:
@@ -124,10 +125,15 @@ def plan(args: argparse.Namespace) -> list[Cell]:
     for name in ("seeds", "at_once", "length", "parameters"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} = {value}; give 1 or more")
-    if args.models and (clash := [flag for flag, (key, _) in _MODEL_FLAGS.items() if getattr(args, key) is not None]):
-        raise UserError(f"{clash[0]} and --models both choose a model; name all in --models, such as deltaproduct_2[0,1]")
-    if args.models and args.range:
-        raise UserError("--range and --models both choose a model; name all in --models, such as deltaproduct_2[0,1]")
+    chosen = [f"--{key}" for key in MODEL_KEYS if getattr(args, key) is not None] + (["--range"] if args.range else [])
+    if args.models and chosen:
+        flag = next((name for name, (key, _) in {**FLAGS, **SWITCHES}.items() if f"--{key}" == chosen[0]), chosen[0])
+        raise UserError(f"{flag} and --models both choose a model; name all in --models, such as deltaproduct_2[0,1]")
+    for key in ("debug.seed", "data.seed", "job.run_name", "job.dump_folder", "job.description"):
+        if getattr(args, key) is not None:
+            raise UserError(f"--{key}: a study numbers its seeds and names its runs itself; use --seeds and --out")
+    if args.length is not None and getattr(args, "training.seq_len") is not None:
+        raise UserError("--length and --training.seq_len both set the length of a row; give one of them")
     base = _settings(args)
     models = [_checked(base, model_settings(name)) for name in args.models] if args.models else [_checked(base, {})]
     configs = [loaded.config for loaded in models]
@@ -149,15 +155,10 @@ def plan(args: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-_MODEL_FLAGS = {
-    "--num-householder": FLAGS["--num-householder"],
-    "--gated": SWITCHES["--gated"],
-    "--adaptive": SWITCHES["--adaptive"],
-}
-
-
 def _settings(args: argparse.Namespace) -> list[Setting]:
-    """Of the config file, then of the command line."""
+    """Of the config file, then of the command line, and a vocabulary that holds the task's symbols."""
+    from titan_dp.data.synthetic.loader import build_problem
+
     problems = Problems()
     folder = config_folder() / "state_tracking"
     bare = "/" not in args.config
@@ -173,21 +174,23 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
     if args.range is not None:
         settings.append(Setting("model.allow_neg_eigval", args.range == "[-1,1]", "command line"))
     config = build_config(list(settings), problems)[0]
+    if config.data.source != "state_tracking":
+        raise UserError(f"data.source = {config.data.source!r} trains on text; state tracking needs 'state_tracking'")
+    if not config.validation.enable:
+        raise UserError("validation.enable = false leaves nothing to judge the runs by; set it to true")
+    problem = build_problem(config.state_tracking)
     if args.length is not None:
-        settings.append(Setting("training.seq_len", 1 + args.length * config.state_tracking.tokens_per_element, "command line"))
+        settings.append(Setting("training.seq_len", 1 + args.length * problem.tokens_per_element, "command line"))
+    if getattr(args, "model.vocab_size") is None:
+        settings.append(Setting("model.vocab_size", problem.vocab_size, "the task"))
     return settings
 
 
 def _checked(base: list[Setting], model: dict[str, object]) -> Loaded:
-    """The whole configuration, with a vocabulary that holds the task's symbols unless one was asked for."""
-    from titan_dp.data.synthetic.loader import build_problem, problem_that_fits
+    """The whole configuration of one model. Raises UserError where the task does not fit it."""
+    from titan_dp.data.synthetic.loader import problem_that_fits
 
     settings = [*base, *(Setting(f"model.{key}", value, "--models") for key, value in model.items())]
-    config, _ = build_config(settings, Problems())
-    if config.data.source != "state_tracking":
-        raise UserError(f"data.source = {config.data.source!r} trains on text; state tracking needs 'state_tracking'")
-    if not any(setting.key == "model.vocab_size" and setting.origin == "command line" for setting in settings):
-        settings.append(Setting("model.vocab_size", build_problem(config.state_tracking).vocab_size, "the task"))
     config, provenance = build_config(settings, Problems())
     problem_that_fits(config.state_tracking, config.training.seq_len, config.model.vocab_size)
     return Loaded(config, provenance)
@@ -210,11 +213,14 @@ def _cell(loaded: Loaded, seed: int, out: Path) -> Cell:
 
 def write_folders(cells: list[Cell]) -> None:
     """config.toml of every run. Raises UserError, before anything is written, where a folder has other settings' results."""
+    from titan_dp.data.synthetic.loader import build_problem, fingerprint
+
     for cell in cells:
-        path = cell.folder / "config.toml"
-        if read_run(cell.folder) is not None:
+        path, c = cell.folder / "config.toml", cell.loaded.config
+        if (run := read_run(cell.folder)) is not None:
             before = config_from_toml(path.read_text(), str(path))
-            if identity(before) != identity(cell.loaded.config):
+            data = fingerprint(build_problem(c.state_tracking), c.state_tracking)
+            if identity(before) != identity(c) or run.get("fingerprint") != data:
                 raise UserError(f"{cell.folder} was trained with other settings; choose another --out, or remove the folder")
     for cell in cells:
         if read_run(cell.folder) is None:

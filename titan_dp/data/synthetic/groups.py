@@ -6,10 +6,12 @@ groups are made by composing permutations; a table from a file is believed only 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
+import warnings
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,7 @@ class Group:
         return (self.permutations != np.arange(self.points)).sum(1)
 
 
+@cache
 def parse_group(name: str) -> Group:
     """The group called `name`: "Z60", "D4", "S5", "A5", a product such as "S3xZ2", or a file with a multiplication table.
 
@@ -55,29 +58,32 @@ def parse_group(name: str) -> Group:
     if name.endswith(".csv"):
         return _from_file(Path(name))
     factors = [_factor(part, name) for part in name.split("x")]
-    order = np.prod([float(_order(kind, n)) for kind, n in factors])
-    if order > MAX_ORDER:
-        raise UserError(f"group {name!r} has {order:,.0f} elements, a vocabulary at most {MAX_ORDER:,}; take a smaller one")
+    order = 1
+    for kind, n in factors:
+        order *= _order(kind, n)
+        if order > MAX_ORDER:
+            raise UserError(f"group {name!r} has more elements than a vocabulary may have, {MAX_ORDER:,}; take a smaller one")
     return from_permutations(name, reduce(_side_by_side, (_PERMUTATIONS[kind](n) for kind, n in factors)))
 
 
 def from_permutations(name: str, permutations: np.ndarray) -> Group:
     """The group of `permutations` [order, points], all of them different, closed under composition, the identity first.
 
-    Raises UserError where they are no such set.
+    Elements are told apart by the images of a base, a few points that no two elements take to the same places. Raises
+    UserError where a product's images belong to no element.
     """
     order, points = permutations.shape
-    codes = _codes(permutations)
+    base = permutations[:, _base(permutations)]
+    codes = _codes(base)
     sorted_order = np.argsort(codes, kind="stable")
     table = np.empty((order, order), dtype=np.int64)
     for a in range(order):
-        composed = _codes(permutations[a][permutations])  # a after b for all b: point i goes to a[b[i]]
+        composed = _codes(permutations[a][base])  # a after b for all b: point i goes to a[b[i]]
         place = np.searchsorted(codes[sorted_order], composed).clip(max=order - 1)
         table[a] = sorted_order[place]
         if (codes[table[a]] != composed).any():
             raise UserError(f"group {name!r}: a product of two of its permutations is not among them; give a closed set")
     assert (permutations[0] == np.arange(points)).all(), name
-    assert len(np.unique(codes)) == order, name
     return Group(name, table, permutations)
 
 
@@ -92,18 +98,35 @@ def check_axioms(table: np.ndarray, where: str) -> None:
     elements = np.arange(n)
     if (table[0] != elements).any() or (table[:, 0] != elements).any():
         raise UserError(f"{where} is not a group with identity 0: row 0 and column 0 must read 0, 1, ..., {n - 1}")
-    for a in range(n):
-        if not (table[a] == 0).any():
-            raise UserError(f"{where} is not a group: element {a} has no inverse (row {a} has no 0)")
-        wrong = table[table[a]] != table[a][table]  # (a b) c against a (b c), for all b and c
+    if lonely := [a for a in range(n) if 0 not in table[a]]:
+        raise UserError(f"{where} is not a group: element {lonely[0]} has no inverse (row {lonely[0]} has no 0)")
+    for b in _generators(table):  # Light's test: middle factors that generate everything are enough
+        wrong = table[table[:, b]] != table[:, table[b]]  # (a b) c against a (b c), for all a and c
         if wrong.any():
-            b, c = np.argwhere(wrong)[0]
+            a, c = np.argwhere(wrong)[0]
             raise UserError(f"{where} is not a group: ({a} {b}) {c} is not {a} ({b} {c}) (associativity)")
+
+
+def _generators(table: np.ndarray) -> list[int]:
+    """Elements whose products reach every element."""
+    generators: list[int] = []
+    reached = np.zeros(len(table), dtype=bool)
+    reached[0] = True
+    while not reached.all():
+        generators.append(int(np.flatnonzero(~reached)[0]))
+        reached[generators[-1]] = True
+        before = 0
+        while before != reached.sum():
+            before = reached.sum()
+            reached[table[np.flatnonzero(reached)][:, generators]] = True
+    return generators
 
 
 def _from_file(path: Path) -> Group:
     try:
-        table = np.atleast_2d(np.loadtxt(path, delimiter=",", dtype=np.int64, max_rows=MAX_ORDER + 1, comments=None))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of empty lines and files: the table is looked at below
+            table = np.loadtxt(path, delimiter=",", dtype=np.int64, max_rows=MAX_ORDER + 1, comments=None, ndmin=2)
     except OSError as error:
         raise UserError(f"group {str(path)!r} cannot be read ({error}); give comma-separated element numbers") from error
     except ValueError as error:
@@ -111,7 +134,8 @@ def _from_file(path: Path) -> Group:
     if len(table) > MAX_ORDER:
         raise UserError(f"group {str(path)!r} has over {MAX_ORDER:,} elements, the largest vocabulary; take a smaller one")
     check_axioms(table, f"group {str(path)!r}")
-    return Group(path.stem, table, table)  # Cayley's theorem: a group permutes its own elements, b -> a b
+    name = f"{path.stem}-{hashlib.sha256(table.tobytes()).hexdigest()[:8]}"  # other tables of that name are other groups
+    return Group(name, table, table)  # Cayley's theorem: a group permutes its own elements, b -> a b
 
 
 def _factor(part: str, name: str) -> tuple[str, int]:
@@ -162,6 +186,16 @@ def _side_by_side(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The direct product: every pair, acting on the points of both."""
     left, right = np.repeat(a, len(b), 0), np.tile(b, (len(a), 1))
     return np.concatenate([left, right + a.shape[1]], 1)
+
+
+def _base(permutations: np.ndarray) -> list[int]:
+    """Points whose images tell the elements apart."""
+    base: list[int] = []
+    for point in range(permutations.shape[1]):
+        if len(np.unique(_codes(permutations[:, base]))) == len(permutations):
+            break
+        base.append(point)
+    return base or [0]
 
 
 def _codes(permutations: np.ndarray) -> np.ndarray:

@@ -85,11 +85,12 @@ class LanguageProblem:
     """Rows of `language` for a model: BOS, a string, and its answer as the label of its last symbol."""
 
     tokens_per_element = 1
+    answers_everywhere = False
 
     def __init__(self, language: Language) -> None:
         self.language, self.name, self.answers, self.chance = language, language.name, language.answers, language.chance
         self.filler, self.bos = len(language.symbols), len(language.symbols) + 1
-        self.vocab_size = len(language.symbols) + 2
+        self.vocab_size, self.shortest = len(language.symbols) + 2, language.shortest
         assert self.answers <= self.vocab_size, "answers are tokens too"
 
     def describe(self) -> str:

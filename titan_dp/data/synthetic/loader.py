@@ -33,6 +33,10 @@ class Problem(Protocol):
     chance: float
     """Accuracy of guessing."""
     tokens_per_element: int
+    answers_everywhere: bool
+    """Whether every symbol has an answer; otherwise a word has one, at its end."""
+    shortest: int
+    """Symbols of the shortest word."""
 
     def describe(self) -> str: ...
 
@@ -71,15 +75,15 @@ class SyntheticLoader:
                 yield self._batch(first, longest)
 
     def longest(self, step: int) -> int:
-        """Symbols of the longest words of a step: grows linearly from min_length to the whole over curriculum_steps."""
-        low = self.c.min_length or 1
+        """Symbols of the longest words of a step: grows linearly to the whole over curriculum_steps."""
         if step >= self.c.curriculum_steps:
             return self.length
-        return low + math.floor((self.length - low) * step / self.c.curriculum_steps)
+        first = first_longest(self.c, self.problem, self.length)
+        return first + math.floor((self.length - first) * step / self.c.curriculum_steps)
 
     def _batch(self, first: int, longest: int) -> Batch:
         samples = torch.arange(first, first + self.place.local, device=self.device)
-        tokens, labels = self.problem.rows(self.random, samples, min(self.c.min_length or longest, longest), longest)
+        tokens, labels = self.problem.rows(self.random, samples, shortest(self.c, self.problem, longest), longest)
         missing = self.place.seq_len - tokens.shape[1]
         tokens, labels = F.pad(tokens, (0, missing)), F.pad(labels, (0, missing), value=IGNORE)
         return {"input_ids": tokens, "labels": labels, "cu_seqlens": None}
@@ -127,18 +131,18 @@ class SyntheticSet:
 def validation_set(c: config.StateTracking, place: Place, vocab_size: int, device: torch.device) -> SyntheticSet:
     """Fresh words of the training lengths: what a run is watched, stopped and chosen by."""
     problem, length = problem_that_fits(c, place.seq_len, vocab_size)
-    return SyntheticSet(problem, "validation", c.validation_samples, c.min_length or length, length, place, device)
+    return SyntheticSet(problem, "validation", c.validation_samples, shortest(c, problem, length), length, place, device)
 
 
 def test_set(c: config.StateTracking, place: Place, vocab_size: int, device: torch.device) -> SyntheticSet:
     """Words up to `test_length`, longer than those trained on; looked at once, when training is over.
 
-    Word problems have an answer at every symbol, so each word is as long as can be. A language's strings are longer than
-    any trained on and have all lengths up to test_length.
+    Where every symbol has an answer, each word is as long as can be; strings have all lengths from the longest that was
+    trained on to test_length.
     """
     problem, length = problem_that_fits(c, place.seq_len, vocab_size)
     longest = c.test_length or 4 * length
-    low = longest if isinstance(problem, WordProblem) else length
+    low = longest if problem.answers_everywhere else length
     return SyntheticSet(problem, "test", c.test_samples, low, longest, place, device)
 
 
@@ -167,11 +171,26 @@ def problem_that_fits(c: config.StateTracking, seq_len: int, vocab_size: int) ->
             f"state_tracking.test_length = {c.test_length} is shorter than the words trained on, {length}; give at least that"
         )
     if isinstance(problem, LanguageProblem):
-        shortest = c.min_length or (1 if c.curriculum_steps else length)
-        first_longest = shortest if c.curriculum_steps else length
-        for low, high in ((shortest, first_longest), (c.min_length or length, length), (length, c.test_length or 4 * length)):
+        first = first_longest(c, problem, length)
+        for low, high in ((shortest(c, problem, first), first), (length, c.test_length or 4 * length)):
             problem.rows(Random(""), torch.zeros(1, dtype=torch.int64), low, high)  # raises where no string is so long
     return problem, length
+
+
+def shortest(c: config.StateTracking, problem: Problem, longest: int) -> int:
+    """Symbols of the shortest words, where the longest have `longest`.
+
+    Words with an answer at every symbol hold shorter ones, so they are all of one length unless min_length says otherwise.
+    """
+    return min(c.min_length or (longest if problem.answers_everywhere else problem.shortest), longest)
+
+
+def first_longest(c: config.StateTracking, problem: Problem, length: int) -> int:
+    """Symbols of the longest words at the start: of two lengths at least where a language may lack every other one."""
+    if c.curriculum_steps == 0:
+        return length
+    low = c.min_length or problem.shortest
+    return min(length, low if problem.answers_everywhere else low + 1)
 
 
 def fingerprint(problem: Problem, c: config.StateTracking) -> str:

@@ -30,6 +30,7 @@ class WordProblem:
 
     def __init__(self, group: Group, max_moved: int | None = None, tokens_per_element: int = 1) -> None:
         self.name, self.group, self.tokens_per_element = group.name, group, tokens_per_element
+        self.answers_everywhere, self.shortest = True, 1
         self.filler, self.bos = group.order, group.order + 1
         self.vocab_size, self.chance = group.order + 2, 1 / group.order
         drawn = torch.arange(group.order) if max_moved is None else torch.from_numpy((group.moved <= max_moved).nonzero()[0])

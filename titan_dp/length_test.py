@@ -25,11 +25,15 @@ FILE = "test.json"
 
 
 @dataclass(frozen=True)
-class TestResult:
+class LengthTest:
     """Counts at every length that was asked about; all lists have one entry a length."""
 
     problem: str
+    """What was asked, in words."""
     chance: float
+    """Accuracy of guessing."""
+    answers_everywhere: bool
+    """Whether words have an answer at every symbol; otherwise at their end."""
     train_length: int
     lengths: list[int]
     """Symbols."""
@@ -46,22 +50,20 @@ class TestResult:
         asked = sum(self.asked[i] for i in inside)
         return sum(self.right[i] for i in inside) / asked if asked else float("nan")
 
+    def scaled_accuracy(self) -> float:
+        """Of all answers: 1 is perfect, 0 is guessing (Grazzi et al. 2025, arXiv 2411.12537, section 5.1)."""
+        return (self.token_accuracy(1, self.lengths[-1]) - self.chance) / (1 - self.chance)
+
     def sequence_accuracy(self, length: int) -> float:
         """Words right up to `length` symbols."""
         i = self.lengths.index(length)
         return self.right_so_far[i] / self.asked[i]
 
-    @property
-    def has_prefixes(self) -> bool:
-        """Whether words have an answer at every symbol."""
-        return len(set(self.asked)) == 1
-
     def describe(self) -> str:
         longest = self.lengths[-1]
-        if not self.has_prefixes:
-            accuracy = self.token_accuracy(self.train_length + 1, longest)
-            scaled = (accuracy - self.chance) / (1 - self.chance)
-            return f"lengths {self.train_length + 1} to {longest}: {accuracy:.2%} right, scaled accuracy {scaled:.3f}"
+        if not self.answers_everywhere:
+            accuracy, scaled = self.token_accuracy(1, longest), self.scaled_accuracy()
+            return f"lengths {self.lengths[0]} to {longest}: {accuracy:.2%} right, scaled accuracy {scaled:.3f}"
         shown = sorted({self.train_length, *(self.train_length * i // 2 for i in range(3, 9) if i != 7), longest})
         at = [f"{self.sequence_accuracy(length):.1%} at {length}" for length in shown if length in self.lengths]
         return f"words right so far: {', '.join(at)} symbols; {self.token_accuracy(1, longest):.2%} of all answers"
@@ -70,16 +72,16 @@ class TestResult:
         write_json(run_folder / FILE, asdict(self))
 
 
-def read_test(run_folder: Path) -> TestResult:
+def read_length_test(run_folder: Path) -> LengthTest:
     """Raises UserError where the run has none, or it cannot be read."""
     path = run_folder / FILE
     try:
-        return TestResult(**json.loads(path.read_text()))
+        return LengthTest(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); a finished state-tracking run has one: run it again") from error
 
 
-def run_test(model: Transformer, test: SyntheticSet, train_length: int, device: torch.device) -> TestResult:
+def run_length_test(model: Transformer, test: SyntheticSet, train_length: int, device: torch.device) -> LengthTest:
     """Measure; every rank calls it."""
     from titan_dp.validate import accuracy_by_position
 
@@ -88,4 +90,14 @@ def run_test(model: Transformer, test: SyntheticSet, train_length: int, device: 
     counts = counts[:, each::each].cpu()
     lengths = (counts[0] > 0).nonzero().flatten()
     asked, right, right_so_far = (row[lengths].tolist() for row in counts)
-    return TestResult(test.problem.name, test.problem.chance, train_length, (lengths + 1).tolist(), asked, right, right_so_far)
+    problem = test.problem
+    return LengthTest(
+        problem=problem.describe(),
+        chance=problem.chance,
+        answers_everywhere=problem.answers_everywhere,
+        train_length=train_length,
+        lengths=(lengths + 1).tolist(),
+        asked=asked,
+        right=right,
+        right_so_far=right_so_far,
+    )
