@@ -36,7 +36,7 @@ test: lint
 	$(BIN)/python -m pytest tests/hf tests/distributed tests/slurm tests/integration
 
 bench: $(INSTALLED)
-	for script in op loader checkpoint trainer kernel_costs export generation length_extrapolation scaling report; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in op loader checkpoint trainer kernel_costs export generation length_extrapolation scaling report state_tracking; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) data outputs build *.egg-info

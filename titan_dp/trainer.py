@@ -152,13 +152,18 @@ class Trainer:
                 while not self._is_done():
                     with metrics.data_wait():
                         micro_batches = list(itertools.islice(batches, self.batch.accumulation))
-                    loss, steps, grad_norm, lr = self._train_step(micro_batches)
+                    loss, householder_steps, grad_norm, lr = self._train_step(micro_batches)
                     self.step += 1
                     first, last = self.step == metrics.start_step + 1, self._is_done()
                     if self.step % c.metrics.log_freq == 0 or first or last:
                         self.guard.check(c.training.max_nonfinite_steps)
                         metrics.log_step(
-                            self.step, loss=loss, grad_norm=grad_norm, lr=lr, skipped=self.guard.total, householder_steps=steps
+                            self.step,
+                            loss=loss,
+                            grad_norm=grad_norm,
+                            lr=lr,
+                            skipped=self.guard.total,
+                            householder_steps=householder_steps,
                         )
                     if self.task.held_out is not None and (self.step % c.validation.freq == 0 or last):
                         self._validate(metrics)

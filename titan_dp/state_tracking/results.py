@@ -31,8 +31,8 @@ class Outcome:
     """Done, fewer than planned where it stopped when solved."""
     validations: list[dict[str, Any]]
     """Records of metrics.jsonl, in order: step, validation_loss, validation_token_accuracy, validation_sequence_accuracy."""
-    seconds: float
-    """Of training, without validation and checkpoints."""
+    seconds: dict[int, float]
+    """Of training, without validation and checkpoints, up to each step that was logged."""
     data_wait: float
     """Largest fraction of the time between two log lines that training waited for data, the first line left out."""
     householder_steps: float | None
@@ -46,6 +46,11 @@ class Outcome:
             return None
         wanted = self.config.state_tracking.solved_accuracy
         return next((r["step"] for r in self.validations if r["validation_sequence_accuracy"] >= wanted), None)
+
+    @property
+    def solved_seconds(self) -> float | None:
+        """Training up to `solved_step`, to the last log line before it."""
+        return None if self.solved_step is None else max(s for step, s in self.seconds.items() if step <= self.solved_step)
 
     @property
     def is_solved(self) -> bool:
@@ -97,22 +102,27 @@ def read_outcome(folder: Path) -> Outcome | None:
     validations = [r for r in records if "validation_sequence_accuracy" in r]
     if not validations:
         raise UserError(f"{folder} was never validated; train it with validation.enable = true")
-    seconds = sum((r["step"] - before) * r["step_seconds"] for r, before in zip(steps, _steps_before(steps), strict=True))
     return Outcome(
         folder=folder,
         config=loaded,
         parameters=facts["parameters"],
         steps=facts["step"],
         validations=validations,
-        seconds=seconds,
+        seconds=_seconds(steps),
         data_wait=max([r["data_wait"] for r in steps[1:]], default=0.0),
         householder_steps=steps[-1].get("householder_steps"),
         test=read_length_test(folder),
     )
 
 
-def _steps_before(records: list[dict[str, Any]]) -> list[int]:
-    return [0, *(record["step"] for record in records[:-1])]
+def _seconds(records: list[dict[str, Any]]) -> dict[int, float]:
+    done, total = 0, 0.0
+    seconds = {}
+    for record in records:
+        total += (record["step"] - done) * record["step_seconds"]
+        done = record["step"]
+        seconds[done] = total
+    return seconds
 
 
 def summarise(outcomes: list[Outcome]) -> list[Summary]:
