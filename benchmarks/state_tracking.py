@@ -2,8 +2,8 @@
 
     python benchmarks/state_tracking.py    prints the tables and writes benchmarks/results/state_tracking.{md,json}
 
-The first rows are `titan-dp state-tracking train --group S3 --num-householder 2` from the shell, the whole command, ended by
-the first validation with every word right at every one of 128 symbols. "data" is the time to make a step's words over the
+The first rows are the run of `titan-dp state-tracking train --group S3 --num-householder 2`, the whole process, ended by the
+first validation with every word right at every one of 128 symbols. "data" is the time to make a step's words over the
 step's time, both in this process with the same threads, for the shipped small recipe and each kind of problem. The goals
 are 5 minutes and 5 %.
 """

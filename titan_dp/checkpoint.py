@@ -145,7 +145,7 @@ def check_resumable(saved: dict[str, Any], current: dict[str, Any], allow_change
     before, now = tomllib.loads(saved["config"]), tomllib.loads(current["config"])
     keys = {f"model.{key}" for key in {**before["model"], **now["model"]}} - {"model.backend"}
     values = {key: (_value(before, key), _value(now, key)) for key in (*keys, *_FIXED)}
-    data = "state_tracking" if _value(now, "data.source") == "state_tracking" else "data.path"
+    data = "state_tracking.task" if _value(now, "data.source") == "state_tracking" else "data.path"
     values[data] = saved["fingerprint"], current["fingerprint"]
     values["training.global_batch_size"] = saved["global_batch_size"], current["global_batch_size"]
     changed = {key: pair for key, pair in values.items() if pair[0] != pair[1] and key not in allow_changed}

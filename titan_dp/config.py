@@ -222,6 +222,11 @@ class StateTracking(Section):
     test_samples: Positive = 512
     """Words of the test."""
 
+    @property
+    def is_group(self) -> bool:
+        """Whether `task` names a group or a table's file, not a language: names of languages are in lower case."""
+        return self.task.endswith(".csv") or not self.task.islower()
+
 
 class Dataloader(Section):
     num_workers: Annotated[int, Field(ge=0)] = 0
@@ -252,7 +257,8 @@ class Training(Section):
     max_nonfinite_steps: Positive = 10
     """Stop after this many consecutive steps with a non-finite gradient (each is skipped)."""
     householder_cost: Annotated[float, Field(gt=0)] | None = None
-    """Price of a Householder step that model.adaptive_householder takes, in nats a step and token, added to the loss."""
+    """Price of a Householder step that model.adaptive_householder takes, in nats a step and token: the mean loss plus the
+    price times the steps of a token in all layers is minimised. Tokens after the last label of a row do not count."""
     gc_freq: Positive = 50
     """Collect Python garbage every so many steps, on all ranks at once."""
     dataloader: Dataloader = Dataloader()

@@ -180,7 +180,7 @@ def page() -> str:
     for section, members in sections().items():
         parts += [f"## [{section}]", "", "| key | default | expected | meaning |", "|---|---|---|---|"]
         for key in members:
-            cells = (f"`{key.name}`", f"`{default_text(key)}`", key.expected, key.doc)
+            cells = (f"`{key.name}`", f"`{default_text(key)}`", key.expected, " ".join(key.doc.split()))
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("")
     return "\n".join(parts)

@@ -33,13 +33,11 @@ def rules(c: Config) -> Iterator[tuple[bool, str, str, str]]:
     yield made, "data", "document_boundaries tokenizer", source
     yield made, "validation", "path steps", source
     yield made, "generate", "prompt max_new_tokens temperature", source
-    task = c.state_tracking.task
-    yield (
-        made and task.islower() and not task.endswith(".csv"),
-        "state_tracking",
-        "max_moved tokens_per_element",
-        "the task is no group",
-    )
+    yield made, "training.dataloader", "num_workers prefetch_factor pin_memory", source
+    judged = "validation_samples solved_accuracy stop_when_solved"
+    yield made and not c.validation.enable, "state_tracking", judged, "validation.enable is false"
+    of_groups = "max_moved tokens_per_element"
+    yield made and not c.state_tracking.is_group, "state_tracking", of_groups, "the task is no group"
     yield not made, "state_tracking", " ".join(StateTracking.model_fields), source
     yield len(c.data.paths) == 1, "data", "weights", "data.path is a single folder"
     yield c.training.dataloader.num_workers == 0, "training.dataloader", "prefetch_factor", "num_workers is 0"

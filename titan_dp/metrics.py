@@ -128,7 +128,7 @@ class Metrics:
     ) -> None:
         """Record step `step` (steps done); reads the device tensors.
 
-        `householder_steps` are those an adaptive layer took, mean over layers and tokens.
+        `householder_steps` are those a token took in all layers of an adaptive model, on average.
         """
         loss_value, norm_value = torch.stack([loss.detach(), grad_norm.detach()]).tolist()
         now = time.perf_counter()

@@ -11,11 +11,13 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import IO, Any
 
 from titan_dp.config import Config
+from titan_dp.config_loader import config_from_toml
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import write_json
 
@@ -29,6 +31,47 @@ def identity(config: Config) -> str:
     """
     values = config.model_dump(exclude={"job"}, exclude_defaults=True)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def write_config(folder: Path, text: str) -> None:
+    """config.toml of a run to be, and its folder; not forced to the disk, as it can be written anew until it is trained."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".config.toml.tmp"
+    temporary.write_text(text)
+    os.replace(temporary, folder / "config.toml")
+
+
+def holds_config(folder: Path, wanted: Config, text: str, remedy: str) -> bool:
+    """Whether config.toml in `folder` is `text`, or says the same.
+
+    Raises UserError, ending with `remedy`, where it holds other settings, or none, that were trained or are being trained.
+    """
+    path = folder / "config.toml"
+    try:
+        found_text = path.read_text()
+        if found_text == text:
+            return True
+        found = config_from_toml(found_text, str(path))
+        if identity(found) == identity(wanted):  # a folder that was moved has another [job]
+            return found.job == wanted.job
+        changed = _first_difference(found.model_dump(exclude={"job"}), wanted.model_dump(exclude={"job"}))
+    except FileNotFoundError:
+        changed = "it has no config.toml"
+    except (UserError, UnicodeDecodeError):
+        changed = "its config.toml cannot be read"
+    if read_run(folder) is not None or is_locked(folder):
+        raise UserError(f"{folder} was trained with other settings ({changed}); {remedy}")
+    return False
+
+
+def _first_difference(found: dict, wanted: dict, prefix: str = "") -> str:
+    for key, value in wanted.items():
+        if isinstance(value, dict):
+            if inner := _first_difference(found[key], value, f"{prefix}{key}."):
+                return inner
+        elif found[key] != value:
+            return f"{prefix}{key} was {found[key]!r}, is now {value!r}"
+    return ""
 
 
 def write_run(folder: Path, facts: dict[str, Any]) -> None:

@@ -39,8 +39,12 @@ class Task(Protocol):
     def is_reached(self, result: Evaluation) -> bool:
         """Whether there is nothing left to learn, and the run may end before its last step."""
 
-    def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> str | None:
-        """What a trained model has to show, on rank 0; `checkpoint` is its last one, None where none was saved."""
+    @property
+    def may_end_early(self) -> bool:
+        """Whether `is_reached` ends a run."""
+
+    def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> tuple[str, str] | None:
+        """Title and text of what a trained model has to show, on rank 0; `checkpoint` is its last one, None without any."""
 
 
 def build_task(c: config.Config, batch: BatchPlan, world: World) -> Task:
@@ -73,10 +77,14 @@ class TextTask:
         limit = None if self.validation.steps == -1 else self.validation.steps
         return evaluate_loss(model, itertools.islice(iter(self.held_out), limit), self.world.device)
 
+    @property
+    def may_end_early(self) -> bool:
+        return False
+
     def is_reached(self, result: Evaluation) -> bool:
         return False
 
-    def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> str | None:
+    def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> tuple[str, str] | None:
         c = self.generate
         if checkpoint is None or not c.enable or not self.world.is_main:
             return None
@@ -86,9 +94,9 @@ class TextTask:
             text = continue_text(
                 loaded.model, loaded.tokenizer, c.prompt, max_new_tokens=c.max_new_tokens, sampling=sampling, seed=self.seed
             )
-            return f"sample\n{c.prompt}{text}"
+            return "sample", c.prompt + text
         except (UserError, torch.OutOfMemoryError) as error:  # the run is done and saved: no reason to fail it now
-            return f"no sample: {error}"
+            return "no sample", str(error)
 
 
 class AnswerTask:
@@ -108,13 +116,17 @@ class AnswerTask:
         assert self.held_out is not None
         return evaluate_answers(model, self.held_out, self.device)
 
+    @property
+    def may_end_early(self) -> bool:
+        return self.c.stop_when_solved
+
     def is_reached(self, result: Evaluation) -> bool:
         assert result.sequence_accuracy is not None
-        return self.c.stop_when_solved and result.sequence_accuracy >= self.c.solved_accuracy
+        return self.may_end_early and result.sequence_accuracy >= self.c.solved_accuracy
 
-    def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> str | None:
+    def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> tuple[str, str] | None:
         result = run_length_test(model, self.test, self.loader.length, self.device)
         if not self.world.is_main:
             return None
         result.write(run_folder)
-        return f"test\n{result.describe()}"
+        return "test", result.describe()

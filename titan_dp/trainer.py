@@ -34,7 +34,7 @@ from titan_dp.profiling import Profiler
 from titan_dp.run_folder import RunLock, write_run
 from titan_dp.schedule import plan_batches
 from titan_dp.tasks import build_task
-from titan_dp.validate import to_device
+from titan_dp.validate import before_last_label, to_device
 
 
 class Trainer:
@@ -55,7 +55,7 @@ class Trainer:
 
         with torch.device("meta"):
             self.model = build_model(c.model)
-        self.routers = sum(c.model.mixer_of(i) == "deltaproduct" for i in range(c.model.num_hidden_layers))
+        self.step_price = (c.training.householder_cost or 0.0) if c.model.adaptive_householder else None
         self.facts = model_facts(c.model, c.training.seq_len) | run_facts(c, self.batch, world.size)
         self.size = model_size(c.model, c.training.seq_len)
         parallelize(
@@ -85,11 +85,12 @@ class Trainer:
         c = self.config.checkpoint
         manifest = self.checkpointer.load(self.model, self.optimizers, current=self._identity())
         if manifest is not None:
-            self.step, self.reached = manifest["step"], manifest.get("reached", False)
+            self.step, self.reached = manifest["step"], self.task.may_end_early and manifest.get("reached", False)
             self.loader.load_state_dict(manifest["loader"])
             unused = f"; checkpoint.initial_load_path = {c.initial_load_path!r} is for a new job.run_name and not used"
             self.console.print(
                 f"resumed at step {self.step} from {self.checkpointer.folder}{unused if c.initial_load_path else ''}"
+                f"{'; the task is solved, and the run ends here' if self.reached else ''}"
             )
         elif c.initial_load_path:
             load_model_weights(Path(c.initial_load_path), self.model)
@@ -195,32 +196,34 @@ class Trainer:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, float]:
         """One optimizer step.
 
-        Returns the mean loss, the mean number of Householder steps where a router chooses it, and the gradient norm as
-        device tensors, and the learning rate.
+        Returns the mean loss, the Householder steps of a token in all layers where routers choose them, and the gradient norm
+        as device tensors, and the learning rate.
         """
         device = self.world.device
         tensors = [to_device(batch, device) for batch in micro_batches]
         valid = distributed.all_reduce_sum(sum((b["labels"] != IGNORE).sum() for b in tensors))  # type: ignore[arg-type]
+        if self.step_price is not None:
+            priced_tokens = distributed.all_reduce_sum(sum(before_last_label(b["labels"]).sum() for b in tensors))  # type: ignore[arg-type]
         loss_sum, steps_sum = torch.zeros((), device=device), torch.zeros((), device=device)
         for i, batch in enumerate(tensors):
             self.model.set_requires_gradient_sync(i == len(tensors) - 1)  # type: ignore[operator]  # FSDP added it
             loss = self.model(batch["input_ids"], batch["labels"], batch["cu_seqlens"])
-            objective, steps = loss, self.model.householder_steps
-            if steps is not None:
-                objective = loss + (self.config.training.householder_cost or 0) * steps
-                steps_sum += steps.detach()
-            # FSDP averages gradients over ranks; times the number of ranks, that is the sum the global count divides.
-            (objective * (self.world.size / valid)).backward()
+            objective = loss / valid
+            if self.step_price is not None:
+                assert self.model.householder_steps is not None
+                mean_steps = (self.model.householder_steps * before_last_label(batch["labels"])).sum() / priced_tokens
+                objective = objective + self.step_price * mean_steps
+                steps_sum += mean_steps.detach()
+            # FSDP averages gradients over ranks; times the number of ranks, that is the sum the global counts divide.
+            (objective * self.world.size).backward()
             loss_sum += loss.detach()
         grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
         factor = self.lr_factor(self.step)
         self.optimizers.set_lr(factor)
         self.optimizers.step(self.guard.update(grad_norm))
         self.optimizers.zero_grad()
-        mean_steps = None
-        if self.config.model.adaptive_householder:
-            mean_steps = distributed.all_reduce_sum(steps_sum) / (self.batch.tokens_per_step * self.routers)
-        return distributed.all_reduce_sum(loss_sum) / valid, mean_steps, grad_norm, self.config.optimizer.lr * factor
+        householder_steps = None if self.step_price is None else distributed.all_reduce_sum(steps_sum)
+        return distributed.all_reduce_sum(loss_sum) / valid, householder_steps, grad_norm, self.config.optimizer.lr * factor
 
     def _validate(self, metrics: Metrics) -> None:
         with metrics.excluded():
@@ -266,11 +269,10 @@ class Trainer:
     def _show_result(self, metrics: Metrics) -> None:
         """What the model can do now, and where everything is."""
         say, c = self.console.print, self.config
-        words = self.task.finish(self.model, self.run_folder, self.checkpointer.newest() if c.checkpoint.enable else None)
-        if words:
-            title, _, text = words.partition("\n")
-            say(f"\n{title}", style="bold")
-            say(text)
+        shown = self.task.finish(self.model, self.run_folder, self.checkpointer.newest() if c.checkpoint.enable else None)
+        if shown is not None:
+            say(f"\n{shown[0]}", style="bold")
+            say(shown[1])
         if self.world.is_main:
             say()
             if metrics.validation_loss is not None:

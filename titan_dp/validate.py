@@ -81,5 +81,10 @@ def accuracy_by_position(model: Transformer, batches: Iterable[dict[str, Tensor 
     return all_reduce_sum(counts)
 
 
+def before_last_label(labels: Tensor) -> Tensor:
+    """Which positions of labels [B, T] have a label at or after them in their row: all but padding."""
+    return (labels != IGNORE).flip(1).cumsum(1).flip(1) > 0
+
+
 def to_device(batch: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor]:
     return {k: v if v is None else v.to(device, non_blocking=True) for k, v in batch.items()}  # type: ignore[misc]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from titan_dp.data.synthetic.languages import LANGUAGES, LanguageProblem, find_language, scaled_accuracy
+from titan_dp.data.synthetic.languages import LANGUAGES, LanguageProblem, find_language
 from titan_dp.data.synthetic.random import Random
 from titan_dp.errors import UserError
 
@@ -187,11 +187,3 @@ def test_lengths_that_no_string_has_are_refused(random: Random, name: str, low: 
 def test_an_unknown_language_is_answered_with_those_there_are() -> None:
     with pytest.raises(UserError, match="'dyck'.*parity, even-pairs, .*a group such as S3"):
         find_language("dyck")
-
-
-@every_language
-def test_accuracy_is_scaled_from_guessing_to_all_right(name: str) -> None:
-    chance = LanguageProblem(find_language(name)).chance
-    assert chance == (1 / 2 if name in ("parity", "even-pairs") else 1 / 5)
-    assert (scaled_accuracy(chance, chance), scaled_accuracy(1.0, chance)) == (0.0, 1.0)
-    assert scaled_accuracy(0.6, 0.2) == pytest.approx(0.5)

@@ -168,7 +168,7 @@ def test_verify_finds_a_flipped_bit_and_names_the_file(tmp_path: Path, jsonl: Pa
         ("x.jsonl", b'{"text": 7}\n', r"x.jsonl:1 has no text under 'text'"),
         ("x.jsonl", b'{"text": "\xff"}\n', r"x.jsonl:1 is not UTF-8"),
         ("x.jsonl", b"", "the input holds no documents"),
-        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-9], "x.jsonl.gz cannot be decompressed"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-9], "x.jsonl.gz cannot be decompressed"),
         ("x.txt", b"caf\xe9", r"x.txt is not UTF-8 \(byte 3\)"),
         ("x.parquet", b"no parquet", "x.parquet is no parquet file"),
         ("x.pdf", b"%PDF", r"x.pdf' is none of .txt"),

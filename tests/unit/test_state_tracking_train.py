@@ -191,8 +191,8 @@ MODELS = {
     "gated-deltaproduct_2[-1,1]": "Gated DeltaProduct_2 [-1, 1]",
     "gla": "gated linear attention",
     "attention": "softmax attention",
-    "rwkv7": "RWKV-7 [-1, 1]",
-    "rwkv7_2[0,1]": "RWKV-7 product_2 [0, 1]",
+    "rwkv7": "RWKV-7 (c = 1)",
+    "rwkv7_2[c=2]": "RWKV-7 product_2 (c = 2)",
     "adaptive-deltaproduct_3": "adaptive DeltaProduct_3 [-1, 1]",
 }
 COST = ("--householder-cost", "0.01")

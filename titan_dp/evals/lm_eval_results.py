@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from titan_dp.console import table_console
+
 if TYPE_CHECKING:
-    from titan_dp.console import table_console
-from titan_dp.evals.session import Report
+    from titan_dp.evals.session import Report
 
 PAPER: dict[str, dict[str, str]] = {
     "wikitext": {"Wiki ppl": "word_perplexity"},
@@ -87,7 +88,6 @@ def columns(tasks: Mapping[str, Any], preset: dict[str, dict[str, str]]) -> dict
 
 def show(report: Report) -> None:
     """The table of all metrics, a preset's own below it, and where the results are; on stdout."""
-
     from rich.table import Table
 
     results = report.finished or {}

@@ -132,10 +132,10 @@ class MatrixStateMixer(nn.Module):
         return self.mix(x, packing)[0]
 
     def mix(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor | None]:
-        """`forward`, and the number of steps that a router took for all tokens, a scalar; None without a router."""
+        """`forward`, and the number of steps that a router took for each token, [B, T]; None without a router."""
         inputs, _, taken = self._project(x, packing, None)
         o, _ = self._recur(inputs, None, packing, keep_state=False)
-        return self._read_out(o, x), None if taken is None else taken.sum()
+        return self._read_out(o, x), None if taken is None else taken.sum(-1)
 
     def step(self, x: Tensor, cache: MixerCache | None) -> tuple[Tensor, MixerCache]:
         """The tokens x [B, T, D] after those in `cache`; T at once or one by one give the same."""

@@ -2,10 +2,11 @@
 
 Everything but the transition is DeltaProduct's (projections laid out (n, heads, dim), short convolution, SiLU, keys and
 queries of unit length, read-out), so that a comparison of the two is one of transitions; RWKV-7's token shift, LoRA
-projections and bonus term are left out. The transition is that of Peng et al. 2025 (arXiv 2503.14456); to take several a
-token is what the authors of DeltaProduct (arXiv 2502.10297) did in the discussion with their reviewers. A plain loop over
-tokens and steps with autograd: for state tracking, not for language models. Unlike a Householder factor, a transition may
-lengthen the state, and products of two may have a spectral radius above 1.
+projections, bonus term and scale of the removal key (xi) are left out. The transition is that of Peng et al. 2025 (arXiv
+2503.14456); to take several a token is what the authors of DeltaProduct (arXiv 2502.10297) did in the discussion with their
+reviewers. A plain loop over tokens and steps with autograd: for state tracking, not for language models. Unlike a Householder
+factor, a transition may lengthen the state: with c = 1 a product of two may have a spectral radius above 1, with c = 2 one
+alone has up to 1.45.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(c.hidden_size, c.mlp_size)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor | None]:
-        """The block's output, and the Householder steps that its router took for all tokens, a scalar; None without one."""
+        """The block's output, and the Householder steps that its router took for each token [B, T]; None without one."""
         normed = self.attn_norm.apply_to(x)
         if isinstance(self.attn, Attention):
             mixed, steps = self.attn(normed, packing), None
@@ -88,9 +88,9 @@ class Transformer(nn.Module):
     """A causal language model over token ids [B, T].
 
     Attributes:
-        householder_steps: of the last `forward`, the steps that the routers took, summed over tokens and layers: a float32
-            scalar whose value is the hard count and whose gradient is the routers' straight-through one. None without a
-            router. It holds the forward's graph until the next one. `step` leaves it as it is.
+        householder_steps: of the last `forward`, the steps [B, T] that the routers took for each token, summed over layers:
+            float32, hard counts by value, with the routers' straight-through gradient. None without a router. It holds the
+            forward's graph until the next one. `step` leaves it as it is.
     """
 
     householder_steps: Tensor | None
@@ -122,6 +122,7 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x, steps = block(x, packing)
             if steps is not None:
+                steps = steps.view(tokens.shape)
                 self.householder_steps = steps if self.householder_steps is None else self.householder_steps + steps
         x = self.norm.apply_to(x)
         if labels is not None:

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titan_dp.config_loader import config_from_toml
+from titan_dp.arguments import above_zero, fraction, natural, positive
 from titan_dp.console import table_console
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import write_json
-from titan_dp.run_folder import RunLock, identity, is_finished, is_locked, last_step, read_run
-from titan_dp.scaling.arguments import above_zero, fraction, natural, positive
+from titan_dp.run_folder import RunLock, holds_config, is_finished, is_locked, last_step, read_run, write_config
 from titan_dp.scaling.sweep_file import Cell, Sweep, load_sweep
 
 if TYPE_CHECKING:
@@ -107,10 +105,7 @@ def write_cells(sweep: Sweep) -> None:
     for folder in _dropped(sweep):
         shutil.rmtree(folder)
     for cell in new:
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        temporary = cell.folder / ".config.toml.tmp"
-        temporary.write_text(cell.toml())
-        os.replace(temporary, cell.folder / "config.toml")  # not forced to the disk: it can be written anew until it is trained
+        write_config(cell.folder, cell.toml())
     listing = [
         {
             "name": cell.name,
@@ -163,36 +158,7 @@ def _dropped(sweep: Sweep) -> list[Path]:
 
 
 def _is_written(cell: Cell) -> bool:
-    """Whether the cell's folder holds its configuration. Raises UserError where it holds another that was trained."""
-    path = cell.folder / "config.toml"
-    try:
-        text = path.read_text()
-        if text == cell.toml():
-            return True
-        found = config_from_toml(text, str(path))
-        if identity(found) == cell.identity:  # a moved sweep has another [job]
-            return found.job == cell.config.job
-        changed = _first_difference(found.model_dump(exclude={"job"}), cell.config.model_dump(exclude={"job"}))
-    except FileNotFoundError:
-        changed = "it has no config.toml"
-    except (UserError, UnicodeDecodeError):
-        changed = "its config.toml cannot be read"
-    if read_run(cell.folder) is not None or is_locked(cell.folder):
-        raise UserError(
-            f"{cell.folder} was trained by another sweep or with other settings ({changed}); "
-            "give this sweep another [sweep] name, or move that folder away"
-        )
-    return False
-
-
-def _first_difference(found: dict, wanted: dict, prefix: str = "") -> str:
-    for key, value in wanted.items():
-        if isinstance(value, dict):
-            if inner := _first_difference(found[key], value, f"{prefix}{key}."):
-                return inner
-        elif found[key] != value:
-            return f"{prefix}{key} was {found[key]!r}, is now {value!r}"
-    return ""
+    return holds_config(cell.folder, cell.config, cell.toml(), "give this sweep another [sweep] name, or move that folder away")
 
 
 def state_of(cell: Cell) -> str:

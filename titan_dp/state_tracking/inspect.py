@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     traces = trace(model, problem, args.words, args.length)
     if not traces:
         raise UserError(f"{args.path} has no DeltaProduct layer to look into; name a run of one that has")
-    out = args.out or args.path / "inspect"
+    run_folder = next((folder for folder in (args.path, *args.path.parents) if (folder / "config.toml").exists()), args.path)
+    out = args.out or run_folder / "inspect"
     heads = [describe(layer, head, t) for layer, t in traces.items() for head in range(t.beta.shape[-1])]
     _print(heads, problem.name)
     out.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ that validates best, all seeds in thin lines, and how accuracy came over the ste
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,39 +15,46 @@ from typing import Any
 from titan_dp.console import table_console
 from titan_dp.errors import UserError
 from titan_dp.files import write_atomically, write_json
-from titan_dp.plots import check_matplotlib, save_figure, subplots
-from titan_dp.state_tracking.results import Outcome, Summary, read_outcome, summarise
+from titan_dp.plots import save_figure, subplots
+from titan_dp.state_tracking.results import Outcome, Summary, read_config, read_outcome, summarise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of them, of one task")
-    parser.add_argument("--out", type=Path, help="where to write (default: the first folder)")
+    parser.add_argument("--out", type=Path, help="where to write (default: the folder of the first runs)")
 
 
 def run(args: argparse.Namespace) -> int:
-    report(args.folders, args.out or args.folders[0])
+    first = args.folders[0]
+    report(args.folders, args.out or (first.parent if (first / "config.toml").exists() else first))
     return 0
+
+
+def check_packages() -> None:
+    """Raises UserError where a package that reports need is missing; to be called before hours are spent."""
+    if missing := [name for name in ("scipy", "matplotlib") if find_spec(name) is None]:
+        raise UserError(f"titan-dp state-tracking needs {' and '.join(missing)}: pip install 'titan_dp[scaling]'")
 
 
 def report(folders: list[Path], out: Path) -> list[Summary]:
     """Read, print and write. Raises UserError where there is no finished run."""
     from rich.table import Table
 
-    check_matplotlib()
+    check_packages()
     runs = [run for folder in folders for run in ([folder] if (folder / "config.toml").exists() else _runs_in(folder))]
-    outcomes = [read_outcome(run) for run in runs]
-    finished = [outcome for outcome in outcomes if outcome is not None]
+    outcomes = {run: read_outcome(run) for run in runs}
+    finished = [outcome for outcome in outcomes.values() if outcome is not None]
     if not finished:
         raise UserError(f"{folders[0]} holds no finished state-tracking run; train some with `titan-dp state-tracking train`")
-    summaries = summarise(finished)
+    summaries = summarise(finished, [read_config(run) for run, outcome in outcomes.items() if outcome is None])
     console = table_console()
     headers, rows = table(summaries)
     shown = Table(*headers, title=title(summaries))
     for row in rows:
         shown.add_row(*row)
     console.print(shown)
-    if unfinished := len(outcomes) - len(finished):
-        console.print(f"{unfinished} more run(s) are not finished and not counted")
+    if unfinished := len(outcomes) - sum(summary.seeds for summary in summaries):
+        console.print(f"{unfinished} more run(s), of models without a finished one, are not in the table")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "summary.json", as_json(summaries))
     text = "\n".join(["| " + " | ".join(cells) + " |" for cells in (headers, ["---"] * len(headers), *rows)]) + "\n"
@@ -82,7 +90,7 @@ def table(summaries: list[Summary]) -> tuple[list[str], list[list[str]]]:
         row = [
             summary.label,
             f"{summary.chosen.parameters:,}",
-            f"{summary.solved} of {len(summary.outcomes)}",
+            f"{summary.solved} of {summary.seeds}" + (f" ({summary.unfinished} unfinished)" if summary.unfinished else ""),
             f"{low:.0%} to {high:.0%}",
             f"{median(steps):,.0f}" if steps else "never",
             f"{summary.chosen.last['validation_sequence_accuracy']:.1%}",
@@ -94,7 +102,9 @@ def table(summaries: list[Summary]) -> tuple[list[str], list[list[str]]]:
             row += [f"{summary.chosen.test.scaled_accuracy():.3f}", f"{median(scaled):.3f}"]
         if "steps a token" in headers:
             used = summary.chosen.householder_steps
-            row.append(f"{summary.chosen.config.model.num_householder}" if used is None else f"{used:.2f}")
+            model = summary.chosen.config.model
+            always = f"{model.num_householder}" if model.mixer == "deltaproduct" else ""
+            row.append(always if used is None else f"{used:.2f}")
         rows.append(row)
     return headers, rows
 
@@ -116,7 +126,8 @@ def as_json(summaries: list[Summary]) -> dict[str, Any]:
             {
                 "model": summary.label,
                 "solved": summary.solved,
-                "seeds": len(summary.outcomes),
+                "seeds": summary.seeds,
+                "unfinished": summary.unfinished,
                 "interval": summary.escape_interval(),
                 "chosen": summary.chosen.folder.name,
                 "runs": [_run_json(outcome) for outcome in summary.outcomes],

@@ -8,6 +8,7 @@ validates best on words of the training lengths; the test on longer words choose
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,16 +69,25 @@ class Summary:
 
     label: str
     outcomes: list[Outcome]
+    unfinished: int = 0
+    """Runs that were cut off, diverged, or are on their way: not solved, as far as is known."""
+
+    @property
+    def seeds(self) -> int:
+        return len(self.outcomes) + self.unfinished
 
     @property
     def solved(self) -> int:
         return sum(outcome.is_solved for outcome in self.outcomes)
 
     def escape_interval(self) -> tuple[float, float]:
-        """95 % Clopper-Pearson interval of the probability that a seed solves the task (exact, for few seeds)."""
+        """95 % Clopper-Pearson interval of the probability that a seed solves the task (exact, for few seeds).
+
+        A run that is not finished counts as one that did not: to leave out those that diverged would flatter a model.
+        """
         from scipy.stats import binomtest
 
-        interval = binomtest(self.solved, len(self.outcomes)).proportion_ci(0.95, method="exact")
+        interval = binomtest(self.solved, self.seeds).proportion_ci(0.95, method="exact")
         return float(interval.low), float(interval.high)
 
     @property
@@ -86,12 +96,17 @@ class Summary:
         return min(self.outcomes, key=lambda o: (-o.last["validation_sequence_accuracy"], o.last["validation_loss"]))
 
 
-def read_outcome(folder: Path) -> Outcome | None:
-    """The run in `folder`; None where it is not finished. Raises UserError where it is none of a state-tracking task."""
+def read_config(folder: Path) -> config.Config:
+    """Of a run. Raises UserError where it is none of a state-tracking task."""
     loaded = config_from_toml((folder / "config.toml").read_text(), str(folder / "config.toml"))
     if loaded.data.source != "state_tracking":
         raise UserError(f"{folder} was trained on text; name folders of `titan-dp state-tracking train`")
-    facts = read_run(folder)
+    return loaded
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """The run in `folder`; None where it is not finished. Raises UserError where it is none of a state-tracking task."""
+    loaded, facts = read_config(folder), read_run(folder)
     if facts is None or facts.get("state") != "finished" or not (folder / FILE).exists():
         return None
     try:
@@ -125,8 +140,10 @@ def _seconds(records: list[dict[str, Any]]) -> dict[int, float]:
     return seconds
 
 
-def summarise(outcomes: list[Outcome]) -> list[Summary]:
+def summarise(outcomes: list[Outcome], unfinished: Sequence[config.Config] = ()) -> list[Summary]:
     """By model, in the order in which they come: runs that differ in nothing but their seeds.
+
+    `unfinished` are the settings of runs without an outcome; those of a model without any are left out.
 
     Raises UserError where the runs are of several tasks or training lengths.
     """
@@ -136,10 +153,11 @@ def summarise(outcomes: list[Outcome]) -> list[Summary]:
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault(_without_seeds(outcome.config), []).append(outcome)
+    without = [_without_seeds(c) for c in unfinished]
     names = [_name(runs[0].config.model) for runs in groups.values()]
     return [
-        Summary(name if names.count(name) == 1 else f"{name} ({runs[0].folder})", runs)
-        for name, runs in zip(names, groups.values(), strict=True)
+        Summary(name if names.count(name) == 1 else f"{name} ({runs[0].folder})", runs, without.count(key))
+        for name, (key, runs) in zip(names, groups.items(), strict=True)
     ]
 
 

@@ -8,11 +8,10 @@ says. The constructions are explained in `constructions.py`, the facts in `spect
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from titan_dp.scaling.arguments import natural, positive
+from titan_dp.arguments import natural, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,14 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the tables; 0 if everything is as the theory says, else 1."""
     import numpy as np
-    from rich.console import Console
 
+    from titan_dp.console import table_console
     from titan_dp.state_tracking.spectra import measure_all
 
     names = [args.construction] if args.construction else list(CONSTRUCTIONS)
     checks = [check for name in names for check in run_construction(name, args.tokens, args.seed)]
     facts = [] if args.construction else list(measure_all(np.random.default_rng(args.seed), DRAWS))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
+    console = table_console()
     _print_checks(console, checks)
     if facts:
         _print_facts(console, facts)

@@ -15,6 +15,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from titan_dp.arguments import count, positive
 from titan_dp.config_docs import all_keys
 from titan_dp.config_loader import (
     Loaded,
@@ -23,14 +24,12 @@ from titan_dp.config_loader import (
     build_config,
     command_line_value,
     config_folder,
-    config_from_toml,
     read_files,
     resolve_config_path,
 )
-from titan_dp.errors import UserError
-from titan_dp.files import write_atomically
+from titan_dp.errors import RunError, UserError
 from titan_dp.model_size import model_size
-from titan_dp.run_folder import RunLock, identity, read_run
+from titan_dp.run_folder import RunLock, holds_config, is_finished, is_locked, read_run, write_config
 from titan_dp.schedule import plan_batches
 from titan_dp.state_tracking.models import KNOWN, MODEL_KEYS, folder_name, label, model_settings, with_parameters
 
@@ -90,12 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, (key, what) in SWITCHES.items():
         parser.add_argument(flag, dest=key, action="store_const", const="true", help=what)
     parser.add_argument("--range", choices=["[0,1]", "[-1,1]"], help="of the eigenvalues of each factor (default: [-1,1])")
-    parser.add_argument("--length", type=int, help="symbols of the longest training words (default: 128)")
+    parser.add_argument("--length", type=positive, help="symbols of the longest training words (default: 128)")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help=f"compare these at equal parameters: {KNOWN}")
-    parser.add_argument("--parameters", type=int, help="of each of --models (default: of the largest with the MLP given)")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each model, with seeds 1, 2, ... (default: 1)")
+    parser.add_argument("--parameters", type=count, help="of each of --models (default: of the largest with the MLP given)")
+    parser.add_argument("--seeds", type=positive, default=1, help="runs of each model, with seeds 1, 2, ... (default: 1)")
     parser.add_argument("--out", type=Path, help="folder of the run folders (default: outputs/state_tracking/TASK)")
-    parser.add_argument("--at-once", type=int, default=1, metavar="K", help="runs at the same time (default: 1)")
+    parser.add_argument("--at-once", type=positive, default=1, metavar="K", help="runs at the same time (default: 1)")
     parser.add_argument("--launch", choices=["local", "print"], default="local", help="run here, or print the commands")
     for key in all_keys():
         parser.add_argument(f"--{key}", dest=key, help=argparse.SUPPRESS)
@@ -103,18 +102,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from titan_dp.launch_local import command, launch_local
-    from titan_dp.state_tracking.report import report
+    from titan_dp.state_tracking.report import check_packages, report
 
+    check_packages()
     cells = plan(args)
-    write_folders(cells)
-    if args.launch == "print":
-        for cell in cells:
-            print(shlex.join(command(cell, 1, python="python", project=Path())))
-        return 0
-    lock = RunLock(cells[0].folder.parent)
+    folders, out = [cell.folder for cell in cells], cells[0].folder.parent
+    lock = RunLock(out)  # whoever writes run folders or starts runs is alone
     try:
-        launch_local(cells, at_once=args.at_once, nproc=1, retries=0)
-        report([cell.folder for cell in cells], cells[0].folder.parent)
+        write_folders(cells)
+        if args.launch == "print":
+            for cell in cells:
+                if not is_finished(cell.folder) and not is_locked(cell.folder):
+                    print(shlex.join(command(cell, 1, python="python", project=Path())))
+            return 0
+        for warning in cells[0].loaded.warnings():
+            print(f"warning: {warning}")
+        try:
+            launch_local(cells, at_once=args.at_once, nproc=1, retries=0)
+        except RunError:  # the others' results are no less worth
+            if any(is_finished(folder) for folder in folders):
+                report(folders, out)
+            raise
+        report(folders, out)
     finally:
         lock.close()
     return 0
@@ -122,9 +131,6 @@ def run(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> list[Cell]:
     """The runs asked for, models by seeds. Raises UserError for whatever the trainer would refuse."""
-    for name in ("seeds", "at_once", "length", "parameters"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} = {value}; give 1 or more")
     chosen = [f"--{key}" for key in MODEL_KEYS if getattr(args, key) is not None] + (["--range"] if args.range else [])
     if args.models and chosen:
         flag = next((name for name, (key, _) in {**FLAGS, **SWITCHES}.items() if f"--{key}" == chosen[0]), chosen[0])
@@ -215,15 +221,13 @@ def write_folders(cells: list[Cell]) -> None:
     """config.toml of every run. Raises UserError, before anything is written, where a folder has other settings' results."""
     from titan_dp.data.synthetic.loader import build_problem, fingerprint
 
+    remedy, new = "choose another --out, or move that folder away", []
     for cell in cells:
-        path, c = cell.folder / "config.toml", cell.loaded.config
-        if (run := read_run(cell.folder)) is not None:
-            before = config_from_toml(path.read_text(), str(path))
-            data = fingerprint(build_problem(c.state_tracking), c.state_tracking)
-            if identity(before) != identity(c) or run.get("fingerprint") != data:
-                raise UserError(f"{cell.folder} was trained with other settings; choose another --out, or remove the folder")
-    for cell in cells:
-        if read_run(cell.folder) is None:
-            cell.folder.mkdir(parents=True, exist_ok=True)
-            text = cell.loaded.resolved_toml().encode()
-            write_atomically(cell.folder / "config.toml", lambda file, text=text: file.write(text))  # type: ignore[misc]
+        c = cell.loaded.config
+        if not holds_config(cell.folder, c, cell.loaded.resolved_toml(), remedy):
+            new.append(cell)
+        data = fingerprint(build_problem(c.state_tracking), c.state_tracking)
+        if (run := read_run(cell.folder)) is not None and run.get("fingerprint") != data:
+            raise UserError(f"{cell.folder} was trained on another table of {c.state_tracking.task}; {remedy}")
+    for cell in new:
+        write_config(cell.folder, cell.loaded.resolved_toml())

@@ -199,6 +199,6 @@ def _base(permutations: np.ndarray) -> list[int]:
 
 
 def _codes(permutations: np.ndarray) -> np.ndarray:
-    """One number a row: a random linear form modulo 2^64. Rows of a group that met in one would fail its assertion."""
+    """One number a row, a random linear form modulo 2^64; `_base` sees to it that no two elements share theirs."""
     weights = np.random.default_rng(0).integers(2**63, size=permutations.shape[-1])
     return (permutations * weights).sum(-1)

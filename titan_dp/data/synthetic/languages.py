@@ -113,11 +113,6 @@ class LanguageProblem:
         return input_ids, torch.full_like(input_ids, IGNORE).scatter_(1, lengths[:, None], answers[:, None])
 
 
-def scaled_accuracy(accuracy: float, chance: float) -> float:
-    """1 for all right, 0 for guessing (Grazzi et al. 2025): (accuracy - chance) / (1 - chance)."""
-    return (accuracy - chance) / (1 - chance)
-
-
 def find_language(name: str) -> Language:
     """The language called `name`. Raises UserError where there is none."""
     if name not in LANGUAGES:

@@ -19,7 +19,7 @@ from torch import Tensor
 from titan_dp import config
 from titan_dp.data.batches import IGNORE, Batch, Place
 from titan_dp.data.synthetic.groups import parse_group
-from titan_dp.data.synthetic.languages import LANGUAGES, LanguageProblem, find_language
+from titan_dp.data.synthetic.languages import LanguageProblem, find_language
 from titan_dp.data.synthetic.random import Random
 from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
@@ -37,6 +37,8 @@ class Problem(Protocol):
     """Whether every symbol has an answer; otherwise a word has one, at its end."""
     shortest: int
     """Symbols of the shortest word."""
+    filler: int
+    """The token of what is no symbol."""
 
     def describe(self) -> str: ...
 
@@ -46,10 +48,8 @@ class Problem(Protocol):
 
 def build_problem(c: config.StateTracking) -> Problem:
     """The problem that `c.task` names: a formal language, or a group for its word problem. Raises UserError."""
-    if c.task in LANGUAGES:
+    if not c.is_group:
         return LanguageProblem(find_language(c.task))
-    if c.task.islower() and not c.task.endswith(".csv"):
-        find_language(c.task)  # raises: groups begin with a capital letter
     return WordProblem(parse_group(c.task), c.max_moved, c.tokens_per_element)
 
 
@@ -85,7 +85,7 @@ class SyntheticLoader:
         samples = torch.arange(first, first + self.place.local, device=self.device)
         tokens, labels = self.problem.rows(self.random, samples, shortest(self.c, self.problem, longest), longest)
         missing = self.place.seq_len - tokens.shape[1]
-        tokens, labels = F.pad(tokens, (0, missing)), F.pad(labels, (0, missing), value=IGNORE)
+        tokens, labels = F.pad(tokens, (0, missing), value=self.problem.filler), F.pad(labels, (0, missing), value=IGNORE)
         return {"input_ids": tokens, "labels": labels, "cu_seqlens": None}
 
     def state_dict(self) -> dict[str, int]:

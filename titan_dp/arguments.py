@@ -1,4 +1,4 @@
-"""Numbers on the command line of match and sweep: read, bounded, and refused by argparse with what was expected."""
+"""Numbers on the command line of `titan-dp`: read, bounded, and refused by argparse with what was expected."""
 
 from __future__ import annotations
 
