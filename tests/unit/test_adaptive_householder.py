@@ -115,12 +115,14 @@ def test_the_losss_gradient_reaches_the_router_through_beta() -> None:
 
 def test_packed_documents_take_the_steps_that_each_takes_alone() -> None:
     model, tokens = adaptive(), tokens_of(2, 40)
-    packed = model(tokens, None, CU_SEQLENS).flatten(0, 1)
-    steps, alone = steps_of(model), 0.0
+    packed, steps = model(tokens, None, CU_SEQLENS).flatten(0, 1), model.householder_steps
+    assert steps is not None
+    assert steps.shape == (2, 40)
     for start, end in itertools.pairwise(CU_SEQLENS[:6].tolist()):
         torch.testing.assert_close(model(tokens.flatten()[None, start:end])[0], packed[start:end], rtol=1e-5, atol=1e-5)
-        alone += steps_of(model)
-    assert 0 < steps == alone < 80 * 2 * 2
+        assert model.householder_steps is not None
+        assert torch.equal(model.householder_steps[0], steps.flatten()[start:end])
+    assert 0 < float(steps.detach().sum()) < 80 * 2 * 2
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ MODELS = {
     "DeltaProduct_2 [-1, 1]": "num_householder = 2",
     "DeltaNet [0, 1]": "num_householder = 1\nallow_neg_eigval = false",
     "softmax attention": 'mixer = "attention"',
+    "RWKV-7 (c = 1)": 'mixer = "rwkv7"\nallow_neg_eigval = false\nnum_householder = 1',
 }
 
 
@@ -143,6 +144,12 @@ def test_a_router_is_known_by_the_steps_it_took_last(tmp_path: Path) -> None:
     assert column("steps a token", [summary_of(folder)]) == ["1.25"]
 
 
+def test_beside_a_router_others_take_all_their_steps_and_models_without_steps_none(tmp_path: Path) -> None:
+    router = summary_of(write_run(tmp_path / "a", [1.0], householder_steps=1.25))
+    others = [summary_of(write_run(tmp_path / name, [1.0], model=name)) for name in list(MODELS)[1:]]
+    assert column("steps a token", [router, *others]) == ["1.25", "1", "", ""]
+
+
 # -- the seeds of a model ----------------------------------------------------------------------------------------------
 
 
@@ -163,6 +170,21 @@ def test_the_interval_is_that_of_clopper_and_pearson(tmp_path: Path) -> None:
     summary = summary_of(*[write_run(tmp_path / str(i), [float(i < k)]) for i in range(n)])
     low, high = beta_distribution.ppf(0.025, k, n - k + 1), beta_distribution.ppf(0.975, k + 1, n - k)
     assert summary.escape_interval() == pytest.approx((low, high))
+
+
+def test_a_seed_that_diverged_counts_as_one_that_did_not_solve_the_task(tmp_path: Path) -> None:
+    for name in "ab":
+        write_run(tmp_path / name, [1.0])
+    diverged = write_run(tmp_path / "c", [1.0, 0.2], state="training")  # seemed solved on the way
+    (diverged / "config.toml").write_text((diverged / "config.toml").read_text() + "[debug]\nseed = 3\n")
+    (summary,) = report([tmp_path], tmp_path)
+    assert (summary.solved, summary.unfinished, summary.seeds) == (2, 1, 3)
+    low, high = beta_distribution.ppf(0.025, 2, 2), beta_distribution.ppf(0.975, 3, 1)
+    assert summary.escape_interval() == pytest.approx((low, high))
+    assert column("seeds solved", [summary]) == ["2 of 3 (1 unfinished)"]
+    (model,) = json.loads((tmp_path / "summary.json").read_text())["models"]
+    assert (model["solved"], model["seeds"], model["unfinished"], len(model["runs"])) == (2, 3, 1, 2)
+    assert model["interval"] == pytest.approx([low, high])
 
 
 def test_a_model_is_shown_by_the_run_that_validates_best_whatever_the_test_says(tmp_path: Path) -> None:
@@ -283,11 +305,11 @@ def test_a_report_prints_the_table_and_writes_it_with_the_curves(tmp_path: Path,
     write_run(tmp_path / "runs/a", [0.2, 1.0], right=0.75)
     write_run(tmp_path / "runs/b", [0.2, 0.0])
     write_run(tmp_path / "runs/c", [0.1], model="softmax attention", right=0.0)
-    write_run(tmp_path / "runs/d", [0.1, 0.4], state="training")
+    write_run(tmp_path / "runs/d", [0.1, 0.4], model="DeltaNet [0, 1]", state="training")
     (tmp_path / "runs/notes").mkdir()
     assert dispatch(["state-tracking", "report", str(tmp_path / "runs")]) == 0
     printed = capsys.readouterr().out
-    assert "1 more run(s) are not finished and not counted" in printed
+    assert "1 more run(s), of models without a finished one, are not in the table" in printed
     assert f"{problem('S3')}, trained on words of up to 8 symbols" in " ".join(printed.split())
     assert (tmp_path / "runs/curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -312,6 +334,14 @@ def test_single_runs_and_another_place_may_be_named(tmp_path: Path) -> None:
     assert dispatch(["state-tracking", "report", *map(str, runs), "--out", str(tmp_path / "new/place")]) == 0
     assert sorted(path.name for path in (tmp_path / "new/place").iterdir()) == ["curves.png", "summary.json", "summary.md"]
     assert sorted(path.name for path in runs[0].iterdir()) == ["config.toml", "metrics.jsonl", "run.json", "test.json"]
+
+
+def test_beside_a_run_that_was_named_and_not_into_it_is_written(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "runs" / name, [1.0]) for name in "ab"]
+    before = sorted(runs[0].iterdir())
+    assert dispatch(["state-tracking", "report", *map(str, runs)]) == 0
+    assert sorted(runs[0].iterdir()) == before
+    assert {path.name for path in runs[0].parent.iterdir()} == {"a", "b", "curves.png", "summary.json", "summary.md"}
 
 
 def test_a_language_is_drawn_too(tmp_path: Path) -> None:
@@ -352,5 +382,6 @@ def test_a_damaged_run_is_named(damage: str, tmp_path: Path) -> None:
 def test_runs_that_were_never_started_are_counted_as_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "runs/a", [1.0])
     (write_run(tmp_path / "runs/b", [1.0], state="training") / "run.json").unlink()
-    report([tmp_path / "runs"], tmp_path / "out")
-    assert "1 more run(s) are not finished" in capsys.readouterr().out
+    (summary,) = report([tmp_path / "runs"], tmp_path / "out")
+    assert (summary.solved, summary.seeds, summary.unfinished) == (1, 2, 1)
+    assert "more run(s)" not in capsys.readouterr().out

@@ -19,14 +19,15 @@ from titan_dp.cli import dispatch
 from titan_dp.config_loader import config_from_toml
 from titan_dp.data.synthetic.groups import parse_group
 from titan_dp.data.synthetic.loader import build_problem, fingerprint
-from titan_dp.errors import UserError
+from titan_dp.errors import RunError, UserError
 from titan_dp.model import build_model
-from titan_dp.run_folder import write_run
+from titan_dp.run_folder import RunLock, holds_config, write_run
 from titan_dp.state_tracking import train
 from titan_dp.state_tracking.models import label, model_settings
 from titan_dp.state_tracking.train import Cell, plan, write_folders
 
 TRAIN = ["-m", "titan_dp.cli", "state-tracking", "train"]
+PRINT = ["--launch", "print"]
 
 
 def cells(*words: str, out: Path | None = None) -> list[Cell]:
@@ -211,7 +212,11 @@ def test_models_by_seeds_are_runs_with_folders_of_their_own(tmp_path: Path) -> N
 @pytest.mark.parametrize("name", [n for n in MODELS if n not in ("gla", "attention")])
 def test_a_range_is_of_each_factor(name: str) -> None:
     settings = model_settings(name)
-    assert settings["allow_neg_eigval"] == (not name.endswith("[0,1]"))
+    assert settings["allow_neg_eigval"] == (name.endswith("[c=2]") if "rwkv7" in name else not name.endswith("[0,1]"))
+
+
+def test_rwkv7_says_how_much_it_erases_and_1_if_nothing_is_said() -> None:
+    assert model_settings("rwkv7_2[c=1]") == model_settings("rwkv7_2") != model_settings("rwkv7_2[c=2]")
 
 
 def test_a_model_does_not_inherit_the_gates_of_a_config(tmp_path: Path, root: Path) -> None:
@@ -258,12 +263,18 @@ def test_a_folder_says_what_will_be_trained_there(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [cell.name for cell in runs]
 
 
+OTHER_STEPS = (
+    r"deltaproduct_2_-1_1-seed1 was trained with other settings \(training.steps was 9, is now 10\); "
+    r"choose another --out, or move that folder away$"
+)
+
+
 def test_a_folder_trained_with_other_settings_is_refused_and_untouched(tmp_path: Path) -> None:
     before = cells("--steps", "9", "--seeds", "1", out=tmp_path)
     write_folders(before)
     begin(before[0], "finished")
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"deltaproduct_2_-1_1-seed1 was trained with other settings; choose another --out"):
+    with pytest.raises(UserError, match=OTHER_STEPS):
         write_folders(cells("--steps", "10", "--seeds", "2", out=tmp_path))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
     assert [path.name for path in tmp_path.iterdir()] == [before[0].name]
@@ -271,16 +282,36 @@ def test_a_folder_trained_with_other_settings_is_refused_and_untouched(tmp_path:
     assert {path: path.read_bytes() for path in files} == files
 
 
-def test_what_only_names_a_run_is_no_other_setting(tmp_path: Path) -> None:
+def test_a_run_that_is_described_otherwise_is_the_same_run_under_its_new_description(tmp_path: Path) -> None:
     first = cells(out=tmp_path)
     write_folders(first)
     begin(first[0], "training")
     path = first[0].folder / "config.toml"
-    text = path.read_text().replace('description = "', 'description = "another ')
+    text = path.read_text()
+    path.write_text(text.replace('description = "', 'description = "another '))
     assert text != path.read_text()
-    path.write_text(text)
     write_folders(cells(out=tmp_path))
     assert path.read_text() == text
+
+
+def test_a_study_whose_folder_was_moved_goes_on_in_the_new_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done, begun = cells("--seeds", "2", out=tmp_path / "old")
+    write_folders([done, begun])
+    begin(done, "finished")
+    begin(begun, "training")
+    (tmp_path / "old").rename(tmp_path / "new")
+    (tmp_path / "new" / begun.name / "checkpoint").mkdir()
+    moved = cells("--seeds", "2", out=tmp_path / "new")
+    for cell in moved:
+        assert not holds_config(cell.folder, cell.loaded.config, cell.loaded.resolved_toml(), "")
+    assert dispatch(["state-tracking", "train", *PRINT, "--seeds", "2", "--out", str(tmp_path / "new")]) == 0
+    assert capsys.readouterr().out == f"python train.py --config {tmp_path}/new/{begun.name}/config.toml\n"
+    for cell in moved:
+        written = config_from_toml((cell.folder / "config.toml").read_text())
+        assert Path(written.job.dump_folder) / written.job.run_name == cell.folder
+        assert holds_config(cell.folder, cell.loaded.config, cell.loaded.resolved_toml(), "")
+    assert (moved[1].folder / "checkpoint").exists()
+    assert not (tmp_path / "old").exists()
 
 
 def test_a_table_that_changed_since_is_another_setting(tmp_path: Path) -> None:
@@ -292,7 +323,7 @@ def test_a_table_that_changed_since_is_another_setting(tmp_path: Path) -> None:
     write_folders(cells("--task", str(four), out=tmp_path / "out"))
     four.write_text("0,1,2,3\n1,0,3,2\n2,3,0,1\n3,2,1,0\n")
     parse_group.cache_clear()  # as in another process
-    with pytest.raises(UserError, match="was trained with other settings"):
+    with pytest.raises(UserError, match=r"was trained on another table of .*four\.csv; choose another --out"):
         write_folders(cells("--task", str(four), out=tmp_path / "out"))
 
 
@@ -300,7 +331,7 @@ def test_a_run_that_does_not_say_what_it_drew_from_is_another_one(tmp_path: Path
     first = cells(out=tmp_path)
     write_folders(first)
     write_run(first[0].folder, {"state": "finished", "steps": first[0].steps})
-    with pytest.raises(UserError, match="was trained with other settings"):
+    with pytest.raises(UserError, match="was trained on another table of S3"):
         write_folders(first)
 
 
@@ -312,13 +343,38 @@ def test_a_folder_that_never_began_is_written_anew(tmp_path: Path) -> None:
 
 
 def test_print_writes_the_folders_and_the_commands_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["state-tracking", "train", "--seeds", "2", "--launch", "print", "--out", str(tmp_path)]
-    assert dispatch(arguments) == 0
+    assert dispatch(["state-tracking", "train", "--seeds", "2", *PRINT, "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = ["deltaproduct_2_-1_1-seed1", "deltaproduct_2_-1_1-seed2"]
     assert lines == [f"python train.py --config {tmp_path}/{name}/config.toml" for name in names]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", *names]
     assert all([p.name for p in (tmp_path / name).iterdir()] == ["config.toml"] for name in names)
+
+
+def test_print_leaves_out_what_is_finished_and_what_another_process_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done, running, waiting = runs = cells("--seeds", "3", out=tmp_path)
+    write_folders(runs)
+    begin(done, "finished")
+    begin(running, "training")
+    begin(waiting, "training")
+    lock = RunLock(running.folder)
+    assert dispatch(["state-tracking", "train", "--seeds", "3", *PRINT, "--out", str(tmp_path)]) == 0
+    lock.close()
+    assert capsys.readouterr().out == f"python train.py --config {waiting.folder}/config.toml\n"
+
+
+@pytest.mark.parametrize("launch", ["local", "print"])
+def test_a_second_study_in_a_folder_somebody_trains_in_changes_nothing(launch: str, tmp_path: Path) -> None:
+    runs = cells("--seeds", "2", "--steps", "9", out=tmp_path)
+    write_folders(runs)  # none has begun: they might be written anew
+    before = {cell.folder: (cell.folder / "config.toml").read_bytes() for cell in runs}
+    lock = RunLock(tmp_path)
+    with pytest.raises(RunError, match="another process is at work in"):
+        dispatch(["state-tracking", "train", "--seeds", "3", "--steps", "7", "--launch", launch, "--out", str(tmp_path)])
+    lock.close()
+    assert {path.parent: path.read_bytes() for path in tmp_path.glob("*/config.toml")} == before
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -338,7 +394,6 @@ MISTAKES = {
         ["--task", "modular-arithmetic", "--length", "5", "--min-length", "5"],
         "modular-arithmetic has no string of 5 to 5 symbols",
     ),
-    "no word": (["--length", "0"], "--length = 0"),
     "n_h = 0": (["--num-householder", "0"], "num_householder = 0"),
     "n_h = 9": (["--num-householder", "9"], "num_householder = 9"),
     "n_h = two": (["--num-householder", "two"], 'num_householder = "two"'),
@@ -350,6 +405,8 @@ MISTAKES = {
     "a model that does not exist": (["--models", "mamba"], "'mamba'"),
     "a model twice": (["--models", "deltanet", "deltanet[-1,1]"], "twice"),
     "a range attention has not": (["--models", "attention[0,1]"], "'attention[0,1]'"),
+    "a range RWKV-7 has not": (["--models", "rwkv7[-1,1]"], "choose [c=1] or [c=2]"),
+    "a c DeltaNet has not": (["--models", "deltanet[c=2]"], "choose [0,1] or [-1,1]"),
     "a range nothing has": (["--models", "deltanet[0,2]"], "'deltanet[0,2]'"),
     "DeltaProduct without its n_h": (["--models", "deltaproduct"], "deltaproduct_2"),
     "an n_h DeltaNet has not": (["--models", "deltanet_2"], "n_h = 2"),
@@ -369,8 +426,6 @@ MISTAKES = {
     "a folder of its own": (["--job.dump_folder", "mine"], "--job.dump_folder"),
     "a description of its own": (["--job.description", "mine"], "--job.description"),
     "two lengths": (["--length", "64", "--training.seq_len", "65"], "--length and --training.seq_len"),
-    "no seeds": (["--seeds", "0"], "--seeds = 0"),
-    "nothing at once": (["--at-once", "0"], "--at-once = 0"),
     "only the identity": (["--task", "A5", "--max-moved", "2"], "max_moved = 2"),
     "a config that does not exist": (["--config", "enormous"], "'enormous'"),
     "a config of text": (["--config", "debug.toml"], "data.source"),
@@ -387,13 +442,27 @@ def test_a_mistake_is_one_sentence_before_anything_is_written(
 ) -> None:
     words, named = MISTAKES[mistake]
     with pytest.raises(UserError) as caught:
-        dispatch(["state-tracking", "train", *words, "--launch", "print", "--out", str(tmp_path / "out")])
+        dispatch(["state-tracking", "train", *words, *PRINT, "--out", str(tmp_path / "out")])
     message = str(caught.value)
     assert named in message
     assert "\n" not in message
     assert len(message) < 350
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--length", "0"], ["--seeds", "0"], ["--at-once", "0"], ["--parameters", "0"], ["--seeds", "two"], ["--length", "1.5"]],
+)
+def test_a_number_that_is_none_is_refused_by_the_command_line(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        dispatch(["state-tracking", "train", *words, *PRINT, "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    assert f"argument {words[0]}: {words[1]!r} is no " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_languages_length_counts_its_symbols_whatever_the_tokens_of_an_element() -> None:

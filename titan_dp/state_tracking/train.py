@@ -115,8 +115,9 @@ def run(args: argparse.Namespace) -> int:
                 if not is_finished(cell.folder) and not is_locked(cell.folder):
                     print(shlex.join(command(cell, 1, python="python", project=Path())))
             return 0
-        for warning in cells[0].loaded.warnings():
-            print(f"warning: {warning}")
+        for warning in cells[0].loaded.warnings():  # what matters to one of the models is not without effect
+            if all(warning in cell.loaded.warnings() for cell in cells):
+                print(f"warning: {warning}")
         try:
             launch_local(cells, at_once=args.at_once, nproc=1, retries=0)
         except RunError:  # the others' results are no less worth
