@@ -1,14 +1,26 @@
-"""Numbers on the command line of `titan-dp`: read, bounded, and refused by argparse with what was expected."""
+"""What the commands of `titan-dp` share: commands of several kinds, and numbers that argparse reads, bounds and refuses."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from importlib import import_module
 from typing import TypeVar
 
 from titan_dp.config import parse_count
 
 T = TypeVar("T")
+
+
+def add_kinds(parser: argparse.ArgumentParser, kinds: dict[str, tuple[str, str]]) -> None:
+    """A subcommand a kind, {name: (module, what it does)}; the chosen module's `run` becomes `args.run_kind`."""
+    subparsers = parser.add_subparsers(metavar="KIND", required=True)
+    for name, (module_name, summary) in kinds.items():
+        module = import_module(module_name)
+        description = (module.__doc__ or summary).split("\n\n")[0]
+        subparser = subparsers.add_parser(name, help=summary, description=description, allow_abbrev=False)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run_kind=module.run)
 
 
 def count(text: str) -> int:

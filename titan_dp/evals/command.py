@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
+
+from titan_dp.arguments import add_kinds
 
 # kind: (module, what it measures)
 KINDS = {
@@ -16,14 +17,7 @@ KINDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(metavar="KIND", required=True)
-    for name, (module_name, summary) in KINDS.items():
-        module = import_module(module_name)
-        subparser = kinds.add_parser(
-            name, help=summary, description=(module.__doc__ or summary).split("\n\n")[0], allow_abbrev=False
-        )
-        module.add_arguments(subparser)
-        subparser.set_defaults(run_kind=module.run)
+    add_kinds(parser, KINDS)
 
 
 def run(args: argparse.Namespace) -> int:
