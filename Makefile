@@ -30,10 +30,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes where tests are many and small; the others start processes of their own. A worker's torch has one thread.
+# Two processes where tests are many and small; the others start processes of their own. One thread each: on few cores
+# torch's threads wait for each other by spinning.
+test: export OMP_NUM_THREADS = 1
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/kernels --numprocesses=2 --dist=loadfile
-	$(BIN)/python -m pytest tests/hf tests/distributed tests/slurm tests/integration
+	$(BIN)/python -m pytest tests/unit tests/kernels tests/hf --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest tests/distributed tests/slurm tests/integration
 
 bench: $(INSTALLED)
 	for script in op loader checkpoint trainer kernel_costs export generation length_extrapolation scaling report state_tracking; do $(BIN)/python benchmarks/$$script.py || exit 1; done
