@@ -203,7 +203,8 @@ class Trainer:
         tensors = [to_device(batch, device) for batch in micro_batches]
         valid = distributed.all_reduce_sum(sum((b["labels"] != IGNORE).sum() for b in tensors))  # type: ignore[arg-type]
         if self.step_price is not None:
-            priced_tokens = distributed.all_reduce_sum(sum(before_last_label(b["labels"]).sum() for b in tensors))  # type: ignore[arg-type]
+            priced = [before_last_label(b["labels"]) for b in tensors]
+            priced_tokens = distributed.all_reduce_sum(sum(mask.sum() for mask in priced))  # type: ignore[arg-type]
         loss_sum, steps_sum = torch.zeros((), device=device), torch.zeros((), device=device)
         for i, batch in enumerate(tensors):
             self.model.set_requires_gradient_sync(i == len(tensors) - 1)  # type: ignore[operator]  # FSDP added it
@@ -211,7 +212,7 @@ class Trainer:
             objective = loss / valid
             if self.step_price is not None:
                 assert self.model.householder_steps is not None
-                mean_steps = (self.model.householder_steps * before_last_label(batch["labels"])).sum() / priced_tokens
+                mean_steps = (self.model.householder_steps * priced[i]).sum() / priced_tokens
                 objective = objective + self.step_price * mean_steps
                 steps_sum += mean_steps.detach()
             # FSDP averages gradients over ranks; times the number of ranks, that is the sum the global counts divide.

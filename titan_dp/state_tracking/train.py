@@ -223,12 +223,13 @@ def write_folders(cells: list[Cell]) -> None:
     from titan_dp.data.synthetic.loader import build_problem, fingerprint
 
     remedy, new = "choose another --out, or move that folder away", []
+    task = cells[0].loaded.config.state_tracking  # of all cells: models and seeds are what differs
+    data = fingerprint(build_problem(task), task)
     for cell in cells:
-        c = cell.loaded.config
-        if not holds_config(cell.folder, c, cell.loaded.resolved_toml(), remedy):
-            new.append(cell)
-        data = fingerprint(build_problem(c.state_tracking), c.state_tracking)
+        text = cell.loaded.resolved_toml()
+        if not holds_config(cell.folder, cell.loaded.config, text, remedy):
+            new.append((cell.folder, text))
         if (run := read_run(cell.folder)) is not None and run.get("fingerprint") != data:
-            raise UserError(f"{cell.folder} was trained on another table of {c.state_tracking.task}; {remedy}")
-    for cell in new:
-        write_config(cell.folder, cell.loaded.resolved_toml())
+            raise UserError(f"{cell.folder} was trained on another table of {task.task}; {remedy}")
+    for folder, text in new:
+        write_config(folder, text)
