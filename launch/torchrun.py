@@ -1,4 +1,4 @@
-"""torchrun with two things added that a scheduler needs; takes exactly torchrun's options.
+"""torchrun with three things added that a scheduler needs; takes exactly torchrun's options.
 
     python launch/torchrun.py --nproc-per-node=8 train.py --config 800m.toml
 
@@ -7,6 +7,7 @@
 2. With several nodes gloo, which carries asynchronous checkpoints and CPU training, binds to the interface that leads to the
    first node. By itself it binds to whatever the node's own name resolves to: loopback on Debian, nothing on many clusters.
    A GLOO_SOCKET_IFNAME that is set is left alone. NCCL finds its interfaces by itself.
+3. SIGUSR1 is handed to the ranks as SIGTERM is. If they save and leave, so does this, with 75: start the same again.
 
 Left out: everything else is torch.distributed.run.
 """
@@ -18,11 +19,17 @@ import os
 import socket
 import struct
 import sys
+import tempfile
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from titan_dp.errors import EXIT_STOPPED, STOPPED_FILE
+
+SHUTDOWN_SECONDS = "60"
+"""What ranks have to save in after a signal, where TORCH_ELASTIC_SHUTDOWN_TIMEOUT and --shutdown-timeout are not given."""
 SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
@@ -32,15 +39,23 @@ def main(argv: list[str]) -> int:
     host = args.rdzv_endpoint.rpartition(":")[0] or args.rdzv_endpoint or args.master_addr
     if args.nnodes != "1" and not args.standalone and (interface := interface_towards(host)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    try:
-        run(args)
-    except ChildFailedError as error:
-        print(error, file=sys.stderr, flush=True)
-        code = error.get_first_failure()[1].exitcode  # negative: killed by that signal
-        return code if code >= 0 else 128 - code
-    except SignalException as error:
-        print(f"ended from outside by {error.sigval.name}", file=sys.stderr, flush=True)
-        return 1  # not 143: srun reports the highest code of all nodes, and the one that failed by itself must show
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
+    if "SIGUSR1" not in args.signals_to_handle:
+        args.signals_to_handle += ",SIGUSR1"
+    with tempfile.TemporaryDirectory() as folder:
+        stopped = Path(os.environ.setdefault(STOPPED_FILE, f"{folder}/stopped"))
+        try:
+            run(args)
+        except ChildFailedError as error:
+            code = error.get_first_failure()[1].exitcode  # negative: killed by that signal
+            if code != EXIT_STOPPED:
+                print(error, file=sys.stderr, flush=True)
+            return code if code >= 0 else 128 - code
+        except SignalException as error:
+            print(f"ended from outside by {error.sigval.name}", file=sys.stderr, flush=True)
+            # 1, not 143: srun reports the highest code of all nodes, and the one that failed by itself must show. So 75 too is
+            # left with only where the ranks did save, which they cannot after another node has failed.
+            return EXIT_STOPPED if stopped.exists() else 1
     return 0
 
 

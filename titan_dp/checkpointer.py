@@ -52,7 +52,7 @@ from titan_dp.distributed import local_tensor
 from titan_dp.errors import UserError
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-_SAVE_TIMEOUT = timedelta(hours=1)  # a slow file system is not a hang
+SAVE_TIMEOUT = timedelta(hours=1)  # a slow file system is not a hang
 
 
 class Checkpointer:
@@ -65,7 +65,7 @@ class Checkpointer:
 
     def __init__(self, c: config.Checkpoint, run_folder: Path) -> None:
         self.c, self.folder = c, run_folder / c.folder
-        self.group = dist.new_group(backend="gloo", timeout=_SAVE_TIMEOUT)
+        self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._stager = _Stager(cache_staged_state_dict=True)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None

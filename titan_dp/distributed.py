@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from titan_dp import config
 from titan_dp.errors import UserError
+from titan_dp.interrupt import end_with_launcher
+from titan_dp.watchdog import FLIGHT_RECORDER_ENTRIES
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ def rank_from_env() -> int:
 @contextmanager
 def distributed(comm: config.Comm) -> Iterator[World]:
     """Initialise the process group and tear it down, even after an exception."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher()
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_ENTRIES)
     use_cuda = torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

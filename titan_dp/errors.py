@@ -1,7 +1,8 @@
 """The one exception for a user's mistake, and how a command turns exceptions into exit codes.
 
-Exit codes: 0 done, 2 the user's mistake (one message, no traceback), 1 anything else: the machine's faults with one
-message, our own with a traceback. 130 after Ctrl-C. Asserts are for ours. Nothing here imports torch.
+Exit codes: 0 done, 2 the user's mistake (one message, no traceback), 75 stopped by a signal with everything saved (the same
+command goes on), 1 anything else: the machine's faults with one message, our own with a traceback. 130 after Ctrl-C. Asserts
+are for ours. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -33,6 +34,15 @@ class RunError(RuntimeError):
     """A run that cannot go on through nobody's mistake; one message says what happened and what to do, exit code 1."""
 
 
+class StoppedError(RuntimeError):
+    """A signal asked the run to stop and everything is saved: exit code 75, on which a scheduler starts the same again."""
+
+
+EXIT_STOPPED = os.EX_TEMPFAIL
+STOPPED_FILE = "TITAN_DP_STOPPED_FILE"
+"""Environment variable: a file that a stopped process makes, for launch/torchrun.py, which torch does not tell exit codes."""
+
+
 def run_main(command: Callable[[], int]) -> int:
     """Run `command` and return the process's exit code, printing what went wrong to stderr."""
     try:
@@ -46,6 +56,12 @@ def run_main(command: Callable[[], int]) -> int:
     except RunError as error:
         _report(str(error))
         return 1
+    except StoppedError as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, flush=True)
+        if path := os.environ.get(STOPPED_FILE):
+            open(path, "w").close()
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         _report("interrupted")
         return 130

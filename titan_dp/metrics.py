@@ -2,16 +2,13 @@
 
 `metrics.jsonl` is appended to and keyed by step. A resumed run first drops the records of steps it is about to repeat, so
 each step stands there once. Only rank 0 writes. Tokens a second and MFU are taken over the interval since the last line,
-without validation and checkpoints; device tensors are read only here, once a line.
+without pauses, which `health.py` books; device tensors are read only here, once a line.
 """
 
 from __future__ import annotations
 
 import json
 import resource
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from titan_dp import config
 from titan_dp.distributed import World
 from titan_dp.errors import UserError
 from titan_dp.files import write_atomically
+from titan_dp.health import Interval
 from titan_dp.validate import Evaluation
 
 # Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets (without sparsity); the first name contained in the device's wins.
@@ -86,7 +84,6 @@ class Metrics:
         self.validation_loss: float | None = None
         self._console = Console(highlight=False, quiet=not world.is_main, soft_wrap=True)
         self._last_step, self._step_seconds = start_step, 0.0
-        self._data = self._other = 0.0
         self._file = self._tensorboard = self._wandb = None
         if world.is_main:
             run_folder.mkdir(parents=True, exist_ok=True)
@@ -102,39 +99,28 @@ class Metrics:
         if self.peak is None and world.device.type == "cuda":
             name = torch.cuda.get_device_name(world.device)
             self._console.print(f'MFU n/a (unknown peak for "{name}"): set metrics.peak_tflops')
-        self._clock = time.perf_counter()
-
-    # -- time that is not training -----------------------------------------------------------------------------------
-
-    @contextmanager
-    def data_wait(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._data += time.perf_counter() - start
-
-    @contextmanager
-    def excluded(self) -> Iterator[None]:
-        """Validation and checkpoint stalls: not counted in tokens a second."""
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        yield
-        self._other += time.perf_counter() - start
 
     # -- records -----------------------------------------------------------------------------------------------------
 
     def log_step(
-        self, step: int, *, loss: Tensor, grad_norm: Tensor, lr: float, skipped: int, householder_steps: Tensor | None = None
+        self,
+        step: int,
+        interval: Interval,
+        *,
+        loss: Tensor,
+        grad_norm: Tensor,
+        lr: float,
+        skipped: int,
+        householder_steps: Tensor | None = None,
     ) -> None:
-        """Record step `step` (steps done); reads the device tensors.
+        """Record step `step` (steps done), which ends `interval`; reads the device tensors.
 
         `householder_steps` are those a token took in all layers of an adaptive model, on average.
         """
         loss_value, norm_value = torch.stack([loss.detach(), grad_norm.detach()]).tolist()
-        now = time.perf_counter()
-        elapsed = max(now - self._clock - self._other, 1e-9)
         steps = step - self._last_step
-        tokens_per_second = steps * self.tokens_per_step / elapsed
+        step_seconds = interval.seconds / steps
+        tokens_per_second = self.tokens_per_step / step_seconds
         flops = tokens_per_second * self.flops_per_token / self.world.size
         record: dict[str, Any] = {
             "step": step,
@@ -145,9 +131,12 @@ class Metrics:
             "tokens_per_second": tokens_per_second,
             "tflops_per_device": flops / 1e12,
             "memory_gib": memory_gib(self.world.device),
-            "data_wait": self._data / elapsed,
-            "step_seconds": elapsed / steps,
+            "data_wait": interval.data_wait / interval.seconds,
+            "data_wait_slowest": interval.data_wait_slowest / interval.seconds,
+            "work_slowest": interval.work_slowest,
+            "step_seconds": step_seconds,
             "skipped_steps": skipped,
+            **{f"paused_{what}": seconds for what, seconds in interval.paused.items()},
         }
         if householder_steps is not None:
             record["householder_steps"] = householder_steps.item()
@@ -157,9 +146,9 @@ class Metrics:
             speed = f"MFU {record['mfu']:.1%}" if record["mfu"] <= 1 else "MFU above 100 %: metrics.peak_tflops is wrong"
         # The first line's speed is warmup and compilation: no estimate from it alone once there is a better one.
         self._step_seconds = (
-            elapsed / steps
+            step_seconds
             if self._step_seconds == 0 or self._last_step <= self.start_step + 1
-            else (0.8 * self._step_seconds + 0.2 * elapsed / steps)
+            else (0.8 * self._step_seconds + 0.2 * step_seconds)
         )
         eta = timedelta(seconds=round(self._step_seconds * (self.total_steps - step)))
         width = len(f"{self.total_steps:,}")
@@ -170,9 +159,12 @@ class Metrics:
             f"{record['memory_gib']:.2f} GiB | data {record['data_wait']:.1%} | ETA {eta}"
             + (f" | {record['householder_steps']:.2f} Householder steps a token" if householder_steps is not None else "")
             + (f" | {skipped} skipped" if skipped else "")
+            + "".join(f" | {what} {seconds:.1f} s" for what, seconds in interval.paused.items() if seconds >= 0.05)
         )
+        for remark in interval.remarks:
+            self._console.print(f"step {step:>{width},} | {remark}", style="yellow")
         self._write(step, record)
-        self._last_step, self._clock, self._data, self._other = step, now, 0.0, 0.0
+        self._last_step = step
 
     def log_validation(self, step: int, result: Evaluation) -> None:
         """Record a validation after `step` steps."""

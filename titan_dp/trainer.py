@@ -2,8 +2,9 @@
 
 One invariant carries the rest: everything that decides step s (samples, learning rate, initial weights) is a pure
 function of the configuration, the data and s. What is not (weights, moments, random-number states) is in the checkpoint.
-So stopping and resuming changes nothing, on the same ranks bit for bit. The loop never waits for the device except
-at log steps; the loss is a sum over tokens divided by the global count of valid ones, accumulation included.
+So stopping and resuming changes nothing, on the same ranks bit for bit; SIGTERM and SIGUSR1 stop a run at the end of a step,
+saved. The loop never waits for the device except at log steps; the loss is a sum over tokens divided by the global count of
+valid ones, accumulation included.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import gc
 import itertools
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -18,11 +20,14 @@ import torch.distributed as dist
 from rich.console import Console
 
 from titan_dp import distributed
-from titan_dp.checkpointer import Checkpointer, load_model_weights
+from titan_dp.checkpointer import SAVE_TIMEOUT, Checkpointer, load_model_weights
 from titan_dp.config_loader import Loaded
 from titan_dp.data.batches import IGNORE
 from titan_dp.distributed import World
+from titan_dp.errors import StoppedError
 from titan_dp.files import write_atomically
+from titan_dp.health import StepTimes
+from titan_dp.interrupt import Interrupt
 from titan_dp.lr_scheduler import build_lr_scheduler
 from titan_dp.metrics import Metrics
 from titan_dp.model import build_model
@@ -35,6 +40,7 @@ from titan_dp.run_folder import RunLock, write_run
 from titan_dp.schedule import plan_batches
 from titan_dp.tasks import build_task
 from titan_dp.validate import before_last_label, to_device
+from titan_dp.watchdog import Watchdog
 
 
 class Trainer:
@@ -72,6 +78,17 @@ class Trainer:
         self.optimizers = build_optimizer(self.model, c.optimizer)
         self.lr_factor = build_lr_scheduler(c.lr_scheduler, self.batch.steps)
         self.guard = NonFiniteGuard(world.device)
+        self.times = StepTimes(world.device, c.compile.enable)
+        self.model.clock = self.times.work
+        self.interrupt = Interrupt(world.device)
+        self.stop_for: Signals | None = None
+        self.watchdog = Watchdog(
+            self.run_folder / "hang",
+            world.rank,
+            c.comm.init_timeout_seconds,
+            "comm.init_timeout_seconds, train_timeout_seconds",
+        )
+        self.model.register_forward_pre_hook(lambda module, args: self.watchdog.beat())
 
         self.step, self.reached = 0, False  # reached: the task is learnt, before the last step
         self.lock = RunLock(self.run_folder, patience=10) if world.is_main else None
@@ -149,17 +166,19 @@ class Trainer:
         batches = iter(self.loader)
         gc.disable()  # collections at different moments on different ranks make all of them wait
         try:
-            with Profiler(c.profiling, self.run_folder, self.world.rank) as profiler:
-                while not self._is_done():
-                    with metrics.data_wait():
+            with Profiler(c.profiling, self.run_folder, self.world.rank) as profiler, self.watchdog, self.interrupt:
+                while not self._is_done() and self.stop_for is None:
+                    with self.times.data_wait():
                         micro_batches = list(itertools.islice(batches, self.batch.accumulation))
                     loss, householder_steps, grad_norm, lr = self._train_step(micro_batches)
                     self.step += 1
+                    self.times.end_step(self.step)
                     first, last = self.step == metrics.start_step + 1, self._is_done()
                     if self.step % c.metrics.log_freq == 0 or first or last:
                         self.guard.check(c.training.max_nonfinite_steps)
                         metrics.log_step(
                             self.step,
+                            self.times.end_interval(),
                             loss=loss,
                             grad_norm=grad_norm,
                             lr=lr,
@@ -169,15 +188,19 @@ class Trainer:
                     if self.task.held_out is not None and (self.step % c.validation.freq == 0 or last):
                         self._validate(metrics)
                         last = self._is_done()
+                    last = last or self.stop_for is not None
                     if c.checkpoint.enable and (self.step % c.checkpoint.interval == 0 or last):
-                        with metrics.excluded():
+                        with self.times.paused("checkpoint"), self.watchdog.patience(SAVE_TIMEOUT.total_seconds()):
                             self._save(last)
                     if self.step % c.training.gc_freq == 0:
                         gc.collect(1)
                     if first:
                         distributed.set_timeout(c.comm.train_timeout_seconds)
+                        self.watchdog.limit = c.comm.train_timeout_seconds
                     profiler.step()
             self.checkpointer.wait()
+            if self.stop_for is not None:
+                raise StoppedError(self._farewell(self.stop_for))
             distributed.set_timeout(c.comm.init_timeout_seconds)  # the other ranks wait while rank 0 writes a sample
             self._show_result(metrics)
             self._write_run("finished")
@@ -187,6 +210,10 @@ class Trainer:
             self.checkpointer.close()
             if self.lock is not None:
                 self.lock.close()
+
+    def _farewell(self, signal: Signals) -> str:
+        saved = "saved" if self.config.checkpoint.enable else "checkpoint.enable = false, so nothing is saved"
+        return f"stopped by {signal.name} after step {self.step:,}; {saved}; the same command resumes"
 
     def _is_done(self) -> bool:
         return self.reached or self.step >= self.batch.steps
@@ -201,7 +228,10 @@ class Trainer:
         """
         device = self.world.device
         tensors = [to_device(batch, device) for batch in micro_batches]
-        valid = distributed.all_reduce_sum(sum((b["labels"] != IGNORE).sum() for b in tensors))  # type: ignore[arg-type]
+        own_valid: Any = sum((b["labels"] != IGNORE).sum() for b in tensors)
+        # The wish to stop travels with the count, which every step reduces anyway.
+        counts = distributed.all_reduce_sum(torch.cat([own_valid[None], self.interrupt.flags()]))
+        valid, self.stop_for = counts[0], self.interrupt.agreed(counts[1:])
         if self.step_price is not None:
             priced = [before_last_label(b["labels"]) for b in tensors]
             priced_tokens = distributed.all_reduce_sum(sum(mask.sum() for mask in priced))  # type: ignore[arg-type]
@@ -221,13 +251,15 @@ class Trainer:
         grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
         factor = self.lr_factor(self.step)
         self.optimizers.set_lr(factor)
-        self.optimizers.step(self.guard.update(grad_norm))
+        found_inf = self.guard.update(grad_norm)
+        with self.times.work:
+            self.optimizers.step(found_inf)
         self.optimizers.zero_grad()
         householder_steps = None if self.step_price is None else distributed.all_reduce_sum(steps_sum)
         return distributed.all_reduce_sum(loss_sum) / valid, householder_steps, grad_norm, self.config.optimizer.lr * factor
 
     def _validate(self, metrics: Metrics) -> None:
-        with metrics.excluded():
+        with self.times.paused("validation"):
             result = self.task.evaluate(self.model)
         metrics.log_validation(self.step, result)
         self.reached = self.task.is_reached(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from titan_dp import config
 from titan_dp.distributed import World
 from titan_dp.errors import UserError
+from titan_dp.health import Interval
 from titan_dp.metrics import Metrics, drop_repeated_steps, peak_flops
 from titan_dp.validate import Evaluation
 
@@ -30,8 +32,14 @@ def metrics(folder: Path, start_step: int = 0, rank: int = 0, **settings: object
     )
 
 
-def log(m: Metrics, step: int, loss: float = 2.0, skipped: int = 0) -> None:
-    m.log_step(step, loss=torch.tensor(loss), grad_norm=torch.tensor(0.5), lr=3e-4, skipped=skipped)
+def interval(seconds: float = 1.0, **values: Any) -> Interval:
+    usual: dict[str, Any] = {"data_wait": 0.0, "data_wait_slowest": 0.0, "work_slowest": 1.0, "paused": {}, "remarks": []}
+    return Interval(seconds, **usual | values)
+
+
+def log(m: Metrics, step: int, loss: float = 2.0, skipped: int = 0, during: Interval | None = None) -> None:
+    during = during or interval()
+    m.log_step(step, during, loss=torch.tensor(loss), grad_norm=torch.tensor(0.5), lr=3e-4, skipped=skipped)
 
 
 def records(folder: Path) -> list[dict]:
@@ -47,21 +55,22 @@ def test_a_log_line_shows_all_a_person_asks_for(tmp_path: Path, capsys: pytest.C
     assert all(part in line for part in ("tok/s", "FLOP/s", "GiB", "data 0.0%", "ETA 0:"))
 
 
-def test_speed_is_tokens_over_time_without_validation_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("titan_dp.metrics.time.perf_counter", lambda: now[0])
+def test_speed_is_tokens_over_the_seconds_of_training(tmp_path: Path) -> None:
     m = metrics(tmp_path, peak_tflops=1e-3)
-    with m.excluded():
-        now[0] += 50
-    with m.data_wait():
-        now[0] += 1
-    now[0] += 3
-    log(m, 10)
+    log(m, 10, during=interval(4.0, data_wait=1.0, data_wait_slowest=2.0))
     (record,) = records(tmp_path)
     assert record["tokens_per_second"] == 10 * 512 / 4
     assert record["tflops_per_device"] == pytest.approx(1280 * 1e6 / 2 / 1e12)
     assert record["mfu"] == pytest.approx(0.64)
-    assert record["data_wait"] == 0.25
+    assert (record["data_wait"], record["data_wait_slowest"]) == (0.25, 0.5)
+
+
+def test_pauses_and_slow_ranks_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log(metrics(tmp_path), 10, during=interval(paused={"checkpoint": 2.5}, remarks=["rank 3 on a7 computes at 50 %"]))
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].endswith("| checkpoint 2.5 s")
+    assert out[1] == "step    10 | rank 3 on a7 computes at 50 %"
+    assert records(tmp_path)[0]["paused_checkpoint"] == 2.5
 
 
 def test_more_than_a_hundred_percent_mfu_is_called_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -8,6 +8,7 @@ a router (`attn.r_proj`), RWKV-7. Nothing here knows of ranks or devices.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.nn.functional as F
@@ -91,6 +92,7 @@ class Transformer(nn.Module):
         householder_steps: of the last `forward`, the steps [B, T] that the routers took for each token, summed over layers:
             float32, hard counts by value, with the routers' straight-through gradient. None without a router. It holds the
             forward's graph until the next one. `step` leaves it as it is.
+        clock: entered around the loss, work that no other rank has a part in.
     """
 
     householder_steps: Tensor | None
@@ -98,6 +100,7 @@ class Transformer(nn.Module):
     def __init__(self, c: config.Model) -> None:
         super().__init__()
         self.householder_steps = None
+        self.clock: AbstractContextManager[None] = nullcontext()
         self.std = c.initializer_range
         self.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, c.mixer_of(i)) for i in range(c.num_hidden_layers))
@@ -126,7 +129,8 @@ class Transformer(nn.Module):
                 self.householder_steps = steps if self.householder_steps is None else self.householder_steps + steps
         x = self.norm.apply_to(x)
         if labels is not None:
-            return summed_cross_entropy(x.flatten(0, 1), self.output_weight, labels.flatten())
+            with self.clock:
+                return summed_cross_entropy(x.flatten(0, 1), self.output_weight, labels.flatten())
         return upcast(F.linear(x, self.output_weight)).view(*tokens.shape, -1)
 
     def step(self, tokens: Tensor, cache: list[Any] | None = None) -> tuple[Tensor, list[Any]]:

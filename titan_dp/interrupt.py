@@ -1,0 +1,77 @@
+"""SIGTERM and SIGUSR1 as a wish: at the end of a step all ranks agree to stop, save, and leave.
+
+A signal may reach one rank or all, at any moment, so it sets a flag, and the flags are summed with the count of valid
+tokens that every step reduces anyway: no collective of its own. Every rank reads the same sum, so all stop after the same
+step. On a GPU the sum is read one step later, when it has long arrived: nothing waits for the device. Ctrl-C is left
+alone. A rank whose launcher dies is told by the kernel, with SIGTERM: no orphan trains on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def end_with_launcher() -> None:
+    """Have the kernel send this process SIGTERM when its parent, the launcher, dies."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died in between
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Interrupt:
+    """Takes `SIGNALS` while the context is entered; the main thread enters it.
+
+    Args:
+        device: of the tensors that are reduced.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._received = [0] * len(SIGNALS)
+        self._read: tuple[Tensor, Any] | None = None  # the last step's sums and the event of their arrival
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received[SIGNALS.index(signal.Signals(number))] = 1
+
+    def flags(self) -> Tensor:
+        """This rank's part of the sum, [2] int64 on the device: which of `SIGNALS` have come."""
+        if not any(self._received):
+            return torch.zeros(len(SIGNALS), dtype=torch.int64, device=self.device)
+        return torch.tensor(self._received, device=self.device)
+
+    def agreed(self, sums: Tensor) -> signal.Signals | None:
+        """The signal to stop for, the same on every rank; None to go on.
+
+        Args:
+            sums: [2] int64, `flags` of this step summed over all ranks.
+        """
+        if sums.is_cuda:
+            arriving = torch.empty_like(sums, device="cpu", pin_memory=True).copy_(sums, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            last, self._read = self._read, (arriving, event)
+            if last is None:
+                return None
+            last[1].synchronize()
+            sums = last[0]
+        return next((number for number, count in zip(SIGNALS, sums.tolist(), strict=True) if count), None)

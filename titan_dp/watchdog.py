@@ -1,0 +1,102 @@
+"""What a hang leaves behind: where every rank stood, and its last collectives; then the end, so that a launcher starts again.
+
+Every forward pass is a sign of life, in training and in validation. A rank that shows none for `limit` seconds writes
+
+    <run folder>/hang/rank-3.txt     the Python stack of every thread
+                     rank-3.json     torch's flight recorder: the last collectives, and which of them never ended
+
+and leaves with exit code 1. All ranks do so within moments, because all wait for the one that hangs. A thread of Python's does
+it; should the hanging code keep that from running, by holding Python's lock, one of C's writes the stacks to stderr and ends
+the process. A rank that is stopped altogether writes nothing: it is the one without a file.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch._C._distributed_c10d as c10d
+
+_TICK = 1.0  # seconds between two looks at the clock
+FLIGHT_RECORDER_ENTRIES = "2000"
+"""Collectives torch remembers (TORCH_FR_BUFFER_SIZE, where that is not set)."""
+
+
+class Watchdog:
+    """Watches this process while the context is entered.
+
+    Args:
+        folder: gets the files; made when needed.
+        rank: of this process.
+        limit: seconds without a sign of life; may be changed at any time and holds from the next sign on.
+        key: of the configuration, for the message.
+    """
+
+    def __init__(self, folder: Path, rank: int, limit: float, key: str) -> None:
+        self.folder, self.rank, self.limit, self.key = folder, rank, limit, key
+        self._deadline = float("inf")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self.beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def beat(self, limit: float | None = None) -> None:
+        """A sign of life; the next one must come within `limit` seconds, where given, else within the usual limit."""
+        self._deadline = time.monotonic() + (self.limit if limit is None else limit)
+
+    @contextmanager
+    def patience(self, limit: float) -> Iterator[None]:
+        """Something that may take up to `limit` seconds without a forward pass."""
+        self.beat(limit)
+        yield
+        self.beat()
+
+    def _watch(self) -> None:
+        try:
+            while not self._ended.wait(_TICK):
+                if time.monotonic() > self._deadline:
+                    self._dump()
+                    os._exit(1)
+                faulthandler.dump_traceback_later(self.limit + 10 * _TICK, exit=True)  # unless this thread runs again
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _dump(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            stacks, collectives = (self.folder / f"rank-{self.rank}.{kind}" for kind in ("txt", "json"))
+            with stacks.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            collectives.write_bytes(_flight_record())
+            where = f"stacks and last collectives are in {self.folder}"
+        except OSError as error:
+            faulthandler.dump_traceback(all_threads=True)
+            where = f"stacks are above, as {self.folder} could not be written ({error})"
+        print(
+            f"error (rank {self.rank}): no forward pass began in time ({self.key}); {where}; the rank without a file there, or "
+            "whose stack differs from the others', hangs. The same command resumes",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _flight_record() -> bytes:
+    """The flight recorder's entries as JSON, of NCCL where there is any, else of gloo."""
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        if hasattr(c10d, name):
+            return getattr(c10d, name)()
+    return b"{}"  # gloo's has come after torch 2.11
