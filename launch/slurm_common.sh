@@ -30,19 +30,25 @@ preempted() {
 
 # train COMMAND...: run it and exit with its code, or requeue this job.
 train() {
-    local code=0 near_limit='' failures=outputs/slurm/$job.failures
-    # SLURM sends USR1 a minute or two before the time limit (--signal): a run longer than the limit goes on in the next slot.
-    trap 'near_limit=1' USR1
+    local code child='' near_limit='' failures=outputs/slurm/$job.failures
+    # SLURM sends USR1 two minutes before the time limit (--signal). Handed on, it makes the ranks save and leave, or be ended
+    # after a minute (launch/torchrun.py): a run longer than the limit goes on in the next slot.
+    trap 'near_limit=1; [[ -z $child ]] || kill -USR1 "$child" 2>/dev/null' USR1
     "$@" &
-    wait $! || code=$? # USR1 ends `wait`, not the command
-    if [[ $near_limit ]] && ! requeue "the time limit is near"; then
+    child=$!
+    while :; do
         code=0
-        wait $! || code=$?
-    fi
+        wait "$child" || code=$?
+        kill -0 "$child" 2>/dev/null || break # a signal ends `wait`, not the command
+    done
     if ((code == 0 || code == 2)); then
         say "ended with exit code $code"
+    elif [[ $near_limit ]]; then
+        requeue "the time limit is near" || true
     elif preempted; then
         requeue "preempted" || true
+    elif ((code == 75)); then
+        requeue "stopped by a signal" || true
     else
         mkdir -p outputs/slurm
         say "exit code $code" >>"$failures" # not SLURM_RESTART_COUNT: that counts preemptions and time limits as well

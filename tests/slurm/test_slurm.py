@@ -66,7 +66,7 @@ def test_a_run_on_two_nodes_survives_preemption_and_the_time_limit(
     cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", cwd=tmp_path)
     cluster.wait_until_requeued(job, 30)
     step = wait_for_checkpoint(run, step + 20, log)
-    cluster.run("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1@60 does near the time limit
+    cluster.run("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1@120 does near the time limit
     (end,) = cluster.wait_until_over(job, seconds=180)
 
     text = log.read_text()
@@ -78,7 +78,9 @@ def test_a_run_on_two_nodes_survives_preemption_and_the_time_limit(
     assert "2 rank(s)" in text
     resumed = [int(found) for found in re.findall(r"\[rank 0\] resumed at step (\d+)", text)]
     assert len(resumed) == 2
+    saved = re.findall(r"stopped by SIGUSR1 after step (\d+); saved", text)
     assert 10 < resumed[0] < step <= resumed[1] < 100
+    assert saved == [str(resumed[1])], "no step is done twice after a signal"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert steps == list(range(1, 101))
     for node in (0, 1):
