@@ -2,8 +2,10 @@
 
     python benchmarks/checkpoint.py    prints the table and writes benchmarks/results/checkpoint.{md,json}
 
-A blocking save writes, hashes and commits before it returns; an asynchronous one returns once the state is copied. The last
-column is what the next save would wait for if it came at once. Written to the system's temporary folder.
+A blocking save writes, hashes and commits before it returns. An asynchronous one returns at once; a step's forward and
+backward pass then run beside the copy, and the update waits for it: the stall is both waits, the pass itself not counted
+(it shares the processor with the copy and the writing; how much longer it takes is a column of its own). Saves without
+checksums alternate with the others: the same writer of torch's without our hashing. Written to the system's temporary folder.
 """
 
 from __future__ import annotations
@@ -11,12 +13,18 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from common import Report
 
+from titan_dp import checkpointer as checkpointer_module
 from titan_dp import config
+from titan_dp.checkpoint import verify
 from titan_dp.checkpointer import Checkpointer
 from titan_dp.distributed import build_mesh, current_world, distributed
 from titan_dp.model import build_model
@@ -24,8 +32,29 @@ from titan_dp.model.parallelize import parallelize
 from titan_dp.optim import build_optimizer, clip_grad_norm
 
 MODEL = config.Model(hidden_size=512, num_hidden_layers=12, num_heads=4, head_dim=128, vocab_size=16000)
-META = {"config": "", "fingerprint": "", "global_batch_size": 1, "seed": 0, "tokens": 0}
+META = {
+    "config": "",
+    "fingerprint": "",
+    "global_batch_size": 1,
+    "seed": 0,
+    "tokens": 0,
+    "tokenizer": "bytes",
+    "loader": {"samples": 0},
+}
 REPEATS = 5
+
+
+@contextmanager
+def unhashed() -> Iterator[None]:
+    """Saves without checksums: every file is listed with an empty one."""
+
+    class Unhashed(dcp.FileSystemWriter):
+        def entries(self) -> list[dict[str, Any]]:
+            return [{"name": p.name, "bytes": p.stat().st_size, "xxh3_128": ""} for p in Path(self.path).iterdir()]
+
+    ours, checkpointer_module.Writer = checkpointer_module.Writer, Unhashed  # type: ignore[misc, assignment]
+    yield
+    checkpointer_module.Writer = ours  # type: ignore[misc]
 
 
 def main() -> None:
@@ -45,33 +74,51 @@ def main() -> None:
         model.to_empty(device="cpu")
         model.init_weights(0)
         optimizers = build_optimizer(model, config.Optimizer())
-        tokens = torch.randint(0, 16000, (1, 16))
+        tokens = torch.randint(0, 16000, (1, 256))
         model(tokens, tokens).backward()
         clip_grad_norm(model.parameters(), 1.0)
         optimizers.step(torch.zeros(()))
         optimizers.zero_grad()
         gib = 3 * 4 * model.num_params() / 2**30
         checkpointer = Checkpointer(config.Checkpoint(keep_latest_k=2), Path(folder))
-        stalls: dict[bool, list[float]] = {True: [], False: []}
-        rest = []
-        for i in range(2 * (REPEATS + 1)):
-            blocking = i % 2 == 0
+        seconds: dict[str, list[float]] = {}
+
+        def timed(name: str, action: Callable[[], object]) -> None:
             start = time.perf_counter()
-            checkpointer.save(i + 1, model, optimizers, meta=META, healthy=True, blocking=blocking)
-            stalls[blocking].append(time.perf_counter() - start)
-            start = time.perf_counter()
-            checkpointer.wait()
-            if not blocking:
-                rest.append(time.perf_counter() - start)
-        blocked, stalled = (statistics.median(stalls[b][1:]) for b in (True, False))  # the first of each warms up
+            action()
+            seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+        def save(step: int, blocking: bool) -> None:
+            checkpointer.save(step, model, optimizers, meta=META, healthy=True, blocking=blocking)
+
+        def forward_backward() -> None:
+            model(tokens, tokens).backward()
+            optimizers.zero_grad()
+
+        for i in range(1, REPEATS + 2):
+            timed("blocking", lambda i=i: save(4 * i, True))
+            with unhashed():
+                timed("unhashed", lambda i=i: save(4 * i + 1, True))
+            timed("pass alone", forward_backward)
+            timed("returned", lambda i=i: save(4 * i + 2, False))
+            timed("pass", forward_backward)
+            timed("copied", checkpointer.wait_until_copied)
+            timed("written", checkpointer.wait)
+            timed("verified", lambda: verify(checkpointer.newest()))
+        middle = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first of each warms up
+        hashing = [1 - b / a for a, b in zip(seconds["blocking"][1:], seconds["unhashed"][1:], strict=True)]
+        stall = middle["returned"] + middle["copied"]
         report.add(
             {
                 "parameters": f"{model.num_params():,}",
                 "state GiB": gib,
-                "blocking s": blocked,
-                "async stall s": stalled,
-                "stall / blocking": stalled / blocked,
-                "async written after s": statistics.median(rest[1:]),
+                "blocking s": middle["blocking"],
+                "of it checksums": f"{statistics.median(hashing):.1%} ({min(hashing):.1%} to {max(hashing):.1%})",
+                "async stall s": stall,
+                "stall / blocking": stall / middle["blocking"],
+                "forward + backward s, alone": middle["pass alone"],
+                "beside the save": middle["pass"],
+                "verified before loading s": middle["verified"],
             }
         )
     report.write()

@@ -21,7 +21,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from common import Report
 
-from titan_dp.checkpoint import file_entry, step_folder, write_manifest
+from titan_dp.checkpoint import step_folder, write_manifest
+from titan_dp.checkpoint_files import Writer
 from titan_dp.config_loader import PROJECT, load_config
 from titan_dp.model import build_model
 
@@ -39,9 +40,11 @@ def save_checkpoint(run_folder: Path) -> int:
             tensors[f"optimizer.state.{name}.{moment}"] = torch.zeros(parameter.shape)
     folder = step_folder(run_folder / "checkpoint", 1000)
     folder.mkdir(parents=True)
-    dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+    writer = Writer(folder)
+    dcp.save(tensors, storage_writer=writer, no_dist=True)
     meta = {"step": 1000, "tokens": 0, "config": loaded.resolved_toml(), "git_commit": "", "tokenizer": "bytes"}
-    write_manifest(folder, meta, [file_entry(path) for path in folder.iterdir()])
+    rest = {"healthy": True, "world_size": 1, "saved": "", "fingerprint": "", "global_batch_size": 1, "loader": {}}
+    write_manifest(folder, {**meta, **rest}, writer.entries())
     return model.num_params()
 
 

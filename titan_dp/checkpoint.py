@@ -6,8 +6,10 @@ run may go on from one.
                                                manifest.json      the commit marker, written last
 
 A folder without a manifest was cut off: it is never loaded, never counted by retention, never a reason to delete another.
-The manifest holds sizes and sha256 of all files, the step, the health bit, the resolved configuration, the git commit, the
-data's fingerprint and the position in the data. `checkpointer.py` writes and reads the tensors.
+The manifest holds sizes and checksums of all files and of itself, the step, the health bit, the resolved configuration, the
+git commit, the data's fingerprint and the position in the data. A checkpoint whose checksums differ is damaged: a run that
+would resume from it sets it aside, as step-00001000.damaged, and takes the one before. `checkpointer.py` writes and reads
+the tensors.
 """
 
 from __future__ import annotations
@@ -21,14 +23,52 @@ import sys
 import tomllib
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from titan_dp.config_docs import all_keys
 from titan_dp.errors import UserError
-from titan_dp.files import file_sha256, write_json
+from titan_dp.files import checksum, file_sha256, inside, shown, write_json
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had sha256 where 2 has xxh3_128, and no checksum of itself; it is still read."""
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not as it was saved."""
+
+
+class _File(BaseModel):
+    """A file as the manifest lists it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str
+    bytes: Annotated[int, Field(ge=0)]
+    xxh3_128: str | None = None
+    sha256: str | None = None
+
+
+class _Manifest(BaseModel):
+    """What every manifest says; others of its entries are for people."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    files: list[_File]
+    step: Annotated[int, Field(ge=0)]
+    healthy: bool
+    world_size: Annotated[int, Field(gt=0)]
+    tokens: Annotated[int, Field(ge=0)]
+    saved: str
+    config: str
+    fingerprint: str
+    tokenizer: str
+    global_batch_size: int
+    loader: dict[str, Any]
+    weights_only: bool = False
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -55,24 +95,32 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {checkpoint} {state}; committed steps there: {others}")
     try:
         manifest = json.loads(path.read_text())
-        version = manifest["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); resume from another step with checkpoint.load_step") from error
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
+        version = manifest.pop("format_version")
+        if version not in (1, FORMAT_VERSION):
+            raise UserError(f"{path} has format version {shown(version)}, this program reads 1 and {FORMAT_VERSION}")
+        if version > 1 and manifest.pop("checksum") != _own_checksum(manifest):
+            raise ValueError("its checksum differs")
+        _Manifest.model_validate(manifest)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason: object = error
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise DamagedError(f"{path} is damaged ({reason}); take another step") from error
     return manifest
 
 
 def write_manifest(checkpoint: Path, meta: dict[str, Any], files: list[dict[str, Any]]) -> None:
     """Commit: from now on the checkpoint exists."""
-    write_json(
-        checkpoint / MANIFEST, {"format_version": FORMAT_VERSION, **meta, "files": sorted(files, key=lambda f: f["name"])}
-    )
+    manifest = {**meta, "files": sorted(files, key=lambda f: f["name"])}
+    whole = {"format_version": FORMAT_VERSION, **manifest, "checksum": _own_checksum(manifest)}
+    write_json(checkpoint / MANIFEST, whole)
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """A file as the manifest lists it."""
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def _own_checksum(manifest: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -93,26 +141,42 @@ def resolve_checkpoint(path: Path) -> Path:
 
 def size_problems(checkpoint: Path) -> list[str]:
     """A sentence for each file that is missing or not as long as the manifest says; reads no contents."""
+    return [problem for entry in read_manifest(checkpoint)["files"] if (problem := _size_problem(checkpoint, entry))]
+
+
+def _size_problem(checkpoint: Path, entry: dict[str, Any]) -> str | None:
+    path = inside(checkpoint, entry["name"], checkpoint / MANIFEST)
+    if not path.exists():
+        return f"{path} is missing"
+    if (size := path.stat().st_size) != entry["bytes"]:
+        return f"{path} has {size} bytes, the manifest says {entry['bytes']}"
+    return None
+
+
+def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """A sentence for each file that is not what was saved; reads everything.
+
+    Args:
+        part, parts: look at this one of so many equal parts of the files only.
+    """
     problems = []
-    for entry in read_manifest(checkpoint)["files"]:
-        path = checkpoint / entry["name"]
-        if path.name != entry["name"]:
-            problems.append(f"{checkpoint / MANIFEST} names {entry['name']!r}, which is not a file of its folder")
-        elif not path.exists():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
+    for entry in read_manifest(checkpoint)["files"][part::parts]:
+        problem = _size_problem(checkpoint, entry)
+        if problem is None:
+            path = checkpoint / entry["name"]
+            same = file_sha256(path) == entry["sha256"] if "sha256" in entry else checksum(path) == entry.get("xxh3_128")
+            problem = None if same else f"{path} is not what was saved (its checksum differs)"
+        if problem is not None:
+            problems.append(problem)
     return problems
 
 
-def verify(checkpoint: Path) -> list[str]:
-    """A sentence for each file that is not what was saved; reads everything."""
-    problems = size_problems(checkpoint)
-    if not problems:
-        for entry in read_manifest(checkpoint)["files"]:
-            if file_sha256(checkpoint / entry["name"]) != entry["sha256"]:
-                problems.append(f"{checkpoint / entry['name']} is not what was saved (its sha256 differs)")
-    return problems
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint so that it is none any more, but can be looked at; returns the new path."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return checkpoint.rename(aside)
 
 
 def apply_retention(folder: Path, keep_latest_k: int) -> None:
@@ -124,13 +188,20 @@ def apply_retention(folder: Path, keep_latest_k: int) -> None:
     committed = committed_steps(folder)
     if keep_latest_k == 0 or not committed:
         return
-    healthy = [step for step in committed if read_manifest(step_folder(folder, step)).get("healthy")]
+    healthy = [step for step in committed if _is_healthy(step_folder(folder, step))]
     kept = {*committed[-keep_latest_k:], *healthy[-1:]}
     for step in all_steps(folder):
         if step not in kept and step < committed[-1]:
             path = step_folder(folder, step)
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_healthy(checkpoint: Path) -> bool:
+    try:
+        return read_manifest(checkpoint)["healthy"]
+    except UserError:  # damaged, which is for the next resume to say, not a reason to fail this save
+        return False
 
 
 # What must not change between a checkpoint and the run that resumes it, beyond the architecture: [model] but its backend.
@@ -176,7 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="action", metavar="list|verify", required=True)
     listing = commands.add_parser("list", help="the checkpoints of a run")
     listing.add_argument("path", type=Path, help="run folder or checkpoint folder")
-    check = commands.add_parser("verify", help="compare every file with its sha256")
+    check = commands.add_parser("verify", help="compare every file with its checksum")
     check.add_argument("path", type=Path, help="a checkpoint, or a run or checkpoint folder (all committed ones)")
 
 

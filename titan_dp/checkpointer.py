@@ -1,23 +1,26 @@
 """Saving and loading tensors: torch.distributed.checkpoint under the commit protocol of `checkpoint.py`.
 
-An asynchronous save copies the state to the CPU, returns, and writes and commits in a background thread, with collectives
-on a gloo group of its own; the next save, `wait` and `close` surface its failure on every rank. Only tensors are saved (what
-is not goes into the manifest as JSON), so loading unpickles nothing but DCP's own index, through an allow-list. Optimizer
-state is keyed by parameter names and reshards to any world size; learning rates, betas and decay are the configuration's, not
-the checkpoint's. Random-number states are restored on the same number of ranks, else derived from (seed, step, rank).
+An asynchronous save copies, writes and commits in a background thread, with collectives on a gloo group of its own; on a CPU
+the next step's forward and backward pass run beside the copy, and only its update waits for it (`wait_until_copied`). The
+next save, `wait` and `close` surface a failure on every rank. Only tensors are saved (what is not goes into the manifest as
+JSON), so loading unpickles nothing but DCP's own index, through an allow-list. Nothing is loaded before its checksum has been
+compared; a damaged checkpoint is set aside for the one before. Optimizer state is keyed by parameter names and reshards to
+any world size; learning rates, betas and decay are the configuration's, not the checkpoint's. Random-number states are
+restored on the same number of ranks, else derived from (seed, step, rank).
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import pickle
 import random
 import shutil
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -38,16 +40,19 @@ from torch.optim import Optimizer
 
 from titan_dp import config
 from titan_dp.checkpoint import (
+    DamagedError,
     apply_retention,
     check_resumable,
     committed_steps,
-    file_entry,
     read_manifest,
     resolve_checkpoint,
+    set_aside,
     size_problems,
     step_folder,
+    verify,
     write_manifest,
 )
+from titan_dp.checkpoint_files import Reader, Writer
 from titan_dp.distributed import local_tensor
 from titan_dp.errors import UserError
 
@@ -67,6 +72,8 @@ class Checkpointer:
         self.c, self.folder = c, run_folder / c.folder
         self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._stager = _Stager(cache_staged_state_dict=True)
+        self._copied = threading.Event()
+        self._copied.set()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -80,9 +87,10 @@ class Checkpointer:
         healthy: bool,
         blocking: bool,
     ) -> None:
-        """Save after `step` steps; returns once the state is copied, unless `blocking` or async_mode is disabled.
+        """Save after `step` steps; returns at once, unless `blocking` or async_mode is disabled.
 
-        Waits for the save before it. Raises OSError where that or this one could not be written.
+        Call `wait_until_copied` before the parameters change. Waits for the save before it. Raises OSError where that or this
+        one could not be written.
         """
         self.wait()
         folder = step_folder(self.folder, step)
@@ -97,23 +105,40 @@ class Checkpointer:
             **meta,
         }
         if blocking or self.c.async_mode == "disabled":
-            try:
-                dcp.save(tensors, checkpoint_id=folder, process_group=self.group)
-                self._commit(folder, meta)
-            except BaseException as error:
-                raise self._explain(error, folder) from error
+            self._write(tensors, folder, meta)
+            if self._failure is not None:
+                self.wait()
             return
-        written = dcp.async_save(tensors, checkpoint_id=folder, process_group=self.group, async_stager=self._stager)
+        # Copies from a GPU are fast, and safe only on the stream that computes.
+        on_gpu = torch.cuda.is_available()
+        copy = self._stager.stage(tensors) if on_gpu else None
+        self._copied.clear()
 
-        def finish() -> None:
+        def work() -> None:
             try:
-                written.result()  # type: ignore[union-attr]
-                self._commit(folder, meta)
+                state = copy or self._stager.stage(tensors)
             except BaseException as error:
-                self._failure = self._explain(error, folder)
+                self._failure = error
+                return
+            finally:
+                self._copied.set()
+            self._write(state, folder, meta)
 
-        self._thread = threading.Thread(target=finish, name=f"checkpoint-{step}")
+        self._thread = threading.Thread(target=work, name=f"checkpoint-{step}")
         self._thread.start()
+
+    def _write(self, tensors: dict[str, Tensor], folder: Path, meta: dict[str, Any]) -> None:
+        """Write and commit; a failure is kept for `wait`."""
+        try:
+            writer = Writer(folder)
+            dcp.save(tensors, storage_writer=writer, process_group=self.group)
+            self._commit(folder, meta, writer.entries())
+        except BaseException as error:
+            self._failure = self._explain(error, folder)
+
+    def wait_until_copied(self) -> None:
+        """Return when the tensors of the last save may change."""
+        self._copied.wait()
 
     def wait(self) -> None:
         """Return when no save is running. Raises OSError where the last one failed."""
@@ -129,13 +154,10 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
 
-    def _commit(self, folder: Path, meta: dict[str, Any]) -> None:
+    def _commit(self, folder: Path, meta: dict[str, Any], own: list[dict[str, Any]]) -> None:
         """Write the manifest once every file of every rank is there. DCP has synchronised all ranks before this."""
-        own = sorted(folder.glob(f"__{dist.get_rank()}_*.distcp"))
-        if dist.get_rank() == 0:
-            own.append(folder / ".metadata")
         entries: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(entries, [file_entry(path) for path in own], group=self.group)
+        dist.all_gather_object(entries, own, group=self.group)
 
         def commit() -> None:
             write_manifest(folder, meta, [entry for rank in entries for entry in rank])
@@ -143,7 +165,7 @@ class Checkpointer:
 
         self._on_main(commit)
 
-    def _on_main(self, action: Callable[[], None]) -> None:
+    def _on_main(self, action: Callable[[], object]) -> None:
         """Run `action` on rank 0; all ranks return together, or raise together if it failed."""
         outcome: list[Any] = [None]
         if dist.get_rank() == 0:
@@ -181,12 +203,10 @@ class Checkpointer:
                 f"checkpoint.resume = false, but {self.folder} holds step {steps[-1]}; choose another job.run_name, delete the "
                 "folder, or resume"
             )
-        if not steps and self.c.load_step == -1:
+        folder = self._newest_good(steps) if self.c.load_step == -1 else self._good(self.c.load_step)
+        if folder is None:
             return None
-        folder = step_folder(self.folder, steps[-1] if self.c.load_step == -1 else self.c.load_step)
         manifest = read_manifest(folder)
-        if problems := size_problems(folder):
-            raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; resume from another with checkpoint.load_step")
         if manifest.get("weights_only"):
             raise UserError(
                 f"checkpoint {folder} holds weights alone, with no optimizer state to resume from; start a new run with "
@@ -198,12 +218,46 @@ class Checkpointer:
         optimizer_tensors, rest = _optimizer_tensors(model, optimizers)
         if manifest["world_size"] == dist.get_world_size():
             rng = _rng_tensors()
-        dcp.load({**model_tensors, **optimizer_tensors, **rng}, storage_reader=_Reader(folder), process_group=self.group)
+        dcp.load({**model_tensors, **optimizer_tensors, **rng}, storage_reader=Reader(folder), process_group=self.group)
         set_model_state_dict(model, _without_prefix(model_tensors, "model."), options=_OPTIONS)
         state = {**rest, **_without_prefix(optimizer_tensors, "optimizer.")}
         set_optimizer_state_dict(model, optimizers, optim_state_dict=state, options=_OPTIONS)  # type: ignore[arg-type]
         _restore_rng(rng, current["seed"], manifest["step"])
         return manifest
+
+    def _good(self, step: int) -> Path:
+        """The checkpoint of that step. Raises UserError where it is damaged."""
+        folder = step_folder(self.folder, step)
+        if problems := self._problems(folder):
+            raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; resume from another with checkpoint.load_step")
+        return folder
+
+    def _newest_good(self, steps: list[int]) -> Path | None:
+        """The newest checkpoint that is as it was saved; damaged ones that are newer are set aside, loudly."""
+        for step in reversed(steps):
+            folder = step_folder(self.folder, step)
+            if not (problems := self._problems(folder)):
+                return folder
+            self._on_main(partial(set_aside, folder))
+            if dist.get_rank() == 0:
+                aside = f"it is set aside as {folder.name}.damaged, and the one before is taken"
+                print(f"WARNING: checkpoint {folder} is damaged: {'; '.join(problems)}; {aside}", file=sys.stderr, flush=True)
+        if steps:
+            raise UserError(
+                f"every checkpoint in {self.folder} is damaged and set aside (*.damaged); restore one, or start again with "
+                "another job.run_name"
+            )
+        return None
+
+    def _problems(self, folder: Path) -> list[str]:
+        """`verify` with the reading shared by all ranks; each gets all sentences."""
+        try:
+            own = verify(folder, dist.get_rank(), dist.get_world_size())
+        except DamagedError as error:
+            own = [str(error)]
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, own, group=self.group)
+        return list(dict.fromkeys(problem for part in every for problem in part))
 
     def newest(self) -> Path:
         return step_folder(self.folder, committed_steps(self.folder)[-1])
@@ -218,7 +272,7 @@ class CheckpointTensors:
     def __init__(self, folder: Path) -> None:
         if problems := size_problems(folder):
             raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; take another step of the run")
-        self.reader = _Reader(folder)
+        self.reader = Reader(folder)
         entries: dict[str, Any] = self.reader.read_metadata().state_dict_metadata
         entries = _without_prefix({name: e for name, e in entries.items() if name.startswith("model.")}, "model.")
         self.shapes: dict[str, torch.Size] = {name: entry.size for name, entry in entries.items()}
@@ -278,14 +332,14 @@ def save_model_weights(folder: Path, tensors: dict[str, Tensor], meta: dict[str,
     _make_empty(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")
+        writer = Writer(folder)
         try:
-            dcp.save({f"model.{name}": tensor for name, tensor in tensors.items()}, checkpoint_id=folder, no_dist=True)
+            dcp.save({f"model.{name}": tensor for name, tensor in tensors.items()}, storage_writer=writer, no_dist=True)
         except BaseException as error:
             if (cause := _os_error(error)) is None:
                 raise
             raise OSError(cause.errno, f"{folder} could not be written: {cause.strerror or cause}") from error
-    files = [file_entry(path) for path in sorted(folder.iterdir())]
-    write_manifest(folder, {"weights_only": True, "torch": torch.__version__, "saved": _now(), **meta}, files)
+    write_manifest(folder, {"weights_only": True, "torch": torch.__version__, "saved": _now(), **meta}, writer.entries())
 
 
 def _now() -> str:
@@ -350,64 +404,6 @@ class _Stager(BlockingAsyncStager):
             for name, tensor in state_dict.items():
                 local_tensor(self.state_dict_cache[name]).copy_(local_tensor(tensor).detach())
         return self.state_dict_cache
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader, but the index is read once, and unpickled through an allow-list: a foreign checkpoint cannot run code."""
-
-    _metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = _read_index(Path(self.path) / ".metadata")
-        metadata = self._metadata
-        if metadata.storage_meta is None:
-            metadata.storage_meta = dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-def _read_index(path: Path) -> Metadata:
-    """Raises UserError where it is damaged, or lists anything but tensors, which torch would unpickle without a check."""
-    try:
-        with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
-    except UserError:
-        raise
-    except Exception as error:  # a pickle with flipped bits raises anything
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); take another step of the run") from error
-    if not isinstance(index, Metadata):
-        raise UserError(f"{path} is no index of a checkpoint; take another step of the run")
-    for name, entry in index.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise UserError(f"{path} lists {name}, which is no tensor: no checkpoint of ours has such; do not trust it")
-    return index
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    _MODULES = frozenset({"torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"})
-    _NAMES = frozenset(
-        {
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("torch._utils", "_get_dtype"),
-            ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"),
-            ("pathlib._local", "PosixPath"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) in self._NAMES or is_dtype:
-            return super().find_class(module, name)
-        if module in self._MODULES and "." not in name:  # a dotted name would reach what these modules import
-            found = super().find_class(module, name)
-            if getattr(found, "__module__", None) == module:
-                return found
-        raise UserError(
-            f"a checkpoint's .metadata asks for {module}.{name}, which none of ours needs; do not trust this checkpoint"
-        )
 
 
 def _make_empty(folder: Path) -> None:

@@ -13,9 +13,11 @@ import torch
 
 from titan_dp import config
 from titan_dp.data.batches import Loader, Place
-from titan_dp.data.loader import ValidationLoader, build_dataloader, build_validation_loader
+from titan_dp.data.loader import ShardLoader, ValidationLoader, build_dataloader, build_validation_loader
+from titan_dp.data.shard_check import ShardCheck
+from titan_dp.data.segment import Segment
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
-from titan_dp.distributed import World
+from titan_dp.distributed import World, data_world
 from titan_dp.errors import UserError
 from titan_dp.length_test import run_length_test
 from titan_dp.model.transformer import Transformer
@@ -43,6 +45,12 @@ class Task(Protocol):
     def may_end_early(self) -> bool:
         """Whether `is_reached` ends a run."""
 
+    def watch_data(self, run_folder: Path) -> None:
+        """Begin to compare the data with what it is said to be, beside training."""
+
+    def check_data(self) -> None:
+        """Raises UserError where it was found to be something else."""
+
     def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> tuple[str, str] | None:
         """Title and text of what a trained model has to show, on rank 0; `checkpoint` is its last one, None without any."""
 
@@ -57,12 +65,15 @@ class TextTask:
 
     def __init__(self, c: config.Config, batch: BatchPlan, world: World) -> None:
         self.world, self.validation, self.generate, self.seed = world, c.validation, c.generate, c.debug.seed
+        readers, self.segment = data_world(c.parallelism, world), Segment.of(c.parallelism, world.rank)
         where: Any = {
             "seq_len": batch.seq_len,
-            "rank": world.rank,
-            "world_size": world.size,
+            "rank": readers.rank,
+            "world_size": readers.size,
             "vocab_size": c.model.vocab_size,
         }
+        self.verify = c.data.verify
+        self.shard_check: ShardCheck | None = None
         own = batch.local_batch_size
         self.loader = build_dataloader(
             c.data, c.training.dataloader, local_batch_size=own, global_batch_size=batch.global_batch_size, **where
@@ -75,7 +86,18 @@ class TextTask:
     def evaluate(self, model: Transformer) -> Evaluation:
         assert self.held_out is not None
         limit = None if self.validation.steps == -1 else self.validation.steps
-        return evaluate_loss(model, itertools.islice(iter(self.held_out), limit), self.world.device)
+        batches = map(self.segment, itertools.islice(iter(self.held_out), limit))
+        return evaluate_loss(model, batches, self.world.device)
+
+    def watch_data(self, run_folder: Path) -> None:
+        if self.verify and self.world.is_main:
+            trained = self.loader.sources if isinstance(self.loader, ShardLoader) else []
+            shards = [*trained, *(self.held_out.sources if self.held_out else [])]
+            self.shard_check = ShardCheck(shards, run_folder)
+
+    def check_data(self) -> None:
+        if self.shard_check is not None:
+            self.shard_check.raise_problem()
 
     @property
     def may_end_early(self) -> bool:
@@ -115,6 +137,12 @@ class AnswerTask:
     def evaluate(self, model: Transformer) -> Evaluation:
         assert self.held_out is not None
         return evaluate_answers(model, self.held_out, self.device)
+
+    def watch_data(self, run_folder: Path) -> None:
+        """Words are computed, not read."""
+
+    def check_data(self) -> None:
+        pass
 
     @property
     def may_end_early(self) -> bool:

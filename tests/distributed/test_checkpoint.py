@@ -18,10 +18,20 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.helpers import backward, full_state, optimizer_of, sharded_model
 from titan_dp import config
 from titan_dp.checkpoint import committed_steps, step_folder, verify
-from titan_dp.checkpointer import Checkpointer, _Reader, load_model_weights
+from titan_dp.checkpoint_files import Reader
+from titan_dp.checkpointer import Checkpointer, load_model_weights
+from titan_dp.distributed import local_tensor
 from titan_dp.errors import UserError
 
-META = {"config": "[model]\n", "fingerprint": "f", "global_batch_size": 2, "seed": 0, "tokens": 0}
+META = {
+    "config": "[model]\n",
+    "fingerprint": "f",
+    "global_batch_size": 2,
+    "seed": 0,
+    "tokens": 0,
+    "tokenizer": "bytes",
+    "loader": {"samples": 0},
+}
 
 
 def trained(replicate: int, name: str = "AdamW"):  # type: ignore[no-untyped-def]
@@ -142,9 +152,64 @@ def test_what_cannot_be_resumed_says_so(tmp_path: Path) -> None:
     run_ranks(1, refuse, tmp_path, {"load_step": 7}, r"step-00000007 does not exist; committed steps there: 2")
     tensors = next(step_folder(tmp_path / "checkpoint", 2).glob("*.distcp"))
     tensors.write_bytes(tensors.read_bytes()[:-1])
-    run_ranks(1, refuse, tmp_path, {}, "is damaged: .*distcp has")
+    run_ranks(1, refuse, tmp_path, {"load_step": 2}, "is damaged: .*distcp has")
     step_folder(tmp_path / "checkpoint", 2).joinpath("manifest.json").unlink()
     run_ranks(1, refuse, tmp_path, {"load_step": 2}, r"was cut off while it was saved .* committed steps there: none")
+
+
+def resume_from_damaged(folder: Path) -> int:
+    model, optimizers = trained(1)
+    manifest = Checkpointer(config.Checkpoint(), folder).load(model, optimizers, META)
+    assert manifest is not None
+    return manifest["step"]
+
+
+def flip_a_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_newest_good_one(tmp_path: Path) -> None:
+    run_ranks(2, save_steps, tmp_path, (1, 2, 3, 4))
+    folder = tmp_path / "checkpoint"
+    flip_a_bit(step_folder(folder, 4) / "__1_0.distcp")
+    (step_folder(folder, 3) / "__0_0.distcp").unlink()
+    flip_a_bit(step_folder(folder, 2) / "manifest.json")
+    assert run_ranks(2, resume_from_damaged, tmp_path) == [1, 1]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step-00000001",
+        *(f"step-0000000{step}.damaged" for step in (2, 3, 4)),
+    ]
+    flip_a_bit(step_folder(folder, 1) / ".metadata")
+    run_ranks(1, refuse, tmp_path, {}, r"every checkpoint in .* is damaged and set aside")
+
+
+def save_steps(folder: Path, steps: tuple[int, ...]) -> None:
+    model, optimizers = trained(1)
+    checkpointer = Checkpointer(config.Checkpoint(keep_latest_k=0), folder)
+    for step in steps:
+        checkpointer.save(step, model, optimizers, meta=META, healthy=True, blocking=False)
+    checkpointer.wait()
+
+
+def save_and_change(folder: Path) -> None:
+    model, optimizers = trained(1)
+    checkpointer = Checkpointer(config.Checkpoint(), folder)
+    for step in (1, 2):  # the second copies into what the first has left
+        before = [local_tensor(p).detach().clone() for p in model.parameters()]
+        checkpointer.save(step, model, optimizers, meta=META, healthy=True, blocking=False)
+        checkpointer.wait_until_copied()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1)
+        checkpointer.wait()
+        checkpointer.load(model, optimizers, META)
+        assert all(torch.equal(local_tensor(p), old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_parameters_may_change_as_soon_as_they_are_copied(tmp_path: Path) -> None:
+    run_ranks(2, save_and_change, tmp_path)
 
 
 def other_architecture(folder: Path) -> None:
@@ -169,7 +234,7 @@ class _Evil:
 def test_an_index_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(_Evil()))
     with pytest.raises(UserError, match="asks for posix.system, which none of ours needs"):
-        _Reader(tmp_path).read_metadata()
+        Reader(tmp_path).read_metadata()
 
 
 def save_on_a_full_disk(folder: Path, mode: str) -> None:

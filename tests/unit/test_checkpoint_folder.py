@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from titan_dp import checkpoint as ckpt
 from titan_dp.cli import dispatch
 from titan_dp.errors import UserError
+
+
+def entry(path: Path) -> dict[str, object]:
+    data = path.read_bytes()
+    return {"name": path.name, "bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
 
 
 def make(folder: Path, step: int, *, healthy: bool = True, committed: bool = True, **meta: object) -> Path:
@@ -18,8 +25,19 @@ def make(folder: Path, step: int, *, healthy: bool = True, committed: bool = Tru
     path.mkdir(parents=True)
     (path / "__0_0.distcp").write_bytes(b"tensors of step %d" % step)
     if committed:
-        facts = {"step": step, "healthy": healthy, "tokens": step * 10, "world_size": 1, "saved": "2026-01-01T00:00:00+00:00"}
-        ckpt.write_manifest(path, {**facts, **meta}, [ckpt.file_entry(path / "__0_0.distcp")])
+        facts = {
+            "step": step,
+            "healthy": healthy,
+            "tokens": step * 10,
+            "world_size": 1,
+            "saved": "2026-01-01T00:00:00+00:00",
+            "config": "",
+            "fingerprint": "",
+            "tokenizer": "bytes",
+            "global_batch_size": 1,
+            "loader": {"samples": step},
+        }
+        ckpt.write_manifest(path, {**facts, **meta}, [entry(path / "__0_0.distcp")])
     return path
 
 
@@ -113,10 +131,9 @@ def test_a_damaged_manifest_is_said_to_be_one(tmp_path: Path) -> None:
 
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     path = make(tmp_path, 1)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"][0]["name"] = "../../secret"
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    assert ckpt.size_problems(path) == [f"{path / 'manifest.json'} names '../../secret', which is not a file of its folder"]
+    ckpt.write_manifest(path, ckpt.read_manifest(path), [{"name": "../../secret", "bytes": 1, "xxh3_128": ""}])
+    with pytest.raises(UserError, match=r"manifest.json names '../../secret', which is not a file of its folder"):
+        ckpt.size_problems(path)
 
 
 CONFIG = """
@@ -154,3 +171,30 @@ def test_a_change_that_was_allowed_and_changes_that_do_no_harm_pass() -> None:
     ckpt.check_resumable(SAVED, {**SAVED, "config": CONFIG.replace("seed = 1", "seed = 2")}, ["data.seed"])
     harmless = CONFIG.replace("lr = 1.0", "lr = 0.5").replace("'torch'", "'recurrent'")
     ckpt.check_resumable(SAVED, {**SAVED, "config": harmless}, [])
+
+
+def test_a_changed_character_of_the_manifest_is_noticed(tmp_path: Path) -> None:
+    manifest = make(tmp_path, 1) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"tokens": 10', '"tokens": 11'))
+    with pytest.raises(UserError, match="manifest.json is damaged .its checksum differs."):
+        ckpt.read_manifest(manifest.parent)
+
+
+def test_a_checkpoint_of_format_version_1_is_still_verified(tmp_path: Path) -> None:
+    path = make(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["checksum"]
+    data = b"tensors of step 1"
+    manifest["files"] = [{"name": "__0_0.distcp", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}]
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 1}))
+    assert ckpt.verify(path) == []
+    (path / "__0_0.distcp").write_bytes(data[::-1])
+    assert ckpt.verify(path) == [f"{path / '__0_0.distcp'} is not what was saved (its checksum differs)"]
+
+
+def test_a_damaged_manifest_does_not_keep_retention_from_its_work(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step)
+    (ckpt.step_folder(tmp_path, 3) / "manifest.json").write_text("{")
+    ckpt.apply_retention(tmp_path, 2)
+    assert ckpt.all_steps(tmp_path) == [3, 4]

@@ -13,6 +13,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from tests.pretrained import random_model, save_checkpoint
+from titan_dp.checkpoint import read_manifest, write_manifest
 from titan_dp.checkpointer import CheckpointTensors
 from titan_dp.errors import UserError
 from titan_dp.hf.export import export
@@ -39,6 +40,13 @@ def edit(path: Path, change: Callable[[dict], None]) -> None:
     path.write_text(json.dumps(value))
 
 
+def recommit(checkpoint: Path, change: Callable[[dict], object]) -> None:
+    """Change the manifest as somebody would who can also write its checksum."""
+    manifest = read_manifest(checkpoint)
+    change(manifest)
+    write_manifest(checkpoint, manifest, manifest.pop("files", []))
+
+
 def logits(model: Transformer) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.arange(40)[None])
@@ -61,19 +69,19 @@ def test_in_bfloat16_norms_and_gates_stay_float32(saved: Path) -> None:
 
 def test_a_run_name_with_a_slash_gives_a_label_without(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "run")
-    edit(checkpoint / "manifest.json", lambda m: m.update(config=m["config"].replace('"run"', '"group/run"', 1)))
+    recommit(checkpoint, lambda m: m.update(config=m["config"].replace('"run"', '"group/run"', 1)))
     assert open_source(checkpoint).label == "group-run-step-00000007"
 
 
-@pytest.mark.parametrize("key", ["config", "tokenizer", "step", "tokens", "git_commit", "files"])
+@pytest.mark.parametrize("key", ["config", "tokenizer", "step", "tokens", "git_commit"])
 def test_a_manifest_that_lacks_an_entry_is_damaged(checkpoint: Path, key: str) -> None:
-    edit(checkpoint / "manifest.json", lambda m: m.pop(key))
+    recommit(checkpoint, lambda m: m.pop(key))
     with pytest.raises(UserError, match=rf"manifest.json is damaged .*{key}.*; take another step"):
         open_source(checkpoint)
 
 
 def test_weights_of_another_shape_than_the_settings_are_refused(checkpoint: Path) -> None:
-    edit(checkpoint / "manifest.json", lambda m: m.update(config=m["config"].replace("head_dim = 16", "head_dim = 8")))
+    recommit(checkpoint, lambda m: m.update(config=m["config"].replace("head_dim = 16", "head_dim = 8")))
     with pytest.raises(UserError, match=r"is of another architecture: layers.0.attn.q_proj.weight"):
         open_source(checkpoint)
 
@@ -83,7 +91,7 @@ def test_flipped_bytes_of_the_weights_are_found_before_anything_is_exported(chec
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(UserError, match=r"its sha256 differs.*; take another step"):
+    with pytest.raises(UserError, match=r"its checksum differs.*; take another step"):
         export(open_source(checkpoint), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -91,8 +99,8 @@ def test_flipped_bytes_of_the_weights_are_found_before_anything_is_exported(chec
 def write_index(checkpoint: Path, raw: bytes) -> None:
     """Replace .metadata, the manifest agreeing."""
     (checkpoint / ".metadata").write_bytes(raw)
-    edit(
-        checkpoint / "manifest.json",
+    recommit(
+        checkpoint,
         lambda m: [entry.update(bytes=len(raw)) for entry in m["files"] if entry["name"] == ".metadata"],
     )
 

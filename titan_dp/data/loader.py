@@ -152,7 +152,7 @@ class ValidationLoader:
     """Every held-out token once, in order, split over ranks; all ranks have the same number of batches."""
 
     def __init__(self, sources: list[TokenShards], place: Place, reset: bool) -> None:
-        self.place, self.reset = place, reset
+        self.sources, self.place, self.reset = sources, place, reset
         T = place.seq_len
         self.rows = [(source, start) for source in sources for start in range(0, len(source) - 1, T)]
         self.padding = (sources[0], len(sources[0]))

@@ -1,0 +1,86 @@
+"""Are the tokens still those that were prepared? Contents are compared with the manifest while training goes on.
+
+Opening shards checks their sizes; reading hundreds of gigabytes at every start would cost minutes. So one thread of one
+process hashes every file once a run, notes in the run folder which ones it has found good, by size and time of their last
+change, and looks again only at files that have changed since.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from titan_dp.data.shards import TokenShards
+from titan_dp.errors import UserError
+from titan_dp.files import file_sha256, write_json
+
+RECORD = "data_verified.json"
+
+
+class ShardCheck:
+    """Hashes in the background, from construction to `close`.
+
+    Args:
+        sources: folders of shards.
+        run_folder: holds the record of what was found good before; made if it is not there.
+    """
+
+    def __init__(self, sources: list[TokenShards], run_folder: Path) -> None:
+        self.sources, self.record = sources, run_folder / RECORD
+        self._problem: str | None = None
+        self._closed = threading.Event()
+        run_folder.mkdir(parents=True, exist_ok=True)
+        self._thread = threading.Thread(target=self._run, name="shard-check", daemon=True)
+        self._thread.start()
+
+    def raise_problem(self) -> None:
+        """Raises UserError where a file was found changed."""
+        if self._problem is not None:
+            raise UserError(self._problem)
+
+    def close(self) -> None:
+        """Stop after the file at hand; does not wait for it."""
+        self._closed.set()
+
+    def wait(self) -> None:
+        """Until every file is compared; raises as `raise_problem`."""
+        self._thread.join()
+        self.raise_problem()
+
+    def _run(self) -> None:
+        good = _read(self.record)
+        for folder, name, expected in self._files():
+            path = folder / name
+            try:
+                status = path.stat()
+                state = [expected, status.st_size, status.st_mtime_ns]
+                if self._closed.is_set() or good.get(str(path.resolve())) == state:
+                    continue
+                if file_sha256(path) != expected:
+                    self._problem = (
+                        f"{path} is not what was prepared (its sha256 differs from the manifest's): restore it, or prepare the "
+                        "data again; steps that have read it since it changed are not to be trusted"
+                    )
+                    return
+                good[str(path.resolve())] = state
+                write_json(self.record, good)
+            except OSError as error:
+                self._problem = f"{path} cannot be read any more ({error}): restore it, or prepare the data again"
+                return
+
+    def _files(self) -> Iterator[tuple[Path, str, str]]:
+        for source in self.sources:
+            for shard in source.shards:
+                yield source.folder, shard.file, shard.sha256
+                yield source.folder, shard.starts_file, shard.starts_sha256
+
+
+def _read(record: Path) -> dict[str, list]:
+    """Files found good before; none where the record cannot be read."""
+    try:
+        found = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
