@@ -275,11 +275,17 @@ def _list(path: Path) -> int:
         if step not in committed:
             table.add_row(str(step), "cut off", "", "", "", "")
             continue
-        manifest = read_manifest(checkpoint)
+        try:
+            manifest = read_manifest(checkpoint)
+        except DamagedError:
+            table.add_row(str(step), "DAMAGED", "", "", "", "")
+            continue
         saved = datetime.fromisoformat(manifest["saved"]).strftime("%Y-%m-%d %H:%M:%S")
         size = decimal(sum(entry["bytes"] for entry in manifest["files"]))
         state = "healthy" if manifest["healthy"] else "NOT finite"
         table.add_row(str(step), state, f"{manifest['tokens']:,}", str(manifest["world_size"]), size, saved)
+    for path in sorted(folder.glob("step-*.damaged")):
+        table.add_row(path.name.split("-")[1].split(".")[0].lstrip("0") or "0", "DAMAGED, set aside", "", "", "", "")
     Console().print(table)
     return 0
 
@@ -292,7 +298,10 @@ def _verify(path: Path) -> int:
         raise UserError(f"{path} holds no committed checkpoint: every save was cut off")
     problems = []
     for checkpoint in checkpoints:
-        found = verify(checkpoint)
+        try:
+            found = verify(checkpoint)
+        except DamagedError as error:
+            found = [str(error)]
         print(f"{checkpoint}: {'BAD' if found else 'good'}")
         problems += found
     if problems:

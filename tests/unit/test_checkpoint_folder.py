@@ -110,10 +110,13 @@ def test_list_shows_every_step_and_its_state(tmp_path: Path, capsys: pytest.Capt
     make(tmp_path / "checkpoint", 1)
     make(tmp_path / "checkpoint", 2, healthy=False)
     make(tmp_path / "checkpoint", 3, committed=False)
+    (make(tmp_path / "checkpoint", 4) / "manifest.json").write_text("{")
+    ckpt.set_aside(make(tmp_path / "checkpoint", 5))
     assert dispatch(["checkpoint", "list", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    states = [next((s for s in ("healthy", "NOT finite", "cut off") if s in line), None) for line in lines]
-    assert [s for s in states if s] == ["healthy", "NOT finite", "cut off"]
+    kinds = ("healthy", "NOT finite", "cut off", "set aside", "DAMAGED")
+    states = [next((s for s in kinds if s in line), None) for line in lines]
+    assert [s for s in states if s] == ["healthy", "NOT finite", "cut off", "DAMAGED", "set aside"]
 
 
 @pytest.mark.parametrize("command", ["list", "verify"])
@@ -127,6 +130,9 @@ def test_a_damaged_manifest_is_said_to_be_one(tmp_path: Path) -> None:
     (path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest.json is damaged"):
         ckpt.read_manifest(path)
+    make(tmp_path, 2)
+    with pytest.raises(UserError, match=r"step-00000001/manifest.json is damaged"):
+        dispatch(["checkpoint", "verify", str(tmp_path)])
 
 
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
