@@ -228,7 +228,7 @@ class Checkpointer:
     def _good(self, step: int) -> Path:
         """The checkpoint of that step. Raises UserError where it is damaged."""
         folder = step_folder(self.folder, step)
-        if problems := self._problems(folder):
+        if problems := _verify_together(folder, self.group):
             raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; resume from another with checkpoint.load_step")
         return folder
 
@@ -236,7 +236,7 @@ class Checkpointer:
         """The newest checkpoint that is as it was saved; damaged ones that are newer are set aside, loudly."""
         for step in reversed(steps):
             folder = step_folder(self.folder, step)
-            if not (problems := self._problems(folder)):
+            if not (problems := _verify_together(folder, self.group)):
                 return folder
             self._on_main(partial(set_aside, folder))
             if dist.get_rank() == 0:
@@ -248,16 +248,6 @@ class Checkpointer:
                 "another job.run_name"
             )
         return None
-
-    def _problems(self, folder: Path) -> list[str]:
-        """`verify` with the reading shared by all ranks; each gets all sentences."""
-        try:
-            own = verify(folder, dist.get_rank(), dist.get_world_size())
-        except DamagedError as error:
-            own = [str(error)]
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, own, group=self.group)
-        return list(dict.fromkeys(problem for part in every for problem in part))
 
     def newest(self) -> Path:
         return step_folder(self.folder, committed_steps(self.folder)[-1])
@@ -293,6 +283,17 @@ class CheckpointTensors:
         return _without_prefix(tensors, "model.")
 
 
+def _verify_together(folder: Path, group: dist.ProcessGroup | None = None) -> list[str]:
+    """`verify` with the reading shared by all ranks; each gets all sentences."""
+    try:
+        own = verify(folder, dist.get_rank(), dist.get_world_size())
+    except DamagedError as error:
+        own = [str(error)]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own, group=group)
+    return list(dict.fromkeys(problem for part in every for problem in part))
+
+
 def load_model_weights(path: Path, model: nn.Module) -> dict[str, Any]:
     """The weights of another run into a sharded model; returns that checkpoint's manifest. Every rank calls it.
 
@@ -300,9 +301,11 @@ def load_model_weights(path: Path, model: nn.Module) -> dict[str, Any]:
         path: a checkpoint, checkpoint folder or run folder (the newest is taken).
         model: its architecture must be the checkpoint's.
 
-    Raises UserError where there is no committed checkpoint or it is of another architecture.
+    Raises UserError where there is no committed checkpoint, or it is damaged or of another architecture.
     """
     folder = resolve_checkpoint(path)
+    if problems := _verify_together(folder):
+        raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; take another step of the run")
     tensors = _model_tensors(model)
     saved = CheckpointTensors(folder)
     check_architecture(saved.shapes, _without_prefix(tensors, "model."), f"checkpoint {folder}")
