@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from titan_dp.config_docs import all_keys
 from titan_dp.errors import UserError
-from titan_dp.files import checksum, file_sha256, inside, shown, write_json
+from titan_dp.files import checksum, file_sha256, inside, shorten, shown, write_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -145,7 +145,10 @@ def size_problems(checkpoint: Path) -> list[str]:
 
 
 def _size_problem(checkpoint: Path, entry: dict[str, Any]) -> str | None:
-    path = inside(checkpoint, entry["name"], checkpoint / MANIFEST)
+    try:
+        path = inside(checkpoint, entry["name"], checkpoint / MANIFEST)
+    except UserError as error:
+        return str(error)
     if not path.exists():
         return f"{path} is missing"
     if (size := path.stat().st_size) != entry["bytes"]:
@@ -213,7 +216,7 @@ def check_resumable(saved: dict[str, Any], current: dict[str, Any], allow_change
 
     Raises UserError naming every architecture or data key that differs and is not in `allow_changed`.
     """
-    before, now = tomllib.loads(saved["config"]), tomllib.loads(current["config"])
+    before, now = _sections(saved["config"]), _sections(current["config"])
     keys = {f"model.{key}" for key in {**before["model"], **now["model"]}} - {"model.backend"}
     values = {key: (_value(before, key), _value(now, key)) for key in (*keys, *_FIXED)}
     data = "state_tracking.task" if _value(now, "data.source") == "state_tracking" else "data.path"
@@ -221,23 +224,36 @@ def check_resumable(saved: dict[str, Any], current: dict[str, Any], allow_change
     values["training.global_batch_size"] = saved["global_batch_size"], current["global_batch_size"]
     changed = {key: pair for key, pair in values.items() if pair[0] != pair[1] and key not in allow_changed}
     if changed:
-        listed = ", ".join(f"{key} (was {_show(old)}, now {_show(new)})" for key, (old, new) in sorted(changed.items()))
+        listed = ", ".join(
+            f"{shorten(key)} (was {_show(old)}, now {_show(new)})" for key, (old, new) in sorted(changed.items())
+        )
         raise UserError(
             f"the run to resume (step {saved['step']}) was started with another {listed}; restore it, choose another "
             f"job.run_name, or name the keys in checkpoint.allow_changed"
         )
 
 
+def _sections(config: str) -> dict[str, Any]:
+    """The resolved TOML of a manifest, by section."""
+    try:
+        sections = tomllib.loads(config)
+    except (ValueError, RecursionError):
+        sections = {}
+    if "model" not in sections or not all(isinstance(section, dict) for section in sections.values()):
+        raise DamagedError("the checkpoint's configuration is damaged; resume from another step with checkpoint.load_step")
+    return sections
+
+
 def _value(config: dict[str, Any], dotted: str) -> object:
     """Of a key in resolved TOML; one that was unset, or that the writing version did not know, has its default."""
-    section, name = dotted.split(".")
+    section, _, name = dotted.partition(".")
     default = all_keys()[dotted].default if dotted in all_keys() else None
     return config.get(section, {}).get(name, default)
 
 
 def _show(value: object) -> str:
     """A fingerprint by its beginning, anything else as it is."""
-    return f"tokens {value[:12]}..." if isinstance(value, str) and len(value) >= 64 else repr(value)
+    return f"tokens {value[:12]}..." if isinstance(value, str) and len(value) >= 64 else shown(value)
 
 
 # -- titan-dp checkpoint ------------------------------------------------------------------------------------------------

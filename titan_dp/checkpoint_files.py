@@ -21,6 +21,9 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from titan_dp.errors import UserError
+from titan_dp.files import inside, shorten, shown
+
+_DCP = "torch.distributed.checkpoint"
 
 
 class Writer(dcp.FileSystemWriter):
@@ -84,24 +87,56 @@ class Reader(dcp.FileSystemReader):
 def _read_index(path: Path) -> Metadata:
     """Raises UserError where it is damaged, or lists anything but tensors, which torch would unpickle without a check."""
     try:
-        with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
+        index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+        if isinstance(index, Metadata):
+            _check_index(index, path)
     except UserError:
         raise
-    except Exception as error:  # a pickle with flipped bits raises anything
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); take another step of the run") from error
+    except Exception as error:  # a pickle with flipped bits raises anything, and holds anything
+        reason = shorten(f"{type(error).__name__}: {error}")
+        raise UserError(f"{path} is damaged ({reason}); take another step of the run") from error
     if not isinstance(index, Metadata):
         raise UserError(f"{path} is no index of a checkpoint; take another step of the run")
-    for name, entry in index.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise UserError(f"{path} lists {name}, which is no tensor: no checkpoint of ours has such; do not trust it")
     return index
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    _MODULES = frozenset({"torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"})
+def _check_index(index: Metadata, path: Path) -> None:
+    """Every entry a tensor, in files of the folder, and no larger than these. Raises UserError, or anything at a wrong type."""
+    for name, entry in index.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UserError(
+                f"{path} lists {shorten(str(name))}, which is no tensor: no checkpoint of ours has such; do not trust it"
+            )
+    held = sum(
+        inside(path.parent, name, path).stat().st_size for name in {i.relative_path for i in index.storage_data.values()}
+    )
+    listed = 0
+    for name, entry in index.state_dict_metadata.items():
+        if not isinstance(name, str) or not isinstance(entry.properties.dtype, torch.dtype):
+            raise ValueError(f"entry {shown(name)}")
+        for shape in (entry.size, *(chunk.sizes for chunk in entry.chunks), *(chunk.offsets for chunk in entry.chunks)):
+            if type(shape) is not torch.Size or len(shape) != len(entry.size) or min(shape, default=0) < 0:
+                raise ValueError(f"shape {shown(shape)} in {shown(name)}")
+        listed += entry.size.numel() * entry.properties.dtype.itemsize
+    for info in index.storage_data.values():
+        if not all(type(number) is int and number >= 0 for number in (info.offset, info.length)) or info.transform_descriptors:
+            raise ValueError(f"place {shown(info)}")
+    if listed > held:  # or a few bytes would ask for any amount of memory
+        raise ValueError(f"it lists {listed:,} bytes of tensors, its files hold {held:,}")
+
+
+class _IndexUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+    """In Python: the one in C sets aside as much memory as the file asks for, however short it is."""
+
     _NAMES = frozenset(
         {
+            *((_DCP + ".metadata", name) for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata")),
+            *(
+                (_DCP + ".metadata", name)
+                for name in ("ChunkStorageMetadata", "TensorProperties", "MetadataIndex", "StorageMeta")
+            ),
+            (_DCP + ".metadata", "_MEM_FORMAT_ENCODING"),
+            (_DCP + ".filesystem", "_StorageInfo"),
             ("torch", "Size"),
             ("torch.serialization", "_get_layout"),
             ("torch._utils", "_get_dtype"),
@@ -115,10 +150,7 @@ class _IndexUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) in self._NAMES or is_dtype:
             return super().find_class(module, name)
-        if module in self._MODULES and "." not in name:  # a dotted name would reach what these modules import
-            found = super().find_class(module, name)
-            if getattr(found, "__module__", None) == module:
-                return found
         raise UserError(
-            f"a checkpoint's .metadata asks for {module}.{name}, which none of ours needs; do not trust this checkpoint"
+            f"a checkpoint's .metadata asks for {shorten(f'{module}.{name}')}, which none of ours needs; do not trust this "
+            "checkpoint"
         )

@@ -287,7 +287,7 @@ def _verify_together(folder: Path, group: dist.ProcessGroup | None = None) -> li
     """`verify` with the reading shared by all ranks; each gets all sentences."""
     try:
         own = verify(folder, dist.get_rank(), dist.get_world_size())
-    except DamagedError as error:
+    except DamagedError as error:  # anything else in a manifest that all ranks read stops them all
         own = [str(error)]
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own, group=group)

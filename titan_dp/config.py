@@ -12,7 +12,9 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from titan_dp.files import stays_inside
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -22,8 +24,15 @@ def parse_count(value: object) -> object:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and (match := re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBT]?)", value.strip())):
-        return round(float(match[1].replace("_", "")) * _UNITS[match[2]])
+        number = float(match[1].replace("_", "")) * _UNITS[match[2]]
+        return round(number) if math.isfinite(number) else value
     return value
+
+
+def _within(name: str) -> str:
+    if not stays_inside(name, nested=True):
+        raise ValueError("leads out of its folder")
+    return name
 
 
 def refuse(problems: list[str]) -> None:
@@ -35,16 +44,29 @@ def refuse(problems: list[str]) -> None:
 Count = Annotated[int, BeforeValidator(parse_count), WithJsonSchema({"title": 'count such as 500_000 or "19B"'})]
 Positive = Annotated[int, Field(gt=0)]
 PositiveOrAll = Literal[-1] | Positive
+# Of a folder inside another one: a name, or several between slashes.
+FolderName = Annotated[
+    str,
+    AfterValidator(_within),
+    WithJsonSchema({"title": 'name without "..", leading "/" or control characters'}),
+]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
 
 
 class Job(Section):
     dump_folder: str = "outputs"
     """Folder that holds the run folders."""
-    run_name: str = ""
+    run_name: Literal[""] | FolderName = ""
     """Name of the run folder inside `dump_folder`; empty: the config's file name without .toml."""
     description: str = ""
     """One line for people; printed at the start and kept with the run."""
@@ -167,6 +189,8 @@ class Data(Section):
     """carry: the recurrence runs on across documents, as in the paper; reset: no state or convolution crosses one."""
     seed: int = 42
     """Seed of the sample order, apart from `debug.seed` so that data order and initialisation vary independently."""
+    verify: bool = True
+    """Compare the contents of shards with their checksums while training: each file once a run, and again when it changed."""
     tokenizer: str = ""
     """Name or path of the tokenizer. Shards carry their own, so only source = hf needs it; where given, it must agree."""
     hf_dataset: str = ""
@@ -302,7 +326,9 @@ class Parallelism(Section):
     data_parallel_replicate_degree: Positive = 1
     """Replicas of the sharded model (HSDP when more than 1)."""
     data_parallel_shard_degree: PositiveOrAll = -1
-    """Ranks that share one copy of the model (FSDP2); -1: all that replication leaves."""
+    """Ranks that share one copy of the model (FSDP2); -1: all that replication and context leave."""
+    context_parallel_degree: Positive = 1
+    """Ranks that share the tokens of one sequence, neighbours; parameters are sharded over them as well."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free a block's gathered parameters after its forward; default: of all blocks but the last, which backward needs first."""
 
@@ -322,7 +348,7 @@ class Compile(Section):
 class Checkpoint(Section):
     enable: bool = True
     """Save checkpoints."""
-    folder: str = "checkpoint"
+    folder: FolderName = "checkpoint"
     """Folder inside the run folder."""
     interval: Positive = 500
     """Steps between checkpoints; the last step is always saved."""
@@ -460,6 +486,34 @@ class Config(Section):
         if self.data.source == "state_tracking" and not self.state_tracking.task:
             rule = "data.source = 'state_tracking' needs state_tracking.task (a group such as S3, or a formal language)"
             problems.append(({"data", "state_tracking"}, rule))
+        return problems + self._context_problems()
+
+    def _context_problems(self) -> list[tuple[set[str], str]]:
+        """What cannot be split over ranks along the sequence."""
+        degree, seq_len = self.parallelism.context_parallel_degree, self.training.seq_len
+        if degree == 1:
+            return []
+        problems: list[tuple[set[str], str]] = []
+        key = f"parallelism.context_parallel_degree = {degree}"
+        if seq_len % degree:
+            rule = f"{key} does not divide training.seq_len = {seq_len}; choose a multiple of {degree} for seq_len"
+            problems.append(({"parallelism", "training"}, rule))
+        halo = self.model.conv_size - 1
+        if self.model.use_short_conv and self.model.mixer != "attention" and seq_len // degree < halo:
+            rule = (
+                f"{key} leaves {seq_len // degree} of training.seq_len = {seq_len} tokens a rank, fewer than the {halo} that "
+                f"model.conv_size = {self.model.conv_size} looks back; lower the degree"
+            )
+            problems.append(({"parallelism", "training", "model"}, rule))
+        if self.model.mixer == "rwkv7":
+            rule = f"{key} with model.mixer = 'rwkv7': its loop over tokens is not split; set context_parallel_degree = 1"
+            problems.append(({"parallelism", "model"}, rule))
+        if self.data.source == "state_tracking":
+            rule = (
+                f"{key} with data.source = 'state_tracking': its words are judged as whole rows; "
+                "set context_parallel_degree = 1"
+            )
+            problems.append(({"parallelism", "data"}, rule))
         return problems
 
     @model_validator(mode="after")

@@ -50,15 +50,16 @@ class Key:
     @cached_property
     def _type(self) -> TypeAdapter[Any]:
         annotation: Any = Annotated[self.field.annotation, self.field]  # the field carries the bounds
-        return TypeAdapter(annotation, config=ConfigDict(strict=True))
+        return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
 
     def accepts(self, value: object) -> bool:
         """Whether the field's type takes `value`, apart from the rules of its section."""
         try:
-            self._type.validate_python(value)
+            taken = self._type.validate_python(value)
         except ValueError:
             return False
-        return True
+        numbers = taken if isinstance(taken, list) else [taken]
+        return not any(isinstance(number, int) and abs(number) >= 2**63 for number in numbers)  # TOML's integers have 64 bits
 
 
 @cache

@@ -39,7 +39,6 @@ HINTS = {
     "compile.backend": "compile.enable uses inductor",
     "tensor_parallel_degree": _FSDP_ONLY,
     "pipeline_parallel_degree": _FSDP_ONLY,
-    "context_parallel_degree": _FSDP_ONLY,
     "expert_parallel_degree": _FSDP_ONLY,
     "data_parallel_degree": "set parallelism.data_parallel_shard_degree (or -1) and parallelism.data_parallel_replicate_degree",
     "initial_load_model_only": "checkpoint.initial_load_path always loads the weights alone",

@@ -27,9 +27,12 @@ from titan_dp.config_docs import Key, all_keys, help_text, sections, to_toml
 from titan_dp.config_hints import explain_unknown
 from titan_dp.config_warnings import ineffective_settings
 from titan_dp.errors import UserError
+from titan_dp.files import shorten, shown
 
 # Two spellings of one quantity: setting one undoes the other of a source that ranks lower.
 _ALTERNATIVES = {"training.steps": "training.tokens", "training.tokens": "training.steps"}
+
+_DEEPEST = 8  # parts of a key; none that is known has half as many
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -179,8 +182,10 @@ def parse_command_line(argv: list[str], problems: Problems) -> CommandLine:
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            hint = "; write --config " + argument if argument.endswith(".toml") else "; a setting is --section.key VALUE"
-            problems.add(f"command line: unexpected {argument!r}{hint}")
+            hint = (
+                f"; write --config {shorten(argument)}" if argument.endswith(".toml") else "; a setting is --section.key VALUE"
+            )
+            problems.add(f"command line: unexpected {shown(argument)}{hint}")
             continue
         name, has_value, text = argument[2:].partition("=")
         if not has_value and rest and not rest[0].startswith("--") and name not in ("print-config", "dry-run"):
@@ -205,9 +210,12 @@ def parse_command_line(argv: list[str], problems: Problems) -> CommandLine:
 def command_line_value(key: Key | None, text: str) -> object:
     """`text` read as a TOML value where that fits the key, else as a plain string: a run_name may be 123."""
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # no TOML, or an integer of thousands of digits, or lists as deep
         return text
+    if parsed.keys() != {"value"}:  # a newline, and more settings behind it
+        return text
+    value = parsed["value"]
     return text if key is not None and not key.accepts(value) and key.accepts(text) else value
 
 
@@ -224,7 +232,15 @@ def resolve_config_path(name: str) -> Path | None:
     """A bare name means train_configs/ first; anything with a slash is a path. The .toml may be left out."""
     folders = [Path()] if "/" in name else [config_folder(), Path()]
     candidates = (folder / (name + suffix) for folder in folders for suffix in ("", ".toml"))
-    return next((path for path in candidates if name and path.is_file()), None)
+    return next((path for path in candidates if name and _is_file(path)), None)
+
+
+def _is_file(path: Path) -> bool:
+    """False as well for names that no file can have, and for what must not be looked at."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _choices() -> str:
@@ -249,8 +265,8 @@ def read_files(path: Path, problems: Problems, seen: tuple[Path, ...] = ()) -> l
             own.append(setting)
         elif not isinstance(setting.value, str):
             problems.add_unread(f"{setting.origin}: extends = {_show(setting.value)}: expected the name of one file")
-        elif not (parent := path.parent / setting.value).is_file():
-            problems.add_unread(f"{setting.origin}: extends = {_show(setting.value)}: there is no {parent}")
+        elif not _is_file(parent := path.parent / setting.value):
+            problems.add_unread(f"{setting.origin}: extends = {_show(setting.value)}: there is no {shorten(str(parent))}")
         else:
             base = read_files(parent, problems, (*seen, path.resolve()))
     return base + own
@@ -260,8 +276,11 @@ def read_text(text: str, name: str, problems: Problems) -> Iterator[Setting]:
     """The settings of TOML text in its order, each with its line; a syntax error becomes a problem."""
     try:
         tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message, at = str(error), re.search(r" \(at line (\d+), column (\d+)\)", str(error))
+    except RecursionError:
+        problems.add_unread(f"{name}: not valid TOML for this program: values are nested too deeply")
+        return
+    except ValueError as error:  # TOMLDecodeError, or Python's on an integer of thousands of digits
+        message, at = shorten(str(error)), re.search(r" \(at line (\d+), column (\d+)\)", str(error))
         where = f"{name}:{at[1]}" if at else f"{name}:{text.count(chr(10)) + 1}"
         problems.add_unread(f"{where}: not valid TOML: {message.replace(at[0], f' (column {at[2]})') if at else message}")
         return
@@ -294,7 +313,7 @@ def _path_of(parsed: Any) -> list[str]:
 
 def _flatten(parsed: dict[str, Any], path: list[str], origin: str) -> Iterator[Setting]:
     for name, value in parsed.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and len(path) < _DEEPEST:
             yield from _flatten(value, [*path, name], origin)
         else:
             yield Setting(".".join([*path, name]), value, origin)
@@ -320,7 +339,7 @@ def build_config(settings: list[Setting], problems: Problems) -> tuple[Config, d
     for setting in settings:
         key, section = all_keys().get(setting.key), setting.key.partition(".")[0]
         if key is None:
-            problems.add(f"{setting.origin}: unknown key {setting.key}; {explain_unknown(setting.key)}", section)
+            problems.add(f"{setting.origin}: unknown key {shorten(setting.key)}; {explain_unknown(setting.key)}", section)
         elif not key.accepts(setting.value):
             problems.add(f"{setting.origin}: {setting.key} = {_show(setting.value)}: expected {key.expected}", section)
         else:
@@ -377,4 +396,7 @@ def _origins(text: str, section: str, merged: dict[str, Setting]) -> str:
 
 def _show(value: object) -> str:
     """A refused value as the user wrote it, as far as it can be told."""
-    return to_toml(value) if isinstance(value, bool | str | int | float) else str(value)
+    try:
+        return shorten(to_toml(value) if isinstance(value, bool | str | int | float) else str(value))
+    except ValueError:  # Python writes no integer of more than 4,300 digits, and TOML may have it in hexadecimal
+        return "an integer of thousands of digits"

@@ -112,11 +112,16 @@ class CheckpointSource:
 
 def in_the_models_order(c: config.Model, shapes: Mapping[str, torch.Size], where: str) -> dict[str, torch.Size]:
     """The `shapes` of a model of settings `c`, all there; raises UserError where one is missing or another."""
+    if c.num_hidden_layers > len(shapes):  # every block has tensors: none is built for a number out of a damaged file
+        raise UserError(
+            f"{where} is of another architecture: num_hidden_layers = {c.num_hidden_layers} for {len(shapes)} tensors; "
+            "take the settings it was made with"
+        )
     try:
         with torch.device("meta"):
             wanted = dict(build_model(c).named_parameters())
-    except (RuntimeError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
         raise UserError(
             f"{where} describes a model that cannot be built ({reason}); take the settings it was made with"
         ) from error

@@ -19,7 +19,7 @@ from typing import IO, Any
 from titan_dp.config import Config
 from titan_dp.config_loader import config_from_toml
 from titan_dp.errors import RunError, UserError
-from titan_dp.files import write_json
+from titan_dp.files import shown, write_json
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # file systems without locks
 
@@ -85,11 +85,11 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     try:
         facts = json.loads(path.read_text())
         if not isinstance(facts, dict):
-            raise ValueError(f"it holds {facts!r}")
+            raise ValueError(f"it holds {shown(facts)}")
         return facts
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); resume the run, or remove the folder") from error
 
 
@@ -154,13 +154,20 @@ def last_record(folder: Path) -> dict[str, Any]:
         lines = file.read().splitlines()
     newest: dict[str, Any] = {}
     for line in lines:
-        try:
-            newest |= json.loads(line)
-        except ValueError:  # a line cut off, at the end by a kill or at the start by us
-            continue
+        newest |= parsed_record(line) or {}
     return newest
+
+
+def parsed_record(line: bytes | str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, or None where it is none: cut off by a kill, or by reading from the middle."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def last_step(folder: Path) -> int:
     """The last step metrics.jsonl knows of."""
-    return last_record(folder).get("step", 0)
+    step = last_record(folder).get("step")
+    return step if isinstance(step, int) else 0

@@ -138,8 +138,8 @@ def test_a_damaged_manifest_is_said_to_be_one(tmp_path: Path) -> None:
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     path = make(tmp_path, 1)
     ckpt.write_manifest(path, ckpt.read_manifest(path), [{"name": "../../secret", "bytes": 1, "xxh3_128": ""}])
-    with pytest.raises(UserError, match=r"manifest.json names '../../secret', which is not a file of its folder"):
-        ckpt.size_problems(path)
+    (problem,) = ckpt.size_problems(path)
+    assert "manifest.json names '../../secret', which is not a file of its folder" in problem
 
 
 CONFIG = """

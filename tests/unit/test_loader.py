@@ -167,7 +167,7 @@ def test_a_shard_of_another_dtype_is_named(broken: Path) -> None:
     ("changes", "message"),
     [
         ({"format_version": 99}, "has format version 99, this program reads 1"),
-        ({"dtype": "float64"}, "has dtype float64"),
+        ({"dtype": "float64"}, "dtype = 'float64'"),
         ({"shards": "none"}, "is no manifest of token shards"),
     ],
 )

@@ -224,7 +224,14 @@ def test_a_run_that_its_sweep_does_not_name_is_refused(tmp_path: Path) -> None:
     assert f"{sweep / 'stray'} is a run that" in refusal(sweep / "stray")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"cells": [{"name": "a"}]}', '{"cells": [{"name": "../a", "identity": "0"}]}'])
+@pytest.mark.parametrize("name", ["../a", "..", "", "/tmp"])
+def test_a_cell_is_a_folder_of_its_sweep(tmp_path: Path, name: str) -> None:
+    sweep = write_sweep(tmp_path / "sweep", {"a": {}})
+    (sweep / "sweep.json").write_text(json.dumps({"cells": [{"name": name, "identity": "0"}]}))
+    assert f"{sweep / 'sweep.json'} names {name!r}, which is not a file of its folder" in refusal(sweep)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"cells": [{"name": "a"}]}', "[" * 100_000])
 def test_a_sweep_json_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     sweep = write_sweep(tmp_path / "sweep", {"a": {}})
     (sweep / "sweep.json").write_text(text)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 from collections import deque
@@ -20,7 +19,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from titan_dp.data.shards import MANIFEST, Shard, ShardWriter, TokenShards
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
 from titan_dp.files import write_json
+from titan_dp.json_files import JsonObject, Natural, parse_json
 
 SPLITS = ("train", "validation")
 _PROGRESS = "progress.json"
@@ -120,14 +120,23 @@ def _boundary(role: str, wanted: bool | None, token: int | None, tokenizer: Toke
     return None if wanted is False else token
 
 
+class _Saved(JsonObject):
+    """progress.json."""
+
+    plan: dict[str, Any]
+    finished: bool
+    done: dict[Literal["train", "validation"], Natural]
+    shards: dict[Literal["train", "validation"], list[Shard]]
+
+
 @dataclass
 class _Progress:
     """What is safely on disk: for each split its shards and the number of input documents they account for."""
 
     path: Path
     plan: dict[str, Any]
-    shards: dict[str, list[Shard]]
-    done: dict[str, int]
+    shards: dict[Any, list[Shard]]
+    done: dict[Any, int]
 
     @staticmethod
     def open(out: Path, plan: dict[str, Any]) -> _Progress | None:
@@ -141,16 +150,11 @@ class _Progress:
             if any(out.iterdir()):
                 raise UserError(f"--out {out} is not empty and holds no earlier prepare; choose another folder or --overwrite")
             return _Progress(path, plan, {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0))
-        saved = json.loads(path.read_text())
-        if differing := [key for key in plan if saved["plan"].get(key) != plan[key]]:
-            raise UserError(
-                f"--out {out} was prepared with another {', '.join(differing)}; repeat those arguments, choose another "
-                "folder, or --overwrite"
-            )
-        if saved["finished"]:
-            return None
-        shards = {split: [Shard(**entry) for entry in saved["shards"][split]] for split in SPLITS}
-        return _Progress(path, plan, shards, saved["done"])
+        remedy = "choose another folder, or --overwrite"
+        saved = parse_json(_Saved, path.read_bytes(), path, "record of an earlier prepare", remedy)
+        if differing := [key for key in plan if saved.plan.get(key) != plan[key]]:
+            raise UserError(f"--out {out} was prepared with another {', '.join(differing)}; repeat those arguments, {remedy}")
+        return None if saved.finished else _Progress(path, plan, saved.shards, saved.done)
 
     def save(self, finished: bool = False) -> None:
         shards = {split: [asdict(shard) for shard in entries] for split, entries in self.shards.items()}

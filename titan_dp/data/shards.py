@@ -4,39 +4,71 @@ A folder holds `manifest.json`, `shard-00000.npy` (1-D uint16 or uint32 token id
 offsets at which documents begin in that shard; a document never spans shards), and so on. Every file is written under
 another name, synced and renamed; the manifest comes last, so a folder with a manifest is complete. The sha256 of the
 manifest, which holds those of the shards, is the data's fingerprint: the same tokens have the same fingerprint.
+A folder may come from anywhere: reading it runs no code, opens no file outside it, and ends in a UserError where it is damaged.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from titan_dp.data.tokenizer import Tokenizer
 from titan_dp.errors import UserError
-from titan_dp.files import file_sha256, write_atomically, write_json
+from titan_dp.files import file_sha256, inside, shorten, shown, write_atomically, write_json
+from titan_dp.json_files import STRICT, JsonObject, Natural, parse_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
+_Id = Annotated[int, Field(ge=0, lt=2**32)]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=STRICT)
 class Shard:
     """One entry of the manifest."""
 
     file: str
-    tokens: int
+    tokens: Natural
     sha256: str
-    text_bytes: int
+    text_bytes: Natural
     """UTF-8 bytes of the documents' text: turns nats a token into bits a byte."""
     starts_file: str
-    documents: int
+    documents: Natural
     starts_sha256: str
+
+
+class _MadeWith(JsonObject):
+    """The tokenizer, as the manifest has it."""
+
+    name: str
+    hash: str
+    vocab_size: Annotated[int, Field(gt=0, le=2**32)]
+    bos_id: _Id | None
+    eos_id: _Id | None
+
+
+class _Version(JsonObject):
+    format_version: int
+
+
+class _Manifest(_Version):
+    """manifest.json; `TokenShards.manifest` is its dictionary, further entries kept."""
+
+    dtype: Literal["uint16", "uint32"]
+    tokenizer: _MadeWith
+    tokens: Natural
+    documents: Natural
+    text_bytes: Natural
+    adds_bos: bool
+    adds_eos: bool
+    shards: list[Shard]
 
 
 class ShardWriter:
@@ -117,43 +149,31 @@ class TokenShards:
             )
         raw = path.read_bytes()
         self.fingerprint = hashlib.sha256(raw).hexdigest()
-        try:
-            self.manifest: dict[str, Any] = json.loads(raw)
-            version = self.manifest["format_version"]
-            if version != FORMAT_VERSION:
-                raise UserError(
-                    f"{path} has format version {version}, this program reads {FORMAT_VERSION}; prepare the data again"
-                )
-            self.dtype = np.dtype(self.manifest["dtype"])
-            self.shards = [Shard(**entry) for entry in self.manifest["shards"]]
-            self.tokens, self.vocab_size = int(self.manifest["tokens"]), int(self.manifest["tokenizer"]["vocab_size"])
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is no manifest of token shards ({error}); prepare the data again") from error
-        if self.dtype not in (np.uint16, np.uint32):
-            raise UserError(f"{path} has dtype {self.dtype}; token shards are uint16 or uint32")
+        checked = _parse(path, raw)
+        self.manifest: dict[str, Any] = checked.model_dump()
+        self.dtype, self.shards = np.dtype(checked.dtype), checked.shards
+        self.tokens, self.vocab_size = checked.tokens, checked.tokenizer.vocab_size
         self._tokens = [self._map(s.file, self.dtype, s.tokens) for s in self.shards]
         self._starts = [self._map(s.starts_file, np.dtype(np.int64), s.documents) for s in self.shards]
         self._offsets = np.concatenate([[0], np.cumsum([s.tokens for s in self.shards], dtype=np.int64)]).astype(np.int64)
-        assert int(self._offsets[-1]) == self.tokens
 
     def __len__(self) -> int:
         return self.tokens
 
     def _map(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
-        path = self.folder / name
-        if Path(name).name != name:
-            raise UserError(f"{self.folder / MANIFEST} names {name!r}, which is not a file of its folder")
+        path = inside(self.folder, name, self.folder / MANIFEST)
         remedy = f"restore it, or delete {self.folder.parent} and run `titan-dp prepare` again"
-        if not path.exists():
+        if not path.is_file():  # a pipe of that name would be waited for
             raise UserError(f"token shard {path} is missing; {remedy}")
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"token shard {path} is cut off or no .npy file ({error}); {remedy}") from error
+            # Not np.load, which takes archives and pickles for arrays as well.
+            array = np.lib.format.open_memmap(path, mode="r", max_header_size=1000)
+        except Exception as error:  # a header with flipped bits is Python source: parsing it raises anything
+            reason = str(error).partition("\n")[0][:200] or type(error).__name__
+            raise UserError(f"token shard {path} is cut off or no .npy file ({reason}); {remedy}") from error
         if array.shape != (count,) or array.dtype != dtype:
-            raise UserError(
-                f"token shard {path} holds {array.shape} {array.dtype}, the manifest says ({count},) {dtype}; {remedy}"
-            )
+            held = f"{shown(array.shape)} {shorten(str(array.dtype))}"
+            raise UserError(f"token shard {path} holds {held}, the manifest says ({count},) {dtype}; {remedy}")
         return array.view(np.ndarray)  # still mapped; np.memmap's own class costs microseconds at every slice
 
     def read(self, start: int, out: np.ndarray) -> None:
@@ -174,8 +194,14 @@ class TokenShards:
         for shard in range(first, last):
             starts, offset = self._starts[shard], int(self._offsets[shard])
             low, high = np.searchsorted(starts, [start - offset, stop - offset])
-            found.append(starts[low:high] + (offset - start))
-        return found[0] if len(found) == 1 else np.concatenate(found)
+            here = starts[low:high]
+            if len(here) and (here[0] < start - offset or here[-1] >= stop - offset or (here[1:] <= here[:-1]).any()):
+                file = self.folder / self.shards[shard].starts_file
+                raise UserError(
+                    f"token shard {file} is damaged: its offsets do not rise; restore it, or prepare the data again"
+                )
+            found.append(here + (offset - start))
+        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
 
     def verify(self) -> Iterator[str]:
         """Read everything; yield one sentence for each thing that is wrong."""
@@ -188,3 +214,16 @@ class TokenShards:
             in_order = len(starts) and starts[0] == 0 and bool((np.diff(starts) > 0).all()) and starts[-1] < len(tokens)
             if not in_order:
                 yield f"{self.folder / shard.starts_file} is not a rising list of offsets from 0 below {len(tokens)}"
+
+
+def _parse(path: Path, raw: bytes) -> _Manifest:
+    """The manifest, its entries of the right types and its sums right. Raises UserError where it is none."""
+    remedy = "prepare the data again"
+    if (version := parse_json(_Version, raw, path, "manifest of token shards", remedy).format_version) != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; {remedy}")
+    manifest = parse_json(_Manifest, raw, path, "manifest of token shards", remedy)
+    for name in ("tokens", "documents", "text_bytes"):
+        said, summed = getattr(manifest, name), sum(getattr(shard, name) for shard in manifest.shards)
+        if said != summed:
+            raise UserError(f"{path} is damaged: {name} = {said}, but its shards have {summed}; {remedy}")
+    return manifest

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_dp.errors import UserError
+from titan_dp.files import shorten
 
 if TYPE_CHECKING:
     import tiktoken
@@ -118,8 +119,8 @@ def hugging_face_folder(name: str) -> Path:
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"], etag_timeout=10))
-        if not (folder / "tokenizer.json").exists():
-            raise FileNotFoundError("it has no tokenizer.json")
+        if not (folder / "tokenizer.json").is_file():
+            raise FileNotFoundError("it has no tokenizer.json, and code of a tokenizer's own is never run")
     except Exception as error:
         import tiktoken
 
@@ -150,7 +151,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         return settings
     except (ValueError, OSError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path} is not a tokenizer's settings ({error}); take it from where the tokenizer comes from"
+            f"{path} is not a tokenizer's settings ({shorten(str(error))}); take it from where the tokenizer comes from"
         ) from error
 
 
@@ -160,7 +161,12 @@ def _from_hugging_face(name: str) -> Tokenizer:
     folder = hugging_face_folder(name)
     try:
         backend = HFTokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises plain Exception
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError("it has no tokens")
+    except BaseException as error:  # tokenizers raises plain Exception, or panics, which is a BaseException
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({_short(error)}); {_ALTERNATIVES}") from error
     backend.encode_special_tokens = True  # in a text they are ordinary text
     declared = read_settings(folder)
@@ -172,7 +178,6 @@ def _from_hugging_face(name: str) -> Tokenizer:
     def encode_batch(texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
 
-    vocabulary = backend.get_vocab(with_added_tokens=True)
     return Tokenizer(
         name=name,
         hash=declared.get(ORIGIN, {}).get("hash") or hashlib.sha256(backend.to_str().encode()).hexdigest(),

@@ -10,6 +10,7 @@ from typing import Any
 from titan_dp import config
 from titan_dp.errors import UserError
 from titan_dp.model import build_model
+from titan_dp.run_folder import parsed_record
 
 _USE = {
     "fla": """```python
@@ -108,5 +109,7 @@ def last_validation(run_folder: Path, step: int) -> dict[str, Any]:
     path = run_folder / "metrics.jsonl"
     if not path.exists():
         return {}
-    records = [json.loads(line) for line in path.read_text().splitlines() if '"validation_loss"' in line]
-    return next((record for record in reversed(records) if record["step"] == step), {})
+    for line in reversed(path.read_text(errors="replace").splitlines()):
+        if '"validation_loss"' in line and (record := parsed_record(line)) is not None and record.get("step") == step:
+            return record
+    return {}

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from titan_dp.data.tokenizer import ORIGIN, read_settings
 from titan_dp.errors import UserError
-from titan_dp.files import file_sha256
+from titan_dp.files import file_sha256, inside, shorten
 from titan_dp.hf import layout
+from titan_dp.json_files import JsonObject, Natural, parse_json
 from titan_dp.pretrained import in_the_models_order
 
 CONFIG = "config.json"
@@ -34,12 +35,13 @@ class FolderSource:
     """The model of a folder; see `pretrained.Source`. Raises UserError where there is none that we know, or it is damaged."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.label = path, path.resolve().name
+        self.path = path
+        self.label = "".join(c if c.isprintable() else "_" for c in path.resolve().name) or "model"
         values = _read_json(path / CONFIG)
         self.config, self.seq_len, self.assumed = layout.from_hf(values, str(path / CONFIG))
         """`assumed`: settings that config.json is silent about."""
         self.model_type: str = values["model_type"]
-        self.training: dict[str, Any] = _read_json(path / TRAINING) if (path / TRAINING).exists() else {}
+        self.training = _read_training(path / TRAINING)
         self._files = _weight_files(path)
         self._where = {name: file for file in self._files for name in _tensors_of(file)}
         parts = self._parts = layout.our_names(self._where)
@@ -47,13 +49,16 @@ class FolderSource:
             self._check_tied(parts)
             del parts["lm_head.weight"]
         found = {name: [self._look(part) for part in of] for name, of in parts.items()}
+        for name, looks in found.items():
+            if len({shape[1:] for shape, _ in looks}) > 1:
+                raise UserError(f"{path} holds {parts[name][0]} and its kin in shapes that do not fit together; copy it again")
         shapes = {name: torch.Size([sum(s[0] for s, _ in looks), *looks[0][0][1:]]) for name, looks in found.items()}
         self.shapes = in_the_models_order(self.config, shapes, str(path))
         self.dtypes = {name: looks[0][1] for name, looks in found.items()}
         if unknown := sorted(set(parts) - set(self.shapes)):
+            name = shorten(parts[unknown[0]][0])
             raise UserError(
-                f"{path} holds {parts[unknown[0]][0]}, which a model of its {CONFIG} does not have; the weights belong to "
-                "another model"
+                f"{path} holds {name}, which a model of its {CONFIG} does not have; the weights belong to another model"
             )
 
     def _check_tied(self, parts: dict[str, list[str]]) -> None:
@@ -120,17 +125,18 @@ def _weight_files(folder: Path) -> list[Path]:
         index = folder / f"{single}.index.json"
         if index.exists():
             try:
-                names = sorted(map(str, set(_read_json(index)["weight_map"].values())))
+                names = sorted(set(_read_json(index)["weight_map"].values()))
+                files = [inside(folder, name, index) for name in names]
             except (KeyError, AttributeError, TypeError) as error:
                 raise UserError(
-                    f"{index} is no index of weights ({error}); take it from where the weights come from"
+                    f"{index} is no index of weights ({shorten(str(error))}); take it from where the weights come from"
                 ) from error
-            for name in names:
-                if Path(name).name != name:
-                    raise UserError(f"{index} names {name!r}, which is not a file of its folder")
-                if not (folder / name).is_file():
-                    raise UserError(f"{folder} lacks {name}, one of {len(names)} files of weights; copy the folder again")
-            return [folder / name for name in names]
+            for file in files:
+                if not file.is_file():
+                    raise UserError(f"{folder} lacks {file.name}, one of {len(names)} files of weights; copy the folder again")
+                if file.suffix not in (".safetensors", ".bin"):
+                    raise UserError(f"{index} names {file.name}, which is neither .safetensors nor .bin; take the weights' own")
+            return files
     raise UserError(f"{folder} has a {CONFIG} but no weights ({' or '.join(_SINGLE)}, or an index of shards)")
 
 
@@ -141,10 +147,12 @@ def _tensors_of(file: Path) -> list[str]:
         with safe_open(file, "pt") as opened:
             names = list(opened.keys())
             if unknown := {opened.get_slice(name).get_dtype() for name in names} - set(_DTYPES):
-                raise UserError(f"{file} holds tensors of dtype {', '.join(sorted(unknown))}; expected {', '.join(_DTYPES)}")
+                raise UserError(
+                    f"{file} holds tensors of dtype {shorten(', '.join(sorted(unknown)))}; expected {', '.join(_DTYPES)}"
+                )
             return names
     except SafetensorError as error:
-        raise UserError(f"{file} is cut off or no safetensors file ({error}); copy it again") from error
+        raise UserError(f"{file} is cut off or no safetensors file ({shorten(str(error))}); copy it again") from error
 
 
 @lru_cache(maxsize=64)
@@ -156,18 +164,40 @@ def _mapped(file: Path) -> dict[str, Tensor]:
         except RuntimeError:  # written by a torch older than 1.6
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's, zip's and torch's own
-        raise UserError(f"{file} is no file of tensors alone ({str(error).splitlines()[0][:120]})") from error
+        raise UserError(f"{file} is no file of tensors alone ({shorten(str(error).partition(chr(10))[0], 120)})") from error
     tensors = found.items() if isinstance(found, dict) else [(None, None)]
-    if not all(isinstance(k, str) and isinstance(t, Tensor) and t.dtype in _DTYPES.values() for k, t in tensors):
+    if not all(isinstance(k, str) and isinstance(t, Tensor) and _is_plain(t) for k, t in tensors):
         raise UserError(f"{file} is no file of named floating-point tensors; take the weights' own file")
     return found
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Numbers of a known kind that the file really holds: a tensor of stride 0 has any size in a few bytes."""
+    if tensor.dtype not in _DTYPES.values() or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
+
+
+class _Training(JsonObject):
+    """training.json: a checkpoint's manifest, as far as it is used."""
+
+    step: Natural = 0
+    tokens: Natural = 0
+    git_commit: str = ""
+
+
+def _read_training(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    training = parse_json(_Training, path.read_bytes(), path, "training summary", "delete it, or take it from its source")
+    return training.model_dump(exclude_unset=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}); take it from where the folder comes from") from error
+        raise UserError(f"{path} is no JSON ({shorten(str(error))}); take it from where the folder comes from") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is no JSON object; take it from where the folder comes from")
     return value

@@ -16,6 +16,8 @@ from pydantic import ValidationError
 
 from titan_dp import config
 from titan_dp.errors import UserError
+from titan_dp.files import shorten, shown
+from titan_dp.json_files import first_mistake
 
 REMOTE_CODE = "titan_dp"
 FLA_TYPES = {
@@ -171,7 +173,7 @@ def from_hf(values: dict[str, Any], where: str) -> tuple[config.Model, int, list
     """
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-        raise UserError(f"{where} is of a model of type {model_type!r}; expected one of {', '.join(MODEL_TYPES)}")
+        raise UserError(f"{where} is of a model of type {shown(model_type)}; expected one of {', '.join(MODEL_TYPES)}")
     if missing := [key for key in _NEEDED if key not in values]:
         raise UserError(f"{where} lacks {', '.join(missing)}; take the file that belongs to the weights")
     kind = "gated_deltaproduct" if model_type == REMOTE_CODE else model_type
@@ -183,19 +185,18 @@ def from_hf(values: dict[str, Any], where: str) -> tuple[config.Model, int, list
     )
     for key, allowed in {**_FIXED[""], **_FIXED.get(kind, {})}.items():
         if v.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{where} has {key} = {v[key]!r}; titan_dp's model has only {allowed[0]!r}")
+            raise UserError(f"{where} has {key} = {shown(v[key])}; titan_dp's model has only {allowed[0]!r}")
     try:
         settings = {**_shared_keys(v), **_mixer_keys(v, kind), **_attention_keys(v, where)}
         seq_len = v["max_position_embeddings"]
         if type(seq_len) is not int or seq_len < 1:
-            raise ValueError(f"max_position_embeddings = {seq_len!r} is no positive integer")
+            raise ValueError(f"max_position_embeddings = {shown(seq_len)} is no positive integer")
         return config.Model(**settings), seq_len, [f"{key} = {defaults[key]!r}" for key in absent]
-    except (ValidationError, TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
+    except ValidationError as error:
+        raise UserError(f"{where} describes a model that titan_dp cannot build: {first_mistake(error)}") from error
+    except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
         message = repr(error) if isinstance(error, KeyError | AttributeError) else str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UserError(f"{where} describes a model that titan_dp cannot build: {message}") from error
+        raise UserError(f"{where} describes a model that titan_dp cannot build: {shorten(message)}") from error
 
 
 def _shared_keys(v: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +232,8 @@ def _attention_keys(v: dict[str, Any], where: str) -> dict[str, Any]:
     if group.get("qkv_bias"):
         raise UserError(f"{where} has qkv_bias = true in attn; titan_dp's softmax layers have no biases")
     layers = sorted(layer for group in groups for layer in group["layers"])
-    pure = {"mixer": "attention"} if layers == list(range(v["num_hidden_layers"])) else {"attention_layers": layers}
+    every = len(layers) == v["num_hidden_layers"] and layers == list(range(len(layers)))
+    pure = {"mixer": "attention"} if every else {"attention_layers": layers}
     return {
         **pure,
         "attention_num_heads": group["num_heads"],

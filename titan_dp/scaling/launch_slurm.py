@@ -6,21 +6,29 @@ pending or running; those are not submitted again. Everything else is read from 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import write_json
+from titan_dp.json_files import first_mistake
 from titan_dp.run_folder import is_finished, is_locked
 from titan_dp.scaling.sweep_file import Sweep
 
 ARRAY_SCRIPT = Path("launch/slurm_array.sbatch")
+
+
+class _Job(BaseModel):
+    """An array that was submitted: element i runs the i-th of `cells`."""
+
+    id: str
+    cells: list[str]
 
 
 def check_slurm() -> None:
@@ -48,6 +56,10 @@ def launch_slurm(sweep: Sweep, *, at_once: int, nproc: int | None, retries: int,
     if not cells:
         print(f"nothing to submit: {len(queued)} cells are with SLURM, the rest is finished")
         return
+    if not str(sweep.folder).isprintable():  # the listing has one a line
+        raise UserError(
+            f"--launch slurm: the name of {str(sweep.folder)!r} has control characters; choose another job.dump_folder"
+        )
     listing = sweep.folder / f"cells-{time.time_ns()}.txt"  # never one that an array of before still reads
     listing.write_text("".join(f"{cell.folder / 'config.toml'}\n" for cell in cells))
     array = f"--array=0-{len(cells) - 1}%{at_once}"
@@ -57,17 +69,24 @@ def launch_slurm(sweep: Sweep, *, at_once: int, nproc: int | None, retries: int,
     if result.returncode:
         raise UserError(f"sbatch refuses the array: {result.stderr.strip()}; see --sbatch for options your site needs")
     job = result.stdout.strip().partition(";")[0]
-    jobs.append({"id": job, "cells": [cell.name for cell in cells]})
-    write_json(sweep.folder / "slurm.json", jobs)
+    jobs.append(_Job(id=job, cells=[cell.name for cell in cells]))
+    write_json(sweep.folder / "slurm.json", [each.model_dump() for each in jobs])
     print(f"array {job}: {len(cells)} cells, {at_once} at once; this command without --launch shows how far they are")
 
 
-def _jobs(sweep: Sweep) -> list[dict[str, Any]]:
+def _jobs(sweep: Sweep) -> list[_Job]:
     path = sweep.folder / "slurm.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    try:
+        return TypeAdapter(list[_Job]).validate_json(path.read_bytes(), strict=True)
+    except FileNotFoundError:
+        return []
+    except ValidationError as error:
+        raise UserError(
+            f"{path} is no list of arrays ({first_mistake(error)}); see with squeue what still runs, then delete the file"
+        ) from error
 
 
-def _queued(jobs: list[dict[str, Any]]) -> set[str]:
+def _queued(jobs: list[_Job]) -> set[str]:
     """Names of the cells whose array elements are pending or running."""
     result = subprocess.run(
         ["squeue", "--noheader", "--array", "--me", "--format=%F %K"], capture_output=True, text=True, check=False
@@ -75,4 +94,4 @@ def _queued(jobs: list[dict[str, Any]]) -> set[str]:
     if result.returncode:
         raise RunError(f"squeue fails: {result.stderr.strip()}; nothing was submitted")
     active = {tuple(line.split()) for line in result.stdout.splitlines()}
-    return {name for job in jobs for i, name in enumerate(job["cells"]) if (job["id"], str(i)) in active}
+    return {name for job in jobs for i, name in enumerate(job.cells) if (job.id, str(i)) in active}

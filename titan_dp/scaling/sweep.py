@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from titan_dp.arguments import above_zero, fraction, natural, positive
 from titan_dp.console import table_console
 from titan_dp.errors import RunError, UserError
-from titan_dp.files import write_json
+from titan_dp.files import stays_inside, write_json
 from titan_dp.run_folder import RunLock, holds_config, is_finished, is_locked, last_step, read_run, write_config
 from titan_dp.scaling.sweep_file import Cell, Sweep, load_sweep
 
@@ -139,11 +139,12 @@ def _dropped(sweep: Sweep) -> list[Path]:
     """
     path = sweep.folder / "sweep.json"
     try:
-        before = {cell["name"] for cell in json.loads(path.read_text())["cells"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        named = {str(cell["name"]) for cell in json.loads(path.read_text())["cells"]}
+        before = {name for name in named if stays_inside(name)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     gone = [sweep.folder / name for name in sorted(before - {cell.name for cell in sweep.cells})]
-    gone = [folder for folder in gone if folder.parent == sweep.folder and folder.is_dir()]
+    gone = [folder for folder in gone if folder.is_dir() and not folder.is_symlink()]
     for folder in gone:
         if read_run(folder) is not None or is_locked(folder):
             raise UserError(

@@ -26,6 +26,7 @@ from titan_dp.config_docs import all_keys, to_toml
 from titan_dp.config_hints import HINTS, explain_unknown
 from titan_dp.config_loader import Loaded, Problems, Setting, build_config, config_folder, read_files
 from titan_dp.errors import UserError
+from titan_dp.files import shorten, shown
 from titan_dp.model_size import model_size
 from titan_dp.run_folder import identity
 from titan_dp.scaling.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
@@ -171,13 +172,13 @@ def _read(path: Path) -> tuple[SweepSection, list[Setting]]:
     except ValidationError as error:
         lines = []
         for item in error.errors():
-            key = ".".join(map(str, item["loc"]))
+            key = shorten(".".join(map(str, item["loc"])))
             if item["type"] == "extra_forbidden":
                 near = get_close_matches(key, list(SweepSection.model_fields), n=1)
                 hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(SweepSection.model_fields)}"
                 lines.append(f"unknown key sweep.{key}; {hint}")
             else:
-                lines.append(f"sweep.{key} = {item['input']!r}: {item['msg']}")
+                lines.append(f"sweep.{key} = {shown(item['input'])}: {item['msg']}")
         raise UserError(f"{path}: " + "; ".join(lines)) from error
 
 
@@ -199,7 +200,7 @@ def _check_axes(path: Path, section: SweepSection) -> None:
     for axis in axes:
         for key in _keys_of(axis):
             if key not in all_keys():
-                raise UserError(f"{path}: unknown axis {axis}; {_explain_axis(axis, key)}")
+                raise UserError(f"{path}: unknown axis {shorten(axis)}; {_explain_axis(axis, key)}")
     owners: dict[str, str] = {}
     for axis in axes:
         for key in _keys_of(axis):
@@ -329,7 +330,7 @@ def _target(point: _Point, like: Config, rule: Rule) -> int:
 def _count(value: object, axis: str) -> int:
     number = config.parse_count(value)
     if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < 1e40:
-        raise UserError(f'the axis {axis} holds {value!r}, which is no count above 0 such as "805M" or 1e18')
+        raise UserError(f'the axis {axis} holds {shown(value)}, which is no count above 0 such as "805M" or 1e18')
     return round(number)
 
 
@@ -342,7 +343,7 @@ def _with_length(c: Config, point: _Point) -> Config:
     if "tokens_per_parameter" in point.axes:
         ratio = point.axes["tokens_per_parameter"]
         if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 < ratio < 1e9:
-            raise UserError(f"the axis tokens_per_parameter holds {ratio!r}, which is no number above 0 such as 20")
+            raise UserError(f"the axis tokens_per_parameter holds {shown(ratio)}, which is no number above 0 such as 20")
         tokens = round(ratio * counts.parameters)
     elif "flops" in point.axes:
         tokens = max(1, round(_count(point.axes["flops"], "flops") / counts.flops_per_token))
@@ -375,4 +376,4 @@ def _refuse_twins(path: Path, cells: list[Cell]) -> None:
 
 
 def _axes(cell: Cell) -> str:
-    return "(" + ", ".join(f"{axis} = {value}" for axis, value in cell.axes.items()) + ")"
+    return "(" + shorten(", ".join(f"{axis} = {value}" for axis, value in cell.axes.items())) + ")"

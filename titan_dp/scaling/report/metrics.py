@@ -17,6 +17,8 @@ CURVE_POINTS = 1000
 FINAL_SHARE = 0.05
 """Of a run's step records, at its end: their mean is the final training loss."""
 _STEP_KEYS = ("step", "loss", "tokens_per_second", "step_seconds", "skipped_steps")
+_NUMBERS = (*_STEP_KEYS, "mfu")
+_VALIDATION_KEYS = ("validation_loss", "validation_bits_per_byte", "validation_tokens")
 _COLUMNS = [re.compile(b'"%s": ([^,}]+)' % key) for key in (b"step", b"loss", b"step_seconds")]
 _ENDS = re.compile(rb"\}$", re.MULTILINE)
 
@@ -48,16 +50,26 @@ def reduce_metrics(data: bytes) -> Totals | None:
     """The totals of a metrics.jsonl, or None where it holds no record."""
     text, validations, unreadable = _split(data)
     lines = text.splitlines()
-    columns = _columns(text, len(lines))
-    if columns is None:  # a line is torn
+    totals = _totals(lines, text, validations, unreadable)
+    if totals is None:  # a line is torn
         good = [line for line in lines if _is_step(_parsed(line))]
-        unreadable += len(lines) - len(good)
-        lines, columns = good, _columns(b"\n".join(good), len(good))
+        totals = _totals(good, b"\n".join(good), validations, unreadable + len(lines) - len(good))
+    return totals
+
+
+def _totals(lines: list[bytes], text: bytes, validations: list[dict[str, Any]], unreadable: int) -> Totals | None:
+    """Of step records, as lines and as one text, and validation records; None where there are none, or a line is no record."""
+    columns = _columns(text, len(lines))
     if columns is None or not (lines or validations):
         return None
     step, loss, step_seconds = columns
     last = validations[-1] if validations else {}
-    shown = json.loads(b"[" + b",".join(lines[:: math.ceil(len(lines) / CURVE_POINTS) or 1]) + b"]")
+    try:
+        shown = json.loads(b"[" + b",".join(lines[:: math.ceil(len(lines) / CURVE_POINTS) or 1]) + b"]")
+        if not all(map(_is_step, [*shown, *map(_parsed, lines[-1:])])):
+            return None
+    except (ValueError, RecursionError):
+        return None
     curve_steps, curve_loss = _thin(step, loss)
     return Totals(
         step=int(step[-1]) if lines else 0,
@@ -68,7 +80,7 @@ def reduce_metrics(data: bytes) -> Totals | None:
         validation_tokens=last.get("validation_tokens"),
         tokens_per_second=_median([record["tokens_per_second"] for record in shown]),
         mfu=_median([record["mfu"] for record in shown if "mfu" in record]),
-        seconds=math.fsum((now - before) * took for before, now, took in zip([0.0, *step], step, step_seconds, strict=False)),
+        seconds=sum((now - before) * took for before, now, took in zip([0.0, *step], step, step_seconds, strict=False)),
         skipped_steps=json.loads(lines[-1])["skipped_steps"] if lines else 0,
         unreadable_lines=unreadable,
         curve_steps=curve_steps,
@@ -90,7 +102,7 @@ def _split(data: bytes) -> tuple[bytes, list[dict[str, Any]], int]:
         steps.append(data[end:start])
         end = (data.find(b"\n", start) + 1) or len(data)
         record = _parsed(data[start:end])
-        if record is not None and "step" in record:
+        if record is not None and _is_validation(record):
             validations.append(record)
         else:
             torn += 1
@@ -114,13 +126,21 @@ def _columns(text: bytes, lines: int) -> list[list[float]] | None:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
 
-def _is_step(record: dict[str, Any] | None) -> bool:
-    return record is not None and all(isinstance(record.get(key), int | float) for key in _STEP_KEYS)
+def _is_step(record: object) -> bool:
+    return isinstance(record, dict) and all(_is_number(record.get(key, 0 if key == "mfu" else None)) for key in _NUMBERS)
+
+
+def _is_validation(record: dict[str, Any]) -> bool:
+    return _is_number(record.get("step")) and all(_is_number(record[key] or 0) for key in _VALIDATION_KEYS if key in record)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _thin(step: list[float], loss: list[float]) -> tuple[list[float], list[float]]:

@@ -8,7 +8,6 @@ configurations.py's.
 
 from __future__ import annotations
 
-import json
 import math
 import tomllib
 from collections.abc import Iterator
@@ -20,15 +19,46 @@ from typing import Any
 from titan_dp.config import Config
 from titan_dp.config_loader import config_from_toml
 from titan_dp.errors import UserError
+from titan_dp.files import inside
+from titan_dp.json_files import JsonObject, Natural, parse_json
 from titan_dp.run_folder import identity, read_run
 from titan_dp.scaling.report.metrics import Totals, reduce_metrics
 
 _POOL_BYTES = 50_000_000  # below that, reading takes less time than starting processes
 _RUN_FILES = ("config.toml", "run.json", "metrics.jsonl")
-_FACTS = (
-    *("state", "steps", "tokens_per_step", "parameters", "embedding_parameters", "flops_per_token"),
-    *("tokenizer", "fingerprint", "validation_fingerprint", "bytes_per_token", "device", "world_size"),
-)
+
+
+class _Facts(JsonObject):
+    """run.json, as far as a report reads it."""
+
+    state: str
+    steps: Natural
+    tokens_per_step: Natural
+    parameters: Natural
+    embedding_parameters: Natural
+    flops_per_token: Natural
+    tokenizer: str
+    fingerprint: str
+    validation_fingerprint: str | None
+    bytes_per_token: float | None
+    device: str
+    world_size: Natural
+
+
+_FACTS = tuple(_Facts.model_fields)
+
+
+class _Cell(JsonObject):
+    name: str
+    identity: str
+
+
+class _Sweep(JsonObject):
+    """sweep.json, as far as a report reads it."""
+
+    name: str = ""
+    description: str = ""
+    cells: list[_Cell]
 
 
 @dataclass(frozen=True)
@@ -135,14 +165,10 @@ def _foreign(folder: Path, sweep: Path) -> UserError:
 def read_sweep(folder: Path) -> dict[str, Any]:
     """sweep.json of `folder`. Raises UserError where it is cut off or something else."""
     path = folder / "sweep.json"
-    try:
-        sweep: dict[str, Any] = json.loads(path.read_text())
-        for cell in sweep["cells"]:
-            if not isinstance(cell["identity"], str) or Path(cell["name"]).name != cell["name"]:
-                raise ValueError(f"cell {cell!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no list of a sweep's cells ({error!r}); write it anew with titan-dp sweep") from error
-    return sweep
+    sweep = parse_json(_Sweep, path.read_bytes(), path, "list of a sweep's cells", "write it anew with titan-dp sweep")
+    for cell in sweep.cells:
+        inside(folder, cell.name, path)
+    return sweep.model_dump()
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -211,6 +237,9 @@ def _read_config(path: Path) -> Config:
 def _read_facts(folder: Path) -> dict[str, Any] | None:
     facts = read_run(folder)
     missing = [] if facts is None else [key for key in _FACTS if not isinstance(facts, dict) or key not in facts]
+    remedy = "resume the run with train.py, or leave it out"
     if missing:
-        raise UserError(f"{folder / 'run.json'} lacks {', '.join(missing)}; resume the run with train.py, or leave it out")
+        raise UserError(f"{folder / 'run.json'} lacks {', '.join(missing)}; {remedy}")
+    if facts is not None:
+        parse_json(_Facts, (folder / "run.json").read_bytes(), folder / "run.json", "record of a run", remedy)
     return facts

@@ -1,0 +1,407 @@
+"""Nothing runs what it reads: no source file has a call that could, and what an attacker may put into a folder does not run.
+
+Every attack is a real one: a payload that makes a file when it runs, put where a reader would meet it, and looked for after.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.pretrained import save_checkpoint
+from titan_dp import checkpoint as ckpt
+from titan_dp.config_loader import config_from_toml, load_config
+from titan_dp.data.shards import TokenShards
+from titan_dp.data.sources import load_hugging_face
+from titan_dp.data.tokenizer import load_tokenizer
+from titan_dp.errors import UserError
+from titan_dp.files import checksum, inside, stays_inside
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [
+    ROOT / "train.py",
+    *(path for folder in ("titan_dp", "kernels", "launch", "benchmarks") for path in (ROOT / folder).rglob("*.py")),
+]
+
+# -- what no source file may call -------------------------------------------------------------------------------------------
+
+# (file, what it does): why it may.
+ALLOWED = {
+    ("titan_dp/checkpoint_files.py", "imports pickle"): "the index of a checkpoint, through an allow-list of a dozen classes",
+}
+_MODULES = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "marshal",
+    "shelve",
+    "joblib",
+    "yaml",
+    "tarfile",
+    "runpy",
+    "code",
+    "jinja2.sandbox",
+}
+_BUILTINS = {"eval", "exec", "compile", "__import__"}
+_CALLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell"}
+_CALLS |= {"shutil.unpack_archive", "pd.read_pickle", "pandas.read_pickle", "np.fromregex", "ast.unparse"}
+_FROM_TRANSFORMERS = re.compile(r"^(Auto[A-Z]\w*|pipeline)$")
+
+
+def offences(tree: ast.AST) -> Iterator[str]:
+    """What a file does that could run what it reads."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (f"imports {alias.name}" for alias in node.names if alias.name.split(".")[0] in _MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            if (node.module or "").split(".")[0] in _MODULES:
+                yield f"imports {node.module}"
+            if (node.module or "").split(".")[0] == "transformers":
+                yield from (f"imports transformers.{a.name}" for a in node.names if _FROM_TRANSFORMERS.match(a.name))
+        elif isinstance(node, ast.Call):
+            yield from _offences_of_call(node)
+
+
+def _offences_of_call(node: ast.Call) -> Iterator[str]:
+    name = ast.unparse(node.func)
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+    if name in _BUILTINS or name in _CALLS:
+        yield f"calls {name}"
+    if name.endswith("torch.load") and given.get("weights_only") != "True":
+        yield "calls torch.load without weights_only=True"
+    if name in ("np.load", "numpy.load") and given.get("allow_pickle") != "False":
+        yield "calls np.load without allow_pickle=False"
+    if given.get("shell", "False") != "False":
+        yield f"calls {name} with shell"
+    if given.get("trust_remote_code", "False") != "False":
+        yield f"calls {name} with trust_remote_code"
+    if name.endswith("Environment") and given.get("autoescape") != "True":
+        yield "makes templates without autoescape=True"
+    if name.endswith((".extractall", ".extract")):
+        yield f"calls {name}"
+
+
+def test_no_source_file_can_run_what_it_reads() -> None:
+    found = {
+        (str(path.relative_to(ROOT)), offence)
+        for path in SOURCES
+        for offence in offences(ast.parse(path.read_text(), str(path)))
+    }
+    assert found - set(ALLOWED) == set()
+    assert set(ALLOWED) - found == set(), "an exception that is not needed any more"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from yaml import load",
+        "eval('1')",
+        "os.system('true')",
+        "subprocess.run('true', shell=True)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "np.load(path)",
+        "load_dataset(name, trust_remote_code=True)",
+        "from transformers import AutoTokenizer",
+        "jinja2.Environment(loader=loader)",
+        "archive.extractall(folder)",
+    ],
+)
+def test_the_search_finds_what_it_looks_for(code: str) -> None:
+    assert list(offences(ast.parse(code)))
+
+
+def test_no_launch_script_lets_a_shell_read_a_value() -> None:
+    """Behind eval, or inside the text of bash -c, a value would be run."""
+    scripts = [path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch")]
+    assert len(scripts) >= 4
+    for path in scripts:
+        text = re.sub(r"(?m)^\s*#.*$", "", path.read_text())
+        assert not re.search(r"\beval\b", text), path
+        assert not re.search(r'\b(ba)?sh\s+-c\s+"', text), (
+            f"{path}: in double quotes the outer shell puts values into the inner one's text"
+        )
+
+
+HOSTILE = [
+    "; touch canary",
+    "$(touch canary)",
+    "`touch canary`",
+    "a && touch canary",
+    "x\ntouch canary",
+    "'; touch canary; '",
+    "*",
+    "-c",
+]
+
+
+def test_a_value_reaches_train_py_through_the_launcher_as_it_is(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\"\n")
+    python.chmod(0o755)
+    command = ["bash", str(tmp_path / "launch" / "local.sh"), "debug.toml", *HOSTILE]
+    done = subprocess.run(
+        command, env=os.environ | {"VENV": str(python.parents[1])}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert json.loads(done.stdout)[-len(HOSTILE) :] == HOSTILE, done.stderr
+    assert not list(tmp_path.rglob("canary"))
+
+
+# -- attacks ----------------------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Makes `canary` when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[Path]:
+    """A file that exists after the test if an attack has succeeded."""
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists(), "the payload has run"
+
+
+def test_the_payload_would_work(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        len(pickle.loads(pickle.dumps(Payload(tmp_path / "canary"))))
+    assert (tmp_path / "canary").exists()
+
+
+def replace(checkpoint: Path, name: str, raw: bytes) -> None:
+    """A file of a checkpoint by another, and the manifest so that nothing is amiss: an attacker can do that as well."""
+    (checkpoint / name).write_bytes(raw)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    meta = {key: value for key, value in manifest.items() if key not in ("files", "format_version", "checksum")}
+    paths = [path for path in sorted(checkpoint.iterdir()) if path.name != "manifest.json"]
+    files = [{"name": path.name, "bytes": path.stat().st_size, "xxh3_128": checksum(path)} for path in paths]
+    ckpt.write_manifest(checkpoint, meta, files)
+
+
+def as_pickle(canary: Path, _: bytes) -> bytes:
+    return pickle.dumps(Payload(canary))
+
+
+def as_torch_file(canary: Path, original: bytes) -> bytes:
+    """What DCP expects in a .distcp file, files of torch.save one after another, but each a payload."""
+    import io
+
+    buffer = io.BytesIO()
+    torch.save({"weight": Payload(canary)}, buffer)
+    return (buffer.getvalue() * (len(original) // len(buffer.getvalue()) + 1))[: len(original)]
+
+
+@pytest.mark.parametrize("pattern", [".metadata", "*.distcp"])
+@pytest.mark.parametrize("attack", [as_pickle, as_torch_file])
+def test_no_file_of_a_checkpoint_runs(
+    tmp_path: Path, canary: Path, pattern: str, attack: Callable[[Path, bytes], bytes]
+) -> None:
+    from titan_dp.pretrained import load_model, open_source
+
+    checkpoint = save_checkpoint(tmp_path / "run")
+    file = next(checkpoint.glob(pattern))
+    replace(checkpoint, file.name, attack(canary, file.read_bytes()))
+    assert ckpt.verify(checkpoint) == [], "the checksums must not be what saves us"
+    with pytest.raises(UserError, match=r"damaged|do not trust"):
+        load_model(open_source(checkpoint), torch.device("cpu"))
+
+
+def test_a_pickle_that_stands_for_a_tensor_is_not_loaded(tmp_path: Path, canary: Path) -> None:
+    """DCP reads what an index calls bytes with weights_only=False: such an index must not get that far."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    from titan_dp.checkpointer import CheckpointTensors
+
+    checkpoint = save_checkpoint(tmp_path / "run")
+    index = pickle.loads((checkpoint / ".metadata").read_bytes())
+    name = next(iter(index.state_dict_metadata))
+    index.state_dict_metadata[name] = BytesStorageMetadata()
+    replace(checkpoint, ".metadata", pickle.dumps(index))
+    with pytest.raises(UserError, match="no tensor"):
+        CheckpointTensors(checkpoint)
+
+
+def test_an_index_leads_to_no_file_elsewhere_and_to_no_more_than_there_is(tmp_path: Path) -> None:
+    from titan_dp.checkpointer import CheckpointTensors
+
+    checkpoint = save_checkpoint(tmp_path / "run")
+    raw = (checkpoint / ".metadata").read_bytes()
+
+    def refusal(change: Callable[..., object]) -> str:
+        index = pickle.loads(raw)
+        change(index)
+        replace(checkpoint, ".metadata", pickle.dumps(index))
+        with pytest.raises(UserError) as caught:
+            CheckpointTensors(checkpoint)
+        return str(caught.value)
+
+    def elsewhere(index) -> None:  # type: ignore[no-untyped-def]
+        for info in index.storage_data.values():
+            info.relative_path = "../../secret"
+
+    def huge(index) -> None:  # type: ignore[no-untyped-def]
+        next(iter(index.state_dict_metadata.values())).size = torch.Size([2**40, 2**10])
+
+    assert "names '../../secret', which is not a file of its folder" in refusal(elsewhere)
+    assert "is damaged" in refusal(huge)
+
+
+def test_a_shard_of_python_objects_is_not_read(shards: Path, tmp_path: Path, canary: Path) -> None:
+    folder = Path(shutil.copytree(shards / "train", tmp_path / "train"))
+    file = folder / "shard-00000.npy"
+    objects = np.empty(TokenShards(folder).shards[0].tokens, dtype=object)
+    objects[0] = Payload(canary)
+    np.save(file, objects, allow_pickle=True)
+    with pytest.raises(UserError, match=r"shard-00000.npy is cut off or no .npy file"):
+        TokenShards(folder)
+    for raw in (pickle.dumps(Payload(canary)), b"PK\x03\x04" + bytes(200)):  # which np.load would take for a pickle, an archive
+        file.write_bytes(raw)
+        with pytest.raises(UserError, match=r"shard-00000.npy is cut off or no .npy file"):
+            TokenShards(folder)
+
+
+def test_a_pipe_in_place_of_a_shard_is_not_waited_for(shards: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(shards / "train", tmp_path / "train"))
+    (folder / "shard-00000.npy").unlink()
+    os.mkfifo(folder / "shard-00000.npy")
+    with pytest.raises(UserError, match=r"shard-00000.npy is missing"):
+        TokenShards(folder)
+
+
+def test_a_tokenizer_that_is_code_is_not_run(tmp_path: Path, canary: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "tokenization_own.py").write_text(f"open({str(canary)!r}, 'w')\nclass Own: pass\n")
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"no tokenizer.json, and code of a tokenizer's own is never run.*use 'bytes'"):
+        load_tokenizer(str(tmp_path / "own"))
+    for raw in (pickle.dumps(Payload(canary)), b"{}"):
+        (tmp_path / "own" / "tokenizer.json").write_bytes(raw)
+        with pytest.raises(UserError, match=r"tokenizer.json is no tokenizer"):
+            load_tokenizer(str(tmp_path / "own"))
+
+
+def test_a_dataset_that_is_a_script_is_not_run(tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_TRUST_REMOTE_CODE", "1")  # what older versions asked for
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "own.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    for streaming in (False, True):
+        with pytest.raises(UserError, match=r"own.* cannot be loaded: .*code of a dataset is never run: .*save it as .jsonl"):
+            load_hugging_face(str(folder), "", "train", "text", streaming)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "adapter.pt", "modeling_titan_dp.py"])
+def test_no_file_of_a_hugging_face_folder_runs(tmp_path: Path, canary: Path, name: str) -> None:
+    from titan_dp.hf.export import export
+    from titan_dp.pretrained import load_model, open_source
+
+    folder = tmp_path / "exported"
+    export(open_source(save_checkpoint(tmp_path / "run")), folder, target="remote-code")
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    code = f"open({str(canary)!r}, 'w')".encode()
+    (folder / name).write_bytes(code if name.endswith(".py") else pickle.dumps(Payload(canary)))
+    if name in ("pytorch_model.bin", "model.safetensors"):
+        with pytest.raises(UserError, match=re.escape(name)):
+            open_source(folder)
+    else:
+        load_model(open_source(folder), torch.device("cpu"))  # such files are not looked at
+
+
+def test_an_index_of_weights_names_files_of_its_folder_and_kind(tmp_path: Path, canary: Path) -> None:
+    from titan_dp.hf.export import export
+    from titan_dp.pretrained import open_source
+
+    folder = tmp_path / "exported"
+    export(open_source(save_checkpoint(tmp_path / "run")), folder, max_shard_bytes=20_000)
+    index = folder / "model.safetensors.index.json"
+    (folder / "evil.pt").write_bytes(pickle.dumps(Payload(canary)))
+    original = json.loads(index.read_text())
+    for name, match in {
+        "../evil.bin": "not a file of its folder",
+        "/etc/passwd": "not a file",
+        "evil.pt": "neither",
+        "": "not a file",
+    }.items():
+        weight_map = dict.fromkeys(original["weight_map"], name)
+        index.write_text(json.dumps({**original, "weight_map": weight_map}))
+        with pytest.raises(UserError, match=match):
+            open_source(folder)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------------
+
+LEADING_OUT = [
+    "",
+    ".",
+    "..",
+    "../x",
+    "/x",
+    "x/../../y",
+    "x/",
+    "x//y",
+    "a\0b",
+    "a\nb",
+    "\x1b[2J",
+    "n" * 256,
+    "é" * 200,
+    "\ud800",
+    None,
+    3,
+    ["x"],
+]
+
+
+@pytest.mark.parametrize("name", LEADING_OUT)
+def test_a_name_that_leads_out_of_its_folder_is_none(tmp_path: Path, name: object) -> None:
+    assert not stays_inside(name)
+    assert not stays_inside(name, nested=True)
+    with pytest.raises(UserError, match=r"^index names .*, which is not a file of its folder"):
+        inside(tmp_path, name, "index")
+
+
+@pytest.mark.parametrize("name", ["x", "x.npy", ".metadata", "...", "-rf", "a b", "日本", "~", "n" * 255])
+def test_any_other_name_is_one_whatever_it_looks_like(tmp_path: Path, name: str) -> None:
+    assert inside(tmp_path, name, "index").resolve().parent == tmp_path.resolve()
+    assert stays_inside(f"group/{name}", nested=True)
+    assert not stays_inside(f"group/{name}")
+
+
+@pytest.mark.parametrize("key", ["job.run_name", "checkpoint.folder"])
+@pytest.mark.parametrize("name", ["../other", "/tmp/x", "a/../../b", "a\nb", "a\x00b"])
+def test_a_run_stays_in_its_dump_folder(key: str, name: str) -> None:
+    section, _, last = key.partition(".")
+    with pytest.raises(UserError, match=rf'{key} = .*: expected .*name without "\.\."'):
+        config_from_toml(f"[training]\nsteps = 1\n[{section}]\n{last} = {json.dumps(name)}\n")
+
+
+def test_a_run_name_may_have_slashes_and_comes_from_a_file_only_if_it_is_a_name(tmp_path: Path) -> None:
+    assert config_from_toml('[training]\nsteps = 1\n[job]\nrun_name = "group/run"\n').job.run_name == "group/run"
+    path = tmp_path / "...toml"  # of which `..` is the stem
+    path.write_text("[training]\nsteps = 1\n")
+    with pytest.raises(UserError, match=r'the file\'s name: job.run_name = "\.\."'):
+        load_config(["--config", str(path)])
