@@ -86,22 +86,43 @@ def set_timeout(seconds: int) -> None:
 
 
 def shard_degree(parallelism: config.Parallelism, world_size: int) -> int:
-    """Ranks that share one copy of the model.
+    """Ranks that share one copy of the model, those that share a row included.
 
-    Raises UserError where replicas times shards is not the number of ranks.
+    Raises UserError where replicas times shards times context is not the number of ranks.
     """
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
-    resolved = world_size // replicate if shard == -1 else shard
-    if resolved < 1 or replicate * resolved != world_size:
+    context = parallelism.context_parallel_degree
+    resolved = world_size // (replicate * context) if shard == -1 else shard
+    if resolved < 1 or replicate * resolved * context != world_size:
+        remedy = "set data_parallel_shard_degree = -1 to use what is there"
+        if context > 1 and shard == -1:
+            remedy = f"start a multiple of {replicate * context} ranks"
         raise UserError(
-            f"parallelism.data_parallel_replicate_degree = {replicate} times data_parallel_shard_degree = {shard} must "
-            f"be the number of ranks, which is {world_size}; set data_parallel_shard_degree = -1 to use what is there"
+            f"parallelism.data_parallel_replicate_degree = {replicate} times data_parallel_shard_degree = {shard} "
+            + (f"times context_parallel_degree = {context} " if context > 1 else "")
+            + f"must be the number of ranks, which is {world_size}; {remedy}"
         )
-    return resolved
+    return resolved * context
+
+
+def data_world(parallelism: config.Parallelism, world: World) -> World:
+    """`world` as the data loader sees it: ranks that share rows are one. Raises UserError as `shard_degree` does."""
+    shard_degree(parallelism, world.size)
+    context = parallelism.context_parallel_degree
+    return World(world.rank // context, world.size // context, world.device)
+
+
+def context_group(parallelism: config.Parallelism, world: World) -> dist.ProcessGroup | None:
+    """The ranks that share rows with this one: neighbours, where the network is fastest. None where nobody does."""
+    context = parallelism.context_parallel_degree
+    if context == 1:
+        return None
+    shape = (data_world(parallelism, world).size, context)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("data", "context")).get_group("context")
 
 
 def build_mesh(parallelism: config.Parallelism, world: World) -> DeviceMesh:
-    """[shard] for FSDP2, [replicate, shard] for HSDP."""
+    """[shard] for FSDP2, [replicate, shard] for HSDP. Parameters are sharded over the ranks that share rows as well."""
     shard, replicate = shard_degree(parallelism, world.size), parallelism.data_parallel_replicate_degree
     if replicate == 1:
         return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
@@ -136,8 +157,10 @@ def device_name(world: World) -> str:
 
 def describe(world: World, parallelism: config.Parallelism) -> str:
     """One line for the banner."""
-    triton = "yes" if find_spec("triton") else "no"
-    return (
-        f"{world.size} rank(s) on {device_name(world)}; replicate {parallelism.data_parallel_replicate_degree} x shard "
-        f"{shard_degree(parallelism, world.size)}; torch {torch.__version__}, triton {triton}"
+    triton, context = "yes" if find_spec("triton") else "no", parallelism.context_parallel_degree
+    degrees = (
+        f"replicate {parallelism.data_parallel_replicate_degree} x shard {shard_degree(parallelism, world.size) // context}"
     )
+    if context > 1:
+        degrees += f" x context {context}"
+    return f"{world.size} rank(s) on {device_name(world)}; {degrees}; torch {torch.__version__}, triton {triton}"

@@ -14,8 +14,8 @@ import torch
 from titan_dp import config
 from titan_dp.data.batches import Loader, Place
 from titan_dp.data.loader import ShardLoader, ValidationLoader, build_dataloader, build_validation_loader
-from titan_dp.data.shard_check import ShardCheck
 from titan_dp.data.segment import Segment
+from titan_dp.data.shard_check import ShardCheck
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
 from titan_dp.distributed import World, data_world
 from titan_dp.errors import UserError

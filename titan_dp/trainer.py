@@ -23,6 +23,7 @@ from titan_dp import distributed
 from titan_dp.checkpointer import SAVE_TIMEOUT, Checkpointer, load_model_weights
 from titan_dp.config_loader import Loaded
 from titan_dp.data.batches import IGNORE
+from titan_dp.data.segment import Segment
 from titan_dp.distributed import World
 from titan_dp.errors import StoppedError
 from titan_dp.files import write_atomically
@@ -54,7 +55,8 @@ class Trainer:
         self.backend = chosen_backend(c.model, world.device)
         distributed.set_seeds(c.debug)
         mesh = distributed.build_mesh(c.parallelism, world)
-        self.batch = plan_batches(c.training, world.size)
+        self.batch = plan_batches(c.training, distributed.data_world(c.parallelism, world).size)
+        self.segment = Segment.of(c.parallelism, world.rank)
 
         self.task = build_task(c, self.batch, world)
         self.loader = self.task.loader
@@ -71,6 +73,7 @@ class Trainer:
             parallelism=c.parallelism,
             activation_checkpoint=c.activation_checkpoint,
             compile=c.compile,
+            context=distributed.context_group(c.parallelism, world),
         )
         self.model.to_empty(device=world.device)
         self.model.init_weights(c.debug.seed)
@@ -163,7 +166,8 @@ class Trainer:
             start_step=self.step,
             bytes_per_token=self.task.held_out.bytes_per_token if self.task.held_out else None,
         )
-        batches = iter(self.loader)
+        batches = map(self.segment, self.loader)
+        self.task.watch_data(self.run_folder)
         gc.disable()  # collections at different moments on different ranks make all of them wait
         try:
             with Profiler(c.profiling, self.run_folder, self.world.rank) as profiler, self.watchdog, self.interrupt:
@@ -175,6 +179,7 @@ class Trainer:
                     self.times.end_step(self.step)
                     first, last = self.step == metrics.start_step + 1, self._is_done()
                     if self.step % c.metrics.log_freq == 0 or first or last:
+                        self.task.check_data()
                         self.guard.check(c.training.max_nonfinite_steps)
                         metrics.log_step(
                             self.step,
@@ -233,7 +238,7 @@ class Trainer:
         counts = distributed.all_reduce_sum(torch.cat([own_valid[None], self.interrupt.flags()]))
         valid, self.stop_for = counts[0], self.interrupt.agreed(counts[1:])
         if self.step_price is not None:
-            priced = [before_last_label(b["labels"]) for b in tensors]
+            priced = [b["priced"] if "priced" in b else before_last_label(b["labels"]) for b in tensors]
             priced_tokens = distributed.all_reduce_sum(sum(mask.sum() for mask in priced))  # type: ignore[arg-type]
         loss_sum, steps_sum = torch.zeros((), device=device), torch.zeros((), device=device)
         for i, batch in enumerate(tensors):
@@ -252,6 +257,7 @@ class Trainer:
         factor = self.lr_factor(self.step)
         self.optimizers.set_lr(factor)
         found_inf = self.guard.update(grad_norm)
+        self.checkpointer.wait_until_copied()
         with self.times.work:
             self.optimizers.step(found_inf)
         self.optimizers.zero_grad()

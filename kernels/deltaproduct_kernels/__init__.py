@@ -1,7 +1,8 @@
 """The gated delta product: the recurrence of DeltaProduct, DeltaNet, Gated DeltaNet and gated linear attention.
 
 Needs torch, and Triton for its kernels on a GPU. `gated_delta_product` is the recurrence (`interface.py`
-states its contract), `front_end` what comes between a layer's projections and it.
+states its contract), `front_end` what comes between a layer's projections and it. `segment_summary` and `segment_adjoint` are
+what processes that share a sequence tell each other (`segments.py`).
 """
 
 import torch
@@ -9,8 +10,18 @@ import torch
 from deltaproduct_kernels.front_end import front_end
 from deltaproduct_kernels.interface import gated_delta_product, resolve_backend
 from deltaproduct_kernels.ops import executed_flops
+from deltaproduct_kernels.segments import segment_adjoint, segment_flops, segment_summary
 
 CHUNK_OPS = frozenset({torch.ops.deltaproduct.chunk.default, torch.ops.deltaproduct.triton_chunk.default})
 """The operators whose outputs a checkpointing policy keeps so that the recurrence is not run twice."""
 
-__all__ = ["CHUNK_OPS", "executed_flops", "front_end", "gated_delta_product", "resolve_backend"]
+__all__ = [
+    "CHUNK_OPS",
+    "executed_flops",
+    "front_end",
+    "gated_delta_product",
+    "resolve_backend",
+    "segment_adjoint",
+    "segment_flops",
+    "segment_summary",
+]

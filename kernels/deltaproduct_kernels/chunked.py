@@ -102,7 +102,7 @@ class Layout:
 
 
 class _Chunks(NamedTuple):
-    """What forward and backward both need, for all M chunks at once; decays are None without a gate."""
+    """What both passes need, for all M chunks at once; decays are None without a gate, Q and P empty without q."""
 
     Q: Tensor  # [M, H, C, dk], scaled
     K: Tensor  # [M, H, R, dk]
@@ -124,22 +124,21 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, erase: bool, lay: Layout
+    q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, erase: bool, lay: Layout
 ) -> _Chunks:
-    dtype = compute_dtype(q.dtype)
+    dtype = compute_dtype((k if q is None else q).dtype)
     n, C = k.shape[2], lay.C
     R = C * n
-    Q = lay.gather(q, dtype).transpose(1, 2).contiguous() * scale
     K, V = (lay.gather(x, dtype).flatten(1, 2).transpose(1, 2).contiguous() for x in (k, v))
     b = lay.gather(beta, dtype).flatten(1, 2).transpose(1, 2).contiguous()[..., None]
-    token = torch.arange(R, device=q.device) // n
-    sees = torch.arange(C, device=q.device)[:, None] >= token  # [C, R]
+    token = torch.arange(R, device=k.device) // n
+    sees = torch.arange(C, device=k.device)[:, None] >= token  # [C, R]
     gamma = eG = eGr = rev = last = None
     D = sees.to(dtype)
     if g is not None:
         G = lay.gather(g, dtype).transpose(1, 2).cumsum(-1)  # [M, H, C]
         Gr = G.repeat_interleave(n, -1)
-        lower = torch.ones(R, R, dtype=torch.bool, device=q.device).tril()
+        lower = torch.ones(R, R, dtype=torch.bool, device=k.device).tril()
         if erase:
             gamma = (Gr[..., :, None] - Gr[..., None, :]).masked_fill_(~lower, -torch.inf).exp_()
         D = (G[..., :, None] - Gr[..., None, :]).masked_fill_(~sees, -torch.inf).exp_()
@@ -148,9 +147,12 @@ def _prepare(
     A = T = None
     if erase:
         A = _times(K @ K.mT, gamma).tril_(-1)
-        identity = torch.eye(R, dtype=dtype, device=q.device)
+        identity = torch.eye(R, dtype=dtype, device=k.device)
         T = torch.linalg.solve_triangular(b * A, identity.expand_as(A), upper=False, unitriangular=True)
-    P = D * (Q @ K.mT)
+    Q = P = K.new_empty(0)
+    if q is not None:
+        Q = lay.gather(q, dtype).transpose(1, 2).contiguous() * scale
+        P = D * (Q @ K.mT)
     return _Chunks(Q, K, V, b, T, A, gamma, D, P, eG, eGr, rev, last)
 
 
@@ -194,6 +196,29 @@ def chunked_forward(
     return lay.scatter(o.transpose(1, 2), B, T, q.dtype), _unsorted_state(S, lay), states
 
 
+class _Adjoint(NamedTuple):
+    """The serial pass backwards: dS = e^{G_last} dS' + (e^G o Q)^T dO - Z^T w, w = T^T (P^T dO + rev o K dS')."""
+
+    last: Tensor | None
+    read: Tensor  # [M, H, dk, dv] (e^G o Q)^T dO
+    local: Tensor  # [M, H, R, dv] T^T P^T dO
+    Y: Tensor  # [M, H, R, dk] T^T (rev o K)
+    Z: Tensor | None  # [M, H, R, dk] beta e^G o K; None without erasing
+
+    @staticmethod
+    def of(c: _Chunks, dO: Tensor) -> _Adjoint:
+        read, local, Y = _times(c.Q, c.eG).mT @ dO, c.P.mT @ dO, _times(c.K, c.rev)
+        if c.T is None:
+            return _Adjoint(c.last, read, local, Y, None)
+        return _Adjoint(c.last, read, c.T.mT @ local, c.T.mT @ Y, _times(c.b, c.eGr) * c.K)
+
+    def before(self, dS: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """dS before the chunks `part` from that after them, and their w."""
+        w = torch.add(self.local[part], self.Y[part] @ dS)
+        dS = _times(dS, None if self.last is None else self.last[part]) + self.read[part]
+        return (dS if self.Z is None else dS - self.Z[part].mT @ w), w
+
+
 def chunked_backward(
     do: Tensor,
     dfinal: Tensor,
@@ -214,23 +239,14 @@ def chunked_backward(
     dO = lay.gather(do, c.Q.dtype).transpose(1, 2).contiguous()
     S = states[: lay.chunks]
 
-    # Serial: dS = e^{G_last} dS' + (e^G o Q)^T dO - Z^T w, with w = T^T (P^T dO + rev o K dS') and Z = beta e^G o K.
-    KR = _times(c.K, c.rev)
-    dS_local = _times(c.Q, c.eG).mT @ dO
-    local = c.P.mT @ dO
-    Z = Y = None
-    if c.T is not None:
-        local, Y, Z = c.T.mT @ local, c.T.mT @ KR, _times(c.b, c.eGr) * c.K
-    w = torch.empty_like(local)
+    adjoint = _Adjoint.of(c, dO)
+    w = torch.empty_like(adjoint.local)
     dS = _sorted_state(dfinal, lay, c.Q, H, dk, dv)
     dS_after = torch.empty_like(S)
     for part in reversed(lay.slices()):
         m = part.stop - part.start
         dS_after[part] = dS[:m]
-        torch.add(local[part], (KR if Y is None else Y)[part] @ dS[:m], out=w[part])
-        dS[:m] = _times(dS[:m], None if c.last is None else c.last[part]) + dS_local[part]
-        if Z is not None:
-            dS[:m] -= Z[part].mT @ w[part]
+        dS[:m], w[part] = adjoint.before(dS[:m], part)
 
     # Parallel over chunks from here on.
     U, W = _updates(c)
@@ -261,6 +277,35 @@ def chunked_backward(
     dq = lay.scatter(dQ.transpose(1, 2) * scale, B, T, q.dtype)
     dg = None if dg is None or g is None else lay.scatter(dg.transpose(1, 2), B, T, g.dtype)
     return dq, rows(dK, k), rows(dV, v), rows(db, beta), dg, _unsorted_state(dS, lay)
+
+
+def chunked_summary(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, erase: bool) -> tuple[Tensor | None, Tensor]:
+    """M [B,H,dk,dk] (None without erasing) and N [B,H,dk,dv] of S' = M S + N: the serial pass from [I | 0], without outputs."""
+    (B, T, n, H, dk), dv = k.shape, v.shape[-1]
+    lay = Layout.build(B, T, n, dk, None, k.device)
+    c = _prepare(None, k, v, beta, g, 1.0, erase, lay)
+    U, W = _updates(c)
+    KR = _times(c.K, c.rev).mT
+    S = c.K.new_zeros(B, H, dk, dv)
+    if W is not None:
+        U = torch.nn.functional.pad(U, (dk, 0))
+        S = torch.cat([torch.eye(dk, dtype=S.dtype, device=S.device).expand(B, H, dk, dk), S], -1)
+    for part in lay.slices():
+        u = U[part] if W is None else U[part] - W[part] @ S
+        S = _times(S, None if c.last is None else c.last[part]) + KR[part] @ u
+    return (None, S) if W is None else (S[..., :dk], S[..., dk:])
+
+
+def chunked_adjoint(do: Tensor, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, scale: float, erase: bool) -> Tensor:
+    """Gradient [B,H,dk,dv] of the initial state where the final state has none: the backward's serial pass alone."""
+    (B, T, n, H, dk), dv = k.shape, do.shape[-1]
+    lay = Layout.build(B, T, n, dk, None, k.device)
+    c = _prepare(q, k, k[..., :0], beta, g, scale, erase, lay)
+    adjoint = _Adjoint.of(c, lay.gather(do, c.Q.dtype).transpose(1, 2).contiguous())
+    dS = c.Q.new_zeros(B, H, dk, dv)
+    for part in reversed(lay.slices()):
+        dS, _ = adjoint.before(dS, part)
+    return dS
 
 
 def _gate_gradient(

@@ -85,7 +85,7 @@ def gated_delta_product(
     Raises:
         ValueError: for shapes, dtypes, devices or a backend that do not fit; names the argument.
     """
-    _check(q, k, v, beta, g, initial_state, cu_seqlens)
+    check_shapes(q, k, v, beta, g, initial_state, cu_seqlens)
     if validate or (validate is None and os.environ.get("DELTAPRODUCT_VALIDATE") == "1"):
         _check_values(q, k, beta, g, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -120,7 +120,7 @@ def _check_values(q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, cu_seqle
         raise ValueError(f"g has values up to {g.max().item():.4g}; a log decay is at most 0")
 
 
-def _check(
+def check_shapes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -129,6 +129,7 @@ def _check(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
+    """Shapes, dtypes and devices. Raises ValueError naming the argument."""
     if q.dim() != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, T, H, dk]")
     if k.dim() != 5:

@@ -22,7 +22,6 @@ from titan_dp.model.initialise import Initializer
 from titan_dp.model.parallelize import parallelize
 from titan_dp.optim import build_optimizer
 from titan_dp.plan import memory_facts, model_facts
-from titan_dp.schedule import plan_batches
 
 
 def steps_of(model: Transformer) -> float:
@@ -166,9 +165,7 @@ def test_the_dry_run_counts_flops_with_all_steps_taken_and_runs_a_block_in_bfloa
     assert c.training.mixed_precision_param == "bfloat16"
     assert "all Householder steps taken" in model_facts(c.model, 16)["FLOPs a token"]
     assert "Householder" not in model_facts(settings(), 16)["FLOPs a token"]
-    with torch.device("meta"):
-        model = build_model(c.model)
-    assert "GiB" in memory_facts(model, c, plan_batches(c.training, 1), 1)["activations"]
+    assert memory_facts(c, 1)["activations"].endswith(("MiB", "GiB"))
 
 
 # -- sharded, recomputed, compiled -------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Causal softmax attention with rotary positions: the Transformer baseline and the attention layers of hybrids.
 
 Grouped keys and values, an optional sliding window, and document boundaries; positions restart with each document. A plain
-causal sequence takes torch's fused causal path, everything else an explicit mask [T, T].
+causal sequence takes torch's fused causal path, everything else an explicit mask [T, T]. Where ranks share rows, a rank's
+queries meet the keys of all segments up to their own, so later ranks have more to do: the recurrence wants segments whole.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_dp import config
+from titan_dp.model.context_parallel import ContextParallel
 from titan_dp.model.initialise import Initializer
 from titan_dp.model.packing import Packing
 
@@ -38,6 +40,8 @@ class AttentionCache(NamedTuple):
 class Attention(nn.Module):
     """Token mixer x [B, T, D] -> [B, T, D]; heads of dimension D / heads."""
 
+    context: ContextParallel | None = None
+
     def __init__(self, c: config.Model) -> None:
         super().__init__()
         D = c.hidden_size
@@ -50,6 +54,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(D, D, bias=False)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        if self.context is not None:
+            return self._forward_segment(self.context, x, packing)
         T = x.shape[1]
         position = torch.arange(T, device=x.device) if packing is None else packing.position
         q, k, v = self._project(x, position)
@@ -60,6 +66,25 @@ class Attention(nn.Module):
         if packing is not None:
             mask = mask & (packing.document[:, None] == packing.document)
         return self._attend(q, k, v, mask)
+
+    def _forward_segment(self, context: ContextParallel, x: Tensor, packing: Packing | None) -> Tensor:
+        """`forward` of this rank's segment of each row; keys and values before it come from other ranks."""
+        by_row = x if packing is None else x.view(packing.rows, -1, x.shape[-1])
+        T = by_row.shape[1]
+        index = context.rank * T + torch.arange(T, device=x.device)
+        position = index if packing is None else packing.position.view(packing.rows, T)
+        q, k, v = self._project(by_row, position)
+        k, v, first = context.earlier(k, v, self.window)
+        if packing is None and self.window is None and q.is_cuda and q.dtype == torch.bfloat16 and self.d % 8 == 0:
+            # Of unequal lengths this kernel aligns the last query with the last key; a mask would take T * keys bytes. It is
+            # what torch.nn.attention.bias.causal_lower_right comes down to, which torch.compile does not trace.
+            o = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+            return self.o_proj(o.transpose(1, 2).flatten(2))
+        keys = first + torch.arange(k.shape[2], device=x.device)
+        mask = self._visible(index[:, None], keys) & (keys >= 0)
+        if packing is not None:  # a token of position p sees p tokens back
+            mask = mask & (index[:, None] - keys <= position[..., None])[:, None]
+        return self._attend(q, k, v, mask).view(x.shape)
 
     def step(self, x: Tensor, cache: AttentionCache | None) -> tuple[Tensor, AttentionCache]:
         """The tokens x [B, T, D] after those in `cache`."""

@@ -19,6 +19,7 @@ from deltaproduct_kernels import front_end, gated_delta_product
 from torch import Tensor, nn
 
 from titan_dp import config
+from titan_dp.model.context_parallel import ContextParallel
 from titan_dp.model.initialise import Initializer
 from titan_dp.model.norm import RMSNorm, upcast
 from titan_dp.model.packing import Packing
@@ -104,6 +105,7 @@ class MatrixStateMixer(nn.Module):
     g_proj: nn.Linear | None
     o_norm: RMSNorm
     o_proj: nn.Linear
+    context: ContextParallel | None = None
 
     def __init__(self, c: config.Model) -> None:
         super().__init__()
@@ -133,7 +135,7 @@ class MatrixStateMixer(nn.Module):
 
     def mix(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor | None]:
         """`forward`, and the number of steps that a router took for each token, [B, T]; None without a router."""
-        inputs, _, taken = self._project(x, packing, None)
+        inputs, _, taken = self._project(x, packing, None) if self.context is None else self._project_segment(x, packing)
         o, _ = self._recur(inputs, None, packing, keep_state=False)
         return self._read_out(o, x), None if taken is None else taken.sum(-1)
 
@@ -153,6 +155,16 @@ class MatrixStateMixer(nn.Module):
     ) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
         """What the recurrence reads; the projections of q, k and v before the convolution; a router's gates [B, T, n]."""
         raise NotImplementedError
+
+    def _project_segment(self, x: Tensor, packing: Packing | None) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
+        """`_project` of a segment: the convolutions see the tokens before it, which are projected as well and then dropped."""
+        assert self.context is not None
+        if self.q_conv1d is None:
+            return self._project(x, packing, None)
+        context, halo = self.context, self.q_conv1d.weight.shape[-1] - 1
+        inputs, _, taken = self._project(*context.prepend_halo(x, packing, halo), None)
+        own = [None if y is None else context.drop_halo(y, packing, halo) for y in (*inputs, taken)]
+        return type(inputs)(*own[:-1]), (), own[-1]
 
     def _recur(
         self, inputs: Any, state: Tensor | None, packing: Packing | None, keep_state: bool
@@ -242,6 +254,8 @@ class DeltaProduct(MatrixStateMixer):
     def _recur(
         self, inputs: RecurrenceInputs, state: Tensor | None, packing: Packing | None, keep_state: bool
     ) -> tuple[Tensor, Tensor | None]:
+        if self.context is not None:
+            return self.context.recurrence(*inputs, packing, erase=self.erase, backend=self.backend), None
         return gated_delta_product(
             *inputs,
             initial_state=state,

@@ -17,6 +17,8 @@ class Packing(NamedTuple):
     """[T] index of each token's document."""
     position: Tensor
     """[T] index of each token in its document."""
+    rows: int = 1
+    """Rows of equal length that these T tokens were; only context parallelism asks."""
 
     @staticmethod
     def build(cu_seqlens: Tensor, tokens: int) -> Packing:

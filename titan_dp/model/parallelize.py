@@ -11,19 +11,23 @@ from typing import Any
 
 import torch
 from deltaproduct_kernels import CHUNK_OPS
+from torch.distributed import ProcessGroup
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from titan_dp import config
+from titan_dp.model import context_parallel
 from titan_dp.model.transformer import Transformer
 
 # Outputs that are dear to recompute and small to keep. Of the matmuls every second one is kept: half of the FLOPs of
 # a second forward for half of its memory (torchtitan's choice).
 _MATMULS = frozenset({torch.ops.aten.mm.default})
-_KEPT_OPS = CHUNK_OPS | frozenset(
+_KEPT_OPS = frozenset(
     {
+        *CHUNK_OPS,
+        *context_parallel.KEPT_OPS,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -40,8 +44,11 @@ def parallelize(
     parallelism: config.Parallelism,
     activation_checkpoint: config.ActivationCheckpoint,
     compile: config.Compile,
+    context: ProcessGroup | None = None,
 ) -> None:
-    """Apply the configured techniques to `model` in place."""
+    """Apply the configured techniques to `model` in place; the ranks of `context` share rows."""
+    if context is not None:
+        model.set_context(context_parallel.ContextParallel(context))
     apply_activation_checkpoint(model, activation_checkpoint)
     if compile.enable:
         for block in model.layers:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from titan_dp import config
 from titan_dp.model.attention import Attention
+from titan_dp.model.context_parallel import ContextParallel
 from titan_dp.model.deltaproduct import DeltaProduct, ForgetGate
 from titan_dp.model.initialise import Initializer
 from titan_dp.model.loss import summed_cross_entropy
@@ -92,10 +93,12 @@ class Transformer(nn.Module):
         householder_steps: of the last `forward`, the steps [B, T] that the routers took for each token, summed over layers:
             float32, hard counts by value, with the routers' straight-through gradient. None without a router. It holds the
             forward's graph until the next one. `step` leaves it as it is.
+        context: where this rank holds segments of rows only, the place it has among them; see `set_context`.
         clock: entered around the loss, work that no other rank has a part in.
     """
 
     householder_steps: Tensor | None
+    context: ContextParallel | None = None
 
     def __init__(self, c: config.Model) -> None:
         super().__init__()
@@ -115,11 +118,15 @@ class Transformer(nn.Module):
             labels: [B, T] int64: the id each position should predict, -100 for none.
             cu_seqlens: [N + 1] int32 document boundaries as offsets into the B*T tokens, from 0 to B*T; neither recurrence,
                 convolution nor attention crosses one. Repeated offsets are empty documents. None: each row is one document.
+                With a context, tokens and labels are this rank's segments and cu_seqlens are those of the whole rows.
         """
         x = self.embeddings(tokens)
         packing = None
         if cu_seqlens is not None:
-            packing = Packing.build(cu_seqlens, tokens.numel())
+            if self.context is None:
+                packing = Packing.build(cu_seqlens, tokens.numel())
+            else:
+                packing = self.context.packing(cu_seqlens, *tokens.shape)
             x = x.view(1, tokens.numel(), -1)
         self.householder_steps = None
         for block in self.blocks:
@@ -158,6 +165,12 @@ class Transformer(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         return self.embeddings.weight if self.lm_head is None else self.lm_head.weight
+
+    def set_context(self, context: ContextParallel) -> None:
+        """From now on `forward` takes this rank's segments of rows, and the mixers exchange the rest; `step` is not for it."""
+        self.context = context
+        for block in self.blocks:
+            block.attn.context = context
 
     def fp32_modules(self) -> list[nn.Module]:
         """Holders of the parameters that compute in float32: norms, A_log and dt_bias, RWKV-7's biases."""

@@ -27,6 +27,12 @@ def _launch() -> ModuleType:
     return launch
 
 
+def _segments() -> ModuleType:
+    from deltaproduct_kernels.triton_backend import segments
+
+    return segments
+
+
 @torch.library.custom_op("deltaproduct::triton_chunk", mutates_args=())
 def triton_chunk(
     q: Tensor,
@@ -132,6 +138,18 @@ def triton_decode(
 def _(q, k, v, beta, g, state, scale, erase):  # type: ignore[no-untyped-def]
     B, _, H, dk = q.shape
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(B, H, dk, v.shape[-1], dtype=torch.float32)
+
+
+def segment_summary(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, erase: bool) -> tuple[Tensor, Tensor]:
+    """M [B, H, dk, dk] and N [B, H, dk, dv] of S' = M S + N over a row, in float32; no operator and no gradients."""
+    c = computable
+    return _segments().summary(c(k), c(v), c(beta), c(g), erase, bits(k))
+
+
+def segment_adjoint(do: Tensor, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, scale: float, erase: bool) -> Tensor:
+    """The adjoint of the state before a row, [B, H, dk, dv] in float32, for a zero one after it; no operator."""
+    c = computable
+    return _segments().adjoint(c(do), c(q), c(k), c(beta), c(g), scale, erase, bits(k))
 
 
 def bits(x: Tensor) -> int:

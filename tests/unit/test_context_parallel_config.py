@@ -1,0 +1,88 @@
+"""Rows shared by ranks: what the configuration refuses, and which tokens and documents are whose."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from titan_dp import config
+from titan_dp.data.segment import Segment
+from titan_dp.distributed import World, data_world, describe, shard_degree
+from titan_dp.errors import UserError
+from titan_dp.model.context_parallel import ContextParallel
+from titan_dp.model.packing import Packing
+
+
+def parallelism(context: int, replicate: int = 1, shard: int = -1) -> config.Parallelism:
+    return config.Parallelism(
+        context_parallel_degree=context, data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard
+    )
+
+
+def problems(context: int, **sections: Any) -> list[str]:
+    training = sections.pop("training", {"seq_len": 2048}) | {"steps": 1}
+    with pytest.raises(ValidationError) as error:
+        config.Config(training=config.Training(**training), parallelism=parallelism(context), **sections)
+    return str(error.value).splitlines()
+
+
+def test_what_cannot_be_split_is_refused_by_its_key() -> None:
+    assert "does not divide training.seq_len = 100" in " ".join(problems(8, training={"seq_len": 100}))
+    assert "fewer than the 3 that model.conv_size = 4" in " ".join(problems(8, training={"seq_len": 16}))
+    assert "model.mixer = 'rwkv7'" in " ".join(problems(2, model=config.Model(mixer="rwkv7")))
+    words = {"data": config.Data(source="state_tracking"), "state_tracking": config.StateTracking(task="S3")}
+    assert "data.source = 'state_tracking'" in " ".join(problems(2, **words))
+
+
+def test_short_segments_are_fine_without_a_convolution() -> None:
+    model = config.Model(use_short_conv=False)
+    config.Config(training=config.Training(seq_len=16, steps=1), parallelism=parallelism(8), model=model)
+
+
+def test_parameters_are_sharded_over_context_ranks_and_rows_are_read_by_data_ranks() -> None:
+    world = World(5, 8, torch.device("cpu"))
+    for replicate, shards in ((1, 8), (2, 4), (4, 2)):
+        assert shard_degree(parallelism(2, replicate), 8) == shards
+        assert data_world(parallelism(2, replicate), world) == World(2, 4, world.device)
+    assert "replicate 2 x shard 2 x context 2" in describe(world, parallelism(2, 2))
+    assert "context" not in describe(world, parallelism(1))
+
+
+def test_degrees_that_are_not_the_ranks_are_refused() -> None:
+    with pytest.raises(UserError, match="times context_parallel_degree = 3 must be the number of ranks, which is 8; start a"):
+        data_world(parallelism(3), World(0, 8, torch.device("cpu")))
+    with pytest.raises(UserError, match="set data_parallel_shard_degree = -1"):
+        shard_degree(parallelism(2, shard=8), 8)
+
+
+def test_segments_put_together_are_the_row() -> None:
+    labels = torch.randint(5, (2, 12))
+    labels[0, 5], labels[:, -3:] = -100, -100
+    batch = {"input_ids": torch.randint(5, (2, 12)), "labels": labels, "cu_seqlens": None}
+    parts = [Segment.of(parallelism(4), rank)(batch) for rank in range(4)]
+    for key in ("input_ids", "labels"):
+        assert torch.equal(torch.cat([part[key] for part in parts], 1), batch[key])  # type: ignore[arg-type]
+    priced = torch.cat([part["priced"] for part in parts], 1)  # type: ignore[arg-type]
+    assert priced[0, 5], "a label comes later, if not in this segment"
+    assert not priced[:, -3:].any()
+    assert Segment(0, 1)(batch) is batch
+
+
+def test_documents_of_a_segment_are_those_of_the_row() -> None:
+    rows, tokens, ranks = 2, 5, 3
+    whole = sorted({0, 15, 30, *torch.randint(30, (6,)).tolist()})
+    cu_seqlens = torch.tensor([*whole, 30, 30], dtype=torch.int32)
+    expected = Packing.build(cu_seqlens, rows * tokens * ranks)
+    for rank in range(ranks):
+        context = SimpleNamespace(rank=rank, size=ranks)
+        got = ContextParallel.packing(context, cu_seqlens, rows, tokens)  # type: ignore[arg-type]
+        own = [row * tokens * ranks + rank * tokens + t for row in range(rows) for t in range(tokens)]
+        assert torch.equal(got.position, expected.position[own])
+        assert torch.equal(got.document, Packing.build(got.cu_seqlens, rows * tokens).document)
+        assert len(got.cu_seqlens) == len(cu_seqlens)
+        starts = {i for i, token in enumerate(own) if token in whole or i % tokens == 0}
+        assert starts | {rows * tokens} == set(got.cu_seqlens.tolist())
