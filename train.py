@@ -1,7 +1,8 @@
 """Train a model: `torchrun --nproc_per_node=8 train.py --config 800m.toml [--section.key VALUE ...]`.
 
 Read on in titan_dp/trainer.py (the loop), titan_dp/config.py (every setting) and titan_dp/model/ (what is trained).
-One process without torchrun works too. Exit codes: 0 done, 2 the user's mistake, 75 stopped by a signal after saving (start it again), 1 anything else.
+One process without torchrun works too. Exit codes: 0 done, 2 the user's mistake, 75 stopped by a signal and saved (start it
+again), 1 anything else.
 """
 
 import os

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,11 @@ def main() -> None:
             optimizers.zero_grad()
 
         for i in range(1, REPEATS + 2):
-            timed("blocking", lambda i=i: save(4 * i, True))
+            timed("blocking", partial(save, 4 * i, True))
             with unhashed():
-                timed("unhashed", lambda i=i: save(4 * i + 1, True))
+                timed("unhashed", partial(save, 4 * i + 1, True))
             timed("pass alone", forward_backward)
-            timed("returned", lambda i=i: save(4 * i + 2, False))
+            timed("returned", partial(save, 4 * i + 2, False))
             timed("pass", forward_backward)
             timed("copied", checkpointer.wait_until_copied)
             timed("written", checkpointer.wait)

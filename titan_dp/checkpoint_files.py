@@ -102,16 +102,12 @@ def _read_index(path: Path) -> Metadata:
 
 def _check_index(index: Metadata, path: Path) -> None:
     """Every entry a tensor, in files of the folder, and no larger than these. Raises UserError, or anything at a wrong type."""
+    listed = 0
     for name, entry in index.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             raise UserError(
                 f"{path} lists {shorten(str(name))}, which is no tensor: no checkpoint of ours has such; do not trust it"
             )
-    held = sum(
-        inside(path.parent, name, path).stat().st_size for name in {i.relative_path for i in index.storage_data.values()}
-    )
-    listed = 0
-    for name, entry in index.state_dict_metadata.items():
         if not isinstance(name, str) or not isinstance(entry.properties.dtype, torch.dtype):
             raise ValueError(f"entry {shown(name)}")
         for shape in (entry.size, *(chunk.sizes for chunk in entry.chunks), *(chunk.offsets for chunk in entry.chunks)):
@@ -121,6 +117,8 @@ def _check_index(index: Metadata, path: Path) -> None:
     for info in index.storage_data.values():
         if not all(type(number) is int and number >= 0 for number in (info.offset, info.length)) or info.transform_descriptors:
             raise ValueError(f"place {shown(info)}")
+    names = {info.relative_path for info in index.storage_data.values()}
+    held = sum(inside(path.parent, name, path).stat().st_size for name in names)
     if listed > held:  # or a few bytes would ask for any amount of memory
         raise ValueError(f"it lists {listed:,} bytes of tensors, its files hold {held:,}")
 

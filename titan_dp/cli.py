@@ -23,6 +23,7 @@ COMMANDS = {
     "match": ("titan_dp.scaling.match", "find shapes of equal parameters or FLOPs for several n_h"),
     "sweep": ("titan_dp.scaling.sweep", "expand a sweep file into runs, and launch them"),
     "state-tracking": ("titan_dp.state_tracking.command", "word problems and formal languages: train, compare, inspect, prove"),
+    "estimate": ("titan_dp.estimate.command", "memory, communication and speed of a run, before there is a machine for it"),
     "report": ("titan_dp.scaling.report.command", "tables, fits and plots of many runs"),
 }
 

@@ -72,8 +72,9 @@ def load_hugging_face(name: str, config: str, split: str, column: str, streaming
         dataset = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
     except Exception as error:
         message = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        hint = "; code of a dataset is never run: where it loads, save it as .jsonl or .parquet" if "script" in message else ""
         raise UserError(
-            f"Hugging Face dataset {name!r} (name {config!r}, split {split!r}) cannot be loaded: {message}"
+            f"Hugging Face dataset {name!r} (name {config!r}, split {split!r}) cannot be loaded: {message}{hint}"
         ) from error
     if dataset.column_names is not None and column not in dataset.column_names:
         raise UserError(f"Hugging Face dataset {name!r} has no column {column!r}; it has {', '.join(dataset.column_names)}")
