@@ -34,11 +34,11 @@ lint: $(INSTALLED)
 # torch's threads wait for each other by spinning.
 test: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest tests/unit tests/kernels tests/hf --numprocesses=2 --dist=loadfile
-	$(BIN)/python -m pytest tests/distributed tests/slurm tests/integration
+	$(BIN)/python -m pytest tests/unit tests/kernels tests/hf tests/fuzz --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest tests/distributed tests/faults tests/slurm tests/integration
 
 bench: $(INSTALLED)
-	for script in op loader checkpoint trainer kernel_costs export generation length_extrapolation scaling report state_tracking; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in op loader checkpoint trainer kernel_costs export generation length_extrapolation scaling report state_tracking estimate; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) data outputs build *.egg-info

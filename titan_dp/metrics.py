@@ -21,25 +21,9 @@ from titan_dp import config
 from titan_dp.distributed import World
 from titan_dp.errors import UserError
 from titan_dp.files import write_atomically
+from titan_dp.hardware import bf16_peak
 from titan_dp.health import Interval
 from titan_dp.validate import Evaluation
-
-# Dense bfloat16 peaks in TFLOP/s, from NVIDIA's data sheets (without sparsity); the first name contained in the device's wins.
-_PEAKS = {
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
-    "B200": 2250.0,
-    "GB200": 2500.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "A10G": 70.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-}
-
 
 def peak_flops(c: config.Metrics, device: torch.device) -> float | None:
     """FLOP/s one device can do at best, or None where that is not known (every CPU)."""
@@ -47,8 +31,7 @@ def peak_flops(c: config.Metrics, device: torch.device) -> float | None:
         return c.peak_tflops * 1e12
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for known, peak in _PEAKS.items() if known in name), None)
+    return bf16_peak(torch.cuda.get_device_name(device))
 
 
 class Metrics:

@@ -1,0 +1,221 @@
+"""What an estimate counts, against arithmetic by other means. Against real runs: tests/distributed/test_estimate.py."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from deltaproduct_kernels.triton_backend import cost
+from deltaproduct_kernels.triton_backend.layout import Size
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from titan_dp import config
+from titan_dp.cli import dispatch
+from titan_dp.errors import UserError
+from titan_dp.estimate import ledger, trace
+from titan_dp.estimate.collectives import Collective
+from titan_dp.estimate.ledger import Ledger, Work
+from titan_dp.estimate.result import ALLOWANCE, ALLOWANCE_SHARE, estimate
+from titan_dp.estimate.speed import Assumptions, links, predict, seconds_of
+from titan_dp.estimate.trace import fake_run
+from titan_dp.hardware import GPUS, NETWORKS, bf16_peak, find_gpu
+from titan_dp.model import build_model
+from titan_dp.optim import build_optimizer
+
+H200, IB = GPUS["H200"], NETWORKS["ib-400"]
+MODEL = config.Model(
+    hidden_size=128, num_hidden_layers=3, num_heads=2, head_dim=32, vocab_size=512, num_householder=2, use_forget_gate=True
+)
+
+
+def run_of(model: config.Model = MODEL, **sections: object) -> config.Config:
+    training = sections.pop("training", config.Training(steps=1, seq_len=128, local_batch_size=2))
+    return config.Config(model=model, training=training, validation=config.Validation(enable=False), **sections)  # type: ignore[arg-type]
+
+
+def memory_of(c: config.Config, ranks: int = 4, gpu: object = H200) -> dict[str, int]:
+    return estimate(c, ranks, gpu, IB, search=False).memory  # type: ignore[arg-type]
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_counts_a_storage_from_its_operator_to_its_last_reference() -> None:
+    with FakeTensorMode(), Ledger() as record, record.watching_resizes():
+        a = torch.zeros(1000)
+        b = a.view(10, 100) + 1  # a view is no storage
+        del a
+        c = b.sum(0)  # 400 bytes beside b's 4000
+        b.untyped_storage().resize_(0)
+        d = torch.zeros(1100)
+    assert record.peak().bytes == 8000
+    assert record.peak(since=3).bytes == 4800, "b is gone: c and d"
+    del c, d
+
+
+def test_shards_and_optimizer_state_are_those_of_rank_0() -> None:
+    shapes = [p.shape for p in build_model(MODEL).parameters()]
+    for ranks in (1, 4, 6):
+        shard = sum(math.ceil(s[0] / ranks) * math.prod(s[1:]) for s in shapes)
+        memory = memory_of(run_of(), ranks)
+        assert memory[ledger.PARAMETERS] == 4 * shard
+        assert memory[ledger.OPTIMIZER] == 8 * shard + 4 * len(shapes), "two moments, and AdamW's step of each tensor"
+
+
+def test_muon_keeps_one_moment_of_the_matrices_as_its_own_first_step_would() -> None:
+    real = build_model(MODEL)
+    optimizers = build_optimizer(real, config.Optimizer(name="Muon"))
+    for parameter in real.parameters():
+        parameter.data.zero_()
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers.step(torch.zeros(()))
+    states = [v for o in optimizers for state in o.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    expected = sum(v.numel() * v.element_size() for v in states)
+    assert memory_of(run_of(optimizer=config.Optimizer(name="Muon")), 1)[ledger.OPTIMIZER] == expected
+
+
+def test_the_gpu_estimate_counts_what_the_kernels_save() -> None:
+    """A layer more keeps one more set of what cost.py counts on its own, and the layer's output, which the norm reads."""
+    one = run_of(MODEL.model_copy(update={"num_hidden_layers": 2}))
+    more = memory_of(run_of())[ledger.RECURRENCE] - memory_of(one)[ledger.RECURRENCE]
+    size = Size(B=2, T=128, n=2, H=2, dk=32, dv=32, bits=16, gated=True)
+    assert more == cost.saved(size)
+
+
+def test_checkpointing_trades_activations_for_flops() -> None:
+    results = {
+        mode: estimate(run_of(activation_checkpoint=config.ActivationCheckpoint(mode=mode)), 4, H200, IB, search=False)  # type: ignore[arg-type]
+        for mode in ("none", "selective", "full")
+    }
+    none, selective, full = (results[mode] for mode in ("none", "selective", "full"))
+    assert none.tensors > selective.tensors > full.tensors
+    assert none.executed_flops < selective.executed_flops < full.executed_flops
+    assert none.model_flops == full.model_flops
+
+
+def test_two_micro_batches_stand_for_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = run_of(training=config.Training(steps=1, seq_len=64, local_batch_size=1, global_batch_size=16))
+    short = estimate(c, 4, H200, IB, search=False)
+    monkeypatch.setattr(trace, "_MICRO_BATCHES", 4)
+    assert short.batch.accumulation == 4
+    long = estimate(c, 4, H200, IB, search=False)
+    assert (long.memory, long.communication, long.executed_flops) == (short.memory, short.communication, short.executed_flops)
+
+
+def test_a_second_step_takes_as_much_as_the_first() -> None:
+    with fake_run(run_of(), 4, H200) as run:
+        first, second = run.step(2, 2).peak, run.step(2, 2).peak
+    assert abs(first.bytes - second.bytes) < 100, "a few numbers of the step before"
+
+
+def test_the_largest_batch_fits_and_the_next_one_does_not() -> None:
+    available = 3 * 2**30
+    found = estimate(run_of(), 4, H200, IB, available=available).largest_batch
+    assert found is not None
+    assert found > 2
+
+    def needed(rows: int) -> float:
+        c = run_of(training=config.Training(steps=1, seq_len=128, local_batch_size=rows))
+        return estimate(c, 4, H200, IB, search=False).tensors * (1 + ALLOWANCE_SHARE) + ALLOWANCE
+
+    assert needed(found) <= available < needed(found + 1)
+
+
+def test_a_global_batch_that_is_given_stays() -> None:
+    training = config.Training(steps=1, seq_len=128, local_batch_size=1, global_batch_size=24)
+    found = estimate(run_of(training=training), 4, H200, IB, available=2**40).largest_batch
+    assert found == 6, "of 24 sequences over 4 ranks"
+
+
+# -- communication and speed -------------------------------------------------------------------------------------------
+
+
+def test_parameters_are_gathered_twice_and_gradients_scattered_once() -> None:
+    ranks, bf16 = 4, 2
+    model = build_model(MODEL)
+    padded = {name: math.ceil(p.shape[0] / ranks) * ranks * p[0].numel() for name, p in model.named_parameters()}
+    islands = sum(n for name, n in padded.items() if "norm" in name or "forget_gate" in name)
+    last = sum(n for name, n in padded.items() if name.startswith("layers.2.")) - sum(
+        n for name, n in padded.items() if name.startswith("layers.2.") and ("norm" in name or "forget_gate" in name)
+    )
+    root, total = padded["embeddings.weight"], sum(padded.values())
+    sent = estimate(run_of(), ranks, H200, IB, search=False).communication
+    gathered = bf16 * (2 * (total - islands) - last - root) + 4 * islands  # the last block and the root stay gathered
+    assert sent["all-gather of parameters"]["sent"] == gathered * 3 / 4
+    assert sent["reduce-scatter of gradients"]["sent"] == 4 * total * 3 / 4
+
+
+def test_what_context_parallelism_exchanges_does_not_grow_with_the_rows() -> None:
+    context = 4
+    c = run_of(parallelism=config.Parallelism(context_parallel_degree=context))
+    longer = run_of(training=config.Training(steps=1, seq_len=512, local_batch_size=2), parallelism=c.parallelism)
+    sent = estimate(c, 8, H200, IB, search=False).communication["context parallelism"]
+    assert estimate(longer, 8, H200, IB, search=False).communication["context parallelism"] == sent
+    state = 2 * 2 * 32 * 32 * 4  # rows, heads, dk, dv, float32
+    summaries = context * (2 * state + state) * (context - 1) / context  # M and N forwards, the adjoint backwards
+    assert sent["sent"] == pytest.approx(MODEL.num_hidden_layers * summaries, rel=0.2), "and a few tokens before each segment"
+
+
+def test_bytes_between_nodes_are_a_nodes_share_of_the_ring() -> None:
+    whole = Collective("all-gather", 1600, tuple(range(16)), "forward", 0)
+    assert links(whole, 8) == (1500 * 7 / 8, 1500 / 8)
+    assert links(whole, 16) == (1500, 0)
+    replicas = Collective("all-reduce", 1600, (0, 8, 16, 24), "backward", 0)
+    assert links(replicas, 8) == (0, 2 * 1200)
+
+
+def test_a_step_takes_its_compute_and_what_communication_sticks_out() -> None:
+    a = Assumptions(matmul=0.5, bandwidth=1.0, link=1.0)
+    work = [Work("forward", "matmul", int(H200.tflops * 1e12), 0, 0), Work("forward", "other", 0, int(4.8e12), 0)]
+    slow = Collective("all-gather", int(50e9 * 40), tuple(range(16)), "forward", 0)
+    speed = predict(work, [slow], 1, H200, IB, False, a)
+    assert speed.compute == pytest.approx(2 + 1)
+    assert speed.communication == pytest.approx(seconds_of(slow, H200, IB, a)) == pytest.approx(40 * 15 / 16 / 8, rel=1e-3)
+    assert speed.exposed == pytest.approx(speed.communication)
+    assert predict(work, [slow, slow], 1, H200, IB, False, a).exposed == pytest.approx(2 * speed.communication - 3)
+
+
+def test_the_first_name_within_a_devices_name_is_its_gpu() -> None:
+    assert bf16_peak("NVIDIA GB200") == 2.5e15
+    assert bf16_peak("NVIDIA H100 PCIe") == 7.56e14
+    assert bf16_peak("NVIDIA H100 80GB HBM3") == 9.894e14
+    assert bf16_peak("GeForce 256") is None
+    assert find_gpu("rtx-4090").name == "RTX 4090"
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_1024_ranks_of_the_800m_model_are_estimated_here(capsys: pytest.CaptureFixture[str]) -> None:
+    """With fewer layers than it has, for time; benchmarks/estimate.py takes all."""
+    fewer = ["--model.num_hidden_layers=2", "--training.local_batch_size=1", "--gpu-memory=12"]
+    assert dispatch(["estimate", "--config", "800m.toml", "--nproc", "1024", *fewer, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["ranks"] == 1024
+    assert 0 < result["memory"][ledger.PARAMETERS] < 2**20
+    assert 0 < result["mfu"] < 1
+    assert result["largest_batch"] > 1
+    assert "training would refuse this" in result["notes"][0], "128 sequences for 1,024 ranks"
+    assert any("60% of H200's 989.4 TFLOP/s" in line for line in result["assumptions"])
+
+
+def test_mistakes_are_one_sentence_with_the_way_out() -> None:
+    def refused(*arguments: str) -> str:
+        with pytest.raises(UserError) as error:
+            dispatch(["estimate", "--config", "debug.toml", "--nproc", "4", *arguments])
+        return str(error.value)
+
+    assert "RTX 4090" in refused("--gpu", "H900")
+    assert "ib-400" in refused("--network", "string")
+    assert "number of ranks, which is 4" in refused("--parallelism.data_parallel_replicate_degree", "3")
+    assert "compute capability 8.0, 9.0, 10.0" in refused("--gpu", "L40S", "--model.backend", "triton")
+
+
+def test_a_cpu_has_no_predicted_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["estimate", "--config", "debug.toml", "--nproc", "2", "--gpu", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "torch backend" in shown
+    assert "predicted" not in shown
+    assert "allowance" not in shown

@@ -1,0 +1,272 @@
+"""One training step of the real model under the real sharding, on fake tensors and a process group that only pretends.
+
+What training runs is run here: `build_model`, `parallelize`, `build_optimizer`, clipping, the guard, and a step as
+`Trainer._train_step` takes it. So checkpointing policies, FSDP2's prefetching and the shapes that our operators save are not
+modelled but observed. A step after the first is what is recorded: optimizer state exists. For a GPU, the operators of its
+backend run their own code with kernels that are not launched. Compilation is left out: what it saves is unknown here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deltaproduct_kernels import resolve_backend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from titan_dp import config
+from titan_dp.data.batches import IGNORE
+from titan_dp.distributed import World, all_reduce_sum, build_mesh, context_group
+from titan_dp.errors import UserError
+from titan_dp.estimate import ledger
+from titan_dp.estimate.collectives import Collective
+from titan_dp.estimate.ledger import Ledger, Peak, Work
+from titan_dp.hardware import GPU, GPUS
+from titan_dp.interrupt import SIGNALS
+from titan_dp.model import build_model
+from titan_dp.model.parallelize import parallelize
+from titan_dp.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
+
+_CPU = torch.device("cpu")
+_MICRO_BATCHES = 2
+"""Of a step with accumulation: one that keeps its gradients, and one that reduces them. More are taken to repeat the first,
+which leaves out of the time that they add to its gradients."""
+_WHOLE_STEP = -1
+"""In place of a micro-batch's index, for what is done once a step."""
+_DOCUMENTS = 64
+"""Document boundaries of a micro-batch where they are reset; the loader pads their number to a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank's optimizer step takes.
+
+    `work` and `collectives` are the whole step's, accumulation included.
+    """
+
+    peak: Peak
+    work: list[Work]
+    collectives: list[Collective]
+
+
+class FakeRun:
+    """A model sharded over ranks that do not exist; use it within `fake_run`."""
+
+    def __init__(self, c: config.Config, world: World) -> None:
+        self.c, self.world, self.ledger = c, world, Ledger()
+        mesh = build_mesh(c.parallelism, world)
+        with torch.device("meta"):
+            self.model = build_model(c.model)
+        parallelize(
+            self.model,
+            mesh,
+            training=c.training,
+            parallelism=c.parallelism,
+            activation_checkpoint=c.activation_checkpoint,
+            compile=config.Compile(),
+            context=context_group(c.parallelism, world),
+        )
+        # The last block's end is where the loss head begins; recomputation in the backward pass does not count.
+        self.model.layers[-1].register_forward_hook(self._after_last_block)
+
+    def _after_last_block(self, *_: Any) -> None:
+        if self.ledger.phase == "forward":
+            self.ledger.part = ledger.LOSS
+
+    def start(self) -> None:
+        """Parameters and optimizer state: what there is before a step."""
+        record = self.ledger
+        self.model.to_empty(device=_CPU)
+        self.model.train()
+        for parameter in self.model.parameters():
+            record.belongs(parameter, ledger.PARAMETERS)
+        self.optimizers = build_optimizer(self.model, self.c.optimizer)
+        self.guard = NonFiniteGuard(_CPU)
+        record.phase = "optimizer"
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.Muon):  # a step of it takes seconds, so its state is made by hand
+                for parameter in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            else:
+                for parameter in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
+                    parameter.grad = torch.zeros_like(parameter)
+                optimizer.step()
+                optimizer.zero_grad()
+            for value in itertools.chain(*(state.values() for state in optimizer.state.values())):
+                if isinstance(value, torch.Tensor):
+                    record.belongs(value, ledger.OPTIMIZER)
+
+    def step(self, local_batch_size: int, accumulation: int) -> Step:
+        """Record an optimizer step of `accumulation` micro-batches of `local_batch_size` sequences."""
+        record, shown = self.ledger, min(accumulation, _MICRO_BATCHES)
+        since, record.work, record.collectives = record.mark(), [], []
+        self._train_step([self._batch(local_batch_size) for _ in range(accumulation)])
+        repeated = accumulation - shown
+        return Step(
+            record.peak(since),
+            record.work + [w for w in record.work if w.micro == 0] * repeated,
+            record.collectives + [c for c in record.collectives if c.micro == 0] * repeated,
+        )
+
+    def peak(self, local_batch_size: int, accumulation: int) -> int:
+        """Bytes at the peak of forward and backward passes; the optimizer's own does not depend on the batch."""
+        record = self.ledger
+        since = record.mark()
+        self._accumulate([self._batch(local_batch_size) for _ in range(accumulation)])
+        self.optimizers.zero_grad()
+        return record.peak(since).bytes
+
+    def _batch(self, rows: int) -> dict[str, torch.Tensor | None]:
+        """int64 ids and labels [B, T], and boundaries where documents are kept apart."""
+        T = self.c.training.seq_len // self.c.parallelism.context_parallel_degree
+        apart = self.c.data.source != "state_tracking" and self.c.data.document_boundaries == "reset"
+        return {
+            "input_ids": torch.zeros(rows, T, dtype=torch.int64),
+            "labels": torch.zeros(rows, T, dtype=torch.int64),
+            "cu_seqlens": torch.zeros(_DOCUMENTS, dtype=torch.int32) if apart else None,
+        }
+
+    def _train_step(self, batches: list[Any]) -> None:
+        """As Trainer._train_step, with the record told what is being done."""
+        record = self.ledger
+        loss_sum = self._accumulate(batches)
+        record.phase, record.micro = "optimizer", _WHOLE_STEP
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                record.belongs(parameter.grad, ledger.GRADIENTS)
+        norm = clip_grad_norm(self.model.parameters(), self.c.training.max_norm)
+        self.optimizers.set_lr(1.0)
+        try:
+            self.optimizers.step(self.guard.update(norm))
+        except RuntimeError as error:
+            if self.c.optimizer.name != "Muon":
+                raise
+            rows = min(p.shape[0] for p in self.model.parameters() if p.dim() == 2)
+            raise UserError(
+                f"optimizer.name = 'Muon' cannot take a step on {self.world.size} ranks: torch refuses it "
+                f"({str(error).split(':')[0]}; the smallest matrix has {rows} rows); take AdamW, or fewer shards by "
+                "parallelism.data_parallel_replicate_degree"
+            ) from error
+        self.optimizers.zero_grad()
+        if self.model.householder_steps is not None:
+            all_reduce_sum(torch.zeros(()))
+        all_reduce_sum(loss_sum)
+
+    def _accumulate(self, batches: list[Any]) -> torch.Tensor:
+        """Forward and backward of the first micro-batches, while all are held; returns the sum of the losses."""
+        record, price = self.ledger, self.c.training.householder_cost
+        record.phase, record.part, record.micro = "forward", ledger.OTHER, _WHOLE_STEP
+        own_valid: Any = sum((b["labels"] != IGNORE).sum() for b in batches)
+        valid = all_reduce_sum(torch.cat([own_valid[None], torch.zeros(len(SIGNALS), dtype=torch.int64)]))[0]
+        if self.c.model.adaptive_householder:
+            all_reduce_sum(torch.zeros((), dtype=torch.int64))
+        loss_sum = torch.zeros(())
+        shown = batches[:_MICRO_BATCHES]
+        for i, batch in enumerate(shown):
+            self.model.set_requires_gradient_sync(i == len(shown) - 1)  # type: ignore[operator]  # FSDP added it
+            record.phase, record.part, record.micro = "forward", ledger.ACTIVATIONS, i
+            loss = self.model(batch["input_ids"], batch["labels"], batch["cu_seqlens"])
+            objective = loss / valid
+            if self.model.householder_steps is not None and price is not None:
+                objective = objective + price * self.model.householder_steps.mean()
+            record.phase, record.part = "backward", ledger.OTHER
+            (objective * self.world.size).backward()
+            loss_sum += loss.detach()
+        return loss_sum
+
+
+@contextmanager
+def fake_run(c: config.Config, ranks: int, gpu: GPU | None) -> Iterator[FakeRun]:
+    """One of `ranks` that train `c` on `gpu` (None: CPUs), the one that needs the most.
+
+    Raises UserError where the ranks do not fit the degrees of parallelism or the backend does not fit the device. There must
+    be no process group: this makes one.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    importlib.import_module("torch.distributed._tools.fake_collectives")  # for tensors on the meta device
+    # With its row split over ranks, the last one sees the most earlier keys; else rank 0 has the largest shards.
+    softmax = c.model.mixer == "attention" or bool(c.model.attention_layers)
+    rank = c.parallelism.context_parallel_degree - 1 if softmax else 0
+    if rank >= ranks:
+        rank = 0  # the degrees do not fit, which build_mesh says
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        run = FakeRun(c, World(rank, ranks, _CPU))
+        with ExitStack() as stack:
+            if gpu is not None or backend_on(c, gpu) == "triton":  # on a CPU: in Triton's interpreter, for tests
+                stack.enter_context(_kernels_of(gpu or GPUS["H200"], backend_on(c, gpu)))
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(run.ledger)
+            stack.enter_context(run.ledger.watching_resizes())
+            run.start()
+            yield run
+    finally:
+        dist.destroy_process_group()
+
+
+def backend_on(c: config.Config, gpu: GPU | None) -> str:
+    """The recurrence's backend where `c` is trained. Raises UserError for one that cannot run there."""
+    wanted, model = c.model.backend, c.model
+    if gpu is None:
+        try:
+            return resolve_backend(wanted, _CPU, dk=model.head_dim, dv=model.head_v_dim)
+        except ValueError as error:
+            raise UserError(f"model.{error}") from error
+    if wanted not in ("auto", "triton"):
+        return wanted
+    reason = _why_not(c, gpu)
+    if reason is not None and wanted == "triton":
+        raise UserError(f"model.backend = 'triton' cannot run on {gpu.name}: {reason}; choose 'torch' or 'auto'")
+    return "torch" if reason is not None else "triton"
+
+
+def _why_not(c: config.Config, gpu: GPU) -> str | None:
+    """As deltaproduct_kernels' own check, for a GPU that is not here."""
+    from deltaproduct_kernels.triton_backend import configs, ops
+
+    if gpu.arch not in configs.ARCHITECTURES:
+        return f"the kernels are set up for compute capability {', '.join(str(a / 10) for a in configs.ARCHITECTURES)}"
+    if find_spec("triton") is None:
+        return None  # it will be where the run is
+    from deltaproduct_kernels.triton_backend import launch
+
+    with _replaced(launch, "INTERPRETED", True):  # the device is not looked at then, only sizes and dtype
+        return ops.why_not(_CPU, getattr(torch, c.training.mixed_precision_param), c.model.head_dim, c.model.head_v_dim)
+
+
+@contextmanager
+def _kernels_of(gpu: GPU, backend: str) -> Iterator[None]:
+    """Within it the model takes `backend` whatever device its tensors are on, and no kernel is launched."""
+    with ExitStack() as stack:
+        for name in ("interface", "front_end"):
+            module = importlib.import_module(f"deltaproduct_kernels.{name}")
+            stack.enter_context(_replaced(module, "resolve_backend", lambda *_, **__: backend))
+        if backend == "triton" and find_spec("triton") is not None:
+            from deltaproduct_kernels.triton_backend import front_end, launch
+
+            class NoLaunch(launch.Runner):
+                def __call__(self, *_: Any, **__: Any) -> None:
+                    pass
+
+            stack.enter_context(_replaced(launch, "INTERPRETED", False))
+            for module in (launch, front_end):
+                stack.enter_context(_replaced(module, "runner", lambda _: NoLaunch(gpu.arch, gpu.processors)))
+        yield
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)

@@ -1,0 +1,101 @@
+"""What GPUs and networks can do, from their makers' data sheets: peaks for MFU and for planning. Nothing here is measured.
+
+Needs no torch. A peak is what the maker states for dense matrices; no program reaches it, and how much of it one reaches is an
+assumption of whoever uses these numbers, not a fact of this file. Latencies, which no data sheet has, are assumptions too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from titan_dp.errors import UserError
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU; sources are beside the table."""
+
+    name: str
+    tflops: float
+    """Dense bfloat16 peak in TFLOP/s, without sparsity."""
+    bandwidth: float
+    """Of its memory, in bytes/s."""
+    memory: float
+    """Of its memory, in bytes: the data sheet's GB taken as 1e9, which is less than a driver reports."""
+    link: float
+    """To the GPUs of its node, in bytes/s and direction: NVLink, else PCIe."""
+    arch: int
+    """Compute capability times ten: 90 for 9.0."""
+    processors: int
+    """Streaming multiprocessors."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Between nodes, as one GPU sees it."""
+
+    name: str
+    bandwidth: float
+    """Bytes/s a GPU and direction."""
+    latency: float
+    """Seconds from node to node (an assumption)."""
+
+
+def _gpu(
+    name: str, tflops: float, terabytes: float, gigabytes: float, link_gigabytes: float, arch: int, processors: int
+) -> tuple[str, GPU]:
+    return name, GPU(name, tflops, terabytes * 1e12, gigabytes * 1e9, link_gigabytes * 1e9, arch, processors)
+
+
+# NVIDIA's data sheets (H200, H100, DGX B200, GB200 NVL72, A100, L40S, L40, A10, and the Ada and Ampere architecture papers of
+# the RTX cards): dense bfloat16 TFLOP/s, memory TB/s and GB, NVLink or PCIe GB/s in one direction (data sheets add up both).
+# In this order: of the names contained in a device's name the first wins.
+GPUS: dict[str, GPU] = dict(
+    (
+        _gpu("H200", 989.4, 4.8, 141, 450, 90, 132),
+        _gpu("H100 PCIe", 756.0, 2.0, 80, 64, 90, 114),
+        _gpu("H100 NVL", 835.0, 3.9, 94, 300, 90, 132),
+        _gpu("H100", 989.4, 3.35, 80, 450, 90, 132),
+        _gpu("GB200", 2500.0, 8.0, 186, 900, 100, 148),
+        _gpu("B200", 2250.0, 8.0, 180, 900, 100, 148),
+        _gpu("A100", 312.0, 2.039, 80, 300, 80, 108),
+        _gpu("L40S", 362.0, 0.864, 48, 32, 89, 142),
+        _gpu("L40", 181.0, 0.864, 48, 32, 89, 142),
+        _gpu("A10G", 70.0, 0.6, 24, 32, 86, 80),
+        _gpu("RTX 4090", 165.2, 1.008, 24, 32, 89, 128),
+        _gpu("RTX 3090", 71.0, 0.936, 24, 32, 86, 82),
+    )
+)
+
+# Line rates of one port a GPU: InfiniBand HDR, NDR and XDR (InfiniBand Trade Association's roadmap), and Ethernet.
+NETWORKS: dict[str, Network] = {
+    network.name: network
+    for network in (
+        Network("ib-200", 25e9, 5e-6),
+        Network("ib-400", 50e9, 5e-6),
+        Network("ib-800", 100e9, 5e-6),
+        Network("ethernet-100", 12.5e9, 20e-6),
+        Network("ethernet-400", 50e9, 20e-6),
+    )
+}
+
+
+def bf16_peak(device_name: str) -> float | None:
+    """Dense bfloat16 peak in FLOP/s of a device by the name its driver gives it; None for one that is not in the table."""
+    return next((gpu.tflops * 1e12 for known, gpu in GPUS.items() if known in device_name), None)
+
+
+def find_gpu(name: str) -> GPU:
+    """Raises UserError with the known names."""
+    known = {key.lower().replace(" ", "-"): gpu for key, gpu in GPUS.items()}
+    gpu = known.get(name.lower().replace(" ", "-"))
+    if gpu is None:
+        raise UserError(f"--gpu {name} is not known; choose cpu or one of {', '.join(GPUS)} (case does not matter)")
+    return gpu
+
+
+def find_network(name: str) -> Network:
+    """Raises UserError with the known names."""
+    if name not in NETWORKS:
+        raise UserError(f"--network {name} is not known; choose one of {', '.join(NETWORKS)}")
+    return NETWORKS[name]
