@@ -25,6 +25,7 @@ from titan_dp.hardware import bf16_peak
 from titan_dp.health import Interval
 from titan_dp.validate import Evaluation
 
+
 def peak_flops(c: config.Metrics, device: torch.device) -> float | None:
     """FLOP/s one device can do at best, or None where that is not known (every CPU)."""
     if c.peak_tflops is not None:
