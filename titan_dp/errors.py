@@ -26,6 +26,10 @@ _MACHINE_FAULTS = {
 }
 
 
+# What gloo and NCCL say when a process they talk to has ended.
+_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+
+
 class UserError(ValueError):
     """A mistake only the user can mend. The message names the key or file, the value, and the way out."""
 
@@ -71,6 +75,9 @@ def run_main(command: Callable[[], int]) -> int:
     except Exception as error:
         if (fault := machine_fault(error)) is not None:
             _report(fault)
+        elif any(sign in str(error) for sign in _LOST_RANK):
+            time.sleep(2)  # the rank that left knows why
+            _report("the connection to another rank is lost; that one says why, or was killed")
         else:
             traceback.print_exc()
         return 1

@@ -17,7 +17,7 @@ from titan_dp.data.loader import ShardLoader, ValidationLoader, build_dataloader
 from titan_dp.data.segment import Segment
 from titan_dp.data.shard_check import ShardCheck
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
-from titan_dp.distributed import World, data_world
+from titan_dp.distributed import World, all_reduce_sum, data_world
 from titan_dp.errors import UserError
 from titan_dp.length_test import run_length_test
 from titan_dp.model.transformer import Transformer
@@ -96,8 +96,10 @@ class TextTask:
             self.shard_check = ShardCheck(shards, run_folder)
 
     def check_data(self) -> None:
-        if self.shard_check is not None:
-            self.shard_check.raise_problem()
+        if self.verify:
+            problem = self.shard_check.problem if self.shard_check is not None else None
+            if all_reduce_sum(torch.tensor(int(problem is not None), device=self.world.device)):
+                raise UserError(problem or "the data has changed, as rank 0 says")
 
     @property
     def may_end_early(self) -> bool:

@@ -85,18 +85,14 @@ class Trainer:
         self.model.clock = self.times.work
         self.interrupt = Interrupt(world.device)
         self.stop_for: Signals | None = None
-        self.watchdog = Watchdog(
-            self.run_folder / "hang",
-            world.rank,
-            c.comm.init_timeout_seconds,
-            "comm.init_timeout_seconds, train_timeout_seconds",
-        )
-        self.model.register_forward_pre_hook(lambda module, args: self.watchdog.beat())
 
         self.step, self.reached = 0, False  # reached: the task is learnt, before the last step
         self.lock = RunLock(self.run_folder, patience=10) if world.is_main else None
         self.checkpointer = Checkpointer(c.checkpoint, self.run_folder)
         self._resume()
+        hang_folder = self.run_folder / "hang" / f"from-step-{self.step:08}"
+        self.watchdog = Watchdog(hang_folder, world.rank, c.comm.init_timeout_seconds, "comm.init_timeout_seconds")
+        self.model.register_forward_pre_hook(lambda module, args: self.watchdog.beat())
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -201,7 +197,7 @@ class Trainer:
                         gc.collect(1)
                     if first:
                         distributed.set_timeout(c.comm.train_timeout_seconds)
-                        self.watchdog.limit = c.comm.train_timeout_seconds
+                        self.watchdog.limit, self.watchdog.key = c.comm.train_timeout_seconds, "comm.train_timeout_seconds"
                     profiler.step()
             self.checkpointer.wait()
             if self.stop_for is not None:

@@ -2,8 +2,8 @@
 
 Every forward pass is a sign of life, in training and in validation. A rank that shows none for `limit` seconds writes
 
-    <run folder>/hang/rank-3.txt     the Python stack of every thread
-                     rank-3.json     torch's flight recorder: the last collectives, and which of them never ended
+    <run folder>/hang/from-step-00000040/rank-3.txt     the Python stack of every thread
+                                         rank-3.json    torch's flight recorder: the last collectives, which never ended
 
 and leaves with exit code 1. All ranks do so within moments, because all wait for the one that hangs. A thread of Python's does
 it; should the hanging code keep that from running, by holding Python's lock, one of C's writes the stacks to stderr and ends
@@ -33,7 +33,7 @@ class Watchdog:
     """Watches this process while the context is entered.
 
     Args:
-        folder: gets the files; made when needed.
+        folder: gets the files; made when needed, and this rank's old ones there removed.
         rank: of this process.
         limit: seconds without a sign of life; may be changed at any time and holds from the next sign on.
         key: of the configuration, for the message.
@@ -46,6 +46,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        for path in self._paths():
+            path.unlink(missing_ok=True)
         self.beat()
         self._thread.start()
         return self
@@ -75,10 +77,13 @@ class Watchdog:
         finally:
             faulthandler.cancel_dump_traceback_later()
 
+    def _paths(self) -> tuple[Path, Path]:
+        return self.folder / f"rank-{self.rank}.txt", self.folder / f"rank-{self.rank}.json"
+
     def _dump(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            stacks, collectives = (self.folder / f"rank-{self.rank}.{kind}" for kind in ("txt", "json"))
+            stacks, collectives = self._paths()
             with stacks.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
             collectives.write_bytes(_flight_record())
@@ -87,8 +92,8 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
             where = f"stacks are above, as {self.folder} could not be written ({error})"
         print(
-            f"error (rank {self.rank}): no forward pass began in time ({self.key}); {where}; the rank without a file there, or "
-            "whose stack differs from the others', hangs. The same command resumes",
+            f"error (rank {self.rank}): no forward pass began for {self.limit:g} s ({self.key}); {where}; the rank without a "
+            "file there, or whose stack differs from the others', hangs. The same command resumes",
             file=sys.stderr,
             flush=True,
         )

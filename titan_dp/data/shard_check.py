@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from titan_dp.data.shards import TokenShards
-from titan_dp.errors import UserError
 from titan_dp.files import file_sha256, write_json
 
 RECORD = "data_verified.json"
@@ -29,25 +28,20 @@ class ShardCheck:
 
     def __init__(self, sources: list[TokenShards], run_folder: Path) -> None:
         self.sources, self.record = sources, run_folder / RECORD
-        self._problem: str | None = None
+        self.problem: str | None = None
+        """What was found, in one sentence."""
         self._closed = threading.Event()
         run_folder.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._run, name="shard-check", daemon=True)
         self._thread.start()
-
-    def raise_problem(self) -> None:
-        """Raises UserError where a file was found changed."""
-        if self._problem is not None:
-            raise UserError(self._problem)
 
     def close(self) -> None:
         """Stop after the file at hand; does not wait for it."""
         self._closed.set()
 
     def wait(self) -> None:
-        """Until every file is compared; raises as `raise_problem`."""
+        """Until every file is compared, or one was found changed."""
         self._thread.join()
-        self.raise_problem()
 
     def _run(self) -> None:
         good = _read(self.record)
@@ -59,7 +53,7 @@ class ShardCheck:
                 if self._closed.is_set() or good.get(str(path.resolve())) == state:
                     continue
                 if file_sha256(path) != expected:
-                    self._problem = (
+                    self.problem = (
                         f"{path} is not what was prepared (its sha256 differs from the manifest's): restore it, or prepare the "
                         "data again; steps that have read it since it changed are not to be trusted"
                     )
@@ -67,7 +61,7 @@ class ShardCheck:
                 good[str(path.resolve())] = state
                 write_json(self.record, good)
             except OSError as error:
-                self._problem = f"{path} cannot be read any more ({error}): restore it, or prepare the data again"
+                self.problem = f"{path} cannot be read any more ({error}): restore it, or prepare the data again"
                 return
 
     def _files(self) -> Iterator[tuple[Path, str, str]]:

@@ -173,7 +173,7 @@ def _from_hugging_face(name: str) -> Tokenizer:
 
     def id_of(role: str) -> int | None:
         token = declared.get(role)
-        return None if token is None else backend.token_to_id(token)
+        return None if token is None else vocabulary.get(token)
 
     def encode_batch(texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]

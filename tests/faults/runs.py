@@ -1,0 +1,165 @@
+"""Runs that come to grief: started as users start them, two ranks under launch/torchrun.py, and read from what they leave.
+
+A `Chain` is one run folder started again and again; each start is a `Life`, or several where torchrun restarts the ranks. A
+test of one kind of fault looks at the life that suffered it and at the next, which resumed; losses are compared at the end.
+Nothing here asserts, so that a kind that fails hides no other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+
+Fault = dict[str, Any]
+
+STEPS, INTERVAL = 60, 5
+CONFIG = """
+[job]
+dump_folder = "{folder}"
+[model]
+hidden_size = 32
+num_hidden_layers = 2
+num_heads = 2
+head_dim = 16
+num_householder = 2
+use_forget_gate = true
+intermediate_size = 64
+vocab_size = 320
+initializer_range = 0.02
+[data]
+path = "{shards}/train"
+document_boundaries = "reset"
+[validation]
+enable = false
+[training]
+steps = {steps}
+seq_len = 32
+local_batch_size = 2
+mixed_precision_param = "float32"
+max_nonfinite_steps = 3
+[optimizer]
+lr = 0.003
+[lr_scheduler]
+warmup_steps = 2
+[checkpoint]
+interval = {interval}
+keep_latest_k = 4
+[metrics]
+log_freq = 1
+enable_tensorboard = false
+[generate]
+enable = false
+"""
+
+
+@dataclass
+class Life:
+    """One start of the ranks, and how it ended. Read when asked for: ranks may outlive their launcher, and still write."""
+
+    log: Path
+    number: int = 0
+    """Restarts by torchrun before it."""
+    code: int | None = None
+    """Exit code of the command; None where torchrun went on with the next life, or the command had to be killed."""
+    ended: float = 0.0
+    """Seconds of the machine's monotonic clock at the end of the command."""
+
+    @property
+    def text(self) -> str:
+        """stdout and stderr of all ranks and of the launcher during this life."""
+        return re.split(r'^\{"what": "life", .*"rank": 0,.*$', self.log.read_text(), flags=re.MULTILINE)[self.number + 1]
+
+    def said(self, what: str) -> list[Fault]:
+        """What the ranks of train_with_fault.py said: "life", "first step" or "fault"."""
+        lines = (line for line in self.log.read_text().splitlines() if line.startswith('{"what": '))
+        return [fact for fact in map(json.loads, lines) if fact["life"] == self.number and fact["what"] == what]
+
+    def clock(self, what: str) -> float:
+        """Seconds of the monotonic clock when it was first said."""
+        return min((fact["clock"] for fact in self.said(what)), default=float("nan"))
+
+    @property
+    def resumed(self) -> int:
+        """The step it took up; 0 for a fresh start, -1 where it did not get so far."""
+        match = re.search(r"^resumed at step (\d+)", self.text, re.MULTILINE)
+        return int(match[1]) if match else (0 if self.last else -1)
+
+    @property
+    def last(self) -> int:
+        """The last step it logged; 0 where there was none."""
+        return max((int(step) for step in re.findall(r"^step +(\d+)/", self.text, re.MULTILINE)), default=0)
+
+
+class Chain:
+    """A run folder and its lives so far; `name` is the run's."""
+
+    def __init__(self, shards: Path, folder: Path, name: str) -> None:
+        self.folder, self.run, self.starts = folder, folder / "runs" / name, 0
+        self.run.parent.mkdir(parents=True, exist_ok=True)
+        self.config = folder / f"{name}.toml"
+        self.config.write_text(CONFIG.format(folder=self.run.parent, shards=shards, steps=STEPS, interval=INTERVAL))
+
+    def start(
+        self, plan: list[Fault], *options: str, ranks: int = 2, torchrun: tuple[str, ...] = (), prefix: tuple[str, ...] = ()
+    ) -> Started:
+        """Start the command; `plan` has a fault for each life, `prefix` goes before it. One rank needs no launcher."""
+        launcher = [str(ROOT / "launch/torchrun.py"), "--standalone", f"--nproc-per-node={ranks}", *torchrun]
+        command = [*prefix, sys.executable, *(launcher if ranks > 1 else [])]
+        command += [str(ROOT / "tests/faults/train_with_fault.py"), "--config", str(self.config)]
+        command += ["--job.run_name", self.run.name, *options]
+        self.starts += 1
+        log = self.folder / f"{self.run.name}-{self.starts}.log"
+        env = os.environ | {"OMP_NUM_THREADS": "1", "FAULTS": json.dumps(plan)}
+        with log.open("w") as output:
+            process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        return Started(process, log)
+
+    def live(self, *plan: Fault, torchrun: tuple[str, ...] = ()) -> list[Life]:
+        """Run the command to its end, through all restarts that `torchrun` is given; one `Life` for each."""
+        return self.start(list(plan), torchrun=torchrun).finish()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run / "checkpoint"
+
+    def records(self) -> list[dict[str, Any]]:
+        """metrics.jsonl, a record a step."""
+        return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+
+    def losses(self) -> dict[int, float]:
+        return {record["step"]: record["loss"] for record in self.records()}
+
+
+@dataclass
+class Started:
+    """A command that runs."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def finish(self, timeout: float = 400) -> list[Life]:
+        """Wait for the command, not for ranks that it may leave behind; past `timeout` seconds it is killed."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+            self.process.kill()
+            self.process.wait()
+        lives = [Life(self.log, i) for i in range(self.log.read_text().count('{"what": "life", "rank": 0,') or 1)]
+        lives[-1].code, lives[-1].ended = code, time.monotonic()
+        return lives
+
+    def wait_for(self, text: str, timeout: float = 60) -> None:
+        """Return when the log holds `text`, the command has ended, or `timeout` seconds are over."""
+        deadline = time.monotonic() + timeout
+        while text not in self.log.read_text() and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
