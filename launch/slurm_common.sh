@@ -43,7 +43,7 @@ train() {
     done
     if ((code == 0 || code == 2)); then
         say "ended with exit code $code"
-    elif [[ $near_limit ]]; then
+    elif [[ $near_limit ]] && ((code == 75 || code > 128)); then # above: a node ended by srun when another was done
         requeue "the time limit is near" || true
     elif preempted; then
         requeue "preempted" || true

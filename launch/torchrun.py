@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from titan_dp.errors import EXIT_STOPPED, STOPPED_FILE
+from titan_dp.interrupt import LAUNCHER_PID
 
 SHUTDOWN_SECONDS = "60"
 """What ranks have to save in after a signal, where TORCH_ELASTIC_SHUTDOWN_TIMEOUT and --shutdown-timeout are not given."""
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
     host = args.rdzv_endpoint.rpartition(":")[0] or args.rdzv_endpoint or args.master_addr
     if args.nnodes != "1" and not args.standalone and (interface := interface_towards(host)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ[LAUNCHER_PID] = str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     # torch would let ranks that --max-restarts starts again find the dead ones' addresses in the agent's store, and hang.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

@@ -174,9 +174,9 @@ def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     return problems
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint so that it is none any more, but can be looked at; returns the new path."""
-    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+def set_aside(checkpoint: Path, why: str = "damaged") -> Path:
+    """Rename a checkpoint so that it is none any more, but can be looked at: step-00001000.damaged. Returns the new path."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.{why}")
     if aside.exists():
         shutil.rmtree(aside)
     return checkpoint.rename(aside)
@@ -244,6 +244,14 @@ def _sections(config: str) -> dict[str, Any]:
     return sections
 
 
+def loaded_step(checkpoint: Path) -> object:
+    """`checkpoint.load_step` of the run that saved it; None where that cannot be read."""
+    try:
+        return _value(_sections(read_manifest(checkpoint)["config"]), "checkpoint.load_step")
+    except UserError:
+        return None
+
+
 def _value(config: dict[str, Any], dotted: str) -> object:
     """Of a key in resolved TOML; one that was unset, or that the writing version did not know, has its default."""
     section, _, name = dotted.partition(".")
@@ -300,8 +308,9 @@ def _list(path: Path) -> int:
         size = decimal(sum(entry["bytes"] for entry in manifest["files"]))
         state = "healthy" if manifest["healthy"] else "NOT finite"
         table.add_row(str(step), state, f"{manifest['tokens']:,}", str(manifest["world_size"]), size, saved)
-    for path in sorted(folder.glob("step-*.damaged")):
-        table.add_row(path.name.split("-")[1].split(".")[0].lstrip("0") or "0", "DAMAGED, set aside", "", "", "", "")
+    for path in sorted(folder.glob("step-*.*")):
+        digits, why = path.name.removeprefix("step-").split(".", 1)
+        table.add_row(digits.lstrip("0") or "0", f"{why}, set aside", "", "", "", "")
     Console().print(table)
     return 0
 

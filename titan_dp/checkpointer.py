@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,10 +40,12 @@ from torch.optim import Optimizer
 
 from titan_dp import config
 from titan_dp.checkpoint import (
+    MANIFEST,
     DamagedError,
     apply_retention,
     check_resumable,
     committed_steps,
+    loaded_step,
     read_manifest,
     resolve_checkpoint,
     set_aside,
@@ -57,6 +59,7 @@ from titan_dp.distributed import local_tensor
 from titan_dp.errors import UserError
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+T = TypeVar("T")
 SAVE_TIMEOUT = timedelta(hours=1)  # a slow file system is not a hang
 
 
@@ -161,24 +164,30 @@ class Checkpointer:
 
         def commit() -> None:
             write_manifest(folder, meta, [entry for rank in entries for entry in rank])
-            apply_retention(self.folder, self.c.keep_latest_k)
+            try:
+                apply_retention(self.folder, self.c.keep_latest_k)
+            except OSError as error:  # the new one is committed; an old one too many is no reason to stop
+                print(f"WARNING: old checkpoints could not be deleted ({error})", file=sys.stderr, flush=True)
 
         self._on_main(commit)
 
-    def _on_main(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0; all ranks return together, or raise together if it failed."""
+    def _on_main(self, action: Callable[[], T]) -> T:
+        """What `action` returns on rank 0; all ranks return it together, or raise together if it failed."""
         outcome: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
-                action()
-            except OSError as error:
-                outcome = [(error.errno, str(error))]
+                outcome = [action()]
+            except Exception as error:
+                outcome = [error]
         dist.broadcast_object_list(outcome, src=0, group=self.group)
-        if outcome[0] is not None:
-            raise OSError(*outcome[0])
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
 
     def _explain(self, error: BaseException, folder: Path) -> BaseException:
         """A failed save as one sentence, the half-written folder removed."""
+        if (folder / MANIFEST).exists():  # committed: what failed came after
+            return error
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         if (cause := _os_error(error)) is None:
@@ -197,13 +206,14 @@ class Checkpointer:
         Raises UserError where the checkpoint is cut off, damaged, of another architecture or other data, or where
         `resume` is off and there is one.
         """
-        steps = committed_steps(self.folder)
+        # Rank 0's list for all: a network file system may show a new folder to some ranks later.
+        steps = self._on_main(lambda: committed_steps(self.folder))
         if not self.c.resume and steps:
             raise UserError(
                 f"checkpoint.resume = false, but {self.folder} holds step {steps[-1]}; choose another job.run_name, delete the "
                 "folder, or resume"
             )
-        folder = self._newest_good(steps) if self.c.load_step == -1 else self._good(self.c.load_step)
+        folder = self._newest_good(steps) if self.c.load_step == -1 else self._good(self._step_to_load(steps))
         if folder is None:
             return None
         manifest = read_manifest(folder)
@@ -225,6 +235,22 @@ class Checkpointer:
         _restore_rng(rng, current["seed"], manifest["step"])
         return manifest
 
+    def _step_to_load(self, steps: list[int]) -> int:
+        """`load_step`, or the newest that was saved since by a run that began there; newer ones of another past are set aside.
+
+        Left in place those would be the newest, by which retention and the next start go.
+        """
+        newer = [step for step in steps if step > self.c.load_step]
+        own = self._on_main(lambda: [s for s in newer if loaded_step(step_folder(self.folder, s)) == self.c.load_step])
+        if (step_folder(self.folder, self.c.load_step) / MANIFEST).exists() or own:
+            for step in sorted(set(newer) - set(own)):
+                folder = step_folder(self.folder, step)
+                self._on_main(partial(set_aside, folder, "abandoned"))
+                if dist.get_rank() == 0:
+                    said = f"checkpoint {folder} is set aside as {folder.name}.abandoned: the run goes on from an earlier step"
+                    print(f"{said} (checkpoint.load_step = {self.c.load_step})", file=sys.stderr, flush=True)
+        return max([self.c.load_step, *own])
+
     def _good(self, step: int) -> Path:
         """The checkpoint of that step. Raises UserError where it is damaged."""
         folder = step_folder(self.folder, step)
@@ -242,7 +268,7 @@ class Checkpointer:
             if dist.get_rank() == 0:
                 aside = f"it is set aside as {folder.name}.damaged, and the one before is taken"
                 print(f"WARNING: checkpoint {folder} is damaged: {'; '.join(problems)}; {aside}", file=sys.stderr, flush=True)
-        if steps:
+        if self._on_main(lambda: list(self.folder.glob("step-*.damaged"))):
             raise UserError(
                 f"every checkpoint in {self.folder} is damaged and set aside (*.damaged); restore one, or start again with "
                 "another job.run_name"
@@ -285,12 +311,18 @@ class CheckpointTensors:
 
 def _verify_together(folder: Path, group: dist.ProcessGroup | None = None) -> list[str]:
     """`verify` with the reading shared by all ranks; each gets all sentences."""
+    own: list[str] | OSError
     try:
         own = verify(folder, dist.get_rank(), dist.get_world_size())
     except DamagedError as error:  # anything else in a manifest that all ranks read stops them all
         own = [str(error)]
+    except OSError as error:  # cannot be read now, which is not the same
+        own = error
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own, group=group)
+    for found in every:
+        if isinstance(found, OSError):
+            raise found
     return list(dict.fromkeys(problem for part in every for problem in part))
 
 
@@ -412,6 +444,7 @@ class _Stager(BlockingAsyncStager):
 def _make_empty(folder: Path) -> None:
     """A folder for a new checkpoint; one of the same step that was cut off, or is saved again, goes."""
     if folder.exists():
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: what a kill leaves must not look committed
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
 

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 # What a machine may lack, whoever wrote the program, and what to say beyond the operating system's own words.
 _MACHINE_FAULTS = {
@@ -49,6 +50,9 @@ STOPPED_FILE = "TITAN_DP_STOPPED_FILE"
 
 def run_main(command: Callable[[], int]) -> int:
     """Run `command` and return the process's exit code, printing what went wrong to stderr."""
+    if path := os.environ.get(STOPPED_FILE):  # of an earlier life of this rank
+        with suppress(OSError):
+            os.unlink(path)
     try:
         try:
             return command()

@@ -91,9 +91,10 @@ class StepTimes:
         dist.all_gather_object(self._hosts, socket.gethostname())
         self._suspects: set[int] = set()
         self._compiled_seconds = 0.0
-        self._reset()
+        self.begin()
 
-    def _reset(self) -> None:
+    def begin(self) -> None:
+        """The first interval begins now."""
         self._begin = self._step_begin = time.perf_counter()
         self._data, self._paused, self._steps = 0.0, {}, []  # type: ignore[var-annotated]
         self._paused_in_step = 0.0
@@ -112,6 +113,8 @@ class StepTimes:
         start = time.perf_counter()
         yield
         self._book(what, time.perf_counter() - start)
+        if self.compiled:
+            self._compiled_seconds = _compiler_seconds()  # what was compiled meanwhile is in this pause
 
     def _book(self, what: str, seconds: float) -> None:
         self._paused[what] = self._paused.get(what, 0.0) + seconds
@@ -138,7 +141,7 @@ class StepTimes:
         remarks = self._slow_ranks(data, work, seconds) + self._long_steps()
         usual_work = max(median(work), 1e-9)
         interval = Interval(seconds, self._data, max(data), max(work) / usual_work, self._paused, remarks)
-        self._reset()
+        self.begin()
         return interval
 
     def _slow_ranks(self, data: list[float], work: list[float], seconds: float) -> list[str]:
@@ -150,7 +153,7 @@ class StepTimes:
             elif worked > _SLOW_WORK * usual_work:
                 slow[rank] = f"computes at {usual_work / worked:.0%} of the median's speed"
         again, self._suspects = self._suspects & slow.keys(), set(slow)
-        return [f"rank {rank} on {self._hosts[rank]} {slow[rank]}: all wait for it" for rank in sorted(again)]
+        return [f"rank {rank} on {self._hosts[rank]} {slow[rank]}" for rank in sorted(again)]
 
     def _long_steps(self) -> list[str]:
         usual = median(seconds for seconds, _ in self._steps) if self._steps else 0.0

@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LAUNCHER_PID = "TITAN_DP_LAUNCHER_PID"
+"""Environment variable that launch/torchrun.py sets."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def end_with_launcher() -> None:
-    """Have the kernel send this process SIGTERM when its parent, the launcher, dies."""
-    parent = os.getppid()
+    """Have the kernel send this process SIGTERM when its parent, the launcher, dies; at once if it has died already."""
+    launcher = int(os.environ.get(LAUNCHER_PID, os.getppid()))
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died in between
+    if os.getppid() != launcher:  # it died while this process started, and nobody will tell
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from titan_dp.config_loader import PROJECT
-from titan_dp.errors import RunError, UserError
+from titan_dp.errors import EXIT_STOPPED, RunError, UserError
 from titan_dp.run_folder import is_finished, is_locked, last_record
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 45  # between SIGTERM and SIGKILL; torchrun gives its own processes 30
+_GRACE_SECONDS = 75  # between SIGTERM and SIGKILL; launch/torchrun.py gives its own processes 60
 
 
 class Cell(Protocol):
@@ -204,6 +204,8 @@ class _Launcher:
         attempt.reason = (
             f"exit code {attempt.code}, {_last_line(attempt)} ({attempt.log})" if attempt.log else "an earlier launch"
         )
+        if attempt.code == EXIT_STOPPED:  # by a signal, and saved: no failure
+            attempt.attempts -= 1
         if attempt.code == 2 or attempt.attempts > self.retries:  # 2 is a user's mistake: trying again cannot help
             attempt.state = "failed"
         else:

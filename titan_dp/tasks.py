@@ -6,25 +6,28 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from titan_dp import config
-from titan_dp.data.batches import Loader, Place
+from titan_dp.data.batches import Batch, Loader, Place
 from titan_dp.data.loader import ShardLoader, ValidationLoader, build_dataloader, build_validation_loader
 from titan_dp.data.segment import Segment
 from titan_dp.data.shard_check import ShardCheck
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
 from titan_dp.distributed import World, all_reduce_sum, data_world
-from titan_dp.errors import UserError
+from titan_dp.errors import RunError, UserError
 from titan_dp.length_test import run_length_test
 from titan_dp.model.transformer import Transformer
 from titan_dp.pretrained import load_pretrained
 from titan_dp.sampling import Sampling, continue_text
 from titan_dp.schedule import BatchPlan
 from titan_dp.validate import Evaluation, evaluate_answers, evaluate_loss
+
+Watched = Callable[[Iterable[Batch]], Iterable[Batch]]
 
 
 class Task(Protocol):
@@ -35,8 +38,8 @@ class Task(Protocol):
     def held_out(self) -> ValidationLoader | SyntheticSet | None:
         """What the run is validated on; None where validation is off."""
 
-    def evaluate(self, model: Transformer) -> Evaluation:
-        """Of `model` on what is held out."""
+    def evaluate(self, model: Transformer, watched: Watched) -> Evaluation:
+        """Of `model` on what is held out, or on as much of it as `watched` lets pass."""
 
     def is_reached(self, result: Evaluation) -> bool:
         """Whether there is nothing left to learn, and the run may end before its last step."""
@@ -49,7 +52,7 @@ class Task(Protocol):
         """Begin to compare the data with what it is said to be, beside training."""
 
     def check_data(self) -> None:
-        """Raises UserError where it was found to be something else."""
+        """Raises UserError on every rank where it was found to be something else, RunError where it cannot be read."""
 
     def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> tuple[str, str] | None:
         """Title and text of what a trained model has to show, on rank 0; `checkpoint` is its last one, None without any."""
@@ -83,11 +86,11 @@ class TextTask:
             held_out_size = c.validation.local_batch_size or own
             self.held_out = build_validation_loader(c.validation, c.data, local_batch_size=held_out_size, **where)
 
-    def evaluate(self, model: Transformer) -> Evaluation:
+    def evaluate(self, model: Transformer, watched: Watched) -> Evaluation:
         assert self.held_out is not None
         limit = None if self.validation.steps == -1 else self.validation.steps
         batches = map(self.segment, itertools.islice(iter(self.held_out), limit))
-        return evaluate_loss(model, batches, self.world.device)
+        return evaluate_loss(model, watched(batches), self.world.device)
 
     def watch_data(self, run_folder: Path) -> None:
         if self.verify and self.world.is_main:
@@ -98,8 +101,10 @@ class TextTask:
     def check_data(self) -> None:
         if self.verify:
             problem = self.shard_check.problem if self.shard_check is not None else None
-            if all_reduce_sum(torch.tensor(int(problem is not None), device=self.world.device)):
-                raise UserError(problem or "the data has changed, as rank 0 says")
+            kinds = (None, UserError, RunError)
+            found = all_reduce_sum(torch.tensor(kinds.index(problem and type(problem)), device=self.world.device))
+            if (kind := kinds[int(found)]) is not None:
+                raise problem or kind("rank 0 says what is wrong with the data")
 
     @property
     def may_end_early(self) -> bool:
@@ -136,9 +141,9 @@ class AnswerTask:
         self.held_out = validation_set(self.c, place, vocab_size, world.device) if c.validation.enable else None
         self.test = test_set(self.c, place, vocab_size, world.device)
 
-    def evaluate(self, model: Transformer) -> Evaluation:
+    def evaluate(self, model: Transformer, watched: Watched) -> Evaluation:
         assert self.held_out is not None
-        return evaluate_answers(model, self.held_out, self.device)
+        return evaluate_answers(model, watched(self.held_out), self.device)
 
     def watch_data(self, run_folder: Path) -> None:
         """Words are computed, not read."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -22,10 +23,10 @@ from rich.console import Console
 from titan_dp import distributed
 from titan_dp.checkpointer import SAVE_TIMEOUT, Checkpointer, load_model_weights
 from titan_dp.config_loader import Loaded
-from titan_dp.data.batches import IGNORE
+from titan_dp.data.batches import IGNORE, Batch
 from titan_dp.data.segment import Segment
 from titan_dp.distributed import World
-from titan_dp.errors import StoppedError
+from titan_dp.errors import RunError, StoppedError
 from titan_dp.files import write_atomically
 from titan_dp.health import StepTimes
 from titan_dp.interrupt import Interrupt
@@ -87,6 +88,7 @@ class Trainer:
         self.stop_for: Signals | None = None
 
         self.step, self.reached = 0, False  # reached: the task is learnt, before the last step
+        self.validation_due = False  # one was broken off by a signal, after the step that is saved
         self.lock = RunLock(self.run_folder, patience=10) if world.is_main else None
         self.checkpointer = Checkpointer(c.checkpoint, self.run_folder)
         self._resume()
@@ -102,6 +104,7 @@ class Trainer:
         manifest = self.checkpointer.load(self.model, self.optimizers, current=self._identity())
         if manifest is not None:
             self.step, self.reached = manifest["step"], self.task.may_end_early and manifest.get("reached", False)
+            self.validation_due = self.task.held_out is not None and manifest.get("validation_due", False)
             self.loader.load_state_dict(manifest["loader"])
             unused = f"; checkpoint.initial_load_path = {c.initial_load_path!r} is for a new job.run_name and not used"
             self.console.print(
@@ -167,6 +170,10 @@ class Trainer:
         gc.disable()  # collections at different moments on different ranks make all of them wait
         try:
             with Profiler(c.profiling, self.run_folder, self.world.rank) as profiler, self.watchdog, self.interrupt:
+                if self.validation_due:
+                    self._validate(metrics)
+                self.times.begin()
+                self.watchdog.beat(SAVE_TIMEOUT.total_seconds())  # a stream may skip for long to where it was
                 while not self._is_done() and self.stop_for is None:
                     with self.times.data_wait():
                         micro_batches = list(itertools.islice(batches, self.batch.accumulation))
@@ -201,20 +208,24 @@ class Trainer:
                     profiler.step()
             self.checkpointer.wait()
             if self.stop_for is not None:
-                raise StoppedError(self._farewell(self.stop_for))
+                raise self._farewell(self.stop_for)
             distributed.set_timeout(c.comm.init_timeout_seconds)  # the other ranks wait while rank 0 writes a sample
             self._show_result(metrics)
             self._write_run("finished")
         finally:
             gc.enable()
-            metrics.close()
             self.checkpointer.close()
-            if self.lock is not None:
-                self.lock.close()
+            try:
+                metrics.close()
+            finally:
+                if self.lock is not None:
+                    self.lock.close()
 
-    def _farewell(self, signal: Signals) -> str:
-        saved = "saved" if self.config.checkpoint.enable else "checkpoint.enable = false, so nothing is saved"
-        return f"stopped by {signal.name} after step {self.step:,}; {saved}; the same command resumes"
+    def _farewell(self, signal: Signals) -> StoppedError | RunError:
+        stopped = f"stopped by {signal.name} after step {self.step:,}"
+        if self.config.checkpoint.enable:
+            return StoppedError(f"{stopped}; saved; the same command resumes")
+        return RunError(f"{stopped}; nothing is saved (checkpoint.enable = false)")
 
     def _is_done(self) -> bool:
         return self.reached or self.step >= self.batch.steps
@@ -261,10 +272,23 @@ class Trainer:
         return distributed.all_reduce_sum(loss_sum) / valid, householder_steps, grad_norm, self.config.optimizer.lr * factor
 
     def _validate(self, metrics: Metrics) -> None:
+        """Validate, unless a signal comes before it is done: then the run that resumes does."""
+        limit, self.watchdog.limit = self.watchdog.limit, self.config.comm.init_timeout_seconds  # the first one compiles
         with self.times.paused("validation"):
-            result = self.task.evaluate(self.model)
-        metrics.log_validation(self.step, result)
-        self.reached = self.task.is_reached(result)
+            result = self.task.evaluate(self.model, self._until_stopped)
+        self.watchdog.limit = limit
+        self.validation_due = self.stop_for is not None
+        if not self.validation_due:
+            metrics.log_validation(self.step, result)
+            self.reached = self.task.is_reached(result)
+
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """`batches`, broken off on all ranks together once one of them has been asked to stop."""
+        for batch in batches:
+            self.stop_for = self.stop_for or self.interrupt.agreed(distributed.all_reduce_sum(self.interrupt.flags()))
+            if self.stop_for is not None:
+                return
+            yield batch
 
     def _save(self, last: bool) -> None:
         position = self.loader.state_dict()
@@ -274,6 +298,7 @@ class Trainer:
             "samples": position["samples"],
             "tokens": position["samples"] * self.batch.seq_len,
             "reached": self.reached,
+            "validation_due": self.validation_due,
         }
         self.checkpointer.save(self.step, self.model, self.optimizers, meta=meta, healthy=self.guard.healthy(), blocking=last)
 

@@ -7,7 +7,8 @@ Every forward pass is a sign of life, in training and in validation. A rank that
 
 and leaves with exit code 1. All ranks do so within moments, because all wait for the one that hangs. A thread of Python's does
 it; should the hanging code keep that from running, by holding Python's lock, one of C's writes the stacks to stderr and ends
-the process. A rank that is stopped altogether writes nothing: it is the one without a file.
+the process after an hour. A rank that is stopped altogether writes nothing: it is the one without a file. If all are stopped
+and go on, as when a scheduler suspends a job, nothing happens.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from types import TracebackType
 import torch._C._distributed_c10d as c10d
 
 _TICK = 1.0  # seconds between two looks at the clock
+_SUSPENDED = 5.0  # between two looks: the whole process stood still, which is no hang
+_LAST_RESORT = 3600.0
 FLIGHT_RECORDER_ENTRIES = "2000"
 """Collectives torch remembers (TORCH_FR_BUFFER_SIZE, where that is not set)."""
 
@@ -41,7 +44,7 @@ class Watchdog:
 
     def __init__(self, folder: Path, rank: int, limit: float, key: str) -> None:
         self.folder, self.rank, self.limit, self.key = folder, rank, limit, key
-        self._deadline = float("inf")
+        self._allowed, self._deadline = limit, float("inf")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -58,7 +61,8 @@ class Watchdog:
 
     def beat(self, limit: float | None = None) -> None:
         """A sign of life; the next one must come within `limit` seconds, where given, else within the usual limit."""
-        self._deadline = time.monotonic() + (self.limit if limit is None else limit)
+        self._allowed = self.limit if limit is None else limit
+        self._deadline = time.monotonic() + self._allowed
 
     @contextmanager
     def patience(self, limit: float) -> Iterator[None]:
@@ -69,11 +73,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         try:
+            last = time.monotonic()
             while not self._ended.wait(_TICK):
-                if time.monotonic() > self._deadline:
+                now = time.monotonic()
+                if now - last > _SUSPENDED:
+                    self._deadline += now - last
+                elif now > self._deadline:
                     self._dump()
                     os._exit(1)
-                faulthandler.dump_traceback_later(self.limit + 10 * _TICK, exit=True)  # unless this thread runs again
+                last = now
+                faulthandler.dump_traceback_later(_LAST_RESORT, exit=True)  # unless this thread runs again
         finally:
             faulthandler.cancel_dump_traceback_later()
 
@@ -92,8 +101,8 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
             where = f"stacks are above, as {self.folder} could not be written ({error})"
         print(
-            f"error (rank {self.rank}): no forward pass began for {self.limit:g} s ({self.key}); {where}; the rank without a "
-            "file there, or whose stack differs from the others', hangs. The same command resumes",
+            f"error (rank {self.rank}): no forward pass began for {self._allowed:g} s ({self.key}); {where}; the rank without "
+            "a file there, or whose stack differs from the others', hangs. The same command resumes",
             file=sys.stderr,
             flush=True,
         )

@@ -193,6 +193,55 @@ def save_steps(folder: Path, steps: tuple[int, ...]) -> None:
     checkpointer.wait()
 
 
+def go_back(folder: Path, load_step: int, save: tuple[int, ...]) -> int:
+    """Resume as `--checkpoint.load_step` does, then save; returns the step resumed from."""
+    model, optimizers = trained(1)
+    c = config.Checkpoint(load_step=load_step, keep_latest_k=2)
+    checkpointer = Checkpointer(c, folder)
+    manifest = checkpointer.load(model, optimizers, META)
+    meta = META | {"config": f"[model]\n[checkpoint]\nload_step = {load_step}\n"}
+    for step in save:
+        checkpointer.save(step, model, optimizers, meta=meta, healthy=True, blocking=True)
+    assert manifest is not None
+    return manifest["step"]
+
+
+def test_going_back_to_a_step_leaves_the_abandoned_ones_aside_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    run_ranks(2, save_steps, tmp_path, (5, 10, 15, 20))
+    assert run_ranks(2, go_back, tmp_path, 5, (8,)) == [5, 5]
+    folder = tmp_path / "checkpoint"
+    assert committed_steps(folder) == [5, 8]
+    assert sorted(path.name for path in folder.glob("*.abandoned")) == [f"step-000000{s}.abandoned" for s in (10, 15, 20)]
+    assert run_ranks(2, go_back, tmp_path, 5, (11, 14)) == [8, 8]
+    assert run_ranks(2, go_back, tmp_path, 5, ()) == [14, 14]
+    assert run_ranks(2, go_back, tmp_path, -1, ()) == [14, 14]
+
+
+def a_save_whose_retention_fails(folder: Path) -> None:
+    from titan_dp import checkpointer as module
+
+    def fails(folder: Path, keep_latest_k: int) -> None:
+        raise OSError(116, "Stale file handle")
+
+    module.apply_retention, original = fails, module.apply_retention
+    try:
+        save_steps(folder, (1, 2))
+    finally:
+        module.apply_retention = original
+
+
+def test_old_checkpoints_that_cannot_be_deleted_do_not_cost_the_new_one(tmp_path: Path) -> None:
+    run_ranks(2, a_save_whose_retention_fails, tmp_path)
+    assert committed_steps(tmp_path / "checkpoint") == [1, 2]
+
+
+def test_a_start_after_every_checkpoint_was_damaged_refuses_as_the_one_before_did(tmp_path: Path) -> None:
+    run_ranks(1, save_steps, tmp_path, (1,))
+    flip_a_bit(step_folder(tmp_path / "checkpoint", 1) / ".metadata")
+    for _ in range(2):
+        run_ranks(1, refuse, tmp_path, {}, r"every checkpoint in .* is damaged and set aside")
+
+
 def save_and_change(folder: Path) -> None:
     model, optimizers = trained(1)
     checkpointer = Checkpointer(config.Checkpoint(), folder)

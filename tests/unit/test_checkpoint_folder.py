@@ -114,9 +114,9 @@ def test_list_shows_every_step_and_its_state(tmp_path: Path, capsys: pytest.Capt
     ckpt.set_aside(make(tmp_path / "checkpoint", 5))
     assert dispatch(["checkpoint", "list", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    kinds = ("healthy", "NOT finite", "cut off", "set aside", "DAMAGED")
+    kinds = ("healthy", "NOT finite", "cut off", "damaged, set aside", "DAMAGED")
     states = [next((s for s in kinds if s in line), None) for line in lines]
-    assert [s for s in states if s] == ["healthy", "NOT finite", "cut off", "DAMAGED", "set aside"]
+    assert [s for s in states if s] == ["healthy", "NOT finite", "cut off", "DAMAGED", "damaged, set aside"]
 
 
 @pytest.mark.parametrize("command", ["list", "verify"])

@@ -12,6 +12,7 @@ import pytest
 from titan_dp.data.shard_check import RECORD, ShardCheck
 from titan_dp.data.shards import ShardWriter, TokenShards
 from titan_dp.data.tokenizer import load_tokenizer
+from titan_dp.errors import RunError, UserError
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def source(tmp_path: Path) -> TokenShards:
     return TokenShards(folder)
 
 
-def problem_of(source: TokenShards, run_folder: Path) -> str | None:
+def problem_of(source: TokenShards, run_folder: Path) -> Exception | None:
     check = ShardCheck([source], run_folder)
     check.wait()
     return check.problem
@@ -47,8 +48,13 @@ def test_shards_as_prepared_are_good_and_noted(source: TokenShards, tmp_path: Pa
 def test_a_changed_file_is_named(source: TokenShards, tmp_path: Path, name: str) -> None:
     flip_a_bit(source.folder / name)
     problem = problem_of(source, tmp_path)
-    assert problem is not None
-    assert f"{name} is not what was prepared" in problem
+    assert isinstance(problem, UserError)
+    assert f"{name} is not what was prepared" in str(problem)
+
+
+def test_a_file_that_cannot_be_read_is_the_machines_fault(source: TokenShards, tmp_path: Path) -> None:
+    (source.folder / "shard-00001.npy").unlink()
+    assert isinstance(problem_of(source, tmp_path), RunError)
 
 
 def test_a_file_found_good_is_hashed_again_only_after_a_change(source: TokenShards, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -69,9 +70,16 @@ def pack_boundaries(starts: list[np.ndarray], T: int) -> Tensor:
     return torch.from_numpy(padded)
 
 
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """A signal to the whole process group must not take the data away from the step that is to be finished."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def stateful_loader(dataset: Any, workers: config.Dataloader, **options: Any) -> StatefulDataLoader:
     if workers.num_workers:
         options["prefetch_factor"] = workers.prefetch_factor
+        options["worker_init_fn"] = _leave_signals_to_the_rank
     # Items are whole micro-batches, so there is nothing to collate; our own integer is the state, not torchdata's.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
     return StatefulDataLoader(

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from titan_dp.data.shards import TokenShards
+from titan_dp.errors import RunError, UserError
 from titan_dp.files import file_sha256, write_json
 
 RECORD = "data_verified.json"
@@ -28,8 +30,8 @@ class ShardCheck:
 
     def __init__(self, sources: list[TokenShards], run_folder: Path) -> None:
         self.sources, self.record = sources, run_folder / RECORD
-        self.problem: str | None = None
-        """What was found, in one sentence."""
+        self.problem: UserError | RunError | None = None
+        """What was found: a changed file, or one that cannot be read."""
         self._closed = threading.Event()
         run_folder.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._run, name="shard-check", daemon=True)
@@ -53,16 +55,17 @@ class ShardCheck:
                 if self._closed.is_set() or good.get(str(path.resolve())) == state:
                     continue
                 if file_sha256(path) != expected:
-                    self.problem = (
+                    self.problem = UserError(
                         f"{path} is not what was prepared (its sha256 differs from the manifest's): restore it, or prepare the "
                         "data again; steps that have read it since it changed are not to be trusted"
                     )
                     return
-                good[str(path.resolve())] = state
-                write_json(self.record, good)
             except OSError as error:
-                self.problem = f"{path} cannot be read any more ({error}): restore it, or prepare the data again"
+                self.problem = RunError(f"{path} cannot be read any more ({error}); look at the file system")
                 return
+            good[str(path.resolve())] = state
+            with suppress(OSError):  # it only saves work next time
+                write_json(self.record, good)
 
     def _files(self) -> Iterator[tuple[Path, str, str]]:
         for source in self.sources:
