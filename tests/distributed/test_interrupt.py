@@ -1,0 +1,94 @@
+"""Signals at moments that tests/faults, which strikes in steps, does not reach: in a validation, while processes start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tests.distributed.harness import run_ranks
+
+SETTINGS = [
+    *(
+        "--training.steps",
+        "6",
+        "--training.seq_len",
+        "16",
+        "--training.local_batch_size",
+        "2",
+        "--training.global_batch_size",
+        "4",
+    ),
+    *("--validation.freq", "3", "--checkpoint.interval", "100", "--generate.enable=false"),
+]
+
+
+class Struck:
+    """Held-out batches; while rank 1 reads the second, it gets a SIGTERM."""
+
+    def __init__(self, held_out: Any) -> None:
+        self.held_out = held_out
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self.held_out):
+            if number == 1 and dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.held_out, name)
+
+
+def train(config: Path, name: str, struck: bool) -> str:
+    """Train to the end, or to the signal; returns what is said then."""
+    from titan_dp.config_loader import load_config
+    from titan_dp.distributed import current_world
+    from titan_dp.errors import StoppedError
+    from titan_dp.trainer import Trainer
+
+    trainer = Trainer(load_config(["--config", str(config), *SETTINGS, "--job.run_name", name]), current_world())
+    if struck:
+        trainer.task.held_out = Struck(trainer.task.held_out)  # type: ignore[misc, assignment]
+    try:
+        trainer.train()
+    except StoppedError as stopped:
+        return str(stopped)
+    return "finished"
+
+
+def validations(config: Path, name: str) -> dict[int, float]:
+    records = map(json.loads, (config.parent / "outputs" / name / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+
+
+def test_a_signal_breaks_a_validation_off_and_the_run_that_resumes_does_it(tiny_config: Path) -> None:
+    assert run_ranks(2, train, tiny_config, "undisturbed", False) == ["finished", "finished"]
+    said = run_ranks(2, train, tiny_config, "struck", True)
+    assert said == ["stopped by SIGTERM after step 3; saved; the same command resumes"] * 2
+    assert validations(tiny_config, "struck") == {}
+    assert run_ranks(2, train, tiny_config, "struck", False) == ["finished", "finished"]
+    assert validations(tiny_config, "struck") == validations(tiny_config, "undisturbed")
+
+
+ORPHAN = """
+import os, subprocess, sys, time
+child = (
+    "import time; from titan_dp.interrupt import end_with_launcher; time.sleep(1); end_with_launcher(); print('still here')"
+)
+os.environ["TITAN_DP_LAUNCHER_PID"] = str(os.getpid())
+subprocess.Popen([sys.executable, "-c", child])
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_rank_whose_launcher_has_died_already_ends(root: Path) -> None:
+    launcher = subprocess.run([sys.executable, "-c", ORPHAN], cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    assert launcher.returncode == -signal.SIGKILL
+    assert launcher.stdout == "", "the pipe is open until the rank has ended"
