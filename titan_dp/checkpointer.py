@@ -310,7 +310,9 @@ class CheckpointTensors:
 
 
 def _verify_together(folder: Path, group: dist.ProcessGroup | None = None) -> list[str]:
-    """`verify` with the reading shared by all ranks; each gets all sentences."""
+    """`verify` with the reading shared by all ranks, if there are any; each gets all sentences."""
+    if not dist.is_initialized():
+        return verify(folder)
     own: list[str] | OSError
     try:
         own = verify(folder, dist.get_rank(), dist.get_world_size())
