@@ -30,12 +30,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes where tests are many and small; the others start processes of their own. One thread each: on few cores
-# torch's threads wait for each other by spinning.
+# Two at a time, a file each: much of a test that starts processes is waiting. One thread each: on few cores torch's threads
+# wait for each other by spinning.
 test: export OMP_NUM_THREADS = 1
 test: lint
 	$(BIN)/python -m pytest tests/unit tests/kernels tests/hf tests/fuzz --numprocesses=2 --dist=loadfile
-	$(BIN)/python -m pytest tests/distributed tests/faults tests/slurm tests/integration
+	$(BIN)/python -m pytest tests/distributed tests/faults tests/slurm tests/integration --numprocesses=2 --dist=loadfile
 
 bench: $(INSTALLED)
 	for script in op loader checkpoint trainer kernel_costs export generation length_extrapolation scaling report state_tracking estimate; do $(BIN)/python benchmarks/$$script.py || exit 1; done

@@ -58,7 +58,8 @@ def test_without_torchrun_one_process_trains(tiny_config: Path, root: Path) -> N
     ):
         assert part in result.stdout, part
     run = tiny_config.parent / "outputs/tiny"
-    assert {p.name for p in run.iterdir()} == {"checkpoint", "config.toml", "metrics.jsonl", "run.json", "tb", ".lock"}
+    files = {"checkpoint", "config.toml", "data_verified.json", "metrics.jsonl", "run.json", "tb", ".lock"}
+    assert {p.name for p in run.iterdir()} == files
 
 
 def test_changed_architecture_or_data_is_refused_on_resume_and_harms_nothing(tiny_config: Path, root: Path) -> None:
