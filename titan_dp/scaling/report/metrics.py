@@ -132,7 +132,11 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_step(record: object) -> bool:
-    return isinstance(record, dict) and all(_is_number(record.get(key, 0 if key == "mfu" else None)) for key in _NUMBERS)
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("step"), int)
+        and all(_is_number(record.get(key, 0 if key == "mfu" else None)) for key in _NUMBERS)
+    )
 
 
 def _is_validation(record: dict[str, Any]) -> bool:
