@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ[LAUNCHER_PID] = str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
-    # torch would let ranks that --max-restarts starts again find the dead ones' addresses in the agent's store, and hang.
+    # torch 2.13 would let ranks that --max-restarts starts again, or on a node that was replaced, find the dead ones' addresses
+    # in the agent's store, and hang.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if "SIGUSR1" not in args.signals_to_handle:
         args.signals_to_handle += ",SIGUSR1"

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from titan_dp.config_docs import all_keys
 from titan_dp.errors import UserError
 from titan_dp.files import checksum, file_sha256, inside, shorten, shown, write_json
+from titan_dp.json_files import STRICT, JsonObject, first_mistake
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -44,7 +45,7 @@ class DamagedError(UserError):
 class _File(BaseModel):
     """A file as the manifest lists it."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(**STRICT, extra="forbid")
 
     name: str
     bytes: Annotated[int, Field(ge=0)]
@@ -52,10 +53,8 @@ class _File(BaseModel):
     sha256: str | None = None
 
 
-class _Manifest(BaseModel):
+class _Manifest(JsonObject):
     """What every manifest says; others of its entries are for people."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     files: list[_File]
     step: Annotated[int, Field(ge=0)]
@@ -104,10 +103,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason: object = error
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        reason = first_mistake(error) if isinstance(error, ValidationError) else error
         raise DamagedError(f"{path} is damaged ({reason}); take another step") from error
     return manifest
 

@@ -9,14 +9,17 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.harness import run_ranks
 from titan_dp.config_loader import load_config
 from titan_dp.distributed import World, current_world, data_world, local_tensor
-from titan_dp.estimate.collectives import Collective, CollectiveCounter
+from titan_dp.estimate.collectives import Collective, collective_of
 from titan_dp.estimate.trace import fake_run
 from titan_dp.schedule import plan_batches
 from titan_dp.trainer import Trainer
@@ -27,6 +30,22 @@ MODEL = [
     "--training.global_batch_size=-1", "--data.document_boundaries=carry", "--checkpoint.enable=false",
     "--generate.enable=false", "--validation.enable=false", "--metrics.enable_tensorboard=false",
 ]  # fmt: skip
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Records the collectives of whatever runs within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: list[Collective] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        out = func(*args, **(kwargs or {}))
+        if (found := collective_of(func, args, out)) is not None:
+            self.collectives.append(found)
+        return out
 
 
 def real_step(settings: list[str], scratch: Path) -> tuple[int, list[Collective]]:

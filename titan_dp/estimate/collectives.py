@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators of c10d and of its functional form, and what they are. Each is (kind, index of the argument with all the data;
 # None: the result).
@@ -80,24 +79,6 @@ def collective_of(func: Any, args: Any, out: Any, phase: str = "", micro: int = 
         return None
     kind, index = found
     return Collective(kind, _bytes(out if index is None else args[index]), _ranks(args), phase, micro)
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Records the collectives of whatever runs within it, real or fake."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.collectives: list[Collective] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torch.distributed.tensor import DTensor
-
-        if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented
-        out = func(*args, **(kwargs or {}))
-        if (found := collective_of(func, args, out)) is not None:
-            self.collectives.append(found)
-        return out
 
 
 def _bytes(tree: Any) -> int:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from titan_dp.run_folder import parsed_record
+
 CURVE_POINTS = 1000
 FINAL_SHARE = 0.05
 """Of a run's step records, at its end: their mean is the final training loss."""
@@ -52,7 +54,7 @@ def reduce_metrics(data: bytes) -> Totals | None:
     lines = text.splitlines()
     totals = _totals(lines, text, validations, unreadable)
     if totals is None:  # a line is torn
-        good = [line for line in lines if _is_step(_parsed(line))]
+        good = [line for line in lines if _is_step(parsed_record(line))]
         totals = _totals(good, b"\n".join(good), validations, unreadable + len(lines) - len(good))
     return totals
 
@@ -66,7 +68,7 @@ def _totals(lines: list[bytes], text: bytes, validations: list[dict[str, Any]], 
     last = validations[-1] if validations else {}
     try:
         shown = json.loads(b"[" + b",".join(lines[:: math.ceil(len(lines) / CURVE_POINTS) or 1]) + b"]")
-        if not all(map(_is_step, [*shown, *map(_parsed, lines[-1:])])):
+        if not all(map(_is_step, [*shown, *map(parsed_record, lines[-1:])])):
             return None
     except (ValueError, RecursionError):
         return None
@@ -94,14 +96,14 @@ def _split(data: bytes) -> tuple[bytes, list[dict[str, Any]], int]:
     A kill can cut off the last line, which is then left out and no cause for a warning.
     """
     last = data.rfind(b"\n", 0, len(data) - 1) + 1
-    if _parsed(data[last:]) is None:
+    if parsed_record(data[last:]) is None:
         data = data[:last]
     steps, validations, torn, end = [], [], 0, 0
     for match in re.finditer(rb'"validation_loss"', data):
         start = data.rfind(b"\n", 0, match.start()) + 1
         steps.append(data[end:start])
         end = (data.find(b"\n", start) + 1) or len(data)
-        record = _parsed(data[start:end])
+        record = parsed_record(data[start:end])
         if record is not None and _is_validation(record):
             validations.append(record)
         else:
@@ -121,14 +123,6 @@ def _columns(text: bytes, lines: int) -> list[list[float]] | None:
         return [list(map(float, values)) for values in found]
     except ValueError:
         return None
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _is_step(record: object) -> bool:
