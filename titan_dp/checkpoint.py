@@ -1,5 +1,4 @@
-"""Checkpoints on disk, without torch: what a folder must hold to exist, listing, verifying, retention, and whether a
-run may go on from one.
+"""Checkpoints on disk, without torch: what a folder must hold to exist, listing, verifying and retention.
 
     outputs/<run>/checkpoint/step-00001000/    __0_0.distcp ...   torch.distributed.checkpoint's files
                                                .metadata          its index, written when every rank has written
@@ -9,7 +8,7 @@ A folder without a manifest was cut off: it is never loaded, never counted by re
 The manifest holds sizes and checksums of all files and of itself, the step, the health bit, the resolved configuration, the
 git commit, the data's fingerprint and the position in the data. A checkpoint whose checksums differ is damaged: a run that
 would resume from it sets it aside, as step-00001000.damaged, and takes the one before. `checkpointer.py` writes and reads
-the tensors.
+the tensors; `changed_settings.py` says whether a run may go on from one.
 """
 
 from __future__ import annotations
@@ -40,6 +39,10 @@ FORMAT_VERSION = 2
 
 class DamagedError(UserError):
     """A checkpoint that is not as it was saved."""
+
+
+class NewerError(UserError):
+    """A checkpoint that a newer version of this program saved, with more in it than this one understands."""
 
 
 class _File(BaseModel):
@@ -96,7 +99,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         version = manifest.pop("format_version")
         if version not in (1, FORMAT_VERSION):
-            raise UserError(f"{path} has format version {shown(version)}, this program reads 1 and {FORMAT_VERSION}")
+            raise NewerError(f"{path} has format version {shown(version)}, this program reads 1 and {FORMAT_VERSION}")
         if version > 1 and manifest.pop("checksum") != _own_checksum(manifest):
             raise ValueError("its checksum differs")
         _Manifest.model_validate(manifest)
@@ -105,6 +108,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = first_mistake(error) if isinstance(error, ValidationError) else error
         raise DamagedError(f"{path} is damaged ({reason}); take another step") from error
+    _refuse_newer(manifest["config"], path)
     return manifest
 
 
@@ -203,34 +207,8 @@ def _is_healthy(checkpoint: Path) -> bool:
         return False
 
 
-# What must not change between a checkpoint and the run that resumes it, beyond the architecture: [model] but its backend.
-_FIXED = ("data.source", "data.weights", "data.document_boundaries", "data.seed", "training.seq_len", "optimizer.name")
-
-
-def check_resumable(saved: dict[str, Any], current: dict[str, Any], allow_changed: list[str]) -> None:
-    """Compare a manifest with the same entries of the run at hand: config (TOML), fingerprint, global_batch_size.
-
-    Raises UserError naming every architecture or data key that differs and is not in `allow_changed`.
-    """
-    before, now = _sections(saved["config"]), _sections(current["config"])
-    keys = {f"model.{key}" for key in {**before["model"], **now["model"]}} - {"model.backend"}
-    values = {key: (_value(before, key), _value(now, key)) for key in (*keys, *_FIXED)}
-    data = "state_tracking.task" if _value(now, "data.source") == "state_tracking" else "data.path"
-    values[data] = saved["fingerprint"], current["fingerprint"]
-    values["training.global_batch_size"] = saved["global_batch_size"], current["global_batch_size"]
-    changed = {key: pair for key, pair in values.items() if pair[0] != pair[1] and key not in allow_changed}
-    if changed:
-        listed = ", ".join(
-            f"{shorten(key)} (was {_show(old)}, now {_show(new)})" for key, (old, new) in sorted(changed.items())
-        )
-        raise UserError(
-            f"the run to resume (step {saved['step']}) was started with another {listed}; restore it, choose another "
-            f"job.run_name, or name the keys in checkpoint.allow_changed"
-        )
-
-
-def _sections(config: str) -> dict[str, Any]:
-    """The resolved TOML of a manifest, by section."""
+def saved_sections(config: str) -> dict[str, Any]:
+    """The resolved TOML of a manifest, by section. Raises DamagedError where it is none."""
     try:
         sections = tomllib.loads(config)
     except (ValueError, RecursionError):
@@ -240,24 +218,38 @@ def _sections(config: str) -> dict[str, Any]:
     return sections
 
 
+def _refuse_newer(config: str, where: Path) -> None:
+    """Raise NewerError where [model] has a key that this version does not know.
+
+    The one rule for keys of a newer version, whoever reads the manifest: in [model] they may change what the weights compute,
+    anywhere else they do not, and are passed over (a resume names them as it names every changed setting).
+    """
+    try:
+        model = saved_sections(config)["model"]
+    except DamagedError:  # for who needs the configuration to say
+        return
+    if unknown := sorted(key for key in model if f"model.{key}" not in all_keys()):
+        listed = ", ".join(f"model.{shorten(key)} = {shown(model[key])}" for key in unknown[:4])
+        raise NewerError(
+            f"{where} has {listed}, which this version of titan_dp does not know: a newer one saved it; read it with that"
+        )
+
+
 def loaded_step(checkpoint: Path) -> object:
     """`checkpoint.load_step` of the run that saved it; None where that cannot be read."""
     try:
-        return _value(_sections(read_manifest(checkpoint)["config"]), "checkpoint.load_step")
+        return saved_value(saved_sections(read_manifest(checkpoint)["config"]), "checkpoint.load_step")
     except UserError:
         return None
 
 
-def _value(config: dict[str, Any], dotted: str) -> object:
+def saved_value(config: dict[str, Any], dotted: str) -> object:
     """Of a key in resolved TOML; one that was unset, or that the writing version did not know, has its default."""
-    section, _, name = dotted.partition(".")
     default = all_keys()[dotted].default if dotted in all_keys() else None
-    return config.get(section, {}).get(name, default)
-
-
-def _show(value: object) -> str:
-    """A fingerprint by its beginning, anything else as it is."""
-    return f"tokens {value[:12]}..." if isinstance(value, str) and len(value) >= 64 else shown(value)
+    *path, name = dotted.split(".")
+    for part in path:
+        config = config.get(part, {})
+    return config.get(name, default) if isinstance(config, dict) else default
 
 
 # -- titan-dp checkpoint ------------------------------------------------------------------------------------------------
@@ -290,6 +282,7 @@ def _list(path: Path) -> int:
     folder = _folder_of(path)
     table = Table("step", "state", "tokens", "ranks", "size", "saved", title=str(folder))
     committed = set(committed_steps(folder))
+    newer: NewerError | None = None
     for step in all_steps(folder):
         checkpoint = step_folder(folder, step)
         if step not in committed:
@@ -297,8 +290,9 @@ def _list(path: Path) -> int:
             continue
         try:
             manifest = read_manifest(checkpoint)
-        except DamagedError:
-            table.add_row(str(step), "DAMAGED", "", "", "", "")
+        except (DamagedError, NewerError) as error:
+            newer = newer or (error if isinstance(error, NewerError) else None)
+            table.add_row(str(step), "DAMAGED" if isinstance(error, DamagedError) else "of a newer version", "", "", "", "")
             continue
         saved = datetime.fromisoformat(manifest["saved"]).strftime("%Y-%m-%d %H:%M:%S")
         size = decimal(sum(entry["bytes"] for entry in manifest["files"]))
@@ -308,6 +302,8 @@ def _list(path: Path) -> int:
         digits, why = path.name.removeprefix("step-").split(".", 1)
         table.add_row(digits.lstrip("0") or "0", f"{why}, set aside", "", "", "", "")
     Console().print(table)
+    if newer is not None:
+        raise newer
     return 0
 
 
@@ -321,7 +317,7 @@ def _verify(path: Path) -> int:
     for checkpoint in checkpoints:
         try:
             found = verify(checkpoint)
-        except DamagedError as error:
+        except (DamagedError, NewerError) as error:
             found = [str(error)]
         print(f"{checkpoint}: {'BAD' if found else 'good'}")
         problems += found

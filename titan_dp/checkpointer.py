@@ -39,11 +39,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from titan_dp import config
+from titan_dp.changed_settings import check_initial, check_resumable, keeps_moments
 from titan_dp.checkpoint import (
     MANIFEST,
     DamagedError,
     apply_retention,
-    check_resumable,
     committed_steps,
     loaded_step,
     read_manifest,
@@ -57,6 +57,7 @@ from titan_dp.checkpoint import (
 from titan_dp.checkpoint_files import Reader, Writer
 from titan_dp.distributed import local_tensor
 from titan_dp.errors import UserError
+from titan_dp.files import shorten
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 T = TypeVar("T")
@@ -222,16 +223,20 @@ class Checkpointer:
                 f"checkpoint {folder} holds weights alone, with no optimizer state to resume from; start a new run with "
                 f"checkpoint.initial_load_path = {str(folder)!r} in another run folder"
             )
-        check_resumable(manifest, current, self.c.allow_changed)
         optimizers = list(optimizers)
         model_tensors, rng = _model_tensors(model), {}
-        optimizer_tensors, rest = _optimizer_tensors(model, optimizers)
+        saved = CheckpointTensors(folder)
+        difference = tensor_difference(saved.shapes, _without_prefix(model_tensors, "model."))
+        check_resumable(manifest, current, self.c.allow_changed, difference)
+        moments = keeps_moments(manifest, current)  # else another optimizer, which was allowed, begins with none
+        optimizer_tensors, rest = _optimizer_tensors(model, optimizers) if moments else ({}, {})
         if manifest["world_size"] == dist.get_world_size():
             rng = _rng_tensors()
-        dcp.load({**model_tensors, **optimizer_tensors, **rng}, storage_reader=Reader(folder), process_group=self.group)
+        dcp.load({**model_tensors, **optimizer_tensors, **rng}, storage_reader=saved.reader, process_group=self.group)
         set_model_state_dict(model, _without_prefix(model_tensors, "model."), options=_OPTIONS)
-        state = {**rest, **_without_prefix(optimizer_tensors, "optimizer.")}
-        set_optimizer_state_dict(model, optimizers, optim_state_dict=state, options=_OPTIONS)  # type: ignore[arg-type]
+        if moments:
+            state = {**rest, **_without_prefix(optimizer_tensors, "optimizer.")}
+            set_optimizer_state_dict(model, optimizers, optim_state_dict=state, options=_OPTIONS)  # type: ignore[arg-type]
         _restore_rng(rng, current["seed"], manifest["step"])
         return manifest
 
@@ -328,37 +333,42 @@ def _verify_together(folder: Path, group: dist.ProcessGroup | None = None) -> li
     return list(dict.fromkeys(problem for part in every for problem in part))
 
 
-def load_model_weights(path: Path, model: nn.Module) -> dict[str, Any]:
+def load_model_weights(
+    path: Path, model: nn.Module, current: dict[str, Any] | None = None, allow_changed: Iterable[str] = ()
+) -> dict[str, Any]:
     """The weights of another run into a sharded model; returns that checkpoint's manifest. Every rank calls it.
 
     Args:
         path: a checkpoint, checkpoint folder or run folder (the newest is taken).
-        model: its architecture must be the checkpoint's.
+        model: its tensors must be the checkpoint's, none missing and none left over.
+        current: this run's entries of the manifest, to compare with the saved ones what the weights compute and which
+            vocabulary they are of.
+        allow_changed: keys that may differ all the same.
 
-    Raises UserError where there is no committed checkpoint, or it is damaged or of another architecture.
+    Raises UserError where there is no committed checkpoint, or it is damaged or of another architecture or vocabulary.
     """
     folder = resolve_checkpoint(path)
     if problems := _verify_together(folder):
         raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; take another step of the run")
     tensors = _model_tensors(model)
-    saved = CheckpointTensors(folder)
-    check_architecture(saved.shapes, _without_prefix(tensors, "model."), f"checkpoint {folder}")
+    saved, manifest = CheckpointTensors(folder), read_manifest(folder)
+    difference = tensor_difference(saved.shapes, _without_prefix(tensors, "model."))
+    check_initial(manifest, current or manifest, list(allow_changed), f"checkpoint {folder}", difference)
     dcp.load(tensors, storage_reader=saved.reader)
     set_model_state_dict(model, _without_prefix(tensors, "model."), options=_OPTIONS)
-    return read_manifest(folder)
+    return manifest
 
 
-def check_architecture(
-    saved: Mapping[str, torch.Size],
-    wanted: Mapping[str, Tensor],
-    where: str,
-    remedy: str = "use the [model] section it was made with",
-) -> None:
-    """Raises UserError naming the first tensor of `wanted` that is not among the `saved`, or has another shape there."""
+def tensor_difference(saved: Mapping[str, torch.Size], wanted: Mapping[str, Tensor]) -> str | None:
+    """The first tensor of `wanted` that is not among the `saved`, or of another shape there, or that only those have."""
     for name, tensor in wanted.items():
         if (shape := saved.get(name)) != tensor.shape:
             was = "is not in it" if shape is None else f"has shape {tuple(shape)} there"
-            raise UserError(f"{where} is of another architecture: {name} of shape {tuple(tensor.shape)} {was}; {remedy}")
+            return f"{name} of shape {tuple(tensor.shape)} {was}"
+    for name, shape in saved.items():
+        if name not in wanted:
+            return f"{shorten(name)} of shape {tuple(shape)} is in it, and the model has no such tensor"
+    return None
 
 
 def save_model_weights(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

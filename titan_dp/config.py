@@ -361,9 +361,11 @@ class Checkpoint(Section):
     resume: bool = True
     """Resume from the run folder when it holds a committed checkpoint; false refuses to start in a used folder."""
     initial_load_path: str = ""
-    """Checkpoint folder whose model weights a new run starts from (optimizer, step and data start afresh)."""
+    """Checkpoint folder whose model weights a new run starts from (optimizer, step and data start afresh); its [model] and its
+    tokenizer must be this run's."""
     allow_changed: list[str] = []
-    """Keys allowed to differ from the checkpoint's on resume although they change the architecture or the data."""
+    """Keys allowed to differ from the checkpoint's (on resume, or of initial_load_path) although they change what its weights
+    compute or which data the run sees. What changes the tensors themselves is refused all the same."""
 
 
 class Validation(Section):

@@ -166,10 +166,22 @@ def load_config(argv: list[str]) -> Loaded:
     return Loaded(config, provenance, line.print_config, line.dry_run)
 
 
-def config_from_toml(text: str, name: str = "configuration") -> Config:
-    """The Config of TOML text, such as a checkpoint's. Raises UserError; `name` stands for the file in messages."""
+def config_from_toml(text: str, name: str = "configuration", newer: bool = False) -> Config:
+    """The Config of TOML text, such as a checkpoint's. Raises UserError; `name` stands for the file in messages.
+
+    With `newer`, what this version does not know outside [model] is passed over: another version may have written it.
+    """
     problems = Problems()
-    return build_config(list(read_text(text, name, problems)), problems)[0]
+    settings = list(read_text(text, name, problems))
+    if newer:
+        settings = [s for s in settings if s.key.startswith("model.") or _is_known(s)]
+    return build_config(settings, problems)[0]
+
+
+def _is_known(setting: Setting) -> bool:
+    """Whether this version has the key and the value; what allow_changed names is of the version that wrote it."""
+    key = all_keys().get(setting.key)
+    return key is not None and key.accepts(setting.value) and setting.key != "checkpoint.allow_changed"
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -358,6 +370,11 @@ def build_config(settings: list[Setting], problems: Problems) -> tuple[Config, d
             for text in _messages(error):
                 problems.add(f"[{name}] {text}{_origins(text, name, merged)}", name)
     config = Config.model_construct(None, **checked)  # its rules are asked one by one instead
+    if "checkpoint" not in problems.unsound:
+        for name in config.checkpoint.allow_changed:
+            if name not in all_keys():
+                where = merged["checkpoint.allow_changed"].origin
+                problems.add(f"{where}: checkpoint.allow_changed: unknown key {shorten(name)}; {explain_unknown(name)}")
     for involved, text in config.problems_across_sections():
         if not involved & problems.unsound:
             problems.add(text)

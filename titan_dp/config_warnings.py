@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from titan_dp.config import Config, StateTracking
+from titan_dp.config import Config, Model, StateTracking
 from titan_dp.config_docs import all_keys
 
 _MATRIX_STATE = "num_heads head_dim expand_v num_householder use_forget_gate allow_neg_eigval use_output_gate backend"
@@ -16,15 +16,24 @@ _CONVOLUTION = "use_short_conv conv_size"
 _SOFTMAX = "attention_num_heads attention_num_kv_heads attention_window rope_theta"
 
 
-def rules(c: Config) -> Iterator[tuple[bool, str, str, str]]:
-    """Yield (applies, section, keys, reason) for every way in which keys can be without effect."""
-    mixers = {c.model.mixer_of(layer) for layer in range(c.model.num_hidden_layers)}
+Rule = tuple[bool, str, str, str]
+"""Applies, section, keys, reason."""
+
+
+def model_rules(model: Model) -> Iterator[Rule]:
+    """Yield every way in which keys of [model] can be without effect."""
+    mixers = {model.mixer_of(layer) for layer in range(model.num_hidden_layers)}
     yield mixers == {"attention"}, "model", f"{_MATRIX_STATE} {_CONVOLUTION}", "every layer is softmax attention"
     yield "attention" not in mixers, "model", _SOFTMAX, "no layer is softmax attention"
-    yield c.model.mixer == "attention", "model", "attention_layers", 'mixer = "attention" makes every layer one'
-    yield c.model.mixer == "rwkv7", "model", "use_forget_gate", 'mixer = "rwkv7" has decays of its own'
+    yield model.mixer == "attention", "model", "attention_layers", 'mixer = "attention" makes every layer one'
+    yield model.mixer == "rwkv7", "model", "use_forget_gate", 'mixer = "rwkv7" has decays of its own'
+    yield not model.use_short_conv, "model", "conv_size", "model.use_short_conv is false"
+
+
+def rules(c: Config) -> Iterator[Rule]:
+    """Yield every way in which keys can be without effect."""
+    yield from model_rules(c.model)
     yield not c.model.adaptive_householder, "training", "householder_cost", "model.adaptive_householder is false"
-    yield not c.model.use_short_conv, "model", "conv_size", "model.use_short_conv is false"
 
     hf = "hf_dataset hf_name hf_split hf_column hf_shuffle_buffer"
     source, made = f'data.source = "{c.data.source}"', c.data.source == "state_tracking"
@@ -50,7 +59,9 @@ def rules(c: Config) -> Iterator[tuple[bool, str, str, str]]:
     yield mode != "selective", "activation_checkpoint", "selective_ac_option", f'activation_checkpoint.mode = "{mode}"'
 
     yield not c.checkpoint.enable, "checkpoint", "interval async_mode keep_latest_k", "checkpoint.enable is false"
-    yield not c.checkpoint.resume, "checkpoint", "load_step allow_changed", "checkpoint.resume is false"
+    yield not c.checkpoint.resume, "checkpoint", "load_step", "checkpoint.resume is false"
+    nothing = not c.checkpoint.resume and not c.checkpoint.initial_load_path
+    yield nothing, "checkpoint", "allow_changed", "checkpoint.resume is false and there is no initial_load_path"
     yield not c.validation.enable, "validation", "path freq steps local_batch_size", "validation.enable is false"
     yield not c.metrics.enable_wandb, "metrics", "wandb_project", "metrics.enable_wandb is false"
     traces = "profile_freq profiler_warmup profiler_active"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from titan_dp import config
 from titan_dp.checkpoint import MANIFEST, read_manifest, resolve_checkpoint, verify
-from titan_dp.checkpointer import CheckpointTensors, check_architecture
+from titan_dp.checkpointer import CheckpointTensors, tensor_difference
 from titan_dp.config_loader import config_from_toml
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
@@ -77,7 +77,7 @@ class CheckpointSource:
         self.path = folder = resolve_checkpoint(path)
         manifest = read_manifest(folder)
         try:
-            loaded = config_from_toml(manifest["config"], f"configuration in {folder / MANIFEST}")
+            loaded = config_from_toml(manifest["config"], f"configuration in {folder / MANIFEST}", newer=True)
             name = loaded.job.run_name.replace("/", "-") or "run"
             self.label = f"{name}-{folder.name}"
             self.config, self.seq_len = loaded.model, loaded.training.seq_len
@@ -111,7 +111,7 @@ class CheckpointSource:
 
 
 def in_the_models_order(c: config.Model, shapes: Mapping[str, torch.Size], where: str) -> dict[str, torch.Size]:
-    """The `shapes` of a model of settings `c`, all there; raises UserError where one is missing or another."""
+    """The `shapes` of a model of settings `c`, all there; raises UserError where one is missing, another or left over."""
     if c.num_hidden_layers > len(shapes):  # every block has tensors: none is built for a number out of a damaged file
         raise UserError(
             f"{where} is of another architecture: num_hidden_layers = {c.num_hidden_layers} for {len(shapes)} tensors; "
@@ -125,7 +125,11 @@ def in_the_models_order(c: config.Model, shapes: Mapping[str, torch.Size], where
         raise UserError(
             f"{where} describes a model that cannot be built ({reason}); take the settings it was made with"
         ) from error
-    check_architecture(shapes, wanted, where, "its settings and its weights do not belong together: copy both again")
+    if difference := tensor_difference(shapes, wanted):
+        raise UserError(
+            f"{where} is of another architecture: {difference}; its settings and its weights do not belong together: copy both "
+            "again"
+        )
     return {name: shapes[name] for name in wanted}
 
 

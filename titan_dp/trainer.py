@@ -112,7 +112,7 @@ class Trainer:
                 f"{'; the task is solved, and the run ends here' if self.reached else ''}"
             )
         elif c.initial_load_path:
-            load_model_weights(Path(c.initial_load_path), self.model)
+            load_model_weights(Path(c.initial_load_path), self.model, self._identity(), c.allow_changed)
             self.console.print(f"weights loaded from {c.initial_load_path}; optimizer, step and data start afresh")
 
     def _identity(self) -> dict[str, Any]:
@@ -122,6 +122,7 @@ class Trainer:
             "git_commit": self.loaded.git_commit,
             "fingerprint": self.loader.fingerprint,
             "tokenizer": self.loader.tokenizer_name,
+            "tokenizer_hash": self.loader.tokenizer_hash,
             "global_batch_size": self.batch.global_batch_size,
             "seed": self.config.debug.seed,
         }

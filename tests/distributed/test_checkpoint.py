@@ -261,18 +261,62 @@ def test_parameters_may_change_as_soon_as_they_are_copied(tmp_path: Path) -> Non
     run_ranks(2, save_and_change, tmp_path)
 
 
-def other_architecture(folder: Path) -> None:
+def other_architecture(folder: Path, changes: dict, message: str) -> None:
     from tests.distributed.helpers import TINY
     from titan_dp.model import build_model
 
-    model = build_model(TINY.model_copy(update={"num_householder": 3}))
-    with pytest.raises(UserError, match=r"another architecture: layers.0.attn.k_proj.weight of shape \(96, 32\) has shape"):
+    model = build_model(TINY.model_copy(update=changes))
+    with pytest.raises(UserError, match=rf"another architecture: {message}"):
         load_model_weights(folder, model)
+    allowed = config.Checkpoint(allow_changed=[f"model.{key}" for key in changes])
+    with pytest.raises(UserError, match=rf"another architecture: {message}"):
+        Checkpointer(allowed, folder).load(model, optimizer_of(model), META)
 
 
-def test_weights_of_another_architecture_are_refused_by_the_tensor_that_differs(tmp_path: Path) -> None:
-    run_ranks(1, save, tmp_path, 1, "disabled", "AdamW")
-    run_ranks(1, other_architecture, tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_householder": 3}, r"layers.0.attn.k_proj.weight of shape \(96, 32\) has shape \(64, 32\) there"),
+        ({"num_hidden_layers": 3}, r"layers.2.*is not in it"),
+        ({"num_hidden_layers": 1}, r"layers.1.*is in it, and the model has no such tensor"),
+        ({"use_short_conv": False}, r"layers.0.attn.q_conv1d.*is in it, and the model has no such tensor"),
+        ({"tie_word_embeddings": False}, r"lm_head.weight.*is not in it"),
+    ],
+    ids=str,
+)
+def test_weights_of_another_architecture_are_refused_by_the_tensor_that_differs_whatever_is_allowed(
+    weights: Path, changes: dict, message: str
+) -> None:
+    run_ranks(1, other_architecture, weights, changes, message)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with step 2 of TINY."""
+    folder = tmp_path_factory.mktemp("weights")
+    run_ranks(1, save, folder, 1, "disabled", "AdamW")
+    return folder
+
+
+def another_optimizer(folder: Path) -> None:
+    now = META | {"config": "[model]\n[optimizer]\nname = 'Muon'\n"}
+    model = sharded_model(seed=99)
+    optimizers = optimizer_of(model, name="Muon")
+    with pytest.raises(UserError, match=r"another optimizer.name .*--checkpoint.allow_changed '\[\"optimizer.name\"\]'"):
+        Checkpointer(config.Checkpoint(), folder).load(model, optimizers, now)
+    manifest = Checkpointer(config.Checkpoint(allow_changed=["optimizer.name"]), folder).load(model, optimizers, now)
+    assert manifest is not None
+    expected = sharded_model(seed=98)
+    load_model_weights(folder, expected)
+    assert all(torch.equal(full_state(model)[name], tensor) for name, tensor in full_state(expected).items())
+    fresh = optimizer_of(expected, name="Muon")
+    for each, theirs in ((model, optimizers), (expected, fresh)):
+        take_step(each, theirs, 2)
+    assert all(torch.equal(full_state(model)[name], tensor) for name, tensor in full_state(expected).items())
+
+
+def test_another_optimizer_takes_up_the_weights_with_moments_of_its_own_where_that_is_allowed(weights: Path) -> None:
+    run_ranks(1, another_optimizer, weights)
 
 
 class _Evil:

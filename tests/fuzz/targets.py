@@ -205,7 +205,8 @@ def _shard_files(folder: Path) -> Prepared:
 
 def _checkpoint_manifests(folder: Path) -> Prepared:
     from tests.pretrained import save_checkpoint
-    from titan_dp.checkpoint import check_resumable, read_manifest, size_problems, verify
+    from titan_dp.changed_settings import check_resumable
+    from titan_dp.checkpoint import read_manifest, size_problems, verify
 
     checkpoint = save_checkpoint(folder / "run")
     original = json.loads((checkpoint / "manifest.json").read_text())

@@ -10,6 +10,7 @@ import pytest
 import xxhash
 
 from titan_dp import checkpoint as ckpt
+from titan_dp.changed_settings import check_resumable
 from titan_dp.cli import dispatch
 from titan_dp.errors import UserError
 
@@ -170,13 +171,13 @@ SAVED = {"config": CONFIG, "fingerprint": "a" * 64, "global_batch_size": 8, "ste
 )
 def test_resuming_with_another_architecture_or_other_data_is_refused_by_name(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        ckpt.check_resumable(SAVED, {**SAVED, **change}, [])
+        check_resumable(SAVED, {**SAVED, **change}, [])
 
 
 def test_a_change_that_was_allowed_and_changes_that_do_no_harm_pass() -> None:
-    ckpt.check_resumable(SAVED, {**SAVED, "config": CONFIG.replace("seed = 1", "seed = 2")}, ["data.seed"])
+    check_resumable(SAVED, {**SAVED, "config": CONFIG.replace("seed = 1", "seed = 2")}, ["data.seed"])
     harmless = CONFIG.replace("lr = 1.0", "lr = 0.5").replace("'torch'", "'recurrent'")
-    ckpt.check_resumable(SAVED, {**SAVED, "config": harmless}, [])
+    check_resumable(SAVED, {**SAVED, "config": harmless}, [])
 
 
 def test_a_changed_character_of_the_manifest_is_noticed(tmp_path: Path) -> None:

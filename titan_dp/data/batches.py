@@ -28,6 +28,8 @@ class Loader(Protocol):
 
     fingerprint: str
     tokenizer_name: str
+    tokenizer_hash: str
+    """Of what gives tokens their meaning: equal where a token means the same."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 

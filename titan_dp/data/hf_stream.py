@@ -24,6 +24,7 @@ from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
 
 State = dict[str, int]
+_START: State = {"samples": 0, "epoch": 0, "documents": 0, "offset": 0}
 
 
 class StreamLoader:
@@ -42,10 +43,10 @@ class StreamLoader:
                 f"{tokenizer.vocab_size} ids; set model.vocab_size to at least that"
             )
         self.workers, self.place, self.data = workers, place, data
-        self.tokenizer_name = data.tokenizer
+        self.tokenizer_name, self.tokenizer_hash = data.tokenizer, tokenizer.hash
         identity = [data.hf_dataset, data.hf_name, data.hf_split, data.hf_column, data.hf_shuffle_buffer, tokenizer.hash]
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
-        self.state: State = {"samples": 0, "epoch": 0, "documents": 0, "offset": 0}
+        self.state: State = dict(_START)
         load_hugging_face(data.hf_dataset, data.hf_name, data.hf_split, data.hf_column, streaming=True)  # fail now, not later
 
     def __iter__(self) -> Iterator[Batch]:
@@ -58,7 +59,7 @@ class StreamLoader:
         return self.state
 
     def load_state_dict(self, state: State) -> None:
-        self.state = state
+        self.state = _START | state  # of another source there are but samples: this stream begins
 
     def describe(self, run_tokens: int) -> str:
         return (

@@ -61,6 +61,7 @@ class ShardLoader:
         self.order = Order(fingerprints, windows, weights, data.seed)
         self.fingerprint = " ".join(fingerprints)
         self.tokenizer_name: str = self.sources[0].manifest["tokenizer"]["name"]
+        self.tokenizer_hash: str = self.sources[0].manifest["tokenizer"]["hash"]
         self.dataset = _Samples(self.sources, self.order, place, data.document_boundaries == "reset")
 
     def __iter__(self) -> Iterator[Batch]:

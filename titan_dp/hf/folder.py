@@ -55,11 +55,6 @@ class FolderSource:
         shapes = {name: torch.Size([sum(s[0] for s, _ in looks), *looks[0][0][1:]]) for name, looks in found.items()}
         self.shapes = in_the_models_order(self.config, shapes, str(path))
         self.dtypes = {name: looks[0][1] for name, looks in found.items()}
-        if unknown := sorted(set(parts) - set(self.shapes)):
-            name = shorten(parts[unknown[0]][0])
-            raise UserError(
-                f"{path} holds {name}, which a model of its {CONFIG} does not have; the weights belong to another model"
-            )
 
     def _check_tied(self, parts: dict[str, list[str]]) -> None:
         own, tied = (self._load(parts[name][0]) for name in ("lm_head.weight", "embeddings.weight"))

@@ -65,10 +65,12 @@ def _import(source: FolderSource, out: Path, tokenizer: str) -> Path:
     if out.exists():
         raise UserError(f"{out} exists already; choose another run folder or delete it")
     name = tokenizer or _tokenizer_name(source)
-    check_vocabulary(load_tokenizer(name), source)
+    loaded = load_tokenizer(name)
+    check_vocabulary(loaded, source)
+    origin = {} if tokenizer else source.tokenizer_origin  # what the data was made with; the folder's own is its conversion
     checkpoint = step_folder(out / "checkpoint", 0)
     try:
-        save_model_weights(checkpoint, source.read(source.shapes), _manifest(source, name))
+        save_model_weights(checkpoint, source.read(source.shapes), _manifest(source, name, origin.get("hash", loaded.hash)))
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
@@ -89,7 +91,7 @@ def _tokenizer_name(source: FolderSource) -> str:
     return str(Path(source.tokenizer).resolve())
 
 
-def _manifest(source: FolderSource, tokenizer: str) -> dict[str, Any]:
+def _manifest(source: FolderSource, tokenizer: str, tokenizer_hash: str) -> dict[str, Any]:
     """What a checkpoint's manifest holds beside its files."""
     from titan_dp import config
     from titan_dp.config_docs import all_keys
@@ -108,6 +110,7 @@ def _manifest(source: FolderSource, tokenizer: str) -> dict[str, Any]:
         "git_commit": source.training.get("git_commit", ""),
         "fingerprint": "",
         "tokenizer": tokenizer,
+        "tokenizer_hash": tokenizer_hash,
         "global_batch_size": 1,
         "seed": 0,
         "loader": {"samples": 0},

@@ -64,6 +64,8 @@ class SyntheticLoader:
         self.problem, self.length = problem_that_fits(c, place.seq_len, vocab_size)
         self.random = Random(f"training {seed} {self.problem.describe()}")
         self.fingerprint = fingerprint(self.problem, c)
+        named = f"{self.problem.name} {self.problem.vocab_size} {self.problem.tokens_per_element}"
+        self.tokenizer_hash = hashlib.sha256(named.encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Batch]:
         while True:

@@ -1,0 +1,235 @@
+"""What a run may change when it takes up a checkpoint: refused, allowed by key, or named; and the advice, which is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pretrained import save_checkpoint
+from titan_dp.changed_settings import changed_since, check_initial, check_resumable, describe_changes
+from titan_dp.checkpoint import read_manifest, write_manifest
+from titan_dp.cli import dispatch
+from titan_dp.config_loader import load_config
+from titan_dp.errors import UserError
+from titan_dp.pretrained import open_source
+
+MODEL = {
+    "hidden_size": "64",
+    "num_hidden_layers": "2",
+    "num_heads": "2",
+    "head_dim": "16",
+    "use_forget_gate": "true",
+    "intermediate_size": "128",
+    "vocab_size": "320",
+}
+ATTENTION = {"attention_layers": "[1]", "attention_num_heads": "2"}
+
+
+def entries(sections: dict[str, dict[str, str]] | None = None, **changes: Any) -> dict[str, Any]:
+    """What a run of MODEL with `sections` over it writes into its checkpoints, as far as it is compared."""
+    whole = {"model": MODEL, "data": {}, "training": {"steps": "12"}, "optimizer": {}, **(sections or {})}
+    lines = [f"[{name}]\n" + "".join(f"{k} = {v}\n" for k, v in keys.items()) for name, keys in whole.items()]
+    return {
+        "step": 12,
+        "config": "\n".join(lines),
+        "fingerprint": "a" * 64,
+        "tokenizer": "bytes",
+        "tokenizer_hash": "b" * 64,
+        "global_batch_size": 4,
+        **changes,
+    }
+
+
+def model(**changes: str) -> dict[str, dict[str, str]]:
+    return {"model": MODEL | changes}
+
+
+@pytest.mark.parametrize(
+    ("key", "was", "now"),
+    [
+        ("allow_neg_eigval", model(allow_neg_eigval="true"), model(allow_neg_eigval="false")),
+        ("norm_eps", model(norm_eps="1e-6"), model(norm_eps="1e-5")),
+        ("rope_theta", model(**ATTENTION), model(**ATTENTION, rope_theta="5e5")),
+        ("attention_window", model(**ATTENTION), model(**ATTENTION, attention_window="16")),
+        ("attention_num_heads", model(**ATTENTION), model(**ATTENTION | {"attention_num_heads": "4"})),
+    ],
+)
+def test_a_setting_without_tensors_that_changes_the_function_is_refused_with_both_values(
+    key: str, was: dict, now: dict
+) -> None:
+    """For weights of another run as for a resume."""
+    for check in (lambda *a: check_initial(*a, "X"), check_resumable):
+        with pytest.raises(UserError, match=rf"model\.{key} \(was [^,]+, now [^)]+\)"):
+            check(entries(was), entries(now), [])
+        check(entries(was), entries(now), [f"model.{key}", "model.attention_num_kv_heads"])
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        (model(rope_theta="1e4"), model(rope_theta="5e5")),
+        (model(use_short_conv="false", conv_size="4"), model(use_short_conv="false", conv_size="3")),
+        ({"model": {k: v for k, v in MODEL.items() if k != "intermediate_size"}}, model(intermediate_size="256")),
+        (model(initializer_range="0.02"), model(initializer_range="0.006")),
+        (model(backend="'torch'"), model(backend="'recurrent'")),
+    ],
+    ids=["no softmax layer", "no convolution", "the default spelled out", "initial values", "backend"],
+)
+def test_settings_that_compute_the_same_are_not_refused(was: dict, now: dict) -> None:
+    check_resumable(entries(was), entries(now), [])
+    check_initial(entries(was), entries(now), [], "X")
+
+
+def test_weights_of_another_vocabulary_are_refused_though_the_names_agree() -> None:
+    saved, now = entries(), entries(tokenizer_hash="c" * 64)
+    for check in (lambda *a: check_initial(*a, "X"), check_resumable):
+        with pytest.raises(UserError, match=r"data\.tokenizer \(was 'bytes bbbbbbbbbbbb...', now 'bytes cccccccccccc...'\)"):
+            check(saved, now, [])
+        check(saved, now, ["data.tokenizer"])
+
+
+def test_a_checkpoint_without_a_hash_is_known_by_its_tokenizers_name() -> None:
+    from titan_dp.data.tokenizer import load_tokenizer
+
+    old = {key: value for key, value in entries().items() if key != "tokenizer_hash"}
+    check_resumable(old, entries(), [])
+    check_resumable(old, entries(tokenizer="a copy", tokenizer_hash=load_tokenizer("bytes").hash), [])
+    with pytest.raises(UserError, match=r"data\.tokenizer"):
+        check_resumable(old, entries(tokenizer="other"), [])
+
+
+def advised(message: str) -> list[str]:
+    """The flag that a message advises, as train.py reads it."""
+    found = re.search(r"--checkpoint\.allow_changed '.*'$", message)
+    assert found, message
+    return load_config(["--config", "debug.toml", *shlex.split(found[0])]).config.checkpoint.allow_changed
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        entries({"optimizer": {"name": "'Muon'"}}),
+        entries({"data": {"seed": "7"}}),
+        entries({"training": {"steps": "12", "seq_len": "32"}}),
+        entries(model(allow_neg_eigval="true"), global_batch_size=8),
+        entries(fingerprint="c" * 64),
+        entries(tokenizer_hash="c" * 64),
+    ],
+    ids=["optimizer", "order", "length", "two", "data", "tokenizer"],
+)
+def test_the_flag_that_a_refusal_advises_lets_the_run_go_on(now: dict) -> None:
+    with pytest.raises(UserError) as refusal:
+        check_resumable(entries(), now, ["data.weights"])
+    allowed = advised(str(refusal.value))
+    assert "data.weights" in allowed, "what was allowed before must stay so"
+    check_resumable(entries(), now, allowed)
+
+
+@pytest.mark.parametrize("allowed", [[], ["model.num_householder"]])
+def test_what_changes_tensors_is_refused_whatever_is_allowed_and_no_flag_is_advised(allowed: list[str]) -> None:
+    now = entries(model(num_householder="3"))
+    difference = "layers.0.attn.k_proj.weight of shape (96, 64) has shape (64, 64) there"
+    for check in (lambda *a: check_initial(*a[:3], "X", a[3]), check_resumable):
+        with pytest.raises(UserError) as refusal:
+            check(entries(), now, allowed, difference)
+        assert f"architecture: {difference}; settings that differ: model.num_householder (was 2, now 3)" in str(refusal.value)
+        assert "--checkpoint.allow_changed" not in str(refusal.value)
+
+
+def test_a_folder_added_to_a_mixture_shows_all_fingerprints() -> None:
+    with pytest.raises(UserError, match=r"was tokens aaaaaaaaaaaa..., now tokens aaaaaaaaaaaa..., cccccccccccc...\)"):
+        check_resumable(entries(), entries(fingerprint=f"{'a' * 64} {'c' * 64}"), [])
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("optimizer.learning_rate", r"checkpoint\.allow_changed: unknown key optimizer\.learning_rate; set optimizer\.lr"),
+        ("trainig.seq_len", r"unknown key trainig\.seq_len; did you mean training\.seq_len"),
+        ("seq_len", r"unknown key seq_len; did you mean training\.seq_len"),
+    ],
+)
+def test_an_unknown_key_is_not_allowed_to_change_and_the_nearest_is_named(key: str, message: str) -> None:
+    with pytest.raises(UserError, match=r"^command line: " + ".*" + message):
+        load_config(["--config", "debug.toml", "--checkpoint.allow_changed", f'["{key}"]'])
+
+
+# -- what is named ------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_that_changes_how_a_run_goes_on_is_named_with_both_values() -> None:
+    was = {"optimizer": {"lr": "1e-3", "weight_decay": "0.01"}, "lr_scheduler": {"decay_type": "'cosine'"}}
+    now = {"optimizer": {"lr": "5e-4", "weight_decay": "0.1"}, "lr_scheduler": {"decay_type": "'linear'"}}
+    now |= {"training": {"steps": "24", "max_norm": "0.5", "mixed_precision_param": "'float32'"}, "debug": {"seed": "1"}}
+    now |= {"model": MODEL | {"backend": "'recurrent'"}, "compile": {"enable": "true"}}
+    said = describe_changes(changed_since(entries(was), entries(now, global_batch_size=8)))
+    assert said == (
+        "compile.enable (was False, now True), debug.seed (was 42, now 1), "
+        "lr_scheduler.decay_type (was 'cosine', now 'linear'), model.backend (was 'auto', now 'recurrent'), "
+        "optimizer.lr (was 0.001, now 0.0005), "
+        "optimizer.weight_decay (was 0.01, now 0.1), training.global_batch_size (was 4, now 8), "
+        "training.max_norm (was 1.0, now 0.5), training.mixed_precision_param (was 'bfloat16', now 'float32'), "
+        "training.steps (was 12, now 24)"
+    )
+
+
+def test_settings_that_do_not_change_the_course_of_a_run_are_not_named() -> None:
+    now = {
+        "metrics": {"log_freq": "1"},
+        "checkpoint": {"interval": "7"},
+        "job": {"run_name": "'x'"},
+        "data": {"verify": "false"},
+    }
+    assert changed_since(entries(), entries(now)) == {}
+
+
+# -- a manifest of a newer version --------------------------------------------------------------------------------------
+
+
+def with_key(run: Path, line: str) -> Path:
+    """The checkpoint of a run, its configuration with one more line under the section it begins with."""
+    checkpoint = save_checkpoint(run)
+    manifest = read_manifest(checkpoint)
+    section, _, setting = line.partition(" ")
+    manifest["config"] = manifest["config"].replace(f"{section}\n", f"{section}\n{setting}\n") + (
+        "" if section in manifest["config"] else f"\n{line.replace(' ', chr(10), 1)}\n"
+    )
+    write_manifest(checkpoint, manifest, manifest["files"])
+    return checkpoint
+
+
+def readers(checkpoint: Path, out: Path) -> dict[str, Any]:
+    def resume() -> None:
+        manifest = read_manifest(checkpoint)
+        now = manifest | {"config": manifest["config"].replace("sparkle = 3\n", "").replace("[future]\n", "")}
+        check_resumable(manifest, now, [])
+
+    return {
+        "generate": lambda: open_source(checkpoint),
+        "resume": resume,
+        "list": lambda: dispatch(["checkpoint", "list", str(checkpoint.parent)]),
+        "verify": lambda: dispatch(["checkpoint", "verify", str(checkpoint)]),
+        "export": lambda: dispatch(["export", str(checkpoint), str(out)]),
+    }
+
+
+@pytest.mark.parametrize("line", ["[metrics] sparkle = 3", "[optimizer] sparkle = 3", "[future] sparkle = 3"])
+def test_a_newer_versions_key_outside_the_model_stops_no_reader(tmp_path: Path, line: str) -> None:
+    for reader in readers(with_key(tmp_path / "run", line), tmp_path / "out").values():
+        reader()
+
+
+def test_a_newer_versions_model_key_stops_every_reader_by_name(tmp_path: Path) -> None:
+    checkpoint = with_key(tmp_path / "run", "[model] sparkle = 3")
+    for reader in readers(checkpoint, tmp_path / "out").values():
+        with pytest.raises(UserError, match=r"model\.sparkle = 3, which this version of titan_dp does not know: a newer one"):
+            reader()
+
+
+def test_a_resume_names_a_key_that_only_a_newer_version_knows() -> None:
+    saved = entries({"optimizer": {"sparkle": "3"}})
+    assert describe_changes(changed_since(saved, entries())) == "optimizer.sparkle (was 3, now unknown to this version)"

@@ -1,0 +1,184 @@
+"""What differs between a checkpoint and the run that takes it up: refused by key, allowed by key, or named. Without torch.
+
+Three kinds of difference, for a resume and for a new run that starts from another's weights (`initial_load_path`) alike:
+tensors that do not match are refused whatever is allowed; settings that change what the weights or the data mean, with the
+same tensors, are refused unless `checkpoint.allow_changed` names them; every other setting that decides how training goes
+on is named with both values. The advice in a refusal is the flag that works, or none.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from titan_dp import config
+from titan_dp.checkpoint import DamagedError, saved_sections, saved_value
+from titan_dp.config_docs import all_keys
+from titan_dp.config_warnings import model_rules
+from titan_dp.errors import UserError
+from titan_dp.files import shorten, shown
+
+Changes = dict[str, tuple[object, object]]
+"""Value in the checkpoint and in this run, by key."""
+
+# The data and what becomes of the moments; the architecture comes on top.
+_FIXED = ("data.source", "data.weights", "data.document_boundaries", "data.seed", "training.seq_len", "optimizer.name")
+_STREAM = ("data.hf_dataset", "data.hf_name", "data.hf_split", "data.hf_column", "data.hf_shuffle_buffer")
+
+# What cannot change the course of a run. All else is named: a key that is added later counts until it stands here.
+_NO_MATTER = ("job.", "checkpoint.", "validation.", "metrics.", "profiling.", "comm.", "generate.", "training.dataloader.")
+_NO_MATTER_EITHER = {"training.gc_freq", "training.max_nonfinite_steps", "data.verify", "data.path", "data.tokenizer"}
+_NO_MATTER_EITHER |= {"training.global_batch_size", "state_tracking.test_length", "state_tracking.test_samples"}
+
+
+def check_resumable(
+    saved: dict[str, Any], current: dict[str, Any], allow_changed: list[str], tensors: str | None = None
+) -> None:
+    """Compare a manifest with the entries that the run which resumes it would save.
+
+    Args:
+        saved, current: with `config` (TOML), `fingerprint`, `tokenizer`, `tokenizer_hash`, `global_batch_size`.
+        allow_changed: keys that may differ.
+        tensors: what is different about the tensors themselves, which no key allows.
+
+    Raises UserError naming every architecture or data key that differs and is not allowed, with both values.
+    """
+    changed = {key: pair for key, pair in _changed(saved, current).items() if tensors or key not in allow_changed}
+    ways = "restore it, choose another job.run_name"
+    _refuse(changed, allow_changed, tensors, f"the run to resume (step {saved['step']}) was started with another", ways)
+
+
+def check_initial(
+    saved: dict[str, Any], current: dict[str, Any], allow_changed: list[str], where: str, tensors: str | None = None
+) -> None:
+    """The same for a new run that starts from the weights in `where`: what these compute and what their tokens mean."""
+    changed = {**_architecture(saved, current), **_vocabulary(saved, current)}
+    changed = {key: pair for key, pair in changed.items() if tensors or key not in allow_changed}
+    ways = "use the [model] section and the tokenizer it was made with"
+    _refuse(changed, allow_changed, tensors, f"{where} was made with another", ways)
+
+
+def _refuse(changed: Changes, allow_changed: list[str], tensors: str | None, opening: str, ways: str) -> None:
+    if not changed and tensors is None:
+        return
+    listed = ", ".join(f"{shorten(key)} (was {_show(old)}, now {_show(new)})" for key, (old, new) in sorted(changed.items()))
+    if tensors is not None:
+        opening += f" architecture: {tensors}; settings that differ: {listed or 'none'}"
+        raise UserError(f"{opening}; {ways} (checkpoint.allow_changed cannot mend tensors)")
+    flag = json.dumps(sorted({*allow_changed, *changed}))
+    raise UserError(f"{opening} {listed}; {ways}, or allow it with --checkpoint.allow_changed '{flag}'")
+
+
+def changed_since(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
+    """Every setting that decides how a run goes on and is not what it was when `saved` was written, allowed ones included."""
+    before, now = saved_sections(saved["config"]), saved_sections(current["config"])
+    keys = [k for k in _names(before) | _names(now) if not k.startswith(_NO_MATTER) and k not in _NO_MATTER_EITHER]
+    pairs = {key: (saved_value(before, key), saved_value(now, key)) for key in keys}
+    named = {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not key.startswith("model.")}
+    backend = {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key == "model.backend"}
+    return {**_changed(saved, current), **named, **backend}
+
+
+def describe_changes(changes: Changes) -> str:
+    """'optimizer.lr (was 0.001, now 0.002), ...'; a key that this version does not know is said to be such."""
+    return ", ".join(
+        f"{shorten(key)} (was {_show(old)}, now {'unknown to this version' if key not in all_keys() else _show(new)})"
+        for key, (old, new) in sorted(changes.items())
+    )
+
+
+def keeps_moments(saved: dict[str, Any], current: dict[str, Any]) -> bool:
+    """Whether the optimizer's state in a checkpoint is of the optimizer that this run has."""
+    name = "optimizer.name"
+    return saved_value(saved_sections(saved["config"]), name) == saved_value(saved_sections(current["config"]), name)
+
+
+# -- what is compared ---------------------------------------------------------------------------------------------------
+
+
+def _changed(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
+    """Of what a resume refuses."""
+    before, now = saved_sections(saved["config"]), saved_sections(current["config"])
+    source = saved_value(now, "data.source")
+    keys = (*_FIXED, *_STREAM) if source == "hf" else _FIXED
+    values: Changes = {key: (saved_value(before, key), saved_value(now, key)) for key in keys}
+    values["training.global_batch_size"] = saved["global_batch_size"], current["global_batch_size"]
+    changed = {key: pair for key, pair in values.items() if pair[0] != pair[1]}
+    changed |= {**_architecture(saved, current), **_vocabulary(saved, current)}
+    # A stream's fingerprint is of settings that are compared one by one already.
+    data = {"state_tracking": "state_tracking.task", "hf": "data.hf_dataset"}.get(str(source), "data.path")
+    said = source == "hf" and any(key.startswith("data.") for key in changed)
+    if saved["fingerprint"] != current["fingerprint"] and data not in changed and not said:
+        changed[data] = saved["fingerprint"], current["fingerprint"]
+    return changed
+
+
+def _architecture(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
+    """Of [model], as far as it changes the tensors or what is computed from them."""
+    before, now = (_function(saved_sections(of["config"])["model"]) for of in (saved, current))
+    return {f"model.{key}": (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
+
+
+def _function(section: dict[str, Any]) -> dict[str, Any]:
+    """[model] with defaults that depend on other keys spelled out, without keys that have no effect in it.
+
+    The backend computes the same, and initial values are not those of weights that are loaded.
+    """
+    try:
+        c = config.Model.model_validate(section)
+    except (ValidationError, ArithmeticError) as error:
+        raise DamagedError(
+            "the checkpoint's [model] section is no model; take another step with checkpoint.load_step"
+        ) from error
+    kv_heads = c.attention_num_kv_heads or c.softmax_heads
+    values = c.model_dump(exclude={"backend", "initializer_range"}) | {
+        "intermediate_size": c.mlp_size,
+        "attention_num_heads": c.softmax_heads,
+        "attention_num_kv_heads": kv_heads,
+    }
+    inert = {key for applies, _, keys, _ in model_rules(c) if applies for key in keys.split()}
+    return {key: value for key, value in values.items() if key not in inert}
+
+
+def _vocabulary(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
+    """What the tokens mean: by the tokenizer's hash, not by its name, which may be a path."""
+    was, now = saved.get("tokenizer_hash"), current.get("tokenizer_hash")
+    if now is None or (was is None and saved.get("tokenizer") == current.get("tokenizer")):
+        return {}  # saved before hashes were kept: the name has to do
+    was = was or _hash_of(str(saved.get("tokenizer")))
+    if was == now:
+        return {}
+    sources = {saved_value(saved_sections(of["config"]), "data.source") for of in (saved, current)}
+    key = "state_tracking.task" if sources == {"state_tracking"} else "data.tokenizer"
+    return {key: (_identity(saved["tokenizer"], was), _identity(current["tokenizer"], now))}
+
+
+def _hash_of(name: str) -> str | None:
+    from titan_dp.data.tokenizer import load_tokenizer
+
+    try:
+        return load_tokenizer(name).hash
+    except UserError:
+        return None
+
+
+def _identity(name: object, digest: str | None) -> str:
+    return f"{name} {digest[:12]}..." if digest else f"{name}, which cannot be had here"
+
+
+def _names(sections: dict[str, Any], prefix: str = "") -> set[str]:
+    """Dotted keys that TOML sections set, and all that this version knows."""
+    found = set() if prefix else set(all_keys())
+    for name, value in sections.items():
+        found |= _names(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+    return found
+
+
+def _show(value: object) -> str:
+    """Fingerprints of data by their beginnings, anything else as it is."""
+    parts = value.split() if isinstance(value, str) else []
+    if parts and all(len(part) == 64 and part.isalnum() for part in parts):
+        return f"tokens {', '.join(f'{part[:12]}...' for part in parts)}"
+    return shown(value)
