@@ -65,8 +65,8 @@ def _refuse(changed: Changes, allow_changed: list[str], tensors: str | None, ope
         return
     listed = ", ".join(f"{shorten(key)} (was {_show(old)}, now {_show(new)})" for key, (old, new) in sorted(changed.items()))
     if tensors is not None:
-        opening += f" architecture: {tensors}; settings that differ: {listed or 'none'}"
-        raise UserError(f"{opening}; {ways} (checkpoint.allow_changed cannot mend tensors)")
+        what = f"{listed}, so that the tensors differ" if listed else "architecture"
+        raise UserError(f"{opening} {what}: {tensors}; {ways} (no checkpoint.allow_changed mends that)")
     flag = json.dumps(sorted({*allow_changed, *changed}))
     raise UserError(f"{opening} {listed}; {ways}, or allow it with --checkpoint.allow_changed '{flag}'")
 

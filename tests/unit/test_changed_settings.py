@@ -136,7 +136,7 @@ def test_what_changes_tensors_is_refused_whatever_is_allowed_and_no_flag_is_advi
     for check in (lambda *a: check_initial(*a[:3], "X", a[3]), check_resumable):
         with pytest.raises(UserError) as refusal:
             check(entries(), now, allowed, difference)
-        assert f"architecture: {difference}; settings that differ: model.num_householder (was 2, now 3)" in str(refusal.value)
+        assert f"model.num_householder (was 2, now 3), so that the tensors differ: {difference}" in str(refusal.value)
         assert "--checkpoint.allow_changed" not in str(refusal.value)
 
 
