@@ -28,6 +28,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from titan_dp.config_docs import all_keys
+from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.files import checksum, file_sha256, inside, shorten, shown, write_json
 from titan_dp.json_files import STRICT, JsonObject, first_mistake
@@ -275,7 +276,6 @@ def _folder_of(path: Path) -> Path:
 
 
 def _list(path: Path) -> int:
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
 
@@ -301,7 +301,7 @@ def _list(path: Path) -> int:
     for path in sorted(folder.glob("step-*.*")):
         digits, why = path.name.removeprefix("step-").split(".", 1)
         table.add_row(digits.lstrip("0") or "0", f"{why}, set aside", "", "", "", "")
-    Console().print(table)
+    print_table(table)
     if newer is not None:
         raise newer
     return 0

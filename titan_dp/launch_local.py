@@ -293,13 +293,14 @@ def _describe(attempt: _Attempt) -> str:
 
 def _progress(launcher: _Launcher) -> Table:
     """The live table: what runs and what failed first, then what else the terminal has room for."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     states = [attempt.state for attempt in launcher.attempts]
     counts = ", ".join(
         f"{states.count(s)} {s}" for s in ("finished", "running", "elsewhere", "waiting", "failed") if s in states
     )
-    table = Table("cell", "state", "step", "loss", "validation", "tokens/s", title=f"{len(states)} cells: {counts}")
+    columns = [Column(name, overflow="fold") for name in ("cell", "state", "step", "loss", "validation", "tokens/s")]
+    table = Table(*columns, title=f"{len(states)} cells: {counts}")  # a live table cannot be wider than the terminal
     rank = {"running": 0, "elsewhere": 0, "failed": 1, "waiting": 2, "finished": 3}
     room = max(3, shutil.get_terminal_size().lines - 7)
     for attempt in sorted(launcher.attempts, key=lambda attempt: rank[attempt.state])[:room]:

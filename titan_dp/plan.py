@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import torch
 from deltaproduct_kernels import resolve_backend
-from rich.console import Console
 from rich.table import Table
 
 from titan_dp import config
 from titan_dp.config_loader import Loaded
+from titan_dp.console import print_table
 from titan_dp.distributed import World, data_world, rank_from_env, world_size_from_env
 from titan_dp.errors import UserError
 from titan_dp.hardware import GPU, GPUS, NETWORKS
@@ -38,16 +38,15 @@ def print_plan(loaded: Loaded) -> None:
     batch = plan_batches(c.training, data_world(c.parallelism, World(0, world_size, torch.device("cpu"))).size)
     if rank_from_env() != 0:
         return
-    console = Console(highlight=False)
     table = Table(title=f"{loaded.run_name}: dry run", show_header=False)
     for name, value in {**model_facts(c.model, batch.seq_len), **run_facts(c, batch, world_size)}.items():
         table.add_row(name, value)
     table.add_section()
     for name, value in memory_facts(c, world_size).items():
         table.add_row(name, value)
-    console.print(table)
+    print_table(table)
     for line in loaded.warnings():
-        console.print(f"warning: {line}")
+        print(f"warning: {line}")
 
 
 def model_facts(c: config.Model, seq_len: int) -> dict[str, str]:

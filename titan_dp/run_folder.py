@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -111,11 +112,18 @@ class RunLock:
     def __init__(self, folder: Path, patience: float = 1.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / ".lock").open("w")
-        deadline = time.monotonic() + patience
+        deadline, told = time.monotonic() + patience, False
         while not _try_lock(self._file, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 self._file.close()
                 raise RunError(f"another process is at work in {folder}; wait until it ends, or choose another run folder")
+            if not told:
+                print(
+                    f"another process is at work in {folder}; waiting up to {patience:g} s for its end",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                told = True
             time.sleep(0.1)
 
     def close(self) -> None:

@@ -44,6 +44,9 @@ from titan_dp.tasks import build_task
 from titan_dp.validate import before_last_label, to_device
 from titan_dp.watchdog import Watchdog
 
+LOCK_PATIENCE = 10.0
+"""Seconds for the ranks of a run whose launcher was killed: they save and end."""
+
 
 class Trainer:
     """One run in one process of `world`."""
@@ -54,6 +57,8 @@ class Trainer:
         self.run_folder = Path(c.job.dump_folder) / loaded.run_name
         self.console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
         self.backend = chosen_backend(c.model, world.device)
+        # First of all, so that a second run in the folder is refused before minutes of building.
+        self.lock = RunLock(self.run_folder, patience=LOCK_PATIENCE) if world.is_main else None
         distributed.set_seeds(c.debug)
         mesh = distributed.build_mesh(c.parallelism, world)
         self.batch = plan_batches(c.training, distributed.data_world(c.parallelism, world).size)
@@ -89,7 +94,6 @@ class Trainer:
 
         self.step, self.reached = 0, False  # reached: the task is learnt, before the last step
         self.validation_due = False  # one was broken off by a signal, after the step that is saved
-        self.lock = RunLock(self.run_folder, patience=10) if world.is_main else None
         self.checkpointer = Checkpointer(c.checkpoint, self.run_folder)
         self._resume()
         hang_folder = self.run_folder / "hang" / f"from-step-{self.step:08}"

@@ -120,6 +120,16 @@ def test_list_shows_every_step_and_its_state(tmp_path: Path, capsys: pytest.Capt
     assert [s for s in states if s] == ["healthy", "NOT finite", "cut off", "DAMAGED", "damaged, set aside"]
 
 
+def test_in_a_pipe_no_figure_of_the_list_is_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    make(tmp_path, 123_456_789, tokens=804_741_000_000, world_size=1024)
+    assert dispatch(["checkpoint", "list", str(tmp_path)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "healthy" in line]
+    assert all(part in row for part in ("123456789", "804,741,000,000", "1024", "2026-01-01 00:00:00"))
+
+
 @pytest.mark.parametrize("command", ["list", "verify"])
 def test_a_folder_without_checkpoints_is_said_to_be_one(tmp_path: Path, command: str) -> None:
     with pytest.raises(UserError, match="holds no checkpoints; give a run folder"):

@@ -138,6 +138,22 @@ def test_the_lock_is_not_inherited_by_programs_the_run_starts(tmp_path: Path) ->
         child.communicate()
 
 
+def test_a_second_run_is_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from titan_dp import trainer
+    from titan_dp.config_docs import all_keys
+    from titan_dp.config_loader import Loaded
+    from titan_dp.distributed import World
+
+    monkeypatch.setattr(trainer, "LOCK_PATIENCE", 0.1)
+    settings = config(f'[job]\nrun_name = "run"\ndump_folder = "{tmp_path}"\n[data]\npath = "nowhere"\n')
+    lock = RunLock(tmp_path / "run")
+    with pytest.raises(RunError, match="another process is at work"):  # and not: there are no shards in 'nowhere'
+        trainer.Trainer(Loaded(settings, dict.fromkeys(all_keys(), "test")), World(0, 1, torch.device("cpu")))
+    lock.close()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_run_of_somebody_else_can_be_asked_about(tmp_path: Path) -> None:
     RunLock(tmp_path).close()

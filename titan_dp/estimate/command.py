@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from titan_dp.arguments import above_zero, fraction, positive
 from titan_dp.config_docs import all_keys
 from titan_dp.config_loader import load_config
-from titan_dp.console import table_console
+from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.hardware import GPUS, NETWORKS, find_gpu, find_network
 
@@ -67,14 +67,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(result.as_json())
         return 0
-    console = table_console()
-    console.print(_table(result, loaded.run_name))
+    print_table(_table(result, loaded.run_name))
     for line in result.notes:
-        console.print(f"note: {line}")
+        print(f"note: {line}")
     if result.assumptions:
-        console.print("The time and MFU are predicted, not measured, assuming that")
+        print("The time and MFU are predicted, not measured, assuming that")
         for line in result.assumptions:
-            console.print(f"  - {line}")
+            print(f"  - {line}")
     return 0
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from titan_dp.console import print_table
 from titan_dp.evals.session import Report
 from titan_dp.files import write_atomically
 from titan_dp.plots import save_figure, subplots
@@ -214,7 +215,6 @@ def _draw_by_head(facts: Facts, arrays: Arrays) -> None:
 def show(report: Report) -> None:
     """The table, averaged over heads, and the files."""
     import numpy as np
-    from rich.console import Console
     from rich.table import Table
 
     results, settings = report.finished or {}, cast(dict[str, Any], report.head["settings"])
@@ -237,17 +237,13 @@ def show(report: Report) -> None:
             f"{np.mean([head['decay'] for head in heads]):.3f}",
             f"{np.mean([head['decay_at_document_starts'] for head in heads]):.3f}",
         )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
+    print_table(table)
+    print(
         f"{results['tokens']:,} tokens of {results['documents']:,} document(s), every {settings['every']}; "
-        f"replayed and carried states differ by at most {results['largest_replay_difference']:.1e}",
-        soft_wrap=True,
+        f"replayed and carried states differ by at most {results['largest_replay_difference']:.1e}"
     )
     if results["skipped_layers"]:
-        console.print(
-            f"skipped, softmax layers have no state: {', '.join(map(str, results['skipped_layers']))}", soft_wrap=True
-        )
+        print(f"skipped, softmax layers have no state: {', '.join(map(str, results['skipped_layers']))}")
     endings = (".json", ".csv.gz", ".png", "-norm.png", "-steps.png")
     written = ", ".join(report.path.stem + ending for ending in endings)
-    console.print(f"written to {report.folder}: {written}", soft_wrap=True)
+    print(f"written to {report.folder}: {written}")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from titan_dp import plots
+from titan_dp.console import print_table
 from titan_dp.evals.length_extrapolation import moving_average
 from titan_dp.files import write_atomically
 
@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 
 def write(reports: list[Report], stem: Path, x_axis: str) -> None:
     """Print the table of `reports`; write stem.csv and stem.png."""
-    console = Console(highlight=False)
-    console.print(_table(reports))
+    print_table(_table(reports))
     _write_csv(reports, stem.with_suffix(".csv"))
     plots.save_figure(_plot(reports, x_axis), stem.with_suffix(".png"))
     written = [report.path for report in reports] + [stem.with_suffix(".csv"), stem.with_suffix(".png")]
-    console.print(*(f"written to {path}" for path in written), sep="\n", soft_wrap=True)
+    print(*(f"written to {path}" for path in written), sep="\n")
 
 
 def _found(report: Report) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from titan_dp.console import table_console
+from titan_dp.console import print_table
 
 if TYPE_CHECKING:
     from titan_dp.evals.session import Report
@@ -91,7 +91,6 @@ def show(report: Report) -> None:
     from rich.table import Table
 
     results = report.finished or {}
-    console = table_console()
     table = Table(title=f"lm-evaluation-harness {report.head['settings']['lm_eval']}: {report.source.label}")
     for header in ("task", "version", "shots", "documents"):
         table.add_column(header, justify="left" if header == "task" else "right")
@@ -104,16 +103,16 @@ def show(report: Report) -> None:
         for metric, found in task["metrics"].items():
             table.add_row(*cells, metric, _shown(found["value"]), _shown(found["stderr"]))
             cells = [""] * len(cells)
-    console.print(table)
+    print_table(table)
     if "columns" in results:
-        console.print(_columns_table(results["columns"]))
+        print_table(_columns_table(results["columns"]))
     cut = {kind: count for kind, count in results["truncated_requests"].items() if count}
     if cut:
         told = ", ".join(f"{count:,} {kind}" for kind, count in cut.items())
-        console.print(f"requests that lost the beginning of their context to max_length: {told}")
-    console.print(f"written to {report.path}", soft_wrap=True)
+        print(f"requests that lost the beginning of their context to max_length: {told}")
+    print(f"written to {report.path}")
     if "samples" in results:
-        console.print(f"samples in {report.folder / results['samples']}", soft_wrap=True)
+        print(f"samples in {report.folder / results['samples']}")
 
 
 def _shown(value: float | None, digits: int = 4) -> str:

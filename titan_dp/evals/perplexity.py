@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.evals.scoring import token_losses
 from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
@@ -215,7 +216,6 @@ def _results(total: list[float], documents: int, text_bytes: int | None) -> dict
 
 
 def _show(report: Report) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     results, settings = report.finished or {}, report.head["settings"]
@@ -238,6 +238,5 @@ def _show(report: Report) -> None:
     marks = " and ".join(mark.upper() for mark in ("bos", "eos") if texts[mark]) or "neither BOS nor EOS"
     table.add_row("documents with", f"{marks}, {joined}")
     table.add_row("scored", settings["scored"])
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"written to {report.path}", soft_wrap=True)
+    print_table(table)
+    print(f"written to {report.path}")

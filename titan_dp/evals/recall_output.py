@@ -11,6 +11,7 @@ import io
 import math
 from typing import TYPE_CHECKING, Any
 
+from titan_dp.console import print_table
 from titan_dp.evals.session import Report
 from titan_dp.files import write_atomically
 from titan_dp.plots import save_figure, subplots
@@ -107,10 +108,8 @@ def _rows(report: Report) -> list[dict[str, Any]]:
 
 def show(reports: list[Report]) -> None:
     """A table a checkpoint, and the files."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
     for report in reports:
         table = Table(title=f"recall of {report.source.label}: right answers in % (95 % interval)")
         for column in ("pairs", "queries", "all ids", "chance", "values", "chance", "unpaired guess"):
@@ -124,6 +123,6 @@ def show(reports: list[Report]) -> None:
                     f"{100 * row[f'chance{suffix}']:.1f}",
                 ]
             table.add_row(*cells, f"{100 * row['unpaired_guess']:.1f}")
-        console.print(table)
-        console.print(f"written to {report.path}, {report.path.with_suffix('.csv').name}", soft_wrap=True)
-    console.print(f"written to {reports[0].folder / 'recall.png'}", soft_wrap=True)
+        print_table(table)
+        print(f"written to {report.path}, {report.path.with_suffix('.csv').name}")
+    print(f"written to {reports[0].folder / 'recall.png'}")

@@ -16,7 +16,7 @@ from titan_dp import config
 from titan_dp.arguments import count, grid, householder_list, percent
 from titan_dp.config_docs import sections, to_toml
 from titan_dp.config_loader import config_folder, load_config
-from titan_dp.console import table_console
+from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.model_size import embedding_parameters, model_size, state_size
 from titan_dp.scaling.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
@@ -152,10 +152,7 @@ def _print_table(models: Sequence[config.Model], targets: Sequence[int], quantit
             f"{state_size(model):,}",
             f"{16 * size.parameters / 2**30:.3g} GiB",
         )
-    console = table_console()
-    if console.width < 150:  # on a narrow terminal fewer columns, for no number may be cut off
-        table.columns = [column for column in table.columns if column.header not in _DETAILS]
-    console.print(table)
+    print_table(table, details=_DETAILS)
 
 
 def _print_differences(models: Sequence[config.Model], by: str) -> None:

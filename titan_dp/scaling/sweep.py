@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titan_dp.arguments import above_zero, fraction, natural, positive
-from titan_dp.console import table_console
+from titan_dp.console import print_table
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import stays_inside, write_json
 from titan_dp.run_folder import RunLock, holds_config, is_finished, is_locked, last_step, read_run, write_config
@@ -176,10 +176,8 @@ def state_of(cell: Cell) -> str:
 
 
 def _print_table(sweep: Sweep, flops_per_second: float) -> None:
-
-    console = table_console()
-    console.print(_cost_table(sweep, flops_per_second))
-    console.print(f"runs in {sweep.folder}")
+    print_table(_cost_table(sweep, flops_per_second))
+    print(f"runs in {sweep.folder}")
 
 
 def _cost_table(sweep: Sweep, flops_per_second: float) -> Table:

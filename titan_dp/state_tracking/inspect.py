@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from titan_dp.console import table_console
+from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.files import write_json
 from titan_dp.plots import check_matplotlib, save_figure, subplots
@@ -157,7 +157,7 @@ def _print(heads: list[Head], task: str) -> None:
         variance = ", ".join(f"{share:.1%}" for share in head.key_variance[:4])
         steps = (f"{head.steps_near_2:.0%}", f"{head.steps_near_0:.0%}")
         table.add_row(str(head.layer), str(head.head), *steps, variance, f"{head.state_within:.1%}")
-    table_console().print(table)
+    print_table(table)
 
 
 def draw(layer: int, t: Trace, heads: list[Head], task: str, path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from titan_dp.console import table_console
+from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.files import write_atomically, write_json
 from titan_dp.plots import save_figure, subplots
@@ -47,20 +47,19 @@ def report(folders: list[Path], out: Path) -> list[Summary]:
     if not finished:
         raise UserError(f"{folders[0]} holds no finished state-tracking run; train some with `titan-dp state-tracking train`")
     summaries = summarise(finished, [read_config(run) for run, outcome in outcomes.items() if outcome is None])
-    console = table_console()
     headers, rows = table(summaries)
     shown = Table(*headers, title=title(summaries))
     for row in rows:
         shown.add_row(*row)
-    console.print(shown)
+    print_table(shown)
     if unfinished := len(outcomes) - sum(summary.seeds for summary in summaries):
-        console.print(f"{unfinished} more run(s), of models without a finished one, are not in the table")
+        print(f"{unfinished} more run(s), of models without a finished one, are not in the table")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "summary.json", as_json(summaries))
     text = "\n".join(["| " + " | ".join(cells) + " |" for cells in (headers, ["---"] * len(headers), *rows)]) + "\n"
     write_atomically(out / "summary.md", lambda file: file.write(text.encode()))
     draw(summaries, out / "curves.png")
-    console.print(f"written: {out / 'summary.json'}, summary.md, curves.png")
+    print(f"written: {out / 'summary.json'}, summary.md, curves.png")
     return summaries
 
 

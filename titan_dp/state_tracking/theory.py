@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from titan_dp.arguments import natural, positive
+from titan_dp.console import print_table
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from titan_dp.data.synthetic.groups import Group
     from titan_dp.model import Transformer
     from titan_dp.state_tracking.spectra import Fact
@@ -68,19 +67,17 @@ def run(args: argparse.Namespace) -> int:
     """Print the tables; 0 if everything is as the theory says, else 1."""
     import numpy as np
 
-    from titan_dp.console import table_console
     from titan_dp.state_tracking.spectra import measure_all
 
     names = [args.construction] if args.construction else list(CONSTRUCTIONS)
     checks = [check for name in names for check in run_construction(name, args.tokens, args.seed)]
     facts = [] if args.construction else list(measure_all(np.random.default_rng(args.seed), DRAWS))
-    console = table_console()
-    _print_checks(console, checks)
+    _print_checks(checks)
     if facts:
-        _print_facts(console, facts)
+        _print_facts(facts)
     failed = sum(not check.solved for check in checks) + sum(not fact.holds for fact in facts)
     total = len(checks) + len(facts)
-    console.print(f"{failed} of {total} checks failed" if failed else f"all {total} checks are as the theory says")
+    print(f"{failed} of {total} checks failed" if failed else f"all {total} checks are as the theory says")
     return 1 if failed else 0
 
 
@@ -116,7 +113,7 @@ def count_errors(model: Transformer, group: Group, tokens: int, seed: int) -> in
     return int((answers != labels)[:, 1:].sum())
 
 
-def _print_checks(console: Console, checks: list[Check]) -> None:
+def _print_checks(checks: list[Check]) -> None:
     from rich.table import Table
 
     table = Table(title="Constructed weights on random words")
@@ -125,10 +122,10 @@ def _print_checks(console: Console, checks: list[Check]) -> None:
     for c in checks:
         numbers = (f"{c.tokens:,}", f"{c.errors:,}", "yes" if c.solved else "no")
         table.add_row(c.construction, c.group, str(c.layers), str(c.num_householder), c.dtype, c.backend, *numbers)
-    console.print(table)
+    print_table(table)
 
 
-def _print_facts(console: Console, facts: list[Fact]) -> None:
+def _print_facts(facts: list[Fact]) -> None:
     from rich.table import Table
 
     table = Table(title="Spectra of random transitions")
@@ -137,4 +134,4 @@ def _print_facts(console: Console, facts: list[Fact]) -> None:
     for f in facts:
         holds = "yes" if f.holds else "no"
         table.add_row(f.statement, f"{f.draws:,}", f.quantity, f"{f.worst:.3g}", f.allowed, holds)
-    console.print(table)
+    print_table(table)

@@ -94,28 +94,21 @@ def _title(paths: list[Path]) -> tuple[str, str]:
 
 
 def _print(results: Results) -> None:
-    from rich.console import Console
-
     from titan_dp.scaling.report import tables
     from titan_dp.scaling.report.text import summary
 
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=200)
-    console.print(*summary(results), *(f"warning: {line}" for line in results.warnings), sep="\n", soft_wrap=True)
-    console.print()
+    print(*summary(results), *(f"warning: {line}" for line in results.warnings), "", sep="\n")
     for comparison in results.comparisons:
-        tables.print_table(console, tables.comparison_title(comparison), tables.comparison_table(comparison))
-    tables.print_table(
-        console,
+        tables.show(tables.comparison_title(comparison), tables.comparison_table(comparison))
+    tables.show(
         f"configurations (training loss: nats a token, last 5 % of steps; validation loss: {results.unit}, ± standard "
         "deviation over seeds; front C: by FLOPs, N: by parameters)",
         tables.configurations_table(results),
     )
     if results.isoflops:
-        tables.print_table(console, "isoFLOP minima", tables.isoflop_table(results))
-    tables.print_table(console, "L(N, D) = E + A/N^a + B/D^b, 90 % bootstrap intervals", tables.surface_table(results))
-    tables.print_table(console, "L(C) = E + A/C^a, 90 % bootstrap intervals", tables.compute_table(results))
+        tables.show("isoFLOP minima", tables.isoflop_table(results))
+    tables.show("L(N, D) = E + A/N^a + B/D^b, 90 % bootstrap intervals", tables.surface_table(results))
+    tables.show("L(C) = E + A/C^a, 90 % bootstrap intervals", tables.compute_table(results))
 
 
 def _write(results: Results, out: Path) -> None:

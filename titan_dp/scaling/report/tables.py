@@ -8,17 +8,15 @@ from __future__ import annotations
 import csv
 import io
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from titan_dp.console import print_table
 from titan_dp.scaling.report.comparisons import Comparison
 from titan_dp.scaling.report.configurations import CONFIDENCE_TEXT, Configuration, validation_loss
 from titan_dp.scaling.report.families import FamilyFits
 from titan_dp.scaling.report.results import Results
 from titan_dp.scaling.report.runs import Run
 from titan_dp.scaling.report.text import count, duration, estimate, fit_note, loss, minimum, percent
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 Table = tuple[list[str], list[list[str]]]
 """Headers and rows."""
@@ -115,7 +113,7 @@ def isoflop_table(results: Results) -> Table:
     return ["FLOPs", "family", "sizes", "parameters at the minimum", "loss there"], rows
 
 
-def print_table(console: Console, title: str, table: Table) -> None:
+def show(title: str, table: Table) -> None:
     from rich import box
     from rich.table import Table as RichTable
 
@@ -126,7 +124,7 @@ def print_table(console: Console, title: str, table: Table) -> None:
         shown.add_column(header, justify="left" if text else "right")
     for row in rows:
         shown.add_row(*row)
-    console.print(shown)
+    print_table(shown)
 
 
 # -- CSV and JSON ------------------------------------------------------------------------------------------------------
