@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -15,6 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Several processes on two cores: one thread each, or they fight. The variable is for processes to come, torch is here already.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("tests")
 # Triton kernels run on the CPU where there is no GPU; this must be set before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -33,7 +37,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (documents / f"{i:03}.txt").write_text(f"Story {i}. {text}.")
     command = [sys.executable, "-m", "titan_dp.cli", "prepare", str(documents), "--out", str(folder / "tokens")]
     command += ["--tokenizer", "bytes", "--validation-fraction", "0.1", "--workers", "1"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=600)
     return folder / "tokens"
 
 

@@ -2,13 +2,13 @@
 
 `function` runs in as many processes with gloo as there are ranks, as under torchrun, and its results come back in rank
 order; the first exception of any rank is raised here, with that rank's traceback. Starting Python and importing torch costs
-seconds, so processes are kept in a pool for the whole session and only the process group is made anew for each call.
+seconds, so ranks are forked from one process that has imported them (tests/processes.py), kept in a pool for the whole session,
+and only the process group is made anew for each call.
 """
 
 from __future__ import annotations
 
 import atexit
-import multiprocessing as mp
 import os
 import tempfile
 import time
@@ -18,7 +18,10 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-TIMEOUT_SECONDS = 120
+from tests.processes import SERVER
+
+TIMEOUT_SECONDS = 600
+"""Only a hang takes that long, however busy the machine is."""
 
 _workers: list[tuple[BaseProcess, Connection]] = []
 
@@ -58,9 +61,8 @@ def _collect(world_size: int) -> list[tuple[bool, Any]]:
 
 
 def _start_worker() -> tuple[BaseProcess, Connection]:
-    context = mp.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs,), daemon=True)
+    ours, theirs = SERVER.Pipe()
+    process = SERVER.Process(target=_work, args=(theirs,), daemon=True)
     process.start()
     return process, ours
 

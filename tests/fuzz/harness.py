@@ -1,7 +1,7 @@
 """What fuzzing shares: values and bytes that a reader may meet, and the one property.
 
 A reader takes what it is given, and then certain things hold, or it raises UserError with a message a person can read.
-Nothing else: no other exception, no second of computing, no gigabyte of memory. Both outcomes are counted, so that it is
+Nothing else: no other exception, no endless computing, no gigabyte of memory. Both outcomes are counted, so that it is
 seen that both happen.
 """
 
@@ -25,7 +25,8 @@ from titan_dp.errors import UserError
 LONGEST_MESSAGE = 20_000
 """Characters: a configuration with dozens of mistakes lists them all, a line each."""
 LONGEST_LINE = 1500
-_SECONDS = 1.0
+_SECONDS = 20.0
+"""Of this process's own computing, a thousand times what a case takes: only what would go on and on exceeds it."""
 _MEMORY = 2**30
 
 Check = Callable[[Any], None]

@@ -262,7 +262,7 @@ def test_a_folder_needs_torch_and_transformers_alone(tmp_path: Path) -> None:
     arguments = json.dumps([folders, text, str(tmp_path / "results.pt")])
     environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-I", "-c", ALONE, arguments]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     for ours, (ids, logits, written) in zip(models, torch.load(tmp_path / "results.pt"), strict=True):
         assert ids.tolist() == [list(text.encode())]

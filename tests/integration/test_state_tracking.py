@@ -25,7 +25,7 @@ def command(out: Path, *options: str) -> list[str]:
 
 
 def train(root: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    answer = subprocess.run(command(out, *options), env=ENV, cwd=root, capture_output=True, text=True, timeout=150, check=False)
+    answer = subprocess.run(command(out, *options), env=ENV, cwd=root, capture_output=True, text=True, timeout=600, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr + logs(out)
     return answer
 
@@ -122,7 +122,7 @@ def test_a_run_that_has_learnt_its_task_stops_and_stays_finished(tmp_path: Path,
 
     test = read(run / "test.json")
     direct = [sys.executable, str(root / "train.py"), "--config", str(run / "config.toml")]
-    subprocess.run(direct, env=ENV, cwd=root, check=True, capture_output=True, timeout=60)
+    subprocess.run(direct, env=ENV, cwd=root, check=True, capture_output=True, timeout=600)
     assert max(losses(run)) == facts["step"]
     assert read(run / "run.json")["state"] == "finished"
     assert read(run / "test.json") == test

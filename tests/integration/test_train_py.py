@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.integration.test_user_journey import ENV, losses, torchrun
+from tests.processes import run_script
 
 
 def train(root: Path, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(root / "train.py"), *map(str, arguments)]
-    return subprocess.run(command, env=ENV | env, capture_output=True, text=True, timeout=120, check=False)
+    return run_script(root / "train.py", *arguments, env=env)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +108,7 @@ def test_a_full_disk_is_one_message_and_exit_code_1(tiny_config: Path, tmp_path:
 def test_eight_ranks_train_the_debug_config(shards: Path, tmp_path: Path, root: Path) -> None:
     data = ["--data.path", str(shards / "train"), "--validation.path", str(shards / "validation"), "--validation.steps", "1"]
     arguments = ["--config", "debug.toml", "--training.steps", "4", "--job.dump_folder", str(tmp_path), *data]
-    result = subprocess.run(torchrun(root, 8, *arguments), env=ENV, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(torchrun(root, 8, *arguments), env=ENV, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     assert "8 rank(s)" in result.stdout
     assert "step 4/4 (100%)" in result.stdout
@@ -117,7 +116,7 @@ def test_eight_ranks_train_the_debug_config(shards: Path, tmp_path: Path, root: 
 
 def test_the_dry_run_of_800m_under_torchrun_prints_one_summary_without_data(root: Path, tmp_path: Path) -> None:
     command = torchrun(root, 2, "--config", "800m.toml", "--dry-run")
-    result = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
+    result = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("dry run") == 1
     for part in ("806,262,780", "FLOPs a token", "104,905 steps", "55 B tokens", "GiB a rank"):

@@ -37,7 +37,7 @@ def kill_all(argument: str) -> None:
 def test_a_run_killed_with_sigkill_resumes_and_ends_as_if_never_killed(tiny_config: Path, tmp_path: Path, root: Path) -> None:
     arguments = ["--config", str(tiny_config), "--training.steps", "60", "--checkpoint.interval", "5"]
     undisturbed = [*arguments, "--job.run_name", "undisturbed"]
-    subprocess.run(torchrun(root, 2, *undisturbed), check=True, env=ENV, capture_output=True, timeout=180)
+    subprocess.run(torchrun(root, 2, *undisturbed), check=True, env=ENV, capture_output=True, timeout=600)
 
     with (tmp_path / "killed.log").open("w") as log:
         process = subprocess.Popen(torchrun(root, 2, *arguments), env=ENV, stdout=log, stderr=subprocess.STDOUT)
@@ -51,7 +51,7 @@ def test_a_run_killed_with_sigkill_resumes_and_ends_as_if_never_killed(tiny_conf
         process.wait()
     assert max(losses(tmp_path / "outputs/tiny")) < 60
 
-    resumed = subprocess.run(torchrun(root, 2, *arguments), env=ENV, capture_output=True, text=True, timeout=180)
+    resumed = subprocess.run(torchrun(root, 2, *arguments), env=ENV, capture_output=True, text=True, timeout=600)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     step = re.search(r"resumed at step (\d+)", resumed.stdout)
     assert step is not None

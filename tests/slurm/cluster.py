@@ -97,13 +97,13 @@ class Cluster:
     def run(self, *command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
         """A command as a user of this cluster gives it; returns it finished, whatever its exit code."""
         return subprocess.run(
-            list(map(str, command)), env=self.env, capture_output=True, text=True, timeout=60, check=False, **options
+            list(map(str, command)), env=self.env, capture_output=True, text=True, timeout=600, check=False, **options
         )
 
     def sbatch(self, *arguments: str | Path, cwd: Path, **env: str) -> str:
         """Submit and return the job's id."""
         command = ["sbatch", "--parsable", *map(str, arguments)]
-        done = subprocess.run(command, env=self.env | env, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=self.env | env, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 

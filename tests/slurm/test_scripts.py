@@ -18,7 +18,7 @@ ENV = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"OM
 
 def run(root: Path, *command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        list(map(str, command)), cwd=root, env=ENV | env, capture_output=True, text=True, timeout=60, check=False
+        list(map(str, command)), cwd=root, env=ENV | env, capture_output=True, text=True, timeout=600, check=False
     )
 
 

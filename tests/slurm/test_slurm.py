@@ -88,7 +88,7 @@ def test_a_run_on_two_nodes_survives_preemption_and_the_time_limit(
 
     undisturbed = ["--job.run_name", "undisturbed", *settings]
     local = [str(project / "launch/local.sh"), str(tiny_config), *undisturbed]
-    subprocess.run(local, env=os.environ | ENV | {"NPROC": "2"}, check=True, capture_output=True, timeout=180)
+    subprocess.run(local, env=os.environ | ENV | {"NPROC": "2"}, check=True, capture_output=True, timeout=600)
     assert losses(run) == losses(tmp_path / "outputs/undisturbed")
 
 

@@ -15,7 +15,7 @@ from titan_dp.errors import UserError, machine_fault, run_main
 
 
 def python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, timeout=600)
 
 
 HELPS = {
@@ -26,15 +26,14 @@ HELPS = {
 
 
 @pytest.mark.parametrize("command", HELPS)
-def test_help_answers_at_once_without_importing_torch(command: str, root: Path) -> None:
-    start = time.monotonic()
+def test_help_imports_little_and_so_answers_at_once(command: str, root: Path) -> None:
     answer = python(root, "-X", "importtime", *HELPS[command])
-    assert time.monotonic() - start < 3
     assert answer.returncode == 0, answer.stderr
     assert "usage:" in answer.stdout
     imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
     assert "titan_dp.errors" in imported
-    assert "torch" not in imported
+    assert not imported & {"torch", "scipy", "matplotlib", "transformers"}
+    assert len(imported) < 500, "a module takes about a millisecond"
 
 
 def test_the_list_of_commands_says_what_each_is_for(root: Path) -> None:
@@ -101,5 +100,5 @@ def test_other_ranks_name_themselves(monkeypatch: pytest.MonkeyPatch, capfd: pyt
 @pytest.mark.parametrize("arguments", ["train.py --config debug.toml --print-config", "-m titan_dp.cli --help"])
 def test_a_reader_that_stops_reading_ends_the_command_quietly(arguments: str, root: Path) -> None:
     script = f"unset PYTHONUNBUFFERED; {sys.executable} {arguments} | true; echo ${{PIPESTATUS[0]}}"
-    answer = subprocess.run(["bash", "-c", script], cwd=root, capture_output=True, text=True, timeout=60)
+    answer = subprocess.run(["bash", "-c", script], cwd=root, capture_output=True, text=True, timeout=600)
     assert (answer.stdout, answer.stderr) == ("1\n", "")

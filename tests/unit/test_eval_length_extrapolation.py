@@ -200,7 +200,7 @@ def test_two_ranks_find_what_one_finds(checkpoint: Path, text: Path, tmp_path: P
     options = ["--text", str(text), "--max-length", str(LENGTH), "--smooth", str(SMOOTH), "--segment", "32"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "titan_dp.cli"]
     command += ["evaluate", "length-extrapolation", str(checkpoint), "--out", str(tmp_path / "two"), *options]
-    subprocess.run(command, check=True, cwd=root, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, cwd=root, capture_output=True, timeout=600)
     evaluate([checkpoint], tmp_path / "one", "--text", text)
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     np.testing.assert_allclose(two["loss_by_position"], one["loss_by_position"], rtol=1e-5)

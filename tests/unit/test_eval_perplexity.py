@@ -156,7 +156,7 @@ def test_two_ranks_find_what_one_finds(checkpoint: Path, text: Path, tmp_path: P
     options = ["--text", str(text), "--context", "16", "--stride", "9"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "titan_dp.cli"]
     command += ["evaluate", "perplexity", str(checkpoint), "--out", str(tmp_path / "two"), *options]
-    subprocess.run(command, check=True, cwd=root, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, cwd=root, capture_output=True, timeout=600)
     (path,) = (tmp_path / "two").glob("*.json")
     assert json.loads(path.read_text())["results"] == pytest.approx(
         evaluate(checkpoint, tmp_path / "one", *options)["results"], rel=1e-6

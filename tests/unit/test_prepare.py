@@ -5,17 +5,18 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.processes import SERVER
 from titan_dp.cli import dispatch
+from titan_dp.data import shards
 from titan_dp.data.shards import TokenShards
 from titan_dp.errors import UserError
 
@@ -118,18 +119,32 @@ def test_held_out_documents_are_not_trained_on_and_duplicates_stay_together(tmp_
     assert 0.1 < len(held_out) / 800 < 0.3
 
 
-def test_a_run_killed_with_sigkill_goes_on_to_the_same_bytes(tmp_path: Path, root: Path) -> None:
+def prepare_killed(*arguments: str | Path) -> None:
+    """`prepare`, which gets a SIGKILL while it writes the sixth shard."""
+    write = shards.write_atomically
+
+    def write_or_die(path: Path, content: Callable[[Any], Any]) -> str:
+        def half(file: Any) -> None:
+            file.write(bytes(1000))
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return write(path, half if path.name == "shard-00005.npy" else content)
+
+    shards.write_atomically = write_or_die
+    prepare(*arguments)
+
+
+def test_a_run_killed_with_sigkill_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", [f"{i} " + "text " * 200 for i in range(6000)])
     arguments = ["--workers", "1", "--shard-tokens", "100K", "--validation-fraction", "0.3"]
     prepare(source, "--out", tmp_path / "whole", *arguments)
-    command = [sys.executable, "-m", "titan_dp.cli", "prepare", str(source), "--out", str(tmp_path / "killed"), *arguments]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "killed/train/shard-00005.npy").exists():
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed/train/manifest.json").exists(), "the kill came too late to mean anything"
+    process = SERVER.Process(target=prepare_killed, args=(source, "--out", tmp_path / "killed", *arguments))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "killed/train/shard-00004.npy").exists()
+    assert not (tmp_path / "killed/train/shard-00005.npy").exists()
     prepare(source, "--out", tmp_path / "killed", *arguments)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 

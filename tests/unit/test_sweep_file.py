@@ -172,7 +172,12 @@ def test_listed_cells_are_combined_with_every_point_of_the_axes(expand: Expand) 
     gates=st.lists(st.booleans(), min_size=1, max_size=2, unique=True),
     rates=st.lists(st.floats(1e-6, 1, exclude_min=True), min_size=1, max_size=2, unique=True),
 )
-@examples(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@examples(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    derandomize=True,
+)
 def test_every_cell_of_a_grid_is_the_configuration_of_its_point(
     steps: list[int], heads: list[int], gates: list[bool], rates: list[float], expand: Expand
 ) -> None:
