@@ -40,5 +40,6 @@ test: lint
 bench: $(INSTALLED)
 	for script in op loader checkpoint trainer kernel_costs export generation length_extrapolation scaling report state_tracking estimate; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
+# What was installed and built. Not data/ and outputs/: they hold what took hours, and perhaps files of your own.
 clean:
-	rm -rf $(VENV) data outputs build *.egg-info
+	rm -rf $(VENV) build *.egg-info

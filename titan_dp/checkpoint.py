@@ -14,12 +14,13 @@ the tensors; `changed_settings.py` says whether a run may go on from one.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
-import shutil
 import sys
 import tomllib
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -176,18 +177,32 @@ def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def set_aside(checkpoint: Path, why: str = "damaged") -> Path:
-    """Rename a checkpoint so that it is none any more, but can be looked at: step-00001000.damaged. Returns the new path."""
-    aside = checkpoint.with_name(f"{checkpoint.name}.{why}")
-    if aside.exists():
-        shutil.rmtree(aside)
-    return checkpoint.rename(aside)
+    """Rename a checkpoint so that it is none any more, but can be looked at. Returns the new path.
+
+    It is called step-00001000.damaged, or .damaged-2 where that is taken: what was set aside before stays.
+    """
+    names = (f"{checkpoint.name}.{why}" + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
+    return checkpoint.rename(next(aside for name in names if not (aside := checkpoint.with_name(name)).exists()))
+
+
+def delete_checkpoint(checkpoint: Path) -> None:
+    """Delete the files that a save writes into `checkpoint`, and the folder unless it holds others as well.
+
+    The manifest goes first, so that a kill in between leaves a folder that was cut off, not a committed one with missing files.
+    Raises OSError where a file cannot be deleted.
+    """
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    for path in checkpoint.iterdir():
+        if re.fullmatch(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|\.manifest\.json\.tmp", path.name):
+            path.unlink()
+    with suppress(OSError):  # it holds what no save wrote
+        checkpoint.rmdir()
 
 
 def apply_retention(folder: Path, keep_latest_k: int) -> None:
     """Keep the newest `keep_latest_k` committed checkpoints (0: all) and the newest healthy one; delete older ones.
 
-    Older folders that were cut off go as well. A checkpoint loses its manifest first, so that a kill in between leaves a
-    cut-off folder, not a committed one with missing files.
+    Older folders that were cut off go as well.
     """
     committed = committed_steps(folder)
     if keep_latest_k == 0 or not committed:
@@ -196,9 +211,7 @@ def apply_retention(folder: Path, keep_latest_k: int) -> None:
     kept = {*committed[-keep_latest_k:], *healthy[-1:]}
     for step in all_steps(folder):
         if step not in kept and step < committed[-1]:
-            path = step_folder(folder, step)
-            (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+            delete_checkpoint(step_folder(folder, step))
 
 
 def _is_healthy(checkpoint: Path) -> bool:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import random
-import shutil
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ from titan_dp.checkpoint import (
     DamagedError,
     apply_retention,
     committed_steps,
+    delete_checkpoint,
     loaded_step,
     read_manifest,
     resolve_checkpoint,
@@ -190,7 +191,8 @@ class Checkpointer:
         if (folder / MANIFEST).exists():  # committed: what failed came after
             return error
         if dist.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                delete_checkpoint(folder)
         if (cause := _os_error(error)) is None:
             return error
         steps = committed_steps(self.folder)
@@ -211,8 +213,7 @@ class Checkpointer:
         steps = self._on_main(lambda: committed_steps(self.folder))
         if not self.c.resume and steps:
             raise UserError(
-                f"checkpoint.resume = false, but {self.folder} holds step {steps[-1]}; choose another job.run_name, delete the "
-                "folder, or resume"
+                f"checkpoint.resume = false, but {self.folder} holds step {steps[-1]}; choose another job.run_name, or resume"
             )
         folder = self._newest_good(steps) if self.c.load_step == -1 else self._good(self._step_to_load(steps))
         if folder is None:
@@ -456,9 +457,8 @@ class _Stager(BlockingAsyncStager):
 def _make_empty(folder: Path) -> None:
     """A folder for a new checkpoint; one of the same step that was cut off, or is saved again, goes."""
     if folder.exists():
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: what a kill leaves must not look committed
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+        delete_checkpoint(folder)
+    folder.mkdir(parents=True, exist_ok=True)  # it stays where it holds what no save wrote
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

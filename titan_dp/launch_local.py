@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -168,7 +169,8 @@ class _Launcher:
         attempt.slot = self.free.pop(0)
         (attempt.cell.folder / ".slot").write_text(str(attempt.slot))  # for a launch after this one was killed
         attempt.attempts += 1
-        attempt.log = attempt.cell.folder / f"attempt-{len(list(attempt.cell.folder.glob('attempt-*.log'))) + 1}.log"
+        logs = (re.fullmatch(r"attempt-(\d+)\.log", path.name) for path in attempt.cell.folder.iterdir())
+        attempt.log = attempt.cell.folder / f"attempt-{max((int(log[1]) for log in logs if log), default=0) + 1}.log"
         environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1", **os.environ}
         if self.devices:
             first = attempt.slot * self.nproc

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +43,22 @@ def write_config(folder: Path, text: str) -> None:
     os.replace(temporary, folder / "config.toml")
 
 
+def check_config_is_ours(folder: Path, remedy: str) -> None:
+    """Raises UserError, ending with `remedy`, where a run would write its config.toml over one that somebody wrote by hand.
+
+    Runs and sweeps write every section there is, and a run that has begun has a run.json.
+    """
+    path = folder / "config.toml"
+    try:
+        ours = Config.model_fields.keys() <= tomllib.loads(path.read_text(encoding="utf-8", errors="replace")).keys()
+    except FileNotFoundError:
+        return
+    except (ValueError, RecursionError):
+        ours = False
+    if not ours and not (folder / "run.json").exists():
+        raise UserError(f"{path} was not written by a run, which would overwrite it; {remedy}")
+
+
 def holds_config(folder: Path, wanted: Config, text: str, remedy: str) -> bool:
     """Whether config.toml in `folder` is `text`, or says the same.
 
@@ -49,9 +66,11 @@ def holds_config(folder: Path, wanted: Config, text: str, remedy: str) -> bool:
     """
     path = folder / "config.toml"
     try:
-        found_text = path.read_text()
-        if found_text == text:
-            return True
+        raw = path.read_bytes()
+        if text.encode().startswith(raw):  # whole, or cut off by a kill, as it is not forced to the disk
+            return len(raw) == len(text.encode())
+        check_config_is_ours(folder, remedy)
+        found_text = raw.decode()
         found = config_from_toml(found_text, str(path))
         if identity(found) == identity(wanted):  # a folder that was moved has another [job]
             return found.job == wanted.job
@@ -91,7 +110,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); resume the run, or remove the folder") from error
+        raise UserError(f"{path} cannot be read ({error}); move it away: resuming the run writes it again") from error
 
 
 def is_finished(folder: Path) -> bool:

@@ -38,7 +38,7 @@ from titan_dp.model_size import embedding_parameters, model_size
 from titan_dp.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
 from titan_dp.plan import chosen_backend, model_facts, run_facts
 from titan_dp.profiling import Profiler
-from titan_dp.run_folder import RunLock, write_run
+from titan_dp.run_folder import RunLock, check_config_is_ours, write_run
 from titan_dp.schedule import plan_batches
 from titan_dp.tasks import build_task
 from titan_dp.validate import before_last_label, to_device
@@ -55,6 +55,7 @@ class Trainer:
         c = self.config = loaded.config
         self.loaded, self.world = loaded, world
         self.run_folder = Path(c.job.dump_folder) / loaded.run_name
+        check_config_is_ours(self.run_folder, "choose another job.run_name, or rename that file")
         self.console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
         self.backend = chosen_backend(c.model, world.device)
         # First of all, so that a second run in the folder is refused before minutes of building.

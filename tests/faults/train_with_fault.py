@@ -24,7 +24,6 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import shutil
 import signal
 import sys
 import time
@@ -144,26 +143,23 @@ def replace(original: Callable[..., Any], source: Any, target: Any, **kwargs: An
 
 
 def apply_retention(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    remove, unlink = shutil.rmtree, os.unlink
+    unlink = os.unlink
     removed = 0
-
-    def rmtree(*args: Any, **kwargs: Any) -> Any:
-        strike("manifest removed", saving)
-        os.unlink = counted  # type: ignore[assignment]
-        return remove(*args, **kwargs)
 
     def counted(*args: Any, **kwargs: Any) -> None:
         nonlocal removed
         unlink(*args, **kwargs)
         removed += 1
-        if removed == 2:
+        if removed == 1:
+            strike("manifest removed", saving)
+        if removed == 3:
             strike("half removed", saving)
 
-    shutil.rmtree = rmtree  # type: ignore[assignment]
+    os.unlink = counted  # type: ignore[assignment]
     try:
         return original(*args, **kwargs)
     finally:
-        shutil.rmtree, os.unlink = remove, unlink  # type: ignore[assignment]
+        os.unlink = unlink  # type: ignore[assignment]
 
 
 around(trainer.Trainer, "_train_step", train_step)

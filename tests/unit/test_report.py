@@ -103,6 +103,18 @@ def test_a_folder_that_is_no_report_is_not_written_to(tmp_path: Path) -> None:
         dispatch(["report", str(run), "--out", str(run / "config.toml")])
 
 
+def test_a_file_of_somebody_elses_in_a_report_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["report", str(write_run(tmp_path / "run")), "--out", str(out)]
+    assert dispatch(command) == 0
+    (out / "isoflop.png").write_text("mine")
+    with pytest.raises(UserError, match="isoflop.png is no file of the report there; move it away"):
+        dispatch(command)
+    (out / "isoflop.png").rename(out / "mine.png")
+    assert dispatch(command) == 0
+    assert (out / "mine.png").read_text() == "mine"
+
+
 def test_a_sweeps_report_lies_in_its_folder_and_bears_its_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     sweep = write_sweep(tmp_path / "widths", {"a": {}, "b": {"debug.seed": 7}}, description="wide & narrow")
     write_run(sweep / "a")

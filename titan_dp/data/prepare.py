@@ -5,6 +5,7 @@ number of workers, and whether a document is held out is decided by the hash of 
 on both sides. One process reads, workers tokenise batches, results are written in order, at most a few batches ahead.
 After every shard `progress.json` says how many documents each split has on disk; a run that was killed reads the input
 again up to there, tokenises only what is missing, and ends with the same bytes as one that was not.
+OUT may hold other people's files: `--overwrite` deletes the shards that OUT's own records list, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,26 +13,24 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from titan_dp.data import sources
-from titan_dp.data.shards import MANIFEST, Shard, ShardWriter, TokenShards
+from titan_dp.data.shards import MANIFEST, PROGRESS, SPLITS, Shard, ShardWriter, Split, TokenShards, listed_shards, shard_name
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
 from titan_dp.files import write_json
 from titan_dp.json_files import JsonObject, Natural, parse_json
 
-SPLITS = ("train", "validation")
-_PROGRESS = "progress.json"
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1_000_000
 
 
@@ -73,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shard-tokens", type=count, default=100_000_000, help="tokens a shard, such as 100M (default)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="tokenising processes (default: all cores)")
-    parser.add_argument("--overwrite", action="store_true", help="delete what is in OUT first")
+    parser.add_argument("--overwrite", action="store_true", help="delete the shards of an earlier prepare in OUT first")
     parser.add_argument("--verify", action="store_true", help="check every byte of what is in OUT instead of writing")
 
 
@@ -85,9 +84,7 @@ def run(args: argparse.Namespace) -> int:
     files = sources.find_files(args.inputs)
     tokenizer = load_tokenizer(args.tokenizer)
     plan = _plan(args, files, tokenizer)
-    if args.overwrite and args.out.exists():
-        shutil.rmtree(args.out)
-    progress = _Progress.open(args.out, plan)
+    progress = _Progress.begin_again(args.out, plan) if args.overwrite else _Progress.open(args.out, plan)
     if progress is None:
         print(f"{args.out} is complete already: nothing to do (--overwrite starts again)")
         return 0
@@ -125,8 +122,8 @@ class _Saved(JsonObject):
 
     plan: dict[str, Any]
     finished: bool
-    done: dict[Literal["train", "validation"], Natural]
-    shards: dict[Literal["train", "validation"], list[Shard]]
+    done: dict[Split, Natural]
+    shards: dict[Split, list[Shard]]
 
 
 @dataclass
@@ -145,20 +142,82 @@ class _Progress:
         Raises UserError where OUT holds something else.
         """
         out.mkdir(parents=True, exist_ok=True)
-        path = out / _PROGRESS
+        path = out / PROGRESS
         if not path.exists():
             if any(out.iterdir()):
-                raise UserError(f"--out {out} is not empty and holds no earlier prepare; choose another folder or --overwrite")
-            return _Progress(path, plan, {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0))
-        remedy = "choose another folder, or --overwrite"
-        saved = parse_json(_Saved, path.read_bytes(), path, "record of an earlier prepare", remedy)
+                raise UserError(f"--out {out} is not empty and holds no earlier prepare; choose another folder")
+            return _Progress.nothing(path, plan)
+        saved, remedy = _read_record(path), "choose another folder, or --overwrite"
         if differing := [key for key in plan if saved.plan.get(key) != plan[key]]:
             raise UserError(f"--out {out} was prepared with another {', '.join(differing)}; repeat those arguments, {remedy}")
         return None if saved.finished else _Progress(path, plan, saved.shards, saved.done)
 
+    @staticmethod
+    def nothing(path: Path, plan: dict[str, Any]) -> _Progress:
+        return _Progress(path, plan, {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0))
+
+    @staticmethod
+    def begin_again(out: Path, plan: dict[str, Any]) -> _Progress:
+        """The beginning, the shards of an earlier prepare in `out` deleted; whatever else lies there stays.
+
+        Raises UserError, before anything is deleted, where `out` holds files and was not made by prepare, or where a file
+        that prepare would write is one that no record of it lists.
+        """
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out} is a file; choose a folder")
+        out.mkdir(parents=True, exist_ok=True)
+        record = out / PROGRESS
+        saved = _read_record(record) if record.exists() else None
+        own: list[Path] = []
+        foreign: list[Path] = []
+        for split in SPLITS:
+            if (folder := out / split).is_dir():
+                names = _own_names(folder, saved, split)
+                for path in sorted(folder.iterdir()):
+                    if path.name in names:
+                        own.append(path)
+                    elif shard_name(path.name):
+                        foreign.append(path)
+        if saved is None and not own and any(out.iterdir()):
+            raise UserError(
+                f"--overwrite: {out} holds files and was not made by prepare, so nothing is deleted; choose another folder"
+            )
+        if foreign:
+            raise UserError(
+                f"--overwrite: no earlier prepare lists {foreign[0]}, which would be overwritten; move it away, or choose "
+                "another folder"
+            )
+        # A kill from here on leaves a record that lists what there may still be and that no command but this one goes on from.
+        shards = {split: [asdict(shard) for shard in entries] for split, entries in saved.shards.items()} if saved else {}
+        finished = saved is not None and saved.finished
+        write_json(record, {"plan": {}, "finished": finished, "done": {}, "shards": shards})
+        for path in own:
+            path.unlink()
+        return _Progress.nothing(record, plan)
+
     def save(self, finished: bool = False) -> None:
         shards = {split: [asdict(shard) for shard in entries] for split, entries in self.shards.items()}
         write_json(self.path, {"plan": self.plan, "finished": finished, "done": self.done, "shards": shards})
+
+
+def _read_record(path: Path) -> _Saved:
+    """Raises UserError where it is none: then nobody knows what prepare wrote, and what somebody else did."""
+    remedy = "choose another folder, or move it away and take --overwrite"
+    return parse_json(_Saved, path.read_bytes(), path, "record of an earlier prepare", remedy)
+
+
+def _own_names(folder: Path, saved: _Saved | None, split: Split) -> set[str]:
+    """Names of the files that prepare wrote into a split's folder: what its manifest and its record list and, where it was cut
+    off, the shard it was at, which nothing lists yet.
+    """
+    listed = listed_shards(folder)
+    recorded = [] if saved is None else saved.shards.get(split, [])
+    names = {name for shard in [*(listed or []), *recorded] for name in (shard.file, shard.starts_file) if shard_name(name)}
+    if listed is not None or (saved is not None and saved.finished):
+        names.add(MANIFEST)
+    if saved is not None and not saved.finished:
+        names |= {f"shard-{len(recorded):05}.npy", f"shard-{len(recorded):05}.starts.npy", f".{MANIFEST}.tmp"}
+    return names | {f".{name}.tmp" for name in names}
 
 
 def _write(
@@ -208,7 +267,8 @@ def _write(
             }
             writer.finish(tokenizer, facts)
         else:
-            writer.folder.rmdir()
+            with suppress(OSError):  # somebody else's files are in it
+                writer.folder.rmdir()
     progress.done = dict.fromkeys(SPLITS, index)
     progress.save(finished=True)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from titan_dp.data.shards import TokenShards
+from titan_dp.data.shards import AGAIN, TokenShards
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import file_sha256, write_json
 
@@ -56,8 +56,8 @@ class ShardCheck:
                     continue
                 if file_sha256(path) != expected:
                     self.problem = UserError(
-                        f"{path} is not what was prepared (its sha256 differs from the manifest's): restore it, or prepare the "
-                        "data again; steps that have read it since it changed are not to be trusted"
+                        f"{path} is not what was prepared (its sha256 differs from the manifest's): restore it, or "
+                        f"{AGAIN}; steps that have read it since it changed are not to be trusted"
                     )
                     return
             except OSError as error:

@@ -10,6 +10,9 @@ A folder may come from anywhere: reading it runs no code, opens no file outside 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +29,11 @@ from titan_dp.json_files import STRICT, JsonObject, Natural, parse_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+"""The record that `titan-dp prepare` keeps in OUT, beside the folders of the splits."""
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+AGAIN = "prepare the data again, into a new folder or with --overwrite"
 
 _Id = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -143,10 +151,7 @@ class TokenShards:
         self.folder = folder
         path = folder / MANIFEST
         if not path.exists():
-            raise UserError(
-                f"there are no token shards in {str(folder)!r} (no {MANIFEST}); write them with "
-                f"`titan-dp prepare INPUT --out {folder.parent} --tokenizer NAME`"
-            )
+            raise UserError(f"there are no token shards in {str(folder)!r} (no {MANIFEST}){_where_else(folder)}")
         raw = path.read_bytes()
         self.fingerprint = hashlib.sha256(raw).hexdigest()
         checked = _parse(path, raw)
@@ -162,7 +167,7 @@ class TokenShards:
 
     def _map(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
         path = inside(self.folder, name, self.folder / MANIFEST)
-        remedy = f"restore it, or delete {self.folder.parent} and run `titan-dp prepare` again"
+        remedy = f"restore it, or {AGAIN}"
         if not path.is_file():  # a pipe of that name would be waited for
             raise UserError(f"token shard {path} is missing; {remedy}")
         try:
@@ -197,9 +202,7 @@ class TokenShards:
             here = starts[low:high]
             if len(here) and (here[0] < start - offset or here[-1] >= stop - offset or (here[1:] <= here[:-1]).any()):
                 file = self.folder / self.shards[shard].starts_file
-                raise UserError(
-                    f"token shard {file} is damaged: its offsets do not rise; restore it, or prepare the data again"
-                )
+                raise UserError(f"token shard {file} is damaged: its offsets do not rise; restore it, or {AGAIN}")
             found.append(here + (offset - start))
         return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
 
@@ -216,9 +219,56 @@ class TokenShards:
                 yield f"{self.folder / shard.starts_file} is not a rising list of offsets from 0 below {len(tokens)}"
 
 
+def shard_name(name: str) -> bool:
+    """Whether `ShardWriter` gives files such a name."""
+    return name == MANIFEST or re.fullmatch(r"shard-\d{5,}(\.starts)?\.npy", name) is not None
+
+
+def listed_shards(folder: Path) -> list[Shard] | None:
+    """What the manifest in `folder` lists; None where there is none."""
+    path = folder / MANIFEST
+    try:
+        return _parse(path, path.read_bytes()).shards
+    except (OSError, UserError):
+        return None
+
+
+def _where_else(folder: Path) -> str:
+    """What to do about a folder that holds no shards. None of it writes into a folder that holds something else."""
+    near = [folder / split for split in SPLITS] + [folder.parent] * folder.is_file()
+    if held := [repr(str(path)) for path in near if (path / MANIFEST).exists()]:
+        return f"; there are some in {' and in '.join(held)}: name that folder"
+    for out in (folder, folder.parent):
+        if (out / PROGRESS).exists():
+            return f"; `titan-dp prepare` into {str(out)!r} was cut off or held nothing out: give its command again, or {AGAIN}"
+    out = next(path for path in _candidates(folder) if _is_free(path))
+    name = folder.name if folder.name in SPLITS else SPLITS[0]
+    command = f"titan-dp prepare INPUT --out {shlex.quote(str(out))} --tokenizer NAME"
+    return f"; write them with `{command}` and name {str(out / name)!r}"
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    """Folders for `titan-dp prepare` to write into so that `folder`, or one beside it, comes to hold the shards."""
+    out = folder.parent if folder.name in SPLITS else folder
+    yield out
+    stem = out.name if out.name not in ("", "..") else "data"
+    for number in itertools.count(1):
+        yield out.parent / (f"{stem}-tokens" if number == 1 else f"{stem}-tokens-{number}")
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing is there but, at most, an empty folder."""
+    try:
+        return not any(path.iterdir())
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
 def _parse(path: Path, raw: bytes) -> _Manifest:
     """The manifest, its entries of the right types and its sums right. Raises UserError where it is none."""
-    remedy = "prepare the data again"
+    remedy = AGAIN
     if (version := parse_json(_Version, raw, path, "manifest of token shards", remedy).format_version) != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; {remedy}")
     manifest = parse_json(_Manifest, raw, path, "manifest of token shards", remedy)

@@ -134,21 +134,23 @@ class Report:
             raise UserError(f"--out {self.folder} is a file; name a folder")
         self.finished: dict[str, Any] | None = None
         """The results of this very evaluation, where it has been done before."""
-        if self.path.exists() and not session.args.overwrite:
+        if self.path.exists():
             self.finished = self._read()
         key = hashlib.sha256(json.dumps(_without_paths(self.head), sort_keys=True).encode()).hexdigest()[:16]
         rank = f"rank{session.world.rank}of{session.world.size}"
         self._partial = self.folder / f".{self.path.stem}.{key}.{rank}.npz"
         self._saved = time.monotonic()
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any] | None:
         try:
             found = json.loads(self.path.read_text())
             wanted = _without_paths(json.loads(json.dumps(self.head)))
             same = all(_without_paths(found[key]) == value for key, value in wanted.items())
             results: dict[str, Any] = found["results"]
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # nothing of ours: --overwrite leaves it alone, too
             raise UserError(f"{self.path} is no result of an evaluation ({error}); choose another --out") from error
+        if self._session.args.overwrite:
+            return None
         if not same:
             raise UserError(f"{self.path} holds results of other settings or weights; choose another --out, or --overwrite")
         return results

@@ -64,7 +64,10 @@ def model_card(
     try:
         rows = {**_training_rows(training), **_measured_rows(measured)}
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"the training summary of {name} is damaged ({error}); delete training.json") from error
+        raise UserError(
+            f"the training summary of {name} is damaged ({error}); move training.json out of the folder, or take it from its "
+            "source"
+        ) from error
     if rows:
         lines += ["## Training", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
     lines += ["## Architecture", "", "| | |", "|---|---|"]

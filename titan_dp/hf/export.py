@@ -126,7 +126,7 @@ def export(
 
     assert target in FORMATS, target
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already; choose another folder or delete it")
+        raise UserError(f"{out} exists already; choose another folder")
     if model_type is not None and target != "fla":
         raise UserError(f"--model-type {model_type} belongs to --format fla; leave it out with --format {target}")
     kind = layout.REMOTE_CODE if target == "remote-code" else model_type or "gated_deltaproduct"

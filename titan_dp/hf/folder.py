@@ -184,7 +184,9 @@ class _Training(JsonObject):
 def _read_training(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    training = parse_json(_Training, path.read_bytes(), path, "training summary", "delete it, or take it from its source")
+    training = parse_json(
+        _Training, path.read_bytes(), path, "training summary", "move it out of the folder, or take it from its source"
+    )
     return training.model_dump(exclude_unset=True)
 
 

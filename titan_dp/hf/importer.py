@@ -8,7 +8,7 @@ up with `checkpoint.initial_load_path = "OUT"` and the [model] section printed h
 from __future__ import annotations
 
 import argparse
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +57,13 @@ def _open(folder: Path) -> FolderSource:
 
 
 def _import(source: FolderSource, out: Path, tokenizer: str) -> Path:
-    from titan_dp.checkpoint import step_folder
+    from titan_dp.checkpoint import delete_checkpoint, step_folder
     from titan_dp.checkpointer import save_model_weights
     from titan_dp.data.tokenizer import load_tokenizer
     from titan_dp.pretrained import check_vocabulary
 
     if out.exists():
-        raise UserError(f"{out} exists already; choose another run folder or delete it")
+        raise UserError(f"{out} exists already; choose another run folder")
     name = tokenizer or _tokenizer_name(source)
     loaded = load_tokenizer(name)
     check_vocabulary(loaded, source)
@@ -72,7 +72,10 @@ def _import(source: FolderSource, out: Path, tokenizer: str) -> Path:
     try:
         save_model_weights(checkpoint, source.read(source.shapes), _manifest(source, name, origin.get("hash", loaded.hash)))
     except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
+        with suppress(OSError):  # what somebody else has put there meanwhile stays
+            delete_checkpoint(checkpoint)
+            checkpoint.parent.rmdir()
+            out.rmdir()
         raise
     return checkpoint
 

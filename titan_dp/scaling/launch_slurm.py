@@ -82,7 +82,7 @@ def _jobs(sweep: Sweep) -> list[_Job]:
         return []
     except ValidationError as error:
         raise UserError(
-            f"{path} is no list of arrays ({first_mistake(error)}); see with squeue what still runs, then delete the file"
+            f"{path} is no list of arrays ({first_mistake(error)}); see with squeue what still runs, then move the file away"
         ) from error
 
 

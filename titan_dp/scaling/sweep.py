@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titan_dp.arguments import above_zero, fraction, natural, positive
+from titan_dp.config_loader import config_from_toml
 from titan_dp.console import print_table
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import stays_inside, write_json
-from titan_dp.run_folder import RunLock, holds_config, is_finished, is_locked, last_step, read_run, write_config
+from titan_dp.run_folder import RunLock, holds_config, identity, is_finished, is_locked, last_step, read_run, write_config
 from titan_dp.scaling.sweep_file import Cell, Sweep, load_sweep
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ def _sbatch_options(text: str) -> list[str]:
         raise UserError(f"--sbatch {text!r}: {error}; close the quotation") from error
 
 
+_WRITTEN = ("config.toml", ".config.toml.tmp", ".lock", ".slot")
+"""What a run folder holds before its run has begun."""
+
 # -- run folders -------------------------------------------------------------------------------------------------------
 
 
@@ -101,9 +105,13 @@ def write_cells(sweep: Sweep) -> None:
     Raises UserError, before anything is written, where a folder was trained with other settings, or the sweep's folder
     holds trained cells that the file does not name.
     """
-    new = [cell for cell in sweep.cells if not _is_written(cell)]
-    for folder in _dropped(sweep):
-        shutil.rmtree(folder)
+    listed = _listed(sweep)
+    new = [cell for cell in sweep.cells if not _is_written(cell, listed)]
+    for folder in _dropped(sweep, listed):
+        for name in _WRITTEN:
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody has put a file there meanwhile
+            folder.rmdir()
     for cell in new:
         write_config(cell.folder, cell.toml())
     listing = [
@@ -132,18 +140,30 @@ def _check_folder(sweep: Sweep) -> None:
         ) from error
 
 
-def _dropped(sweep: Sweep) -> list[Path]:
-    """Folders of cells an earlier expansion wrote, never trained and no longer in the file.
+def _listed(sweep: Sweep) -> dict[str, str]:
+    """The cells that an earlier expansion wrote into the sweep's folder: the identity of each configuration by name."""
+    try:
+        cells = json.loads((sweep.folder / "sweep.json").read_text())["cells"]
+        return {str(cell["name"]): str(cell["identity"]) for cell in cells if stays_inside(cell["name"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _is_as_written(folder: Path, listed: dict[str, str]) -> bool:
+    """Whether config.toml in `folder` says what the earlier expansion wrote into it."""
+    path = folder / "config.toml"
+    try:
+        return identity(config_from_toml(path.read_text(), str(path))) == listed.get(folder.name)
+    except (OSError, ValueError):  # UserError is one
+        return False
+
+
+def _dropped(sweep: Sweep, listed: dict[str, str]) -> list[Path]:
+    """Folders of cells an earlier expansion wrote, as it wrote them, never trained and no longer in the file.
 
     Raises UserError where such a cell was trained: it is another sweep's, or the file has lost it.
     """
-    path = sweep.folder / "sweep.json"
-    try:
-        named = {str(cell["name"]) for cell in json.loads(path.read_text())["cells"]}
-        before = {name for name in named if stays_inside(name)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
-    gone = [sweep.folder / name for name in sorted(before - {cell.name for cell in sweep.cells})]
+    gone = [sweep.folder / name for name in sorted(listed.keys() - {cell.name for cell in sweep.cells})]
     gone = [folder for folder in gone if folder.is_dir() and not folder.is_symlink()]
     for folder in gone:
         if read_run(folder) is not None or is_locked(folder):
@@ -154,12 +174,20 @@ def _dropped(sweep: Sweep) -> list[Path]:
     return [
         folder
         for folder in gone
-        if {entry.name for entry in folder.iterdir()} <= {"config.toml", ".config.toml.tmp", ".lock", ".slot"}
+        if {entry.name for entry in folder.iterdir()} <= set(_WRITTEN) and _is_as_written(folder, listed)
     ]
 
 
-def _is_written(cell: Cell) -> bool:
-    return holds_config(cell.folder, cell.config, cell.toml(), "give this sweep another [sweep] name, or move that folder away")
+def _is_written(cell: Cell, listed: dict[str, str]) -> bool:
+    """Whether the cell's config.toml is there. Raises UserError where there is one that somebody else wrote or changed."""
+    remedy = "give this sweep another [sweep] name, or move that folder away"
+    if holds_config(cell.folder, cell.config, cell.toml(), remedy):
+        return True
+    path = cell.folder / "config.toml"
+    cut_off = path.exists() and cell.toml().encode().startswith(path.read_bytes())
+    if path.exists() and not cut_off and not _is_as_written(cell.folder, listed):
+        raise UserError(f"{path} is not what this sweep wrote, and would be overwritten; {remedy}")
+    return False
 
 
 def state_of(cell: Cell) -> str:

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fits are small and run in processes of their own: threads only get in the way
     _check_packages()
     out = args.out or _default_out(args.runs)
-    _check_out(out)
+    earlier = _check_out(out)
     runs = read_runs(find_runs(args.runs))
     title, description = _title(args.runs)
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     results = results_of(runs, args.loss, title, description)
     _print(results)
-    _write(results, out)
+    _write(results, out, earlier)
     return 0
 
 
@@ -70,18 +70,29 @@ def _default_out(paths: list[Path]) -> Path:
     return paths[0] / "report" if len(paths) == 1 and (paths[0] / "sweep.json").exists() else Path("report")
 
 
-def _check_out(out: Path) -> None:
-    """Raises UserError where `out` is something else than a report, or than nothing."""
+def _check_out(out: Path) -> set[str]:
+    """Names of the files of the earlier report in `out`.
+
+    Raises UserError where `out` is something else than a report, or than nothing, or a file of a report's name is not one's.
+    """
+    from titan_dp.scaling.report.plots import FIGURES
+
+    names = {*_TABLES, *FIGURES, _PAGE}
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     if not out.exists() or not any(out.iterdir()):
-        return
+        return set()
     try:
-        own = json.loads((out / "report.json").read_text())["made_by"] == _MADE_BY
-    except (OSError, ValueError, KeyError, TypeError):
-        own = False
-    if not own:
-        raise UserError(f"--out {out} holds files and is no report of this program; name another folder, or empty it")
+        found = json.loads((out / "report.json").read_text())
+        own = names & set(map(str, found.get("files", names))) if found["made_by"] == _MADE_BY else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        own = None
+    if own is None:
+        raise UserError(f"--out {out} holds files and is no report of this program; name another folder")
+    for name in sorted(names - own):
+        if (out / name).exists():
+            raise UserError(f"--out: {out / name} is no file of the report there; move it away, or name another folder")
+    return own
 
 
 def _title(paths: list[Path]) -> tuple[str, str]:
@@ -111,14 +122,16 @@ def _print(results: Results) -> None:
     tables.show("L(C) = E + A/C^a, 90 % bootstrap intervals", tables.compute_table(results))
 
 
-def _write(results: Results, out: Path) -> None:
+def _write(results: Results, out: Path, earlier: set[str]) -> None:
+    """Write the report; of the `earlier` one's files those go that this one does not have."""
     from titan_dp import plots
     from titan_dp.scaling.report import tables
     from titan_dp.scaling.report.page import page
     from titan_dp.scaling.report.plots import FIGURES, figures
 
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "report.json", {"made_by": _MADE_BY, **tables.as_json(results)})
+    record = {"made_by": _MADE_BY, "files": sorted({*_TABLES, *FIGURES, _PAGE}), **tables.as_json(results)}
+    write_json(out / "report.json", record)  # with every name there may be, so that a kill leaves none that it does not list
     contents = (tables.runs_csv(results), tables.configurations_csv(results))
     for name, content in zip(_TABLES, contents, strict=True):
         write_atomically(out / name, lambda file, content=content: file.write(content))  # type: ignore[misc]
@@ -126,10 +139,10 @@ def _write(results: Results, out: Path) -> None:
     for name, caption, figure in figures(results):
         plots.save_figure(figure, out / name)
         drawn[out / name] = caption
-    for name in FIGURES:  # of an earlier report that had more to draw
-        if out / name not in drawn:
-            (out / name).unlink(missing_ok=True)
+    for name in earlier - {*_TABLES, _PAGE, *(path.name for path in drawn)}:  # it had more to draw
+        (out / name).unlink(missing_ok=True)
     html = page(results, drawn)
     write_atomically(out / _PAGE, lambda file: file.write(html))
+    write_json(out / "report.json", record | {"files": sorted({*_TABLES, _PAGE, *(path.name for path in drawn)})})
     for path in (out / "report.json", *(out / name for name in _TABLES), *drawn, out / _PAGE):
         print(f"written to {path}")

@@ -1,0 +1,305 @@
+"""Nothing is deleted, overwritten, or advised to be deleted that this program did not write; its advice is run here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.pretrained import save_checkpoint
+from titan_dp import checkpoint as ckpt
+from titan_dp.checkpointer import save_model_weights
+from titan_dp.cli import dispatch
+from titan_dp.config_loader import load_config
+from titan_dp.data.shards import TokenShards
+from titan_dp.errors import UserError, run_main
+from titan_dp.run_folder import check_config_is_ours, read_run, write_run
+
+SHARD = ("shard-00000.npy", "shard-00000.starts.npy")
+
+
+def prepare(source: Path, out: Path | str, *options: str) -> int:
+    return dispatch(["prepare", str(source), "--out", str(out), "--workers", "1", "--validation-fraction", "0.3", *options])
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of forty documents in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "input.jsonl"
+    path.write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(40)))
+    return path
+
+
+@pytest.fixture
+def made(text: Path, tmp_path: Path) -> Path:
+    """What `titan-dp prepare` makes of it."""
+    prepare(text, "d1")
+    return Path("d1")
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+# -- prepare -----------------------------------------------------------------------------------------------------------
+
+
+def test_overwrite_refuses_a_folder_that_prepare_did_not_make(text: Path, capsys: pytest.CaptureFixture) -> None:
+    Path("mine/train").mkdir(parents=True)
+    Path("mine/thesis.txt").write_text("years of work")
+    Path("mine/train/manifest.json").write_text('{"of": "something else"}')
+    assert run_main(lambda: prepare(text, "mine", "--overwrite")) == 2
+    assert "was not made by prepare, so nothing is deleted; choose another folder" in capsys.readouterr().err
+    assert files(Path("mine")) == {"thesis.txt", "train/manifest.json"}
+
+
+def test_overwrite_deletes_what_prepare_wrote_and_leaves_everything_else(made: Path, text: Path) -> None:
+    for name in ("thesis.txt", "train/notes.md", "raw/input.jsonl"):
+        (made / name).parent.mkdir(exist_ok=True)
+        (made / name).write_text("mine")
+    prepare(text, made, "--overwrite", "--shard-tokens", "100")
+    assert len(TokenShards(made / "train").shards) > 1
+    prepare(text, made, "--overwrite")
+    mine = {"thesis.txt", "train/notes.md", "raw/input.jsonl"}
+    shards = {f"{split}/{name}" for split in ("train", "validation") for name in ("manifest.json", *SHARD)}
+    assert files(made) == mine | shards | {"progress.json"}
+
+
+def test_overwrite_begins_again_where_prepare_was_cut_off(made: Path, text: Path) -> None:
+    record = (made / "progress.json").read_text().replace('"finished": true', '"finished": false')
+    (made / "progress.json").write_text(record)
+    for name in ("train/manifest.json", "validation/manifest.json"):
+        (made / name).unlink()
+    for name in ("train/shard-00001.npy", "train/.shard-00001.starts.npy.tmp"):  # being written, and listed nowhere
+        (made / name).write_bytes(b"cut off")
+    prepare(text, made, "--overwrite")
+    assert TokenShards(made / "train").manifest["documents"] + TokenShards(made / "validation").manifest["documents"] == 40
+    assert not list(made.rglob("*00001*"))
+
+
+@pytest.mark.parametrize("name", ["train/shard-00001.npy", "validation/shard-00007.starts.npy"])
+def test_overwrite_refuses_to_write_over_a_shard_that_no_record_lists(made: Path, text: Path, name: str) -> None:
+    (made / name).write_bytes(b"somebody's")
+    before = files(made)
+    with pytest.raises(UserError, match=f"no earlier prepare lists .*{name}, which would be overwritten; move it away"):
+        prepare(text, made, "--overwrite")
+    assert files(made) == before
+    (made / name).rename("elsewhere")  # the advice
+    prepare(text, made, "--overwrite")
+
+
+def test_a_record_that_cannot_be_read_is_moved_away_by_the_advice(made: Path, text: Path) -> None:
+    (made / "progress.json").write_text('{"percent": 3}')
+    for options in ([], ["--overwrite"]):
+        with pytest.raises(
+            UserError, match="progress.json is no record of an earlier prepare .* move it away and take --overw"
+        ):
+            prepare(text, made, *options)
+    (made / "progress.json").rename("elsewhere")
+    prepare(text, made, "--overwrite")
+
+
+def test_a_kill_while_shards_are_deleted_leaves_nothing_that_looks_prepared(
+    made: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def killed(path: Path, **kwargs: object) -> None:
+        unlink(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(text, made, "--overwrite")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="or --overwrite"):
+        prepare(text, Path(text.parent / made))
+    prepare(text, text.parent / made, "--overwrite")
+
+
+# -- advice about data ---------------------------------------------------------------------------------------------------
+
+
+def refusal(path: str) -> str:
+    with pytest.raises(UserError) as error:
+        TokenShards(Path(path))
+    return str(error.value)
+
+
+def test_the_folder_above_the_shards_is_told_where_they_are(made: Path) -> None:
+    assert refusal("d1").endswith("; there are some in 'd1/train' and in 'd1/validation': name that folder")
+    assert refusal("d1/train/manifest.json").endswith("; there are some in 'd1/train': name that folder")
+
+
+@pytest.mark.parametrize("path", ["d2", "d2/train", "train", "full", "full/train", "full/validation", "."])
+def test_advice_to_prepare_data_makes_it_and_harms_nothing(text: Path, path: str) -> None:
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("mine")
+    before = {name: Path(name).read_bytes() for name in files(Path())}
+    advice = re.search(r"write them with `(titan-dp .*)` and name '(.*)'$", refusal(path))
+    assert advice is not None
+    command = shlex.split(advice[1].replace("INPUT", str(text)).replace("NAME", "bytes"))
+    assert dispatch([*command[1:], "--workers", "1", "--validation-fraction", "0.3"]) == 0
+    assert TokenShards(Path(advice[2])).tokens > 0
+    assert {name: Path(name).read_bytes() for name in before} == before
+
+
+def test_a_prepare_that_was_cut_off_is_to_be_repeated(made: Path, text: Path) -> None:
+    record = (made / "progress.json").read_text().replace('"finished": true', '"finished": false')
+    (made / "progress.json").write_text(record)
+    (made / "train/manifest.json").unlink()
+    assert "into 'd1' was cut off or held nothing out: give its command again" in refusal("d1/train")
+    prepare(text, made)
+    assert TokenShards(made / "train").tokens
+
+
+def test_advice_about_a_missing_shard_cannot_reach_the_folder_above(made: Path, text: Path) -> None:
+    """A folder of shards that was moved beside other files: its parent is not prepare's."""
+    Path("project").mkdir()
+    Path("project/thesis.txt").write_text("mine")
+    (made / "train").rename("project/tokens")
+    Path("project/tokens/shard-00000.npy").unlink()
+    said = refusal("project/tokens")
+    assert said.endswith("is missing; restore it, or prepare the data again, into a new folder or with --overwrite")
+    with pytest.raises(UserError, match="was not made by prepare"):
+        prepare(text, "project", "--overwrite")
+    prepare(text, "new")
+    assert Path("project/thesis.txt").exists()
+    assert TokenShards(Path("new/train")).tokens
+
+
+def test_preparing_again_mends_a_missing_shard(made: Path, text: Path) -> None:
+    (made / "train/shard-00000.npy").unlink()
+    assert "with --overwrite" in refusal("d1/train")
+    prepare(text, made, "--overwrite")
+    assert TokenShards(made / "train").tokens
+
+
+# -- checkpoints and run folders -----------------------------------------------------------------------------------------
+
+
+def make_checkpoint(folder: Path, step: int, healthy: bool = True) -> Path:
+    path = ckpt.step_folder(folder, step)
+    path.mkdir(parents=True)
+    for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
+        (path / name).write_bytes(b"tensors")
+    (path / "manifest.json").write_text("{}")
+    return path
+
+
+def test_retention_leaves_what_no_save_wrote(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "step-00000001/why_this_one_matters.txt").write_text("mine")
+    ckpt.apply_retention(tmp_path, 1)
+    assert files(tmp_path / "step-00000001") == {"why_this_one_matters.txt"}
+    assert ckpt.all_steps(tmp_path) == [1, 3]
+    assert ckpt.committed_steps(tmp_path) == [3]
+
+
+def test_a_step_that_is_saved_again_leaves_what_no_save_wrote(tmp_path: Path) -> None:
+    import torch
+
+    path = make_checkpoint(tmp_path, 1)
+    (path / "notes.md").write_text("mine")
+    save_model_weights(path, {"w": torch.ones(2)}, {"step": 1})
+    assert files(path) == {"__0_0.distcp", ".metadata", "manifest.json", "notes.md"}
+
+
+def test_a_checkpoint_is_set_aside_beside_an_earlier_one_of_its_step(tmp_path: Path) -> None:
+    names = [ckpt.set_aside(make_checkpoint(tmp_path, 1)).name for _ in range(3)]
+    assert names == ["step-00000001.damaged", "step-00000001.damaged-2", "step-00000001.damaged-3"]
+    assert all((tmp_path / name / "__0_0.distcp").exists() for name in names)
+
+
+def test_a_configuration_written_by_hand_is_not_written_over_by_a_run(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("# the settings of my thesis\n[optimizer]\nlr = 1e-3\n")
+    with pytest.raises(UserError, match="config.toml was not written by a run, which would overwrite it; rename it"):
+        check_config_is_ours(tmp_path, "rename it")
+
+
+def test_a_configuration_that_a_run_wrote_is(tmp_path: Path) -> None:
+    check_config_is_ours(tmp_path, "rename it")
+    (tmp_path / "config.toml").write_text(load_config(["--config", "debug.toml"]).annotated_toml())
+    check_config_is_ours(tmp_path, "rename it")
+
+
+def test_advice_about_a_damaged_run_json_keeps_the_run(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="move it away: resuming the run writes it again"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").rename(tmp_path / "elsewhere")
+    assert read_run(tmp_path) is None
+    write_run(tmp_path, {"state": "training"})
+    assert read_run(tmp_path) == {"state": "training"}
+
+
+# -- sweeps, reports, evaluations ----------------------------------------------------------------------------------------
+
+CONFIG = Path(__file__).resolve().parents[2] / "train_configs/debug.toml"
+SWEEP = """
+extends = "debug.toml"
+[sweep]
+name = "study"
+[sweep.axes]
+num_householder = [{n_h}]
+"""
+
+
+def sweep(n_h: str) -> None:
+    path = Path("study.toml")
+    path.write_text(SWEEP.format(n_h=n_h).replace("debug.toml", str(CONFIG)))
+    dispatch(["sweep", str(path)])
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda folder: (folder / "notes.md").write_text("mine"),
+        lambda folder: (folder / "config.toml").write_text(
+            (folder / "config.toml").read_text().replace("warmup_steps = ", "warmup_steps = 1")
+        ),
+    ],
+    ids=["a file beside it", "a setting changed by hand"],
+)
+def test_a_sweep_that_loses_a_cell_leaves_a_folder_somebody_has_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, touch: Callable[[Path], object]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep("1, 2, 3")
+    touch(Path("outputs/study/nh3"))
+    before = files(Path("outputs/study/nh3"))
+    sweep("1")
+    assert not Path("outputs/study/nh2").exists()
+    assert files(Path("outputs/study/nh3")) == before
+
+
+def test_a_sweep_does_not_write_over_a_configuration_that_somebody_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep("1, 2")
+    config = Path("outputs/study/nh2/config.toml")
+    changed = config.read_text().replace("warmup_steps = ", "warmup_steps = 1")
+    config.write_text(changed)
+    with pytest.raises(UserError, match="config.toml is not what this sweep wrote, and would be overwritten; give this sweep"):
+        sweep("1, 2")
+    assert config.read_text() == changed
+
+
+def test_an_evaluation_that_begins_again_refuses_a_file_that_is_none(tmp_path: Path) -> None:
+    run = save_checkpoint(tmp_path / "run")
+    out = tmp_path / "out"
+    (tmp_path / "text.txt").write_text("some text to read")
+    command = ["evaluate", "perplexity", str(run), "--text", str(tmp_path / "text.txt"), "--out", str(out)]
+    assert dispatch(command) == 0
+    (result,) = out.glob("perplexity-*.json")
+    assert dispatch([*command, "--overwrite"]) == 0
+    result.write_text('{"mine": true}')
+    with pytest.raises(UserError, match="is no result of an evaluation .* choose another --out"):
+        dispatch([*command, "--overwrite"])
+    assert result.read_text() == '{"mine": true}'
