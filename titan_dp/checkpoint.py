@@ -4,7 +4,9 @@
                                                .metadata          its index, written when every rank has written
                                                manifest.json      the commit marker, written last
 
-A folder without a manifest was cut off: it is never loaded, never counted by retention, never a reason to delete another.
+A checkpoint is a folder that holds a manifest, whatever it is called and wherever it was copied; a run is a folder that holds
+config.toml. Without a manifest it was cut off: never loaded, never counted by retention, never a reason to delete another.
+Readers of a run take its newest healthy checkpoint and name what is newer.
 The manifest holds sizes and checksums of all files and of itself, the step, the health bit, the resolved configuration, the
 git commit, the data's fingerprint and the position in the data. A checkpoint whose checksums differ is damaged: a run that
 would resume from it sets it aside, as step-00001000.damaged, and takes the one before. `checkpointer.py` writes and reads
@@ -18,6 +20,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
 import tomllib
 from contextlib import suppress
@@ -31,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from titan_dp.config_docs import all_keys
 from titan_dp.console import print_table
 from titan_dp.errors import UserError
-from titan_dp.files import checksum, file_sha256, inside, shorten, shown, write_json
+from titan_dp.files import checksum, file_sha256, inside, shorten, shown, stays_inside, write_json
 from titan_dp.json_files import STRICT, JsonObject, first_mistake
 
 MANIFEST = "manifest.json"
@@ -64,6 +67,9 @@ class _Manifest(JsonObject):
     files: list[_File]
     step: Annotated[int, Field(ge=0)]
     healthy: bool
+    """Whether weights, moments and losses are finite; readers of a run take the newest checkpoint that is."""
+    unhealthy: list[str] = Field(default_factory=list)
+    """Why not: clauses."""
     world_size: Annotated[int, Field(gt=0)]
     tokens: Annotated[int, Field(ge=0)]
     saved: str
@@ -104,6 +110,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             raise NewerError(f"{path} has format version {shown(version)}, this program reads 1 and {FORMAT_VERSION}")
         if version > 1 and manifest.pop("checksum") != _own_checksum(manifest):
             raise ValueError("its checksum differs")
+        if "shards" in manifest:
+            raise UserError(f"{checkpoint} is a folder of token shards; give a run folder or a checkpoint")
         _Manifest.model_validate(manifest)
     except UserError:
         raise
@@ -125,20 +133,96 @@ def _own_checksum(manifest: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
+def unhealthy(manifest: dict[str, Any]) -> str:
+    """Why its checkpoint is not healthy: a clause; empty where it is."""
+    if manifest["healthy"]:
+        return ""
+    return "; ".join(manifest.get("unhealthy", [])) or "its last step was skipped for a gradient that was not finite"
+
+
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest committed one of a checkpoint folder or run folder.
+    """The checkpoint that `path` means: itself, or the newest healthy one of a checkpoint folder or run folder.
+
+    What is newer and not taken is named on stderr. One that is not healthy is taken where `path` is itself, with a warning.
 
     Raises UserError where there is none.
     """
-    if re.fullmatch(r"step-\d+", path.name):
-        read_manifest(path)
+    if is_checkpoint(path):
+        if why := unhealthy(read_manifest(path)):
+            _say(f"WARNING: checkpoint {path} is not healthy ({why}); it is read because it was named itself")
         return path
-    for folder in (path, path / "checkpoint"):
-        if steps := committed_steps(folder):
-            if (newest := all_steps(folder)[-1]) != steps[-1] and os.environ.get("RANK", "0") == "0":
-                print(f"step {newest} of {folder} was cut off while it was saved; taking step {steps[-1]}", file=sys.stderr)
-            return step_folder(folder, steps[-1])
+    folder, passed = checkpoint_folder(path), list[str]()
+    for step in reversed(all_steps(folder)):
+        if not (why := _why_not(step_folder(folder, step))):
+            if passed:
+                _say(f"{folder}: {shorten('; '.join(passed), 600)}; taking step {step}, the newest healthy checkpoint")
+            return step_folder(folder, step)
+        passed.append(f"step {step} {why}")
+    if not committed_steps(folder):
+        raise UserError(f"{path} holds no committed checkpoint: every save was cut off")
+    newest = step_folder(folder, committed_steps(folder)[-1])
+    raise UserError(
+        f"{path} holds no healthy checkpoint: {shorten('; '.join(passed), 600)}; take another run, or name one itself to have "
+        f"it read all the same: {newest}"
+    )
+
+
+def _why_not(checkpoint: Path) -> str:
+    """Why a reader of the newest passes it over; empty where it does not."""
+    if not (checkpoint / MANIFEST).exists():
+        return "was cut off while it was saved"
+    try:
+        why = unhealthy(read_manifest(checkpoint))
+    except DamagedError:
+        return "is damaged"
+    return f"is not healthy ({why})" if why else ""
+
+
+def _say(sentence: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` means one checkpoint: it holds a manifest, or has the name or the index of one that was cut off."""
+    held = any((path / name).exists() for name in (MANIFEST, ".metadata"))
+    return held or bool(re.fullmatch(r"step-\d{8,}(\..*)?", path.name))
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The folder of a run's checkpoints: `path`, or what config.toml in it says (`checkpoint.folder`), or what it holds.
+
+    Raises UserError where there is none, or it cannot be told which.
+    """
+    for folder in (path, path / _configured_folder(path)):
+        if all_steps(folder):
+            return folder
+    inner = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+    holding = [child for child in inner if all_steps(child)]
+    if len(holding) == 1:
+        return holding[0]
+    if several := holding or _copies(path):
+        raise UserError(f"{path} holds several folders of checkpoints or checkpoints; name one: {', '.join(map(str, several))}")
     raise UserError(f"{path} holds no committed checkpoint; give a run folder, its checkpoint folder, or one step-... of it")
+
+
+def _configured_folder(run_folder: Path) -> str:
+    """`checkpoint.folder` of the run; its default where config.toml is not there or cannot be read."""
+    try:
+        folder = saved_value(tomllib.loads((run_folder / "config.toml").read_text()), "checkpoint.folder")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        folder = None
+    return str(folder) if stays_inside(folder, nested=True) else str(all_keys()["checkpoint.folder"].default)
+
+
+def _copies(folder: Path) -> list[Path]:
+    """Checkpoints in `folder` under names of their own, such as best/."""
+    return sorted(path.parent for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith("step-"))
+
+
+def set_aside_folders(folder: Path) -> list[Path]:
+    """What `set_aside` has left in a checkpoint folder."""
+    return sorted(path for path in folder.glob("step-*.*") if path.is_dir())
 
 
 def size_problems(checkpoint: Path) -> list[str]:
@@ -179,7 +263,8 @@ def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
 def set_aside(checkpoint: Path, why: str = "damaged") -> Path:
     """Rename a checkpoint so that it is none any more, but can be looked at. Returns the new path.
 
-    It is called step-00001000.damaged, or .damaged-2 where that is taken: what was set aside before stays.
+    It is called step-00001000.damaged, or .damaged-2 where that is taken: what was set aside before stays. Nobody reads, counts or
+    deletes it from then on.
     """
     names = (f"{checkpoint.name}.{why}" + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
     return checkpoint.rename(next(aside for name in names if not (aside := checkpoint.with_name(name)).exists()))
@@ -272,7 +357,7 @@ def saved_value(config: dict[str, Any], dotted: str) -> object:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="action", metavar="list|verify", required=True)
     listing = commands.add_parser("list", help="the checkpoints of a run")
-    listing.add_argument("path", type=Path, help="run folder or checkpoint folder")
+    listing.add_argument("path", type=Path, help="run folder, checkpoint folder, or a checkpoint")
     check = commands.add_parser("verify", help="compare every file with its checksum")
     check.add_argument("path", type=Path, help="a checkpoint, or a run or checkpoint folder (all committed ones)")
 
@@ -281,59 +366,80 @@ def run(args: argparse.Namespace) -> int:
     return _list(args.path) if args.action == "list" else _verify(args.path)
 
 
-def _folder_of(path: Path) -> Path:
-    folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
-    if not folder.is_dir() or not all_steps(folder):
-        raise UserError(f"{path} holds no checkpoints; give a run folder or its checkpoint folder")
-    return folder
+def _checkpoints(path: Path) -> tuple[list[Path], list[Path]]:
+    """The checkpoints that `path` means, by step, then copies of other names; and those that were set aside."""
+    if is_checkpoint(path):
+        return [path], []
+    folder = checkpoint_folder(path)
+    found = [step_folder(folder, step) for step in all_steps(folder)] + _copies(folder)
+    return found + (_copies(path) if folder != path else []), set_aside_folders(folder)
 
 
 def _list(path: Path) -> int:
     from rich.filesize import decimal
     from rich.table import Table
 
-    folder = _folder_of(path)
-    table = Table("step", "state", "tokens", "ranks", "size", "saved", title=str(folder))
-    committed = set(committed_steps(folder))
+    checkpoints, aside = _checkpoints(path)
+    table = Table("step", "state", "tokens", "ranks", "size", "saved", title=str(path))
     newer: NewerError | None = None
-    for step in all_steps(folder):
-        checkpoint = step_folder(folder, step)
-        if step not in committed:
-            table.add_row(str(step), "cut off", "", "", "", "")
+    remarks: list[str] = []
+    for checkpoint in checkpoints:
+        name = _step_of(checkpoint) or checkpoint.name
+        if not (checkpoint / MANIFEST).exists():
+            table.add_row(name, "cut off", "", "", "", "")
             continue
         try:
             manifest = read_manifest(checkpoint)
         except (DamagedError, NewerError) as error:
             newer = newer or (error if isinstance(error, NewerError) else None)
-            table.add_row(str(step), "DAMAGED" if isinstance(error, DamagedError) else "of a newer version", "", "", "", "")
+            table.add_row(name, "DAMAGED" if isinstance(error, DamagedError) else "of a newer version", "", "", "", "")
             continue
         saved = datetime.fromisoformat(manifest["saved"]).strftime("%Y-%m-%d %H:%M:%S")
         size = decimal(sum(entry["bytes"] for entry in manifest["files"]))
-        state = "healthy" if manifest["healthy"] else "NOT finite"
-        table.add_row(str(step), state, f"{manifest['tokens']:,}", str(manifest["world_size"]), size, saved)
-    for path in sorted(folder.glob("step-*.*")):
-        digits, why = path.name.removeprefix("step-").split(".", 1)
-        table.add_row(digits.lstrip("0") or "0", f"{why}, set aside", "", "", "", "")
+        if why := unhealthy(manifest):
+            remarks.append(f"{name} is not healthy: {why}")
+        shown_name = name if _step_of(checkpoint) else f"{manifest['step']} ({name})"
+        state = "NOT healthy" if why else "healthy"
+        table.add_row(shown_name, state, f"{manifest['tokens']:,}", str(manifest["world_size"]), size, saved)
+    for folder in aside:
+        why = folder.name.split(".", 1)[1]
+        table.add_row(_step_of(folder), f"{why}, set aside", "", "", decimal(_bytes_in(folder)), "")
     print_table(table)
+    print(*remarks, sep="\n", end="\n" if remarks else "")
+    if aside:
+        size = decimal(sum(map(_bytes_in, aside)))
+        print(f"{len(aside)} set aside, {size} in all: no run reads, counts or deletes them. Delete them with")
+        print(f"  rm -r {shlex.join(map(str, aside))}")
     if newer is not None:
         raise newer
     return 0
 
 
+def _step_of(checkpoint: Path) -> str:
+    """The step in its name, '1000' of step-00001000.damaged; empty for a name without one."""
+    match = re.fullmatch(r"step-0*(\d+)(\..*)?", checkpoint.name)
+    return match[1] if match else ""
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _verify(path: Path) -> int:
-    single = re.fullmatch(r"step-\d+", path.name)
-    folder = path.parent if single else _folder_of(path)
-    checkpoints = [path] if single else [step_folder(folder, step) for step in committed_steps(folder)]
+    found, aside = _checkpoints(path)
+    checkpoints = [checkpoint for checkpoint in found if (checkpoint / MANIFEST).exists() or checkpoint == path]
     if not checkpoints:
         raise UserError(f"{path} holds no committed checkpoint: every save was cut off")
     problems = []
     for checkpoint in checkpoints:
         try:
-            found = verify(checkpoint)
+            wrong = verify(checkpoint)
         except (DamagedError, NewerError) as error:
-            found = [str(error)]
-        print(f"{checkpoint}: {'BAD' if found else 'good'}")
-        problems += found
+            wrong = [str(error)]
+        print(f"{checkpoint}: {'BAD' if wrong else 'good'}")
+        problems += wrong
+    if aside:
+        print(f"not looked at, because set aside: {', '.join(folder.name for folder in aside)}")
     if problems:
         raise UserError("; ".join(problems))
     return 0

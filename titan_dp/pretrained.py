@@ -71,7 +71,7 @@ class Source(Protocol):
 
 
 class CheckpointSource:
-    """A committed checkpoint of ours. Raises UserError where it is cut off or damaged."""
+    """A committed checkpoint of ours; see `resolve_checkpoint`. Raises UserError where it is cut off or damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = folder = resolve_checkpoint(path)
@@ -79,7 +79,7 @@ class CheckpointSource:
         try:
             loaded = config_from_toml(manifest["config"], f"configuration in {folder / MANIFEST}", newer=True)
             name = loaded.job.run_name.replace("/", "-") or "run"
-            self.label = f"{name}-{folder.name}"
+            self.label = f"{name}-{folder.resolve().name}"
             self.config, self.seq_len = loaded.model, loaded.training.seq_len
             self.training_config = loaded
             self._tokenizer = str(manifest["tokenizer"])
@@ -134,7 +134,7 @@ def in_the_models_order(c: config.Model, shapes: Mapping[str, torch.Size], where
 
 
 def open_source(path: Path) -> Source:
-    """What is at `path`: a Hugging Face folder, a checkpoint, or the newest checkpoint of a run or checkpoint folder.
+    """What is at `path`: a Hugging Face folder, a checkpoint, or the newest healthy one of a run or checkpoint folder.
 
     Raises UserError where it is none of these, or damaged.
     """

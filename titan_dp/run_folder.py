@@ -113,6 +113,12 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} cannot be read ({error}); move it away: resuming the run writes it again") from error
 
 
+def run_of(path: Path) -> Path | None:
+    """The run that `path` is or lies in: the nearest folder that holds config.toml."""
+    path = path.resolve()
+    return next((folder for folder in (path, *path.parents) if (folder / "config.toml").is_file()), None)
+
+
 def is_finished(folder: Path) -> bool:
     return (read_run(folder) or {}).get("state") == "finished"
 

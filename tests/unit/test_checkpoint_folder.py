@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -107,17 +109,140 @@ def test_verify_names_the_damaged_file(tmp_path: Path, damage, message: str, cap
     assert "step-00000002: good" in capsys.readouterr().out
 
 
+def listed(path: Path, capsys: pytest.CaptureFixture) -> list[list[str]]:
+    """The cells of the table's rows; whatever is said below the table as rows of one cell."""
+    capsys.readouterr()
+    assert dispatch(["checkpoint", "list", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line or line[:1].isalnum()]
+
+
 def test_list_shows_every_step_and_its_state(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     make(tmp_path / "checkpoint", 1)
-    make(tmp_path / "checkpoint", 2, healthy=False)
+    make(tmp_path / "checkpoint", 2, healthy=False, unhealthy=["the weights are not finite"])
     make(tmp_path / "checkpoint", 3, committed=False)
     (make(tmp_path / "checkpoint", 4) / "manifest.json").write_text("{")
     ckpt.set_aside(make(tmp_path / "checkpoint", 5))
-    assert dispatch(["checkpoint", "list", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    kinds = ("healthy", "NOT finite", "cut off", "damaged, set aside", "DAMAGED")
-    states = [next((s for s in kinds if s in line), None) for line in lines]
-    assert [s for s in states if s] == ["healthy", "NOT finite", "cut off", "DAMAGED", "damaged, set aside"]
+    rows = listed(tmp_path, capsys)
+    states = [["1", "healthy"], ["2", "NOT healthy"], ["3", "cut off"], ["4", "DAMAGED"], ["5", "damaged, set aside"]]
+    assert [row[:2] for row in rows[:5]] == states
+    assert rows[5] == ["2 is not healthy: the weights are not finite"]
+
+
+def test_what_is_set_aside_is_counted_and_the_advice_to_delete_it_works(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "a run"
+    for step in (1, 2, 3):
+        make(run / "checkpoint", step)
+    for step, why in ((1, "damaged"), (2, "abandoned")):
+        ckpt.set_aside(ckpt.step_folder(run / "checkpoint", step), why)
+    assert dispatch(["checkpoint", "list", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "2 set aside, " in out
+    (advice,) = [line for line in out.splitlines() if line.startswith("  rm -r ")]
+    subprocess.run(advice, shell=True, check=True)
+    assert [path.name for path in (run / "checkpoint").iterdir()] == ["step-00000003"]
+    assert dispatch(["checkpoint", "list", str(run)]) == 0
+    assert "set aside" not in capsys.readouterr().out
+
+
+# -- where a checkpoint is: wherever a manifest is -----------------------------------------------------------------------
+
+
+def run_folder(path: Path, folder: str = "ckpt") -> Path:
+    """A run whose checkpoints lie elsewhere than by default."""
+    path.mkdir()
+    (path / "config.toml").write_text(f"[model]\n[checkpoint]\nfolder = '{folder}'\n")
+    return path
+
+
+@pytest.mark.parametrize("folder", ["ckpt", "on/disk2"])
+def test_a_run_is_what_holds_config_toml_which_names_the_folder(
+    tmp_path: Path, folder: str, capsys: pytest.CaptureFixture
+) -> None:
+    run = run_folder(tmp_path / "run", folder)
+    newest = make(run / folder, 20)
+    make(run / folder, 10)
+    assert ckpt.resolve_checkpoint(run) == newest
+    assert [row[0] for row in listed(run, capsys)] == ["10", "20"]
+    assert dispatch(["checkpoint", "verify", str(run)]) == 0
+
+
+def test_without_its_config_a_run_is_known_by_the_one_folder_of_checkpoints_in_it(tmp_path: Path) -> None:
+    newest = make(tmp_path / "ckpt", 1)
+    assert ckpt.resolve_checkpoint(tmp_path) == newest
+    make(tmp_path / "other", 1)
+    with pytest.raises(UserError, match=r"holds several .*name one: .*ckpt, .*other"):
+        ckpt.resolve_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["elsewhere/best", "run/best", "run/ckpt/best"])
+def test_a_copied_checkpoint_is_one(tmp_path: Path, place: str, capsys: pytest.CaptureFixture) -> None:
+    original = make(run_folder(tmp_path / "run") / "ckpt", 7)
+    copy = Path(shutil.copytree(original, tmp_path / place))
+    assert ckpt.resolve_checkpoint(copy) == copy
+    assert listed(copy, capsys)[0][:2] == ["7 (best)", "healthy"]
+    assert dispatch(["checkpoint", "verify", str(copy)]) == 0
+    assert ckpt.resolve_checkpoint(tmp_path / "run") == original, "a copy is not the newest of a run"
+
+
+def test_copies_in_a_run_are_listed_and_verified_with_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    original = make(run_folder(tmp_path / "run") / "ckpt", 7)
+    shutil.copytree(original, tmp_path / "run/ckpt/best")
+    (Path(shutil.copytree(original, tmp_path / "run/last")) / "__0_0.distcp").unlink()
+    assert [row[0] for row in listed(tmp_path / "run", capsys)] == ["7", "7 (best)", "7 (last)"]
+    with pytest.raises(UserError, match=r"last/__0_0.distcp is missing"):
+        dispatch(["checkpoint", "verify", str(tmp_path / "run")])
+
+
+def test_a_checkpoint_is_found_from_inside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make(tmp_path, 7).rename(tmp_path / "best"))
+    assert ckpt.resolve_checkpoint(Path()) == Path()
+
+
+def test_a_folder_of_token_shards_is_said_to_be_one(shards: Path) -> None:
+    with pytest.raises(UserError, match="train is a folder of token shards; give a run folder or a checkpoint"):
+        ckpt.resolve_checkpoint(shards / "train")
+
+
+# -- health ------------------------------------------------------------------------------------------------------------
+
+
+def test_of_a_run_the_newest_healthy_checkpoint_is_read_and_what_is_newer_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    healthy = make(tmp_path, 10)
+    make(tmp_path, 20, healthy=False, unhealthy=["the weights are not finite: embeddings.weight"])
+    (make(tmp_path, 30) / "manifest.json").write_text("{")
+    make(tmp_path, 40, committed=False)
+    assert ckpt.resolve_checkpoint(tmp_path) == healthy
+    said = capsys.readouterr().err
+    assert "step 40 was cut off while it was saved; step 30 is damaged; step 20 is not healthy (the weights are not" in said
+    assert "taking step 10, the newest healthy checkpoint" in said
+
+
+def test_a_healthy_newest_checkpoint_needs_no_words(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    make(tmp_path, 10, healthy=False)
+    newest = make(tmp_path, 20)
+    assert ckpt.resolve_checkpoint(tmp_path) == newest
+    assert capsys.readouterr().err == ""
+
+
+def test_an_unhealthy_checkpoint_that_is_named_itself_is_read_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    named = make(tmp_path, 10, healthy=False, unhealthy=["the loss of step 10 is nan"])
+    assert ckpt.resolve_checkpoint(named) == named
+    assert "WARNING" in (said := capsys.readouterr().err)
+    assert "step-00000010 is not healthy (the loss of step 10 is nan)" in said
+
+
+def test_a_run_without_a_healthy_checkpoint_is_refused_and_the_advice_works(tmp_path: Path) -> None:
+    for step in (1, 2):
+        make(tmp_path, step, healthy=False)
+    with pytest.raises(UserError, match=r"holds no healthy checkpoint: step 2 is not healthy .*; step 1 is") as caught:
+        ckpt.resolve_checkpoint(tmp_path)
+    advised = Path(str(caught.value).rsplit(": ", 1)[1])
+    assert ckpt.resolve_checkpoint(advised) == ckpt.step_folder(tmp_path, 2)
 
 
 def test_in_a_pipe_no_figure_of_the_list_is_cut(
@@ -132,7 +257,7 @@ def test_in_a_pipe_no_figure_of_the_list_is_cut(
 
 @pytest.mark.parametrize("command", ["list", "verify"])
 def test_a_folder_without_checkpoints_is_said_to_be_one(tmp_path: Path, command: str) -> None:
-    with pytest.raises(UserError, match="holds no checkpoints; give a run folder"):
+    with pytest.raises(UserError, match="holds no committed checkpoint; give a run folder"):
         dispatch(["checkpoint", command, str(tmp_path)])
 
 

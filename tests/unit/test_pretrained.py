@@ -60,6 +60,16 @@ def test_a_checkpoint_is_the_model_that_was_saved(saved: Path) -> None:
     assert loaded.tokenizer.name == "bytes"
 
 
+@pytest.mark.parametrize("place", ["run/ckpt/step-00000007", "best"])
+def test_a_model_is_read_from_wherever_its_checkpoint_was_copied_to(saved: Path, tmp_path: Path, place: str) -> None:
+    copy = Path(shutil.copytree(saved, tmp_path / place))
+    named = tmp_path / place.partition("/")[0]  # the run, or the copy itself
+    source = open_source(named)
+    assert source.path == copy
+    assert source.label == f"run-{copy.name}"
+    assert torch.equal(logits(load_pretrained(named, CPU).model), logits(load_pretrained(saved, CPU).model))
+
+
 def test_in_bfloat16_norms_and_gates_stay_float32(saved: Path) -> None:
     model = load_pretrained(saved, CPU, dtype=torch.bfloat16).model
     dtypes = {name.split(".")[-2 if "weight" in name else -1]: p.dtype for name, p in model.named_parameters()}

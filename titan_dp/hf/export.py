@@ -165,6 +165,7 @@ def _write_texts(
     from titan_dp.hf.card import last_validation, model_card
     from titan_dp.hf.tokenizer import save_tokenizer
     from titan_dp.pretrained import check_vocabulary
+    from titan_dp.run_folder import run_of
 
     original = load_tokenizer(tokenizer or source.tokenizer)
     check_vocabulary(original, source)
@@ -176,7 +177,7 @@ def _write_texts(
     generation = {**ids, "pad_token_id": saved.eos_id, "do_sample": True, "temperature": 0.8}
     write_json(folder / "generation_config.json", generation)
     bos = next((token for token, token_id in saved.special_tokens.items() if token_id == saved.bos_id), None)
-    run_folder, step = source.path.parent.parent, source.training.get("step", 0)
+    run_folder, step = run_of(source.path), source.training.get("step", 0)
     card = model_card(
         name,
         source.config,
@@ -184,7 +185,7 @@ def _write_texts(
         training=source.training,
         dtype=named,
         bos=bos,
-        measured=last_validation(run_folder, step),
+        measured=last_validation(run_folder, step) if run_folder else {},
     )
     (folder / "README.md").write_text(card)
 

@@ -17,6 +17,7 @@ from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.files import write_json
 from titan_dp.plots import check_matplotlib, save_figure, subplots
+from titan_dp.run_folder import run_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,8 +85,7 @@ def run(args: argparse.Namespace) -> int:
     traces = trace(model, problem, args.words, args.length)
     if not traces:
         raise UserError(f"{args.path} has no DeltaProduct layer to look into; name a run of one that has")
-    run_folder = next((folder for folder in (args.path, *args.path.parents) if (folder / "config.toml").exists()), args.path)
-    out = args.out or run_folder / "inspect"
+    out = args.out or (run_of(args.path) or args.path) / "inspect"
     heads = [describe(layer, head, t) for layer, t in traces.items() for head in range(t.beta.shape[-1])]
     _print(heads, problem.name)
     out.mkdir(parents=True, exist_ok=True)
