@@ -70,6 +70,8 @@ class _Manifest(JsonObject):
     """Whether weights, moments and losses are finite; readers of a run take the newest checkpoint that is."""
     unhealthy: list[str] = Field(default_factory=list)
     """Why not: clauses."""
+    finite: bool = True
+    """Whether weights and moments are, whatever the losses."""
     world_size: Annotated[int, Field(gt=0)]
     tokens: Annotated[int, Field(ge=0)]
     saved: str
@@ -149,13 +151,13 @@ def resolve_checkpoint(path: Path) -> Path:
     """
     if is_checkpoint(path):
         if why := unhealthy(read_manifest(path)):
-            _say(f"WARNING: checkpoint {path} is not healthy ({why}); it is read because it was named itself")
+            say(f"WARNING: checkpoint {path} is not healthy ({why}); it is read because it was named itself")
         return path
     folder, passed = checkpoint_folder(path), list[str]()
     for step in reversed(all_steps(folder)):
         if not (why := _why_not(step_folder(folder, step))):
             if passed:
-                _say(f"{folder}: {shorten('; '.join(passed), 600)}; taking step {step}, the newest healthy checkpoint")
+                say(f"{folder}: {shorten('; '.join(passed), 600)}; taking step {step}, the newest healthy checkpoint")
             return step_folder(folder, step)
         passed.append(f"step {step} {why}")
     if not committed_steps(folder):
@@ -178,7 +180,8 @@ def _why_not(checkpoint: Path) -> str:
     return f"is not healthy ({why})" if why else ""
 
 
-def _say(sentence: str) -> None:
+def say(sentence: str) -> None:
+    """To stderr, once for all ranks."""
     if os.environ.get("RANK", "0") == "0":
         print(sentence, file=sys.stderr, flush=True)
 

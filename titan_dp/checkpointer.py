@@ -49,9 +49,11 @@ from titan_dp.checkpoint import (
     loaded_step,
     read_manifest,
     resolve_checkpoint,
+    say,
     set_aside,
     size_problems,
     step_folder,
+    unhealthy,
     verify,
     write_manifest,
 )
@@ -95,19 +97,24 @@ class Checkpointer:
         """Save after `step` steps; returns at once, unless `blocking` or async_mode is disabled.
 
         Call `wait_until_copied` before the parameters change. Waits for the save before it. Raises OSError where that or this
-        one could not be written.
+        one could not be written. The checkpoint is healthy where it is `healthy` as far as the caller knows (why not: in
+        meta["unhealthy"]) and all weights and moments are finite, which is looked at here.
         """
         self.wait()
         folder = step_folder(self.folder, step)
         self._on_main(lambda: _make_empty(folder))
-        tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizers)[0], **_rng_tensors()}
+        state = {**_model_tensors(model), **_optimizer_tensors(model, optimizers)[0]}
+        wrong = _not_finite_anywhere(state)
+        tensors = {**state, **_rng_tensors()}
         meta = {
             "step": step,
-            "healthy": healthy,
+            "healthy": healthy and not wrong,
+            "finite": not wrong,
             "world_size": dist.get_world_size(),
             "torch": torch.__version__,
             "saved": _now(),
             **meta,
+            "unhealthy": [*meta.get("unhealthy", []), *wrong],
         }
         if blocking or self.c.async_mode == "disabled":
             self._write(tensors, folder, meta)
@@ -215,7 +222,7 @@ class Checkpointer:
             raise UserError(
                 f"checkpoint.resume = false, but {self.folder} holds step {steps[-1]}; choose another job.run_name, or resume"
             )
-        folder = self._newest_good(steps) if self.c.load_step == -1 else self._good(self._step_to_load(steps))
+        folder = self._newest_healthy(steps) if self.c.load_step == -1 else self._good(self._step_to_load(steps))
         if folder is None:
             return None
         manifest = read_manifest(folder)
@@ -242,19 +249,19 @@ class Checkpointer:
         return manifest
 
     def _step_to_load(self, steps: list[int]) -> int:
-        """`load_step`, or the newest that was saved since by a run that began there; newer ones of another past are set aside.
+        """`load_step`, or the newest healthy one saved since by a run that began there; other newer ones are set aside.
 
         Left in place those would be the newest, by which retention and the next start go.
         """
         newer = [step for step in steps if step > self.c.load_step]
-        own = self._on_main(lambda: [s for s in newer if loaded_step(step_folder(self.folder, s)) == self.c.load_step])
+        paths = {step: step_folder(self.folder, step) for step in newer}
+        own = self._on_main(lambda: [s for s, p in paths.items() if loaded_step(p) == self.c.load_step and not _health(p)[0]])
         if (step_folder(self.folder, self.c.load_step) / MANIFEST).exists() or own:
             for step in sorted(set(newer) - set(own)):
                 folder = step_folder(self.folder, step)
                 self._on_main(partial(set_aside, folder, "abandoned"))
-                if dist.get_rank() == 0:
-                    said = f"checkpoint {folder} is set aside as {folder.name}.abandoned: the run goes on from an earlier step"
-                    print(f"{said} (checkpoint.load_step = {self.c.load_step})", file=sys.stderr, flush=True)
+                said = f"checkpoint {folder} is set aside as {folder.name}.abandoned: the run goes on from an earlier step"
+                say(f"{said} (checkpoint.load_step = {self.c.load_step})")
         return max([self.c.load_step, *own])
 
     def _good(self, step: int) -> Path:
@@ -262,24 +269,53 @@ class Checkpointer:
         folder = step_folder(self.folder, step)
         if problems := _verify_together(folder, self.group):
             raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; resume from another with checkpoint.load_step")
+        if why := unhealthy(read_manifest(folder)):
+            say(f"WARNING: checkpoint {folder} is not healthy ({why}); it is read because checkpoint.load_step names it")
         return folder
 
-    def _newest_good(self, steps: list[int]) -> Path | None:
-        """The newest checkpoint that is as it was saved; damaged ones that are newer are set aside, loudly."""
+    def _newest_healthy(self, steps: list[int]) -> Path | None:
+        """The newest healthy checkpoint that is as it was saved; newer ones are set aside, loudly.
+
+        Left in place they would be the newest, by which retention and the next start go. Where none is healthy, the newest
+        is taken whose weights and moments are finite: the step it was saved after was skipped, and changed nothing.
+        """
+        passed: list[tuple[Path, str, bool]] = []
         for step in reversed(steps):
             folder = step_folder(self.folder, step)
+            why, finite = self._on_main(partial(_health, folder))
+            if why:
+                passed.append((folder, why, finite))
+                continue
             if not (problems := _verify_together(folder, self.group)):
+                self._pass_over(passed, f"the run goes on from step {step}")
                 return folder
             self._on_main(partial(set_aside, folder))
-            if dist.get_rank() == 0:
-                aside = f"it is set aside as {folder.name}.damaged, and the one before is taken"
-                print(f"WARNING: checkpoint {folder} is damaged: {'; '.join(problems)}; {aside}", file=sys.stderr, flush=True)
+            aside = f"it is set aside as {folder.name}.damaged, and the one before is taken"
+            say(f"WARNING: checkpoint {folder} is damaged: {'; '.join(problems)}; {aside}")
+        for i, (folder, why, finite) in enumerate(passed):
+            if finite and not _verify_together(folder, self.group):
+                self._pass_over(passed[:i], f"the run goes on from {folder.name}")
+                taken = f"{folder.name}, whose weights are finite, is taken ({why})"
+                say(f"WARNING: no checkpoint in {self.folder} is healthy; {taken}")
+                return folder
+        if passed:
+            folder, why, _ = passed[0]
+            raise UserError(
+                f"no checkpoint in {self.folder} is healthy (the newest, {folder.name}: {why}); start again with another "
+                "job.run_name and a lower optimizer.lr or other data"
+            )
         if self._on_main(lambda: list(self.folder.glob("step-*.damaged"))):
             raise UserError(
                 f"every checkpoint in {self.folder} is damaged and set aside (*.damaged); restore one, or start again with "
                 "another job.run_name"
             )
         return None
+
+    def _pass_over(self, passed: list[tuple[Path, str, bool]], instead: str) -> None:
+        for folder, why, _ in passed:
+            self._on_main(partial(set_aside, folder, "unhealthy"))
+            aside = f"it is set aside as {folder.name}.unhealthy, and {instead}"
+            say(f"WARNING: checkpoint {folder} is not healthy ({why}); {aside}")
 
     def newest(self) -> Path:
         return step_folder(self.folder, committed_steps(self.folder)[-1])
@@ -432,6 +468,54 @@ def _restore_rng(state: dict[str, Tensor], seed: int, step: int) -> None:
     random.setstate((3, tuple(state[f"rng.{rank}.python"].tolist()), None))
     if f"rng.{rank}.cuda" in state:
         torch.cuda.set_rng_state(state[f"rng.{rank}.cuda"])
+
+
+# -- health ------------------------------------------------------------------------------------------------------------
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those of this process's `tensors` that hold a NaN or an infinity; waits for the device once."""
+    names, flags = _finite_flags(tensors)
+    return [name for name, finite in zip(names, flags.tolist(), strict=True) if not finite]
+
+
+def _not_finite_anywhere(tensors: Mapping[str, Tensor]) -> list[str]:
+    """A clause for weights and one for moments that are not finite on some rank, naming the first; one reduction for all."""
+    names, flags = _finite_flags(tensors)
+    dist.all_reduce(flags, dist.ReduceOp.MIN)
+    wrong = [name for name, finite in zip(names, flags.tolist(), strict=True) if not finite]
+    clauses = []
+    for prefix, what in (("model.", "the weights"), ("optimizer.", "the optimizer's moments")):
+        if found := [name.removeprefix(prefix) for name in wrong if name.startswith(prefix)]:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            clauses.append(f"{what} are not finite: {found[0]}{more}")
+    return clauses
+
+
+@torch.no_grad()
+def _finite_flags(tensors: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
+    """Names of the floating-point tensors, and 1 for each whose part on this rank is finite; int32 on their device.
+
+    By the largest magnitude of each: it reads every number once and keeps none, and a NaN anywhere is one.
+    """
+    parts = {name: local_tensor(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    device = next((part.device for part in parts.values() if part.is_cuda), torch.device("cpu"))
+    flags = torch.ones(len(parts), dtype=torch.int32, device=device)
+    held = {i: part for i, part in enumerate(parts.values()) if part.numel()}
+    if held:
+        largest = torch._foreach_norm(list(held.values()), float("inf"))
+        finite = torch.stack([norm.to(device, torch.float64) for norm in largest]).isfinite()
+        flags[torch.tensor(list(held), device=device)] = finite.int()
+    return list(parts), flags
+
+
+def _health(folder: Path) -> tuple[str, bool]:
+    """Why a checkpoint is not healthy, and whether its tensors are finite. A damaged one is for `verify` to find."""
+    try:
+        manifest = read_manifest(folder)
+    except DamagedError:
+        return "", True
+    return unhealthy(manifest), manifest.get("finite", True)
 
 
 # -- helpers ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from titan_dp import config
 from titan_dp.checkpoint import MANIFEST, read_manifest, resolve_checkpoint, verify
-from titan_dp.checkpointer import CheckpointTensors, tensor_difference
+from titan_dp.checkpointer import CheckpointTensors, not_finite, tensor_difference
 from titan_dp.config_loader import config_from_toml
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
@@ -173,7 +173,10 @@ def load_pretrained(
 def load_model(
     source: Source, device: torch.device, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
 ) -> Transformer:
-    """The model of `source` in evaluation mode, without gradients. Raises UserError where the backend cannot run."""
+    """The model of `source` in evaluation mode, without gradients.
+
+    Raises UserError where a weight is not finite, or the backend cannot run.
+    """
     c = source.config.model_copy(update={"backend": backend})
     chosen_backend(c, device)
     with torch.device("meta"):
@@ -186,9 +189,21 @@ def load_model(
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for names in batches(source, parameters, _READ_BYTES):
-            for name, tensor in source.read(names).items():
+            tensors = source.read(names)
+            check_weights(tensors, source.path)
+            for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
     return model.eval().requires_grad_(False)
+
+
+def check_weights(tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Raises UserError where one of `tensors`, read from `where`, holds a NaN or an infinity."""
+    if wrong := not_finite(tensors):
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(
+            f"the weights in {where} are not finite: {wrong[0]}{more}; take an earlier, healthy checkpoint of the run "
+            "(`titan-dp checkpoint list RUN` shows which are)"
+        )
 
 
 def check_vocabulary(tokenizer: Tokenizer, source: Source) -> None:

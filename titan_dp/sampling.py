@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from titan_dp.data.tokenizer import Tokenizer
-from titan_dp.errors import RunError, UserError
+from titan_dp.errors import UserError
 from titan_dp.model import Transformer
+from titan_dp.model.loss import check_finite
 
 _SEGMENT = 2048
 _LOOKS_SPECIAL = re.compile(r"<\|[^<>|\s][^<>|]*\|>")
@@ -40,12 +41,15 @@ class Sampling:
     """The fewest tokens whose probabilities reach this sum are kept (Holtzman et al. 2020)."""
 
     def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """One id for each row of `logits` [B, V], drawn with the row's generator; [B] int64."""
+        """One id for each row of `logits` [B, V], drawn with the row's generator; [B] int64.
+
+        Raises RunError where the logits are not finite.
+        """
         if self.temperature == 0:
+            check_finite(logits, "the model's logits")
             return logits.argmax(-1)
         probabilities = torch.softmax(logits.float() / self.temperature, -1)
-        if not bool(probabilities.isfinite().all()):
-            raise RunError("the model's logits are not finite; generate from an earlier, healthy checkpoint")
+        check_finite(probabilities, "the model's logits")
         if self.top_k or self.top_p < 1:
             # Rarer ids are cut off in falling order; top_k alone needs no more of that order than its beginning.
             count = min(self.top_k or probabilities.shape[-1], probabilities.shape[-1])

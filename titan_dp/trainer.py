@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from signal import Signals
@@ -205,7 +206,7 @@ class Trainer:
                     last = last or self.stop_for is not None
                     if c.checkpoint.enable and (self.step % c.checkpoint.interval == 0 or last):
                         with self.times.paused("checkpoint"), self.watchdog.patience(SAVE_TIMEOUT.total_seconds()):
-                            self._save(last)
+                            self._save(last, loss, metrics.validation_loss)
                     if self.step % c.training.gc_freq == 0:
                         gc.collect(1)
                     if first:
@@ -296,7 +297,11 @@ class Trainer:
                 return
             yield batch
 
-    def _save(self, last: bool) -> None:
+    def _save(self, last: bool, loss: torch.Tensor, validation_loss: float | None) -> None:
+        losses = {f"the training loss of step {self.step}": float(loss), "the last validation loss": validation_loss}
+        wrong = [f"{name} is {value}" for name, value in losses.items() if value is not None and not math.isfinite(value)]
+        if not self.guard.healthy():
+            wrong.append("its last step was skipped for a gradient that was not finite")
         position = self.loader.state_dict()
         meta = {
             **self._identity(),
@@ -305,8 +310,9 @@ class Trainer:
             "tokens": position["samples"] * self.batch.seq_len,
             "reached": self.reached,
             "validation_due": self.validation_due,
+            "unhealthy": wrong,
         }
-        self.checkpointer.save(self.step, self.model, self.optimizers, meta=meta, healthy=self.guard.healthy(), blocking=last)
+        self.checkpointer.save(self.step, self.model, self.optimizers, meta=meta, healthy=not wrong, blocking=last)
 
     def _write_run(self, state: str) -> None:
         """run.json: what a reader of the metrics needs to know and cannot compute from config.toml."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from titan_dp.data.batches import IGNORE
 from titan_dp.distributed import all_reduce_sum
+from titan_dp.model.loss import check_finite
 from titan_dp.model.transformer import Transformer
 
 
@@ -47,14 +48,17 @@ def evaluate_loss(model: Transformer, batches: Iterable[dict[str, torch.Tensor |
 
 @torch.no_grad()
 def evaluate_answers(model: Transformer, batches: Iterable[dict[str, Tensor | None]], device: torch.device) -> Evaluation:
-    """Loss and accuracies of `model` over `batches` of all ranks, for vocabularies whose logits fit in memory."""
+    """Loss and accuracies of `model` over `batches` of all ranks, for vocabularies whose logits fit in memory.
+
+    No answer is right where logits are not finite.
+    """
     model.eval()
     total = torch.zeros(5, dtype=torch.float64, device=device)
     for batch in batches:
         tensors = to_device(batch, device)
         labels = tensors["labels"]
         logits, asked = model(tensors["input_ids"]), labels != IGNORE
-        right, rows = (logits.argmax(-1) == labels) & asked, asked.any(1)
+        right, rows = (logits.argmax(-1) == labels) & logits.isfinite().all(-1) & asked, asked.any(1)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
         sums = (loss, asked.sum(), right.sum(), rows.sum(), (rows & (right == asked).all(1)).sum())
         total += torch.stack([x.double() for x in sums])
@@ -66,18 +70,22 @@ def evaluate_answers(model: Transformer, batches: Iterable[dict[str, Tensor | No
 @torch.no_grad()
 def accuracy_by_position(model: Transformer, batches: Iterable[dict[str, Tensor | None]], device: torch.device) -> Tensor:
     """Counts [3, T] int64 over the rows of all ranks: labels at each position, how many are right, and how many are
-    right with all labels before them in the row."""
+    right with all labels before them in the row. Raises RunError on all ranks where logits are not finite."""
     model.eval()
     counts: Tensor | None = None
+    not_finite = torch.zeros((), dtype=torch.int64, device=device)
     for batch in batches:
         tensors = to_device(batch, device)
         asked = tensors["labels"] != IGNORE
-        right = (model(tensors["input_ids"]).argmax(-1) == tensors["labels"]) & asked
+        logits = model(tensors["input_ids"])
+        not_finite += (~logits.isfinite()).sum()
+        right = (logits.argmax(-1) == tensors["labels"]) & asked
         prefix = (right | ~asked).cumprod(1).bool() & asked
         here = torch.stack([asked.sum(0), right.sum(0), prefix.sum(0)])
         counts = here if counts is None else counts + here
     model.train()
     assert counts is not None
+    check_finite(torch.where(all_reduce_sum(not_finite) > 0, torch.nan, 0.0), "the model's logits")
     return all_reduce_sum(counts)
 
 

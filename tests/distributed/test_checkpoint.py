@@ -16,7 +16,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.helpers import backward, full_state, optimizer_of, sharded_model
 from tests.processes import SERVER
 from titan_dp import config
-from titan_dp.checkpoint import committed_steps, step_folder, verify
+from titan_dp.checkpoint import committed_steps, read_manifest, step_folder, verify
 from titan_dp.checkpoint_files import Reader
 from titan_dp.checkpointer import Checkpointer, load_model_weights
 from titan_dp.distributed import distributed, local_tensor
@@ -239,6 +239,52 @@ def test_a_start_after_every_checkpoint_was_damaged_refuses_as_the_one_before_di
     flip_a_bit(step_folder(tmp_path / "checkpoint", 1) / ".metadata")
     for _ in range(2):
         run_ranks(1, refuse, tmp_path, {}, r"every checkpoint in .* is damaged and set aside")
+
+
+def save_with_faults(folder: Path, faults: dict[int, str]) -> None:
+    """Save each step with its fault: "weight" and "moment" are a number of the last rank alone, "loss" the caller knows of."""
+    last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+    for step, fault in faults.items():
+        model, optimizers = trained(1)
+        parameter = model.blocks[1].mlp.down_proj.weight
+        state = next(o for o in optimizers if parameter in o.state).state[parameter]
+        if last and fault == "weight":
+            local_tensor(parameter.data).view(-1)[5] = float("nan")
+        if last and fault == "moment":
+            local_tensor(state["exp_avg_sq"]).view(-1)[-1] = float("inf")
+        meta = META | ({"unhealthy": ["the loss is nan"]} if fault == "loss" else {})
+        checkpointer = Checkpointer(config.Checkpoint(keep_latest_k=0), folder)
+        checkpointer.save(step, model, optimizers, meta=meta, healthy=fault != "loss", blocking=True)
+
+
+def test_a_checkpoint_is_healthy_only_if_weights_moments_and_losses_are_finite_on_every_rank(tmp_path: Path) -> None:
+    run_ranks(2, save_with_faults, tmp_path, {1: "", 2: "weight", 3: "moment", 4: "loss"})
+    manifests = [read_manifest(step_folder(tmp_path / "checkpoint", step)) for step in (1, 2, 3, 4)]
+    assert [(m["healthy"], m["finite"]) for m in manifests] == [(True, True), (False, False), (False, False), (False, True)]
+    name = "layers.1.mlp.down_proj.weight"
+    moments = f"the optimizer's moments are not finite: state.{name}.exp_avg_sq"
+    assert [m["unhealthy"] for m in manifests] == [[], [f"the weights are not finite: {name}"], [moments], ["the loss is nan"]]
+
+
+def test_a_run_resumes_from_its_newest_healthy_checkpoint_and_sets_newer_ones_aside(tmp_path: Path) -> None:
+    run_ranks(2, save_with_faults, tmp_path, {1: "", 2: "", 3: "loss", 4: "weight"})
+    assert run_ranks(2, resume_from_damaged, tmp_path) == [2, 2]
+    folder = tmp_path / "checkpoint"
+    assert committed_steps(folder) == [1, 2]
+    assert sorted(path.name for path in folder.glob("*.*")) == ["step-00000003.unhealthy", "step-00000004.unhealthy"]
+
+
+def test_where_none_is_healthy_finite_weights_are_taken_and_others_are_refused(tmp_path: Path) -> None:
+    run_ranks(1, save_with_faults, tmp_path, {1: "weight"})
+    run_ranks(1, refuse, tmp_path, {}, r"no checkpoint in .* is healthy .*step-00000001: the weights are not finite")
+    assert committed_steps(tmp_path / "checkpoint") == [1], "nothing is set aside for a run that does not go on"
+    run_ranks(1, save_with_faults, tmp_path, {2: "loss", 3: "weight"})
+    assert run_ranks(1, resume_from_damaged, tmp_path) == [2]
+
+
+def test_an_unhealthy_step_that_is_named_is_resumed(tmp_path: Path) -> None:
+    run_ranks(1, save_with_faults, tmp_path, {1: "", 2: "loss"})
+    assert run_ranks(1, go_back, tmp_path, 2, ()) == [2]
 
 
 def save_and_change(folder: Path) -> None:

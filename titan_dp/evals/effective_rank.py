@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from titan_dp.errors import RunError, UserError
+from titan_dp.errors import UserError
 from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
 from titan_dp.plots import check_matplotlib
@@ -196,6 +196,8 @@ def _look(
     """Fill `out` for `heads` at the tokens `where` of a segment, whose states before and after it are `carried`."""
     import torch
 
+    from titan_dp.model.loss import check_finite
+
     if not heads:
         return
     q, k, v, beta, g = inputs
@@ -204,8 +206,8 @@ def _look(
     )
     before, after = (state[0][heads] for state in carried)
     states, last = replay(mine, before, erase, where, every_step=out["norm"].shape[-1] > 1)
-    if not bool(states.isfinite().all()):
-        raise RunError(f"the recurrent state of {name} or soon after is not finite; look at the model's loss on this text")
+    for values in (states, last, after):
+        check_finite(values, f"the states of {name} or soon after")
     out["effective_rank"][heads] = effective_rank(states).permute(2, 0, 1).cpu().numpy()
     out["norm"][heads] = torch.linalg.matrix_norm(states).permute(2, 0, 1).cpu().numpy()
     out["beta"][heads] = mine.beta[where].permute(2, 0, 1).cpu().numpy()

@@ -188,11 +188,13 @@ def measure(s: Session, pretrained: Pretrained, vocabulary: Vocabulary, report: 
 def score(model: Transformer, batch: list[Example], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Whether each query's likeliest id is its value, [B, Q] bool: of the first `vocab_size` ids, and of the pairs' values.
 
-    The examples of `batch` have one shape.
+    The examples of `batch` have one shape. Raises RunError where logits are not finite.
     """
     import numpy as np
     import torch
     import torch.nn.functional as F
+
+    from titan_dp.model.loss import check_finite
 
     tokens, queries, answers, values = (
         torch.from_numpy(np.stack([example[i] for example in batch])).to(model.output_weight.device) for i in range(4)
@@ -201,6 +203,7 @@ def score(model: Transformer, batch: list[Example], vocab_size: int) -> tuple[np
         hidden, _ = model.step_hidden(tokens)
         asked = hidden.gather(1, queries[..., None].expand(-1, -1, hidden.shape[-1]))
         logits = F.linear(asked, model.output_weight[:vocab_size]).float()
+        check_finite(logits, "the model's logits")
         right = logits.argmax(-1) == values.gather(1, answers)
         among = logits.gather(2, values[:, None].expand(-1, asked.shape[1], -1)).argmax(-1) == answers
     return right.cpu().numpy(), among.cpu().numpy()

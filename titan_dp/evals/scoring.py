@@ -23,6 +23,8 @@ def token_losses(model: Transformer, tokens: Tensor, labels: Tensor, segment: in
         tokens: [B, T] int64; each row is one sequence.
         labels: [B, T] int64: the id each position should predict; -100 for none, which gives loss 0 and False.
         segment: tokens of each sequence that go through the model at once.
+
+    Raises RunError where a loss is not finite.
     """
     import torch
 
@@ -34,13 +36,14 @@ def segment_losses(model: Transformer, tokens: Tensor, labels: Tensor, segment: 
     """`token_losses` of one segment after the other."""
     import torch
 
-    from titan_dp.model.loss import token_scores
+    from titan_dp.model.loss import check_finite, token_scores
 
     cache = None
     for piece, wanted in zip(tokens.split(segment, 1), labels.split(segment, 1), strict=True):
         with torch.inference_mode():
             hidden, cache = model.step_hidden(piece, cache)
             scores = token_scores(hidden, model.output_weight, wanted)
+        check_finite(scores[0], "the model's losses")
         yield scores
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import time
 import zipfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan_dp.errors import UserError
+from titan_dp.errors import RunError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,11 +178,16 @@ class Report:
             self._saved = time.monotonic()
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Write the file (on the main rank) and forget what was kept. Every rank calls it, with the results of all."""
+        """Write the file (on the main rank) and forget what was kept. Every rank calls it, with the results of all.
+
+        Raises RunError where a number among them is not finite.
+        """
         import torch
 
         from titan_dp.files import write_json
 
+        if wrong := _not_finite(results):
+            raise RunError(f"{wrong} of {self.source.label} is not finite: the losses are too large; take another checkpoint")
         self.finished = results
         world = self._session.world
         if world.is_main:
@@ -193,6 +199,14 @@ class Report:
 
 
 _PATHS = frozenset({"path", "shards", "file", "include_path"})
+
+
+def _not_finite(value: Any, name: str = "") -> str:
+    """The name of the first number in JSON values that is a NaN or an infinity; empty where there is none."""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else name
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return next((found for key, entry in entries if (found := _not_finite(entry, f"{name}.{key}".lstrip(".")))), "")
 
 
 def _without_paths(value: Any) -> Any:

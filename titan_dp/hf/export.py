@@ -116,8 +116,8 @@ def export(
         tokenizer: instead of the source's.
         written: called after each tensor.
 
-    Raises UserError where the source is damaged, `out` is in use, the format cannot express the model, or the tokenizer does
-    not fit; then nothing is left behind.
+    Raises UserError where the source is damaged or a weight not finite, `out` is in use, the format cannot express the model,
+    or the tokenizer does not fit; then nothing is left behind.
     """
     import torch
 
@@ -220,7 +220,7 @@ def _write_safetensors(path: Path, source: Source, names: list[str], dtype: torc
     import torch
 
     from titan_dp.hf import layout
-    from titan_dp.pretrained import batches
+    from titan_dp.pretrained import batches, check_weights
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -234,6 +234,7 @@ def _write_safetensors(path: Path, source: Source, names: list[str], dtype: torc
         file.write(len(text).to_bytes(8, "little") + text)
         for batch in batches(source, names, _READ_BYTES):
             tensors = source.read(batch)
+            check_weights(tensors, source.path)
             for name in batch:
                 for part in tensors.pop(name).contiguous().view(-1).split(_CONVERTED_AT_ONCE):
                     file.write(part.to(_stored_dtype(name, dtype)).view(torch.uint8).numpy().data)

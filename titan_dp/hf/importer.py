@@ -60,7 +60,7 @@ def _import(source: FolderSource, out: Path, tokenizer: str) -> Path:
     from titan_dp.checkpoint import delete_checkpoint, step_folder
     from titan_dp.checkpointer import save_model_weights
     from titan_dp.data.tokenizer import load_tokenizer
-    from titan_dp.pretrained import check_vocabulary
+    from titan_dp.pretrained import check_vocabulary, check_weights
 
     if out.exists():
         raise UserError(f"{out} exists already; choose another run folder")
@@ -70,7 +70,9 @@ def _import(source: FolderSource, out: Path, tokenizer: str) -> Path:
     origin = {} if tokenizer else source.tokenizer_origin  # what the data was made with; the folder's own is its conversion
     checkpoint = step_folder(out / "checkpoint", 0)
     try:
-        save_model_weights(checkpoint, source.read(source.shapes), _manifest(source, name, origin.get("hash", loaded.hash)))
+        tensors = source.read(source.shapes)
+        check_weights(tensors, source.path)
+        save_model_weights(checkpoint, tensors, _manifest(source, name, origin.get("hash", loaded.hash)))
     except BaseException:
         with suppress(OSError):  # what somebody else has put there meanwhile stays
             delete_checkpoint(checkpoint)

@@ -13,7 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titan_dp.errors import RunError
+
 IGNORE = -100
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise RunError where `values` hold a NaN or an infinity; waits for the device.
+
+    To be called before an argmax, a rank or a comparison, which would make a token or an accuracy of them.
+    """
+    if not bool(values.isfinite().all()):
+        raise RunError(
+            f"{what} are not finite, so whatever is computed from them means nothing; take an earlier, healthy checkpoint "
+            "(`titan-dp checkpoint list RUN` shows which are)"
+        )
+
+
 _CHUNK = 2**24  # logits at once: 64 MiB in float32
 
 

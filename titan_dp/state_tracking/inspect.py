@@ -103,6 +103,7 @@ def trace(model: Transformer, problem: WordProblem, words: int, length: int) -> 
     from titan_dp.data.batches import IGNORE
     from titan_dp.data.synthetic.random import Random
     from titan_dp.model.deltaproduct import DeltaProduct
+    from titan_dp.model.loss import check_finite
 
     tokens, labels = problem.rows(Random("inspect"), torch.arange(words), length, length)
     asked = labels[0] != IGNORE  # BOS and fillers are left out
@@ -111,6 +112,7 @@ def trace(model: Transformer, problem: WordProblem, words: int, length: int) -> 
         if isinstance(block.attn, DeltaProduct):
             inputs = block.attn.recurrence_inputs(block.attn_norm.apply_to(x), None)
             states = _states(inputs, block.attn.erase)
+            check_finite(states, f"the states of layer {i}")
             traces[i] = Trace(inputs.beta[:, asked], inputs.k[:, asked], states[:, asked], labels[:, asked])
         x, _ = block(x)
     return traces

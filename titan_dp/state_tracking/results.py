@@ -8,6 +8,7 @@ validates best on words of the training lengths; the test on longer words choose
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,14 @@ class Summary:
 
     @property
     def chosen(self) -> Outcome:
-        """The run that validates best: by words all right, then by loss."""
-        return min(self.outcomes, key=lambda o: (-o.last["validation_sequence_accuracy"], o.last["validation_loss"]))
+        """The run that validates best: by words all right, then by loss, one that is not finite last."""
+
+        def key(outcome: Outcome) -> tuple[float, float]:
+            loss = outcome.last["validation_loss"]
+            known = loss is not None and math.isfinite(loss)
+            return -outcome.last["validation_sequence_accuracy"], loss if known else math.inf
+
+        return min(self.outcomes, key=key)
 
 
 def read_config(folder: Path) -> config.Config:

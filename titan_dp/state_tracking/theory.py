@@ -109,8 +109,8 @@ def count_errors(model: Transformer, group: Group, tokens: int, seed: int) -> in
     samples = torch.zeros(1, dtype=torch.int64)
     inputs, labels = WordProblem(group).rows(Random(f"theory {seed}"), samples, tokens, tokens)
     with torch.no_grad():
-        answers = model(inputs).argmax(-1)
-    return int((answers != labels)[:, 1:].sum())
+        logits = model(inputs)
+    return int(((logits.argmax(-1) != labels) | ~logits.isfinite().all(-1))[:, 1:].sum())
 
 
 def _print_checks(checks: list[Check]) -> None:
