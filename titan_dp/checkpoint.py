@@ -266,8 +266,8 @@ def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
 def set_aside(checkpoint: Path, why: str = "damaged") -> Path:
     """Rename a checkpoint so that it is none any more, but can be looked at. Returns the new path.
 
-    It is called step-00001000.damaged, or .damaged-2 where that is taken: what was set aside before stays. Nobody reads, counts or
-    deletes it from then on.
+    It is called step-00001000.damaged, or .damaged-2 where that is taken: what was set aside before stays. No run
+    reads, counts or deletes it from then on.
     """
     names = (f"{checkpoint.name}.{why}" + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
     return checkpoint.rename(next(aside for name in names if not (aside := checkpoint.with_name(name)).exists()))

@@ -312,8 +312,14 @@ class Checkpointer:
         return None
 
     def _pass_over(self, passed: list[tuple[Path, str, bool]], instead: str) -> None:
+        def aside_only_once(folder: Path) -> None:
+            """A run that goes NaN at every start would fill the disk with the same step."""
+            if (before := folder.with_name(f"{folder.name}.unhealthy")).exists():
+                delete_checkpoint(before)
+            set_aside(folder, "unhealthy")
+
         for folder, why, _ in passed:
-            self._on_main(partial(set_aside, folder, "unhealthy"))
+            self._on_main(partial(aside_only_once, folder))
             aside = f"it is set aside as {folder.name}.unhealthy, and {instead}"
             say(f"WARNING: checkpoint {folder} is not healthy ({why}); {aside}")
 

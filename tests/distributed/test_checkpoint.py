@@ -7,6 +7,7 @@ import pickle
 import random
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,9 @@ def trained(replicate: int, name: str = "AdamW"):  # type: ignore[no-untyped-def
     return model, optimizers
 
 
-def take_step(model, optimizers, seed: int) -> None:  # type: ignore[no-untyped-def]
+def take_step(model, optimizers, seed: int, before_update: Callable[[], object] = lambda: None) -> None:  # type: ignore[no-untyped-def]
     backward(model, seed)
+    before_update()
     optimizers.step(torch.zeros(()))
     optimizers.zero_grad()
 
@@ -65,7 +67,7 @@ def save(folder: Path, replicate: int, mode: str, name: str):  # type: ignore[no
     checkpointer = Checkpointer(config.Checkpoint(async_mode=mode), folder)  # type: ignore[arg-type]
     expected = full_state(model), full_moments(optimizers)
     checkpointer.save(2, model, optimizers, meta=META, healthy=True, blocking=False)
-    take_step(model, optimizers, 2)
+    take_step(model, optimizers, 2, before_update=checkpointer.wait_until_copied)  # as the trainer does
     checkpointer.wait()
     return *expected, full_state(model)
 
