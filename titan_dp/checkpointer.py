@@ -114,7 +114,7 @@ class Checkpointer:
             "torch": torch.__version__,
             "saved": _now(),
             **meta,
-            "unhealthy": [*meta.get("unhealthy", []), *wrong],
+            "unhealthy": [*wrong, *meta.get("unhealthy", [])],
         }
         if blocking or self.c.async_mode == "disabled":
             self._write(tensors, folder, meta)

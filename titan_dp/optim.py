@@ -186,8 +186,8 @@ class NonFiniteGuard:
         if longest >= limit:
             raise NonFiniteError(
                 f"the gradient was not finite for {longest} steps in a row (training.max_nonfinite_steps = {limit}; {total} "
-                "skipped in all); checkpoints saved meanwhile are marked as not healthy. Resume from the newest healthy one "
-                "with a lower optimizer.lr, or look at the data of these steps"
+                "skipped in all); checkpoints saved meanwhile are marked as not healthy. The same command resumes from the "
+                "newest healthy one: give it a lower optimizer.lr, or look at the data of these steps"
             )
 
     def healthy(self) -> bool:
