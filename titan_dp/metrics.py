@@ -23,7 +23,7 @@ from titan_dp.errors import UserError
 from titan_dp.files import write_atomically
 from titan_dp.hardware import bf16_peak
 from titan_dp.health import Interval
-from titan_dp.validate import Evaluation
+from titan_dp.validate import Evaluation, bits_per_byte
 
 
 def peak_flops(c: config.Metrics, device: torch.device) -> float | None:
@@ -46,7 +46,7 @@ class Metrics:
         start_step: steps done before (resumed).
         tokens_per_step: over all ranks.
         flops_per_token: model FLOPs, forward and backward.
-        bytes_per_token: of the validation text; gives bits a byte.
+        bytes_per_token: of the validation text, for each predicted token; gives bits a byte.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Metrics:
             record["validation_sequence_accuracy"] = result.sequence_accuracy
             line += f" | right: {result.token_accuracy:.2%} of tokens, [bold]{result.sequence_accuracy:.2%}[/bold] of sequences"
         if self.bytes_per_token:
-            record["validation_bits_per_byte"] = loss / self.bytes_per_token * 1.4426950408889634  # 1 / ln 2
+            record["validation_bits_per_byte"] = bits_per_byte(loss, self.bytes_per_token)
             line += f" | {record['validation_bits_per_byte']:.4f} bits a byte"
         self._console.print(line)
         self._write(step, record)

@@ -6,6 +6,7 @@ ignored labels), because FSDP's collectives need everybody. All functions leave 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,6 +30,17 @@ class Evaluation:
     """Fraction of the labels that the likeliest id is; None for text."""
     sequence_accuracy: float | None = None
     """Fraction of the rows with all labels right."""
+
+
+def bits_per_byte(nats: float, text_bytes: float) -> float:
+    """The one formula, of training's validation and of `titan-dp evaluate perplexity`.
+
+    Args:
+        nats: summed loss of the predictions. The first token of a document is not predicted.
+        text_bytes: UTF-8 bytes of the documents' text, first tokens included. For a part of a text, what is predicted there
+            times the text's bytes a prediction.
+    """
+    return nats / math.log(2) / text_bytes
 
 
 @torch.no_grad()

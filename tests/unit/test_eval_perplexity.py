@@ -9,17 +9,24 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.pretrained import random_model, save_checkpoint, write_documents
+from titan_dp.data.batches import Place
+from titan_dp.data.loader import ValidationLoader
+from titan_dp.data.shards import TokenShards
 from titan_dp.errors import UserError
 from titan_dp.evals import perplexity
+from titan_dp.pretrained import load_pretrained
+from titan_dp.validate import bits_per_byte, evaluate_loss
 
 BOS = 256
 TEXTS = ["The fox sees the dog, and the dog sees the fox. " * 3, "Größe", "a", "", "one two three four five six seven " * 2]
@@ -61,11 +68,13 @@ def documents(bos: bool = True) -> list[list[int]]:
     return [[BOS] * bos + list(text.encode()) for text in TEXTS]
 
 
-def by_definition(streams: list[list[int]], context: int, stride: int) -> tuple[float, int]:
+def by_definition(streams: list[list[int]], context: int, stride: int, unscored: Container[int] = ()) -> tuple[float, int]:
     """Summed loss and count: token i is scored in the first window from a multiple of stride that reaches it."""
     total, count = 0.0, 0
     for ids in streams:
         for i in range(1, len(ids)):
+            if i in unscored:
+                continue
             start = max(0, math.ceil((i - context) / stride)) * stride
             total += float(losses64(ids[start : i + 1])[-1])
             count += 1
@@ -104,9 +113,32 @@ def test_the_carried_state_gives_every_token_its_whole_document(checkpoint: Path
 
 def test_concatenated_documents_are_one_stream(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     found = evaluate(checkpoint, tmp_path, "--text", text, "--concatenate", "--context", 20, "--stride", 15)["results"]
-    total, count = by_definition([list(itertools.chain(*documents()))], 20, 15)
-    assert found["tokens"] == count
+    firsts = {sum(map(len, documents()[:i])) for i in range(len(TEXTS))}
+    total, count = by_definition([list(itertools.chain(*documents()))], 20, 15, unscored=firsts)
+    assert found["tokens"] == count == sum(map(len, documents())) - len(TEXTS)
     assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "seq_len", "options"),
+    [("carry", 32, ["--concatenate"]), ("reset", 8192, ["--context", 8192])],
+    ids=["documents joined", "documents by themselves"],
+)
+def test_loss_and_bits_a_byte_are_those_of_trainings_validation(
+    checkpoint: Path, shards: Path, tmp_path: Path, boundaries: str, seq_len: int, options: list[object]
+) -> None:
+    folder = shards / "validation"
+    found = evaluate(checkpoint, tmp_path, "--shards", folder, *options)["results"]
+    held_out = ValidationLoader([TokenShards(folder)], Place(seq_len, 1, 1, 0, 1), reset=boundaries == "reset")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trained = evaluate_loss(load_pretrained(checkpoint, torch.device("cpu")).model, held_out, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+    assert found["tokens"] == trained.tokens
+    assert found["loss"] == pytest.approx(trained.loss, rel=1e-5)
+    assert held_out.bytes_per_token is not None
+    assert found["bits_per_byte"] == pytest.approx(bits_per_byte(trained.loss, held_out.bytes_per_token), rel=1e-5)
 
 
 def test_without_bos_the_first_token_of_a_document_is_not_counted(checkpoint: Path, text: Path, tmp_path: Path) -> None:

@@ -158,8 +158,11 @@ class ValidationLoader:
         self.rows = [(source, start) for source in sources for start in range(0, len(source) - 1, T)]
         self.padding = (sources[0], len(sources[0]))
         self.fingerprint = " ".join(source.fingerprint for source in sources)
-        self.text_bytes, tokens = (sum(s.manifest[key] for s in sources) for key in ("text_bytes", "tokens"))
-        self.bytes_per_token: float = self.text_bytes / tokens
+        counts = ("text_bytes", "tokens", "documents")
+        self.text_bytes, tokens, documents = (sum(s.manifest[key] for s in sources) for key in counts)
+        predicted = tokens - documents  # the first token of a document is not
+        self.bytes_per_token: float | None = self.text_bytes / predicted if predicted else None
+        """Of the text, for each predicted token."""
 
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.place.local * self.place.world_size))

@@ -1,7 +1,8 @@
 """Loss, perplexity and bits a byte of a model on shards or text.
 
 Each document is read by itself: a window never holds two, unless --concatenate joins all of them into one stream as in
-training. The first token of a document has nothing before it and is not scored; every other one is, exactly once.
+training. The first token of a document is not scored, as in training; every other one is, exactly once. Bits a byte are
+`validate.bits_per_byte`, training's own.
 
 A window has `--context` tokens and begins `--stride` after the one before, so that all but a document's first window know
 the context - stride tokens before what they are scored on. `--state carry` instead hands the recurrent state from window
@@ -38,6 +39,8 @@ class Window(NamedTuple):
     """[T + 1] int64: T inputs, and after each of them what it should predict."""
     known: int
     """So many of the T predictions are not scored: an earlier window has scored them."""
+    joins: np.ndarray
+    """[J] int64: predictions that are not scored either, as what they predict begins a document."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             "stride": stride,
             "state": args.state,
             "concatenate": args.concatenate,
-            "scored": _scored(texts, args.concatenate),
+            "scored": _scored(texts),
             "batch_size": args.batch_size,
         }
         report = s.report("perplexity", pretrained.source, settings)
@@ -94,27 +97,25 @@ def _window_size(args: argparse.Namespace, trained: int) -> tuple[int, int]:
     return context, stride
 
 
-def _scored(texts: Texts, concatenate: bool) -> str:
-    if concatenate:
-        return "from the second token of the stream"
+def _scored(texts: Texts) -> str:
     return f"from the second token of each document ({'the first is BOS' if texts.bos_id is not None else 'no BOS before it'})"
 
 
 def windows(pieces: Iterable[np.ndarray], context: int, stride: int) -> Iterator[Window]:
     """Windows over `pieces` [tokens] int64 joined, of `context` predictions each but the last one.
 
-    Every token but the first is scored in exactly one window.
+    Every token but the first of each piece is scored in exactly one window.
     """
     import numpy as np
 
-    tokens, known = np.empty(0, dtype=np.int64), 0
+    tokens, begins, known = np.empty(0, dtype=np.int64), np.empty(0, dtype=bool), 0
     for piece in pieces:
-        tokens = np.concatenate([tokens, piece])
+        tokens, begins = np.concatenate([tokens, piece]), np.concatenate([begins, np.arange(len(piece)) == 0])
         while len(tokens) > context:
-            yield Window(tokens[: context + 1], known)
-            tokens, known = tokens[stride:], context - stride
+            yield Window(tokens[: context + 1], known, np.flatnonzero(begins[1 : context + 1]))
+            tokens, begins, known = tokens[stride:], begins[stride:], context - stride
     if len(tokens) - 1 > known:
-        yield Window(tokens, known)
+        yield Window(tokens, known, np.flatnonzero(begins[1:]))
 
 
 class _Reader:
@@ -189,23 +190,26 @@ def _score(pretrained: Pretrained, batch: list[Window], segment: int) -> np.ndar
 
     shape = len(batch), max(len(window.ids) for window in batch) - 1
     tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
-    for i, (ids, known) in enumerate(batch):
+    for i, (ids, known, joins) in enumerate(batch):
         tokens[i, : len(ids) - 1] = torch.from_numpy(ids[:-1])
         labels[i, known : len(ids) - 1] = torch.from_numpy(ids[known + 1 :])
+        labels[i, torch.from_numpy(joins)] = IGNORE
     device = pretrained.model.output_weight.device
     losses, right = token_losses(pretrained.model, tokens.to(device), labels.to(device), segment)
     return np.array([float(losses.double().sum()), int((labels != IGNORE).sum()), int(right.sum()), len(batch)])
 
 
 def _results(total: list[float], documents: int, text_bytes: int | None) -> dict[str, Any]:
+    from titan_dp.validate import bits_per_byte
+
     nats, tokens, right, count = total
     if not tokens:
         raise UserError(f"there is nothing to score: none of the {documents} document(s) has two tokens; give more text")
     loss = nats / tokens
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": bits_per_byte(nats, text_bytes) if text_bytes else None,
         "bits_per_token": loss / math.log(2),
         "accuracy": right / tokens,
         "tokens": int(tokens),
