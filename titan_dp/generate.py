@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder (newest step), checkpoint, or exported folder")
+    add(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="run folder (its newest healthy checkpoint), checkpoint, or exported folder",
+    )
     add("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated (default: 'The ')")
     add("--prompt-file", metavar="FILE", help="a text file as the prompt, '-' for stdin, or .jsonl with a key 'prompt' a line")
     add("--samples", type=_positive, default=1, metavar="N", help="continuations of each prompt (default: 1)")

@@ -28,10 +28,12 @@ pytest.importorskip("lm_eval")
 import lm_eval
 from lm_eval.tasks import TaskManager
 
+from titan_dp.data.tokenizer import load_tokenizer
 from titan_dp.distributed import World, current_world
 from titan_dp.evals import session as session_module
 from titan_dp.evals.answers import Answers
-from titan_dp.evals.lm_eval_model import TitanDPLM
+from titan_dp.evals.lm_eval_model import TitanDPLM, adds_bos_itself
+from titan_dp.evals.lm_eval_results import convention
 from titan_dp.evals.session import Session
 from titan_dp.pretrained import load_pretrained
 
@@ -127,6 +129,53 @@ def test_without_bos_a_text_without_context_follows_eos(checkpoint: Path, exact:
     found = make(checkpoint, add_bos_token=False).loglikelihood(requests(("The", " sea"), ("", "sea")))
     expected = [score(exact, ids("The"), ids(" sea"))[0], score(exact, [EOS], ids("sea"))[0]]
     assert [value for value, _ in found] == pytest.approx(expected, rel=1e-5)
+
+
+def test_stock_bos_scores_as_the_harness_scores_the_exported_model(checkpoint: Path, tmp_path: Path) -> None:
+    """Its own class for Hugging Face models, at its defaults, on what `titan-dp export` writes."""
+    pytest.importorskip("transformers")
+    from lm_eval.models.huggingface import HFLM
+
+    from titan_dp.hf.export import export
+    from titan_dp.pretrained import open_source
+
+    export(open_source(checkpoint), tmp_path / "exported", target="remote-code")
+    stock = HFLM(pretrained=str(tmp_path / "exported"), trust_remote_code=True, device="cpu", batch_size=1, dtype="float32")
+    ours = make(checkpoint, stock_bos=True)
+    pairs, documents = requests(*PAIRS, ("x" * 100, "y" * 30)), requests("Call me Ishmael. " * 8, "sea")
+    expected = [value for value, _ in stock.loglikelihood(pairs, disable_tqdm=True)]
+    assert [value for value, _ in ours.loglikelihood(pairs)] == pytest.approx(expected, rel=1e-4)
+    rolling = stock.loglikelihood_rolling(documents, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(documents) == pytest.approx(rolling, rel=1e-4)
+    assert [value for value, _ in make(checkpoint).loglikelihood(pairs)] != pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({}, "convention: BOS before every context, a text without context follows <|bos|>; --stock-bos takes"),
+        ({"add_bos_token": False}, "convention: no BOS before a context, a text without context follows <|eos|>; --stock-bos"),
+        (
+            {"stock_bos": True},
+            "convention: no BOS before a context, a text without context follows <|bos|> as in the harness's",
+        ),
+    ],
+)
+def test_the_convention_of_bos_and_eos_is_said(checkpoint: Path, chosen: dict[str, bool], said: str) -> None:
+    assert convention(make(checkpoint, **chosen).conventions()).startswith(said)
+
+
+def test_a_tokenizer_that_adds_bos_itself_does_so_for_the_stock_class(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert not adds_bos_itself(load_tokenizer(str(tmp_path)))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert adds_bos_itself(load_tokenizer(str(tmp_path)))
 
 
 def test_an_empty_continuation_is_certain(checkpoint: Path) -> None:
@@ -359,7 +408,9 @@ def test_a_finished_evaluation_is_shown_again_without_the_model(
 ) -> None:
     monkeypatch.delattr(TitanDPLM, "_losses")
     evaluate(checkpoint, tasks, folder, "--log-samples")
-    assert "our_completion" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "our_completion" in shown
+    assert "convention: BOS before every context" in shown
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(
@@ -456,6 +507,12 @@ def test_a_task_that_runs_what_the_model_writes_is_refused(checkpoint: Path, tmp
         definition.write("unsafe_code: true\n")
     with pytest.raises(UserError, match="task dangerous runs code"):
         evaluate(checkpoint, own, tmp_path / "out", "--tasks", "dangerous")
+
+
+@pytest.mark.parametrize("other", ["--add-bos", "--no-add-bos"])
+def test_two_conventions_at_once_are_refused(checkpoint: Path, tasks: Path, tmp_path: Path, other: str) -> None:
+    with pytest.raises(UserError, match="--stock-bos and --add-bos .* give one of them"):
+        evaluate(checkpoint, tasks, tmp_path, "--stock-bos", other)
 
 
 def test_without_the_harness_one_sentence_says_how_to_get_it(

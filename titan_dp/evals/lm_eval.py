@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="BOS before every context (default: if the tokenizer has one)",
     )
+    parser.add_argument(
+        "--stock-bos",
+        action="store_true",
+        help="BOS and EOS as the harness's own class for Hugging Face models has them: none of ours before a context",
+    )
     parser.add_argument("--seed", type=int, default=42, help="of few-shot examples, sampling and standard errors (default: 42)")
     parser.add_argument(
         "--log-samples", action="store_true", help="write every document, request and answer beside the results"
@@ -61,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     check_positive(args, "limit", "batch_size", "max_length")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise UserError(f"--num-fewshot is {args.num_fewshot}; give 0 or more")
+    if args.stock_bos and args.add_bos is not None:
+        raise UserError("--stock-bos and --add-bos (or --no-add-bos) both say where BOS goes; give one of them")
     if find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed: pip install 'titan_dp[eval]'")
     with session(args) as s:
@@ -82,6 +89,7 @@ def evaluate(s: Session) -> int:
         batch_size=args.batch_size,
         max_length=args.max_length,
         add_bos_token=args.add_bos,
+        stock_bos=args.stock_bos,
         seed=args.seed,
     )
     report = s.report(_kind(args, names), pretrained.source, _settings(args, names, lm))

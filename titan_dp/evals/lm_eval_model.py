@@ -2,13 +2,17 @@
 
 `titan-dp evaluate lm-eval` uses it. The harness finds no model classes outside its own package, so its own command line,
 with all its options, is had through this module: `python -m titan_dp.evals.lm_eval_model --model titan_dp --model_args
-checkpoint=PATH --tasks ...` (one process; also dtype, backend, tokenizer, max_length and add_bos_token).
+checkpoint=PATH --tasks ...` (one process; also dtype, backend, tokenizer, max_length, add_bos_token and stock_bos).
 
 Conventions. BOS comes before every context where the tokenizer has one, unless add_bos_token is false. A text scored
-without any context follows BOS, or else EOS. The model reads at most max_length tokens: a longer context loses its
-beginning, as with the harness's own models, and `truncated` counts that; what is scored is never cut. A long document is
-scored in the harness's rolling windows, each beginning with an empty state. In several processes every one has all requests and
-`Answers` deals them out, so the harness itself sees one process.
+without any context follows BOS, or else EOS; where add_bos_token is false, EOS, or else BOS. With stock_bos both are as in the
+harness's own class for Hugging Face models (lm_eval 0.4.13, `--model hf` at its defaults): a context is encoded as the
+tokenizer's files say, which for an exported folder is mostly without BOS, and a text without context follows BOS, or else EOS.
+
+The model reads at most max_length tokens: a longer context loses its beginning, as with the harness's own models, and
+`truncated` counts that; what is scored is never cut. A long document is scored in the harness's rolling windows, each
+beginning with an empty state. In several processes every one has all requests and `Answers` deals them out, so the harness
+itself sees one process.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from rich.console import Console
 
+from titan_dp.data.tokenizer import Tokenizer, hugging_face_folder, tiktoken_encoding
 from titan_dp.distributed import World, world_size_from_env
 from titan_dp.errors import UserError, run_main
 from titan_dp.evals.answers import Answers
@@ -72,6 +77,7 @@ class TitanDPLM(TemplateLM):
         batch_size: requests at once.
         max_length: tokens the model reads at most; None for its training sequence length.
         add_bos_token: BOS before every context; None where the tokenizer has one.
+        stock_bos: BOS and EOS as the harness's own class for Hugging Face models has them; then add_bos_token is None.
         seed: of the sampling, where a task samples.
 
     Raises UserError where BOS is asked for and the tokenizer has none.
@@ -85,6 +91,7 @@ class TitanDPLM(TemplateLM):
         batch_size: int = BATCH_SIZE,
         max_length: int | None = None,
         add_bos_token: bool | None = None,
+        stock_bos: bool = False,
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -92,6 +99,9 @@ class TitanDPLM(TemplateLM):
         self.source, self.batch_size, self.seed = pretrained.source, batch_size, seed
         self._device = pretrained.model.output_weight.device
         self.max_length = max_length or pretrained.source.seq_len
+        self.stock_bos = stock_bos
+        if stock_bos:
+            add_bos_token = adds_bos_itself(self.text)
         self.add_bos = self.text.bos_id is not None if add_bos_token is None else add_bos_token
         if self.add_bos and self.text.bos_id is None:
             raise UserError(f"tokenizer {self.text.name!r} has no BOS to add; leave it out with --no-add-bos")
@@ -122,7 +132,7 @@ class TitanDPLM(TemplateLM):
         loading["dtype"] = getattr(torch, given.pop("dtype", "float32"), None)
         if loading["dtype"] not in (torch.float32, torch.bfloat16):
             raise UserError("--model_args dtype is neither float32 nor bfloat16; give one of them")
-        if unknown := given.keys() - {"max_length", "add_bos_token", "seed"}:
+        if unknown := given.keys() - {"max_length", "add_bos_token", "stock_bos", "seed"}:
             raise UserError(f"--model_args {', '.join(sorted(unknown))}: titan_dp has no such argument; see its module")
         session = Session(argparse.Namespace(), World(0, 1, device), Console(stderr=True))
         return cls(load_pretrained(checkpoint, device, **loading), Answers(session, None), batch_size=int(batch_size), **given)
@@ -134,7 +144,10 @@ class TitanDPLM(TemplateLM):
     def conventions(self) -> dict[str, Any]:
         """How requests become tokens; JSON."""
         names = {"tokenizer": self.text.name, "tokenizer_hash": self.text.hash}
-        return {"add_bos_token": self.add_bos, "max_length": self.max_length, **names}
+        special = {token_id: token for token, token_id in self.text.special_tokens.items()}
+        prefix = next((special.get(token, str(token)) for token in self._prefixes), None)
+        chosen = {"add_bos_token": self.add_bos, "stock_bos": self.stock_bos, "prefix": prefix}
+        return {**chosen, "max_length": self.max_length, **names}
 
     @property
     def eot_token_id(self) -> int:
@@ -143,14 +156,19 @@ class TitanDPLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context: BOS, or EOS where BOS is not used."""
-        ids = (self.text.bos_id, self.text.eos_id) if self.add_bos else (self.text.eos_id, self.text.bos_id)
-        for token in ids:
-            if token is not None:
-                return token
+        for token in self._prefixes:
+            return token
         raise UserError(
             f"tokenizer {self.text.name!r} has neither BOS nor EOS to stand before a text without context; "
             "leave out tasks with such texts (wikitext is one)"
         )
+
+    @property
+    def _prefixes(self) -> list[int]:
+        """BOS and EOS, as far as the tokenizer has them, the one that comes before a text without context first."""
+        first_bos = self.add_bos or self.stock_bos
+        ids = (self.text.bos_id, self.text.eos_id) if first_bos else (self.text.eos_id, self.text.bos_id)
+        return [token for token in ids if token is not None]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         ids = self.text.encode(string)
@@ -264,6 +282,19 @@ class TitanDPLM(TemplateLM):
             if all(s.finished or s.tokens == row.max_new_tokens for row, s in zip(rows, streams, strict=True)):
                 break
         return texts
+
+
+def adds_bos_itself(tokenizer: Tokenizer) -> bool:
+    """Whether transformers, asked for the ids of a text, would begin them with BOS: as tokenizer.json says.
+
+    What is converted from a tiktoken encoding for an export never does.
+    """
+    from tokenizers import Tokenizer as HFTokenizer
+
+    if tiktoken_encoding(tokenizer.name) is not None:
+        return False
+    backend = HFTokenizer.from_file(str(hugging_face_folder(tokenizer.name) / "tokenizer.json"))
+    return tokenizer.bos_id is not None and backend.encode("a").ids[:1] == [tokenizer.bos_id]
 
 
 def _key(*parts: Any) -> str:

@@ -6,6 +6,7 @@ error where the harness has one. Accuracies are fractions in the file and percen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,9 @@ def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool]) -> 
 
 
 def _number(value: Any) -> float | None:
-    """A float, also of numpy's; None for the harness's 'N/A'."""
+    """A float, also of numpy's; None for the harness's 'N/A', and for NaN, as the standard error of one document is."""
     try:
-        return float(value)
+        return float(value) if math.isfinite(value) else None
     except (TypeError, ValueError):
         return None
 
@@ -106,6 +107,7 @@ def show(report: Report) -> None:
     print_table(table)
     if "columns" in results:
         print_table(_columns_table(results["columns"]))
+    print(convention(report.head["settings"]))
     cut = {kind: count for kind, count in results["truncated_requests"].items() if count}
     if cut:
         told = ", ".join(f"{count:,} {kind}" for kind, count in cut.items())
@@ -113,6 +115,15 @@ def show(report: Report) -> None:
     print(f"written to {report.path}")
     if "samples" in results:
         print(f"samples in {report.folder / results['samples']}")
+
+
+def convention(settings: Mapping[str, Any]) -> str:
+    """How BOS and EOS were used, in a sentence; scores move with it."""
+    context = "BOS before every context" if settings["add_bos_token"] else "no BOS before a context"
+    alone = "" if settings["prefix"] is None else f", a text without context follows {settings['prefix']}"
+    stock = " as in the harness's own class for Hugging Face models"
+    other = stock if settings["stock_bos"] else f"; --stock-bos takes BOS and EOS{stock}"
+    return f"convention: {context}{alone}{other}"
 
 
 def _shown(value: float | None, digits: int = 4) -> str:
