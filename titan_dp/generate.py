@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
-        help="run folder (its newest healthy checkpoint), checkpoint, or exported folder",
+        help="run folder (newest healthy step), checkpoint, or exported folder",
     )
     add("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated (default: 'The ')")
     add("--prompt-file", metavar="FILE", help="a text file as the prompt, '-' for stdin, or .jsonl with a key 'prompt' a line")
