@@ -51,6 +51,7 @@ from titan_dp.checkpoint import (
     resolve_checkpoint,
     say,
     set_aside,
+    set_aside_folders,
     size_problems,
     step_folder,
     unhealthy,
@@ -207,13 +208,13 @@ class Checkpointer:
         return OSError(cause.errno, f"checkpoint {folder} could not be written: {cause.strerror or cause}; {newest}")
 
     def load(self, model: nn.Module, optimizers: Iterable[Optimizer], current: dict[str, Any]) -> dict[str, Any] | None:
-        """Restore everything from step `load_step` (-1: the newest committed) and return its manifest; None if there is none.
+        """Restore everything from step `load_step` (-1: the newest healthy) and return its manifest; None if there is none.
 
         Args:
             model, optimizers: to write into.
             current: this run's entries of the manifest, to compare with the saved ones.
 
-        Raises UserError where the checkpoint is cut off, damaged, of another architecture or other data, or where
+        Raises UserError where the checkpoint is cut off, damaged, not finite, of another architecture or other data, or where
         `resume` is off and there is one.
         """
         # Rank 0's list for all: a network file system may show a new folder to some ranks later.
@@ -241,11 +242,15 @@ class Checkpointer:
         if manifest["world_size"] == dist.get_world_size():
             rng = _rng_tensors()
         dcp.load({**model_tensors, **optimizer_tensors, **rng}, storage_reader=saved.reader, process_group=self.group)
+        _refuse_not_finite({**model_tensors, **optimizer_tensors}, folder)
         set_model_state_dict(model, _without_prefix(model_tensors, "model."), options=_OPTIONS)
         if moments:
             state = {**rest, **_without_prefix(optimizer_tensors, "optimizer.")}
             set_optimizer_state_dict(model, optimizers, optim_state_dict=state, options=_OPTIONS)  # type: ignore[arg-type]
         _restore_rng(rng, current["seed"], manifest["step"])
+        if aside := self._on_main(lambda: [path.name for path in set_aside_folders(self.folder)]):
+            kept = f"{len(aside)} checkpoint(s) were set aside and are kept: {shorten(', '.join(aside))}"
+            say(f"{kept}; `titan-dp checkpoint list {self.folder}` says how to delete them")
         return manifest
 
     def _step_to_load(self, steps: list[int]) -> int:
@@ -258,9 +263,8 @@ class Checkpointer:
         own = self._on_main(lambda: [s for s, p in paths.items() if loaded_step(p) == self.c.load_step and not _health(p)[0]])
         if (step_folder(self.folder, self.c.load_step) / MANIFEST).exists() or own:
             for step in sorted(set(newer) - set(own)):
-                folder = step_folder(self.folder, step)
-                self._on_main(partial(set_aside, folder, "abandoned"))
-                said = f"checkpoint {folder} is set aside as {folder.name}.abandoned: the run goes on from an earlier step"
+                aside = self._on_main(partial(set_aside, paths[step], "abandoned"))
+                said = f"checkpoint {paths[step]} is set aside as {aside.name}: the run goes on from an earlier step"
                 say(f"{said} (checkpoint.load_step = {self.c.load_step})")
         return max([self.c.load_step, *own])
 
@@ -289,9 +293,9 @@ class Checkpointer:
             if not (problems := _verify_together(folder, self.group)):
                 self._pass_over(passed, f"the run goes on from step {step}")
                 return folder
-            self._on_main(partial(set_aside, folder))
-            aside = f"it is set aside as {folder.name}.damaged, and the one before is taken"
-            say(f"WARNING: checkpoint {folder} is damaged: {'; '.join(problems)}; {aside}")
+            aside = self._on_main(partial(set_aside, folder))
+            instead = f"it is set aside as {aside.name}, and the one before is taken"
+            say(f"WARNING: checkpoint {folder} is damaged: {'; '.join(problems)}; {instead}")
         for i, (folder, why, finite) in enumerate(passed):
             if finite and not _verify_together(folder, self.group):
                 self._pass_over(passed[:i], f"the run goes on from {folder.name}")
@@ -388,7 +392,8 @@ def load_model_weights(
             vocabulary they are of.
         allow_changed: keys that may differ all the same.
 
-    Raises UserError where there is no committed checkpoint, or it is damaged or of another architecture or vocabulary.
+    Raises UserError where there is no healthy checkpoint, or it is damaged, not finite, or of another architecture or
+    vocabulary.
     """
     folder = resolve_checkpoint(path)
     if problems := _verify_together(folder):
@@ -398,6 +403,7 @@ def load_model_weights(
     difference = tensor_difference(saved.shapes, _without_prefix(tensors, "model."))
     check_initial(manifest, current or manifest, list(allow_changed), f"checkpoint {folder}", difference)
     dcp.load(tensors, storage_reader=saved.reader)
+    _refuse_not_finite(tensors, folder)
     set_model_state_dict(model, _without_prefix(tensors, "model."), options=_OPTIONS)
     return manifest
 
@@ -496,6 +502,12 @@ def _not_finite_anywhere(tensors: Mapping[str, Tensor]) -> list[str]:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             clauses.append(f"{what} are not finite: {found[0]}{more}")
     return clauses
+
+
+def _refuse_not_finite(tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Raise UserError where `tensors`, read from `checkpoint`, are not finite on some rank, whatever its manifest says."""
+    if wrong := _not_finite_anywhere(tensors):
+        raise UserError(f"checkpoint {checkpoint} cannot be trained on: {'; '.join(wrong)}; take another step of the run")
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.helpers import backward, full_state, optimizer_of, sharded_model
 from tests.processes import SERVER
 from titan_dp import config
-from titan_dp.checkpoint import committed_steps, read_manifest, step_folder, verify
+from titan_dp.checkpoint import committed_steps, read_manifest, step_folder, verify, write_manifest
 from titan_dp.checkpoint_files import Reader
 from titan_dp.checkpointer import Checkpointer, load_model_weights
 from titan_dp.distributed import distributed, local_tensor
@@ -287,6 +287,22 @@ def test_where_none_is_healthy_finite_weights_are_taken_and_others_are_refused(t
 def test_an_unhealthy_step_that_is_named_is_resumed(tmp_path: Path) -> None:
     run_ranks(1, save_with_faults, tmp_path, {1: "", 2: "loss"})
     assert run_ranks(1, go_back, tmp_path, 2, ()) == [2]
+
+
+def start_from(folder: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_model_weights(folder, sharded_model(seed=99))
+
+
+def test_weights_that_are_not_finite_are_never_trained_on(tmp_path: Path) -> None:
+    run_ranks(2, save_with_faults, tmp_path, {1: "weight"})
+    message = "step-00000001 cannot be trained on: the weights are not finite: layers.1.mlp.down_proj.weight"
+    run_ranks(2, refuse, tmp_path, {"load_step": 1}, message)
+    named = step_folder(tmp_path / "checkpoint", 1)
+    run_ranks(2, start_from, named, message)
+    manifest = read_manifest(named)  # as versions wrote it that did not look
+    write_manifest(named, manifest | {"healthy": True, "unhealthy": [], "finite": True}, manifest.pop("files"))
+    run_ranks(2, refuse, tmp_path, {}, message)
 
 
 def save_and_change(folder: Path) -> None:

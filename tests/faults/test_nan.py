@@ -53,7 +53,8 @@ def test_the_newest_healthy_checkpoint_is_there_and_resumes_to_the_same_end(
         step: read_manifest(step_folder(chain.checkpoints, step))["healthy"] for step in committed_steps(chain.checkpoints)
     }
     assert healthy == {5: True, 10: True, 15: False}
-    (life,) = chain.start([], "--checkpoint.load_step", "10").finish()
+    assert "the training loss of step 15 is nan" in read_manifest(step_folder(chain.checkpoints, 15))["unhealthy"]
+    (life,) = chain.start([]).finish()
     assert life.code == 0, life.text
     assert life.resumed == 10
     assert chain.losses() == undisturbed
