@@ -30,6 +30,9 @@ from typing import Any
 import torch
 from common import Report
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.distributed.allocator import most_held
 from titan_dp.cli import dispatch
 from titan_dp.config_loader import PROJECT, load_config
 from titan_dp.hardware import NETWORKS
@@ -105,17 +108,6 @@ def give_back() -> None:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def allocator_peak(trace: Path) -> int:
-    """The most that torch's CPU allocator held, relative to the beginning of the profile."""
-    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    events = sorted((e for e in events if e["args"]["Device Type"] == 0), key=lambda e: e["args"]["Ev Idx"])
-    total = most = 0
-    for event in events:
-        total += event["args"]["Bytes"]
-        most = max(most, total)
-    return most
-
-
 def work(settings: list[str], scratch: Path) -> None:
     """A rank: a small run, then the real one; rank 0 writes what it measured."""
     from titan_dp.distributed import distributed
@@ -140,13 +132,10 @@ def work(settings: list[str], scratch: Path) -> None:
         Path("/proc/self/clear_refs").write_text("5")
         step()
         resident = status("VmHWM") - before
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step()
-        trace = scratch / f"trace-{world.rank}.json"
-        profiler.export_chrome_trace(str(trace))
+        allocated = held + most_held(step, scratch / f"trace-{world.rank}.json")
         if trainer.lock is not None:
             trainer.lock.close()
-        return {"resident": resident, "allocator": held + allocator_peak(trace)}
+        return {"resident": resident, "allocator": allocated}
 
     with distributed(load_config(settings).config.comm) as world:
         steps([*settings, *(f"--{k}={v}" for k, v in SMALL.items()), "--training.seq_len=64"], "small")
