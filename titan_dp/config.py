@@ -290,7 +290,7 @@ class Training(Section):
 
 class Optimizer(Section):
     name: Literal["AdamW", "Muon"] = "AdamW"
-    """AdamW (fused) for all, or torch.optim.Muon for the matrices of the blocks and AdamW for the rest."""
+    """AdamW (fused) for all, or Muon for the matrices of the blocks and AdamW for the rest."""
     lr: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate (of AdamW)."""
     muon_lr: Annotated[float, Field(gt=0)] = 3e-4

@@ -2,7 +2,7 @@
 
 A step with a non-finite gradient leaves parameters and moments untouched to the last bit, decided on the device: multiplying
 an update by 0 would not do (0 * NaN is NaN), and reading the norm on the host would stall every step. Fused AdamW skips
-by itself when `found_inf` is 1; Muon, which has no such switch, is fed a gradient and a rate that change nothing.
+by itself when `found_inf` is 1, and so does our Muon.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from titan_dp import config
 from titan_dp.distributed import local_tensor
 from titan_dp.errors import RunError, UserError
 from titan_dp.model.transformer import Transformer
+from titan_dp.muon import Muon, shard_group
 
 
 class NonFiniteError(RunError):
@@ -38,7 +38,7 @@ def build_optimizer(model: Transformer, c: config.Optimizer) -> Optimizers:
     optimizers: list[torch.optim.Optimizer] = []
     if c.name == "Muon":
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 [{"params": groups["matrices"], "role": "matrices", "peak_lr": c.muon_lr}],
                 lr=c.muon_lr,
                 momentum=c.muon_momentum,
@@ -79,11 +79,8 @@ class Optimizers:
     def step(self, found_inf: Tensor) -> None:
         """Update the parameters, or nothing at all where `found_inf` (a float32 scalar on the device) is 1."""
         for optimizer in self.optimizers:
-            if isinstance(optimizer, torch.optim.Muon):
-                _step_muon(optimizer, found_inf)
-            else:
-                optimizer.grad_scale, optimizer.found_inf = None, found_inf  # type: ignore[attr-defined]
-                optimizer.step()
+            optimizer.grad_scale, optimizer.found_inf = None, found_inf  # type: ignore[attr-defined]
+            optimizer.step()
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -103,28 +100,6 @@ class Optimizers:
 
 
 @torch.no_grad()
-def _step_muon(optimizer: torch.optim.Muon, found_inf: Tensor) -> None:
-    """A Muon step that is the identity where found_inf is 1.
-
-    The momentum buffer is moved towards the gradient, so a gradient equal to the buffer leaves it as it is; a rate of
-    zero then leaves the weights as they are, since the orthogonalised buffer is finite.
-    """
-    bad = found_inf.bool()
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            gradient = local_tensor(parameter.grad)
-            buffer = optimizer.state[parameter].get("momentum_buffer")
-            gradient.copy_(torch.where(bad, torch.zeros_like(gradient) if buffer is None else local_tensor(buffer), gradient))
-        group["lr"] = torch.where(bad, 0.0, torch.as_tensor(group["lr"], dtype=torch.float32, device=bad.device))
-    optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-
-
-@torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients down to the global L2 norm `max_norm`; returns the norm before, a plain device tensor.
 
@@ -135,7 +110,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     shards: dict[dist.ProcessGroup | None, list[Tensor]] = {}
     for parameter in parameters:
         if (gradient := parameter.grad) is not None:
-            shards.setdefault(_shard_group(gradient), []).append(local_tensor(gradient))
+            shards.setdefault(shard_group(gradient), []).append(local_tensor(gradient))
     if not shards:
         raise UserError("no parameter has a gradient: every label of the batch is ignored or the model is frozen")
     squares = []
@@ -149,15 +124,6 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     for gradients in shards.values():
         torch._foreach_mul_(gradients, scale)
     return norm
-
-
-def _shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
-    """The ranks over which `tensor` is split; None where this rank has all of it. FSDP2 shards over one mesh dimension."""
-    if not isinstance(tensor, DTensor):
-        return None
-    dims = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
-    assert len(dims) <= 1, tensor.placements
-    return tensor.device_mesh.get_group(dims[0]) if dims else None
 
 
 class NonFiniteGuard:

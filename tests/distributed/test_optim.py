@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
 import pytest
 import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.harness import run_ranks
 from tests.distributed.helpers import backward, full_state, optimizer_of, optimizer_state, sharded_model
+from titan_dp import config
+from titan_dp.config_loader import load_config
+from titan_dp.distributed import build_mesh, current_world
+from titan_dp.muon import Muon
 from titan_dp.optim import NonFiniteGuard, clip_grad_norm
+from titan_dp.trainer import Trainer
 
 
 def poisoned_step(name: str, poison: float, replicate: int) -> None:
@@ -70,9 +82,9 @@ def test_the_gradient_norm_counts_every_shard_once_and_clipping_reaches_the_limi
         assert float(torch.cat([g.flatten() for g in small.values()]).norm()) == pytest.approx(norm / 10, rel=1e-4)
 
 
-def muon_updates() -> dict[str, torch.Tensor]:
+def muon_updates(replicate: int = 1) -> dict[str, torch.Tensor]:
     """What three steps of Muon add to the matrices of the blocks."""
-    model = sharded_model()
+    model = sharded_model(replicate)
     before = full_state(model)
     optimizers = optimizer_of(model, name="Muon", muon_lr=0.01)
     for seed in range(3):
@@ -82,8 +94,85 @@ def muon_updates() -> dict[str, torch.Tensor]:
     return {name: p - before[name] for name, p in full_state(model).items() if name.endswith("proj.weight")}
 
 
-def test_muon_orthogonalises_whole_matrices_not_shards() -> None:
-    alone, sharded = run_ranks(1, muon_updates)[0], run_ranks(2, muon_updates)[0]
+@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), (4, 1), (4, 2)])
+def test_muon_orthogonalises_whole_matrices_not_shards(ranks: int, replicate: int) -> None:
+    """Four ranks share a matrix of two rows, the erase strengths' of two heads."""
+    alone, sharded = run_ranks(1, muon_updates)[0], run_ranks(ranks, muon_updates, replicate)[0]
     for name, update in alone.items():
         # Newton-Schulz runs in bfloat16: 2 % of rounding; orthogonalised shard by shard it would be half of the update.
         assert float((sharded[name] - update).norm() / update.norm()) < 0.05, name
+
+
+Tensors = list[torch.Tensor]
+SHAPES = [(8, 6), (7, 16), (5, 3), (2, 12), (1, 4)]  # on four ranks: equal shards, a smaller one, and one to three empty ones
+
+
+def muon_of(
+    wrap: Callable[[torch.Tensor], torch.Tensor], kind: type[torch.optim.Muon], poison: bool = False
+) -> list[torch.Tensor]:
+    """Three steps on matrices and gradients that all ranks know, each passed through `wrap`: weights and momentum, local."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: tuple[int, int]) -> torch.Tensor:
+        return wrap(torch.randn(shape, generator=generator))
+
+    parameters = [torch.nn.Parameter(draw(shape)) for shape in SHAPES]
+    optimizer = kind(parameters, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        for parameter, shape in zip(parameters, SHAPES, strict=True):
+            parameter.grad = draw(shape)
+        optimizer.step()
+        if poison:
+            for parameter, shape in zip(parameters, SHAPES, strict=True):
+                parameter.grad = wrap(torch.full(shape, float("nan") if step else float("inf")))
+            optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    return [whole(p.detach()) for p in parameters] + [whole(optimizer.state[p]["momentum_buffer"]) for p in parameters]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_muon(replicate: int, poison: bool) -> Tensors:
+    mesh = build_mesh(config.Parallelism(data_parallel_replicate_degree=replicate), current_world())
+    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+    return muon_of(lambda full: distribute_tensor(full, mesh, placements), Muon, poison)
+
+
+@pytest.mark.parametrize("poison", [False, True], ids=["", "with skipped steps between"])
+@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), (4, 1), (4, 2)])
+def test_muon_on_any_shards_is_torchs_on_whole_matrices_bit_for_bit(ranks: int, replicate: int, poison: bool) -> None:
+    expected = muon_of(lambda full: full, torch.optim.Muon)
+    for result in run_ranks(ranks, sharded_muon, replicate, poison):
+        assert all(torch.equal(own, theirs) for own, theirs in zip(result, expected, strict=True))
+
+
+class HostReads(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host, each of which waits for the device where that is a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of_two_steps(config_file: Path, name: str) -> int:
+    trainer = Trainer(load_config(["--config", str(config_file), f"--optimizer.name={name}"]), current_world())
+    batches = iter(trainer.loader)
+    steps = [list(itertools.islice(batches, trainer.batch.accumulation)) for _ in range(2)]
+    with HostReads() as reads:
+        for micro_batches in steps:
+            trainer._train_step(micro_batches)
+    assert trainer.lock is not None
+    trainer.lock.close()
+    return reads.count
+
+
+@pytest.mark.parametrize("name", get_args(get_type_hints(config.Optimizer)["name"]))
+def test_no_optimizers_step_waits_for_the_device(name: str, tiny_config: Path) -> None:
+    assert run_ranks(1, reads_of_two_steps, tiny_config, name) == [0]
