@@ -17,10 +17,13 @@ from tests.pretrained import save_checkpoint, write_documents
 from titan_dp.checkpoint import read_manifest, write_manifest
 from titan_dp.checkpointer import not_finite, save_model_weights
 from titan_dp.cli import dispatch
+from titan_dp.config import Config, Training
 from titan_dp.errors import RunError, UserError
+from titan_dp.hf.card import _measured_rows
 from titan_dp.hf.export import export
 from titan_dp.hf.importer import import_folder
 from titan_dp.pretrained import open_source
+from titan_dp.state_tracking.results import Outcome, Summary
 from titan_dp.validate import accuracy_by_position, evaluate_answers
 
 CPU = torch.device("cpu")
@@ -169,3 +172,25 @@ def test_an_answer_of_nan_is_not_right(answers: tuple[Any, list[dict[str, Any]]]
 def test_a_test_by_length_on_nan_ends_with_a_message(answers: tuple[Any, list[dict[str, Any]]]) -> None:
     with pytest.raises(RunError, match="the model's logits are not finite"):
         accuracy_by_position(*answers, CPU)
+
+
+def test_theory_counts_an_answer_of_nan_as_an_error() -> None:
+    from titan_dp.data.synthetic.groups import parse_group
+    from titan_dp.state_tracking.theory import count_errors
+
+    model: Any = lambda inputs: torch.full((*inputs.shape, 4), math.nan)  # noqa: E731
+    assert count_errors(model, parse_group("Z2"), tokens=50, seed=0) == 50
+
+
+@pytest.mark.parametrize("bad", [math.nan, None])
+def test_of_equal_runs_the_one_whose_loss_is_no_number_is_not_chosen(bad: float | None) -> None:
+    def outcome(loss: float | None) -> Outcome:
+        validations = [{"step": 1, "validation_sequence_accuracy": 0.5, "validation_loss": loss}]
+        return Outcome(Path("run"), Config(training=Training(steps=1)), 1, 1, validations, {}, 0.0, None, test=None)  # type: ignore[arg-type]
+
+    assert Summary("model", [outcome(bad), outcome(2.0), outcome(1.0)]).chosen.last["validation_loss"] == 1.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, None])
+def test_a_model_card_says_that_a_loss_is_not_finite(bad: float | None) -> None:
+    assert _measured_rows({"validation_loss": bad, "validation_tokens": 5}) == {"validation loss": "not finite"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,11 @@ def _training_rows(training: dict[str, Any]) -> dict[str, str]:
 def _measured_rows(measured: dict[str, Any]) -> dict[str, str]:
     if not measured:
         return {}
+    loss = measured["validation_loss"]
+    if loss is None or not math.isfinite(loss):
+        return {"validation loss": "not finite"}
     bits = f" ({measured['validation_bits_per_byte']:.4f} bits a byte)" if measured.get("validation_bits_per_byte") else ""
-    return {
-        "validation loss": f"{measured['validation_loss']:.4f} nats a token{bits} over {measured['validation_tokens']:,} tokens"
-    }
+    return {"validation loss": f"{loss:.4f} nats a token{bits} over {measured['validation_tokens']:,} tokens"}
 
 
 def last_validation(run_folder: Path, step: int) -> dict[str, Any]:
