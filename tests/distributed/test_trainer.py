@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.harness import run_ranks
+from titan_dp.checkpoint import read_manifest, resolve_checkpoint
 
 
 def train(config: Path, *overrides: str) -> None:
@@ -24,6 +25,12 @@ def losses_of(config: Path, world_size: int, name: str, *overrides: str) -> dict
     run_ranks(world_size, train, config, "--job.run_name", name, *overrides)
     records = (config.parent / "outputs" / name / "metrics.jsonl").read_text().splitlines()
     return {r["step"]: r["loss"] for r in map(json.loads, records) if "loss" in r}
+
+
+def saved_tensors(config: Path, name: str) -> dict[str, str]:
+    """Checksums of the tensors' files in a run's last checkpoint: weights, moments, random-number states."""
+    manifest = read_manifest(resolve_checkpoint(config.parent / "outputs" / name))
+    return {file["name"]: file["xxh3_128"] for file in manifest["files"] if file["name"].endswith(".distcp")}
 
 
 @pytest.fixture
@@ -50,6 +57,7 @@ def test_a_run_stopped_at_any_step_and_resumed_equals_one_never_stopped_bit_for_
     steps = ["--lr_scheduler.total_steps", "20", "--checkpoint.interval", str(stop)]
     losses_of(tiny_config, 2, "parts", "--training.steps", str(stop), *steps)
     assert losses_of(tiny_config, 2, "parts", *steps) == whole
+    assert saved_tensors(tiny_config, "parts") == saved_tensors(tiny_config, "whole"), "generator states are among them"
 
 
 def test_two_runs_of_the_same_config_are_bit_equal(tiny_config: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import islice
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def ids(loader: Loader, batches: int) -> torch.Tensor:
 def test_documents_are_packed_in_order_without_loss(dataset: Path) -> None:
     row = [token for text in TEXTS for token in (256, *text.encode(), 257)]
     assert ids(stream(dataset), 20).flatten().tolist() == row[: 80 * T]
+
+
+def test_a_stream_draws_nothing_from_the_global_generators(dataset: Path) -> None:
+    before = torch.get_rng_state(), random.getstate()
+    ids(stream(dataset, buffer=20), 2)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
 
 
 def test_labels_and_boundaries_mark_where_documents_meet(dataset: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import islice
 from pathlib import Path
 
@@ -61,6 +62,14 @@ def test_resuming_at_any_step_on_other_ranks_goes_on_with_the_next_sample(shards
 
 def test_workers_change_neither_order_nor_state(shards: Path) -> None:
     assert torch.equal(steps(shards / "train", 3, 2, 2, workers=2), steps(shards / "train", 3, 2, 2))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_draws_nothing_from_the_global_generators(shards: Path, workers: int) -> None:
+    before = torch.get_rng_state(), random.getstate()
+    next(iter(loader(shards / "train", workers=workers)))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
 
 
 def row_of(shards: TokenShards) -> tuple[np.ndarray, set[int]]:

@@ -84,6 +84,9 @@ def stateful_loader(dataset: Any, workers: config.Dataloader, **options: Any) ->
         options["worker_init_fn"] = _leave_signals_to_the_rank
     # Items are whole micro-batches, so there is nothing to collate; our own integer is the state, not torchdata's.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
+    # A generator of its own: an iterator draws a seed for its workers, and a resumed run would draw it once more from the
+    # global generator that its checkpoint has just restored.
+    options["generator"] = torch.Generator().manual_seed(0)
     return StatefulDataLoader(
         dataset,
         batch_size=None,
