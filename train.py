@@ -9,11 +9,18 @@ import os
 import sys
 
 from titan_dp.config_loader import load_config
-from titan_dp.errors import run_main
+from titan_dp.errors import UserError, run_main
 
 
 def main() -> int:
-    loaded = load_config(sys.argv[1:])  # answers --help by itself
+    try:
+        loaded = load_config(sys.argv[1:])  # answers --help by itself
+    except UserError as mistake:
+        if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and not {"--dry-run", "--print-config"} & set(sys.argv):
+            from titan_dp.agreement import share_failure
+
+            share_failure(mistake)  # other nodes may have another command, or other files, and would wait for this one
+        raise
     if loaded.print_config:
         if os.environ.get("RANK", "0") == "0":
             print(loaded.annotated_toml())

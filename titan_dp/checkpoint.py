@@ -230,30 +230,34 @@ def set_aside_folders(folder: Path) -> list[Path]:
 
 def size_problems(checkpoint: Path) -> list[str]:
     """A sentence for each file that is missing or not as long as the manifest says; reads no contents."""
-    return [problem for entry in read_manifest(checkpoint)["files"] if (problem := _size_problem(checkpoint, entry))]
+    return [problem for entry in read_manifest(checkpoint)["files"] if (problem := size_problem(checkpoint, entry))]
 
 
-def _size_problem(checkpoint: Path, entry: dict[str, Any]) -> str | None:
+def size_problem(checkpoint: Path, entry: dict[str, Any]) -> str | None:
+    """A sentence where a file of the manifest is missing or of another length."""
     try:
         path = inside(checkpoint, entry["name"], checkpoint / MANIFEST)
     except UserError as error:
         return str(error)
-    if not path.exists():
+    try:
+        size = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
         return f"{path} is missing"
-    if (size := path.stat().st_size) != entry["bytes"]:
+    if size != entry["bytes"]:
         return f"{path} has {size} bytes, the manifest says {entry['bytes']}"
     return None
 
 
-def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+def verify(checkpoint: Path, part: int = 0, parts: int = 1, files: list[dict[str, Any]] | None = None) -> list[str]:
     """A sentence for each file that is not what was saved; reads everything.
 
     Args:
         part, parts: look at this one of so many equal parts of the files only.
+        files: those of the manifest, where that has been read already.
     """
     problems = []
-    for entry in read_manifest(checkpoint)["files"][part::parts]:
-        problem = _size_problem(checkpoint, entry)
+    for entry in (read_manifest(checkpoint)["files"] if files is None else files)[part::parts]:
+        problem = size_problem(checkpoint, entry)
         if problem is None:
             path = checkpoint / entry["name"]
             same = file_sha256(path) == entry["sha256"] if "sha256" in entry else checksum(path) == entry.get("xxh3_128")

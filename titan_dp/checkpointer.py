@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import random
+import socket
 import sys
 import threading
 import warnings
@@ -39,6 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from titan_dp import config
+from titan_dp.agreement import agree, gather, on_main, together, wait_to_see
 from titan_dp.changed_settings import check_initial, check_resumable, keeps_moments
 from titan_dp.checkpoint import (
     MANIFEST,
@@ -52,6 +55,7 @@ from titan_dp.checkpoint import (
     say,
     set_aside,
     set_aside_folders,
+    size_problem,
     size_problems,
     step_folder,
     unhealthy,
@@ -60,7 +64,7 @@ from titan_dp.checkpoint import (
 )
 from titan_dp.checkpoint_files import Reader, Writer
 from titan_dp.distributed import local_tensor
-from titan_dp.errors import UserError
+from titan_dp.errors import RunError, UserError
 from titan_dp.files import shorten
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -169,11 +173,15 @@ class Checkpointer:
 
     def _commit(self, folder: Path, meta: dict[str, Any], own: list[dict[str, Any]]) -> None:
         """Write the manifest once every file of every rank is there. DCP has synchronised all ranks before this."""
-        entries: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(entries, own, group=self.group)
+        ranks = gather((socket.gethostname(), own), self.group)
 
         def commit() -> None:
-            write_manifest(folder, meta, [entry for rank in entries for entry in rank])
+            if unseen := _unseen(folder, ranks):
+                raise RunError(
+                    f"checkpoint {folder} is not committed: rank 0 on {socket.gethostname()} does not see {unseen}; is the "
+                    "folder shared by all ranks? The same command goes on from the newest committed checkpoint"
+                )
+            write_manifest(folder, meta, [entry for _, entries in ranks for entry in entries])
             try:
                 apply_retention(self.folder, self.c.keep_latest_k)
             except OSError as error:  # the new one is committed; an old one too many is no reason to stop
@@ -182,17 +190,7 @@ class Checkpointer:
         self._on_main(commit)
 
     def _on_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0; all ranks return it together, or raise together if it failed."""
-        outcome: list[Any] = [None]
-        if dist.get_rank() == 0:
-            try:
-                outcome = [action()]
-            except Exception as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
+        return on_main(action, self.group)
 
     def _explain(self, error: BaseException, folder: Path) -> BaseException:
         """A failed save as one sentence, the half-written folder removed."""
@@ -223,10 +221,10 @@ class Checkpointer:
             raise UserError(
                 f"checkpoint.resume = false, but {self.folder} holds step {steps[-1]}; choose another job.run_name, or resume"
             )
-        folder = self._newest_healthy(steps) if self.c.load_step == -1 else self._good(self._step_to_load(steps))
-        if folder is None:
+        found = self._newest_healthy(steps) if self.c.load_step == -1 else self._good(self._step_to_load(steps))
+        if found is None:
             return None
-        manifest = read_manifest(folder)
+        folder, manifest = found
         if manifest.get("weights_only"):
             raise UserError(
                 f"checkpoint {folder} holds weights alone, with no optimizer state to resume from; start a new run with "
@@ -234,7 +232,7 @@ class Checkpointer:
             )
         optimizers = list(optimizers)
         model_tensors, rng = _model_tensors(model), {}
-        saved = CheckpointTensors(folder)
+        saved = CheckpointTensors(folder, verified=True)
         difference = tensor_difference(saved.shapes, _without_prefix(model_tensors, "model."))
         check_resumable(manifest, current, self.c.allow_changed, difference)
         moments = keeps_moments(manifest, current)  # else another optimizer, which was allowed, begins with none
@@ -260,25 +258,31 @@ class Checkpointer:
         """
         newer = [step for step in steps if step > self.c.load_step]
         paths = {step: step_folder(self.folder, step) for step in newer}
-        own = self._on_main(lambda: [s for s, p in paths.items() if loaded_step(p) == self.c.load_step and not _health(p)[0]])
-        if (step_folder(self.folder, self.c.load_step) / MANIFEST).exists() or own:
+
+        def look() -> tuple[bool, list[int]]:
+            own = [step for step, path in paths.items() if loaded_step(path) == self.c.load_step and not _health(path)[0]]
+            return (step_folder(self.folder, self.c.load_step) / MANIFEST).exists(), own
+
+        exists, own = self._on_main(look)
+        if exists or own:
             for step in sorted(set(newer) - set(own)):
                 aside = self._on_main(partial(set_aside, paths[step], "abandoned"))
                 said = f"checkpoint {paths[step]} is set aside as {aside.name}: the run goes on from an earlier step"
                 say(f"{said} (checkpoint.load_step = {self.c.load_step})")
         return max([self.c.load_step, *own])
 
-    def _good(self, step: int) -> Path:
-        """The checkpoint of that step. Raises UserError where it is damaged."""
+    def _good(self, step: int) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint of that step and its manifest. Raises UserError where it is damaged."""
         folder = step_folder(self.folder, step)
-        if problems := _verify_together(folder, self.group):
+        manifest = self._on_main(lambda: read_manifest(folder))
+        if problems := _verify_together(folder, manifest, self.group):
             raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; resume from another with checkpoint.load_step")
-        if why := unhealthy(read_manifest(folder)):
+        if why := unhealthy(manifest):
             say(f"WARNING: checkpoint {folder} is not healthy ({why}); it is read because checkpoint.load_step names it")
-        return folder
+        return folder, manifest
 
-    def _newest_healthy(self, steps: list[int]) -> Path | None:
-        """The newest healthy checkpoint that is as it was saved; newer ones are set aside, loudly.
+    def _newest_healthy(self, steps: list[int]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest healthy checkpoint that is as it was saved, and its manifest; newer ones are set aside, loudly.
 
         Left in place they would be the newest, by which retention and the next start go. Where none is healthy, the newest
         is taken whose weights and moments are finite: the step it was saved after was skipped, and changed nothing.
@@ -290,18 +294,26 @@ class Checkpointer:
             if why:
                 passed.append((folder, why, finite))
                 continue
-            if not (problems := _verify_together(folder, self.group)):
+            try:
+                manifest = self._on_main(partial(read_manifest, folder))
+                problems = _verify_together(folder, manifest, self.group)
+            except DamagedError as error:  # anything else in a manifest stops the run
+                problems = [str(error)]
+            if not problems:
                 self._pass_over(passed, f"the run goes on from step {step}")
-                return folder
+                return folder, manifest
             aside = self._on_main(partial(set_aside, folder))
             instead = f"it is set aside as {aside.name}, and the one before is taken"
             say(f"WARNING: checkpoint {folder} is damaged: {'; '.join(problems)}; {instead}")
         for i, (folder, why, finite) in enumerate(passed):
-            if finite and not _verify_together(folder, self.group):
+            if not finite:
+                continue
+            manifest = self._on_main(partial(read_manifest, folder))
+            if not _verify_together(folder, manifest, self.group):
                 self._pass_over(passed[:i], f"the run goes on from {folder.name}")
                 taken = f"{folder.name}, whose weights are finite, is taken ({why})"
                 say(f"WARNING: no checkpoint in {self.folder} is healthy; {taken}")
-                return folder
+                return folder, manifest
         if passed:
             folder, why, _ = passed[0]
             raise UserError(
@@ -334,11 +346,14 @@ class Checkpointer:
 class CheckpointTensors:
     """The model's tensors of a committed checkpoint by name, read one at a time in this process, without a process group.
 
+    Args:
+        verified: its files have been compared with the manifest, which this rank may not even see yet.
+
     Raises UserError where the checkpoint is cut off or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if problems := size_problems(folder):
+    def __init__(self, folder: Path, verified: bool = False) -> None:
+        if not verified and (problems := size_problems(folder)):
             raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; take another step of the run")
         self.reader = Reader(folder)
         entries: dict[str, Any] = self.reader.read_metadata().state_dict_metadata
@@ -361,23 +376,74 @@ class CheckpointTensors:
         return _without_prefix(tensors, "model.")
 
 
-def _verify_together(folder: Path, group: dist.ProcessGroup | None = None) -> list[str]:
-    """`verify` with the reading shared by all ranks, if there are any; each gets all sentences."""
+def _unseen(folder: Path, ranks: list[tuple[str, list[dict[str, Any]]]]) -> str:
+    """What of the files that `ranks`, (host, entries) each, have written does not appear here at its length; "" for nothing."""
+    written = [(rank, host, entry) for rank, (host, entries) in enumerate(ranks) for entry in entries]
+
+    def missing() -> list[tuple[int, str, dict[str, Any]]]:
+        return [item for item in written if size_problem(folder, item[2])]
+
+    wait_to_see(lambda: not missing(), folder)
+    if not (left := missing()):
+        return ""
+    rank, host, entry = left[0]
+    return (
+        f"{len(left)} of {len(written)} files: {entry['name']}, {entry['bytes']:,} bytes by rank {rank} on {host} "
+        f"({size_problem(folder, entry)})"
+    )
+
+
+def _verify_together(folder: Path, manifest: dict[str, Any], group: dist.ProcessGroup | None = None) -> list[str]:
+    """`verify` with the reading shared by all ranks, if there are any; each gets all sentences.
+
+    A file that one rank sees as it should be and another does not see yet is waited for. Raises RunError on all ranks where
+    that does not help.
+    """
     if not dist.is_initialized():
         return verify(folder)
-    own: list[str] | OSError
-    try:
-        own = verify(folder, dist.get_rank(), dist.get_world_size())
-    except DamagedError as error:  # anything else in a manifest that all ranks read stops them all
-        own = [str(error)]
-    except OSError as error:  # cannot be read now, which is not the same
-        own = error
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own, group=group)
-    for found in every:
-        if isinstance(found, OSError):
-            raise found
-    return list(dict.fromkeys(problem for part in every for problem in part))
+    _wait_for_files(folder, manifest["files"], group)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    own = together(lambda: verify(folder, rank, size, manifest["files"]), group)
+    return list(dict.fromkeys(problem for part in gather(own, group) for problem in part))
+
+
+def _wait_for_files(folder: Path, entries: list[dict[str, Any]], group: dist.ProcessGroup | None) -> None:
+    """Return when every rank sees all files of a checkpoint that any rank sees: what no rank sees is missing, not late.
+
+    Raises RunError on all ranks where that takes too long.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+    def listed() -> set[str]:
+        try:
+            return set(os.listdir(folder))
+        except OSError:
+            return set()
+
+    # A listing shows all names at once; sizes cost a call each, so every rank looks at a part of them.
+    seen = listed()
+    suspect = {e["name"] for e in entries if e["name"] not in seen} | {
+        e["name"] for e in entries[rank::size] if size_problem(folder, e)
+    }
+    suspects = set[str]().union(*gather(suspect, group))
+    if not suspects:
+        return
+
+    def wrong() -> set[str]:
+        return {e["name"] for e in entries if e["name"] in suspects and size_problem(folder, e)}
+
+    every = gather(wrong(), group)
+    if not (late := set[str]().union(*every) - every[0].intersection(*every)):
+        return
+
+    def wait() -> None:
+        if not wait_to_see(lambda: not wrong() & late, folder):
+            raise RunError(
+                f"this rank has waited for {min(wrong() & late)} of checkpoint {folder} and does not see it as other ranks do; "
+                "is the folder shared by all ranks? The same command tries again"
+            )
+
+    together(wait, group)
 
 
 def load_model_weights(
@@ -395,17 +461,27 @@ def load_model_weights(
     Raises UserError where there is no healthy checkpoint, or it is damaged, not finite, or of another architecture or
     vocabulary.
     """
-    folder = resolve_checkpoint(path)
-    if problems := _verify_together(folder):
+    # Rank 0 says which one is the newest, for all.
+    folder = path / on_main(lambda: os.path.relpath(resolve_checkpoint(path), path))
+    manifest = together(lambda: _manifest_of_rank_0(folder))
+    agree({"the checkpoint at checkpoint.initial_load_path": [manifest["step"], manifest["files"]]})
+    if problems := _verify_together(folder, manifest):
         raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; take another step of the run")
     tensors = _model_tensors(model)
-    saved, manifest = CheckpointTensors(folder), read_manifest(folder)
+    saved = CheckpointTensors(folder, verified=True)
     difference = tensor_difference(saved.shapes, _without_prefix(tensors, "model."))
     check_initial(manifest, current or manifest, list(allow_changed), f"checkpoint {folder}", difference)
     dcp.load(tensors, storage_reader=saved.reader)
     _refuse_not_finite(tensors, folder)
     set_model_state_dict(model, _without_prefix(tensors, "model."), options=_OPTIONS)
     return manifest
+
+
+def _manifest_of_rank_0(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that rank 0 has seen. Raises RunError where it does not appear here."""
+    if not wait_to_see((folder / MANIFEST).exists, folder):
+        raise RunError(f"checkpoint {folder}, which rank 0 sees, is not there; is the folder shared, or copied to every node?")
+    return read_manifest(folder)
 
 
 def tensor_difference(saved: Mapping[str, torch.Size], wanted: Mapping[str, Tensor]) -> str | None:

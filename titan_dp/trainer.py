@@ -22,6 +22,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from titan_dp import distributed
+from titan_dp.agreement import agree, code, settings_of, together
 from titan_dp.checkpointer import SAVE_TIMEOUT, Checkpointer, load_model_weights
 from titan_dp.config_loader import Loaded
 from titan_dp.data.batches import IGNORE, Batch
@@ -58,16 +59,17 @@ class Trainer:
         self.run_folder = Path(c.job.dump_folder) / loaded.run_name
         check_config_is_ours(self.run_folder, "choose another job.run_name, or rename that file")
         self.console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
-        self.backend = chosen_backend(c.model, world.device)
-        # First of all, so that a second run in the folder is refused before minutes of building.
-        self.lock = RunLock(self.run_folder, patience=LOCK_PATIENCE) if world.is_main else None
+        self.lock: RunLock | None = None
+        equal, by_rank = settings_of(c)
+        try:
+            self.differing = agree(equal | code(), self._prepare, by_rank=by_rank, folder=self.run_folder)
+        except BaseException:
+            if self.lock is not None:
+                self.lock.close()
+            raise
         distributed.set_seeds(c.debug)
         mesh = distributed.build_mesh(c.parallelism, world)
-        self.batch = plan_batches(c.training, distributed.data_world(c.parallelism, world).size)
         self.segment = Segment.of(c.parallelism, world.rank)
-
-        self.task = build_task(c, self.batch, world)
-        self.loader = self.task.loader
 
         with torch.device("meta"):
             self.model = build_model(c.model)
@@ -103,6 +105,23 @@ class Trainer:
         self.model.register_forward_pre_hook(lambda module, args: self.watchdog.beat())
 
     # -- before the first step ---------------------------------------------------------------------------------------
+
+    def _prepare(self) -> dict[str, object]:
+        """What a rank does by itself, and may be the only one to fail at; returns what must be equal on all."""
+        c, world = self.config, self.world
+        if world.is_main:  # first of all, so that a second run in the folder is refused before minutes of building
+            self.lock = RunLock(self.run_folder, patience=LOCK_PATIENCE)
+        self.backend = chosen_backend(c.model, world.device)
+        self.batch = plan_batches(c.training, distributed.data_world(c.parallelism, world).size)
+        self.task = build_task(c, self.batch, world)
+        self.loader, held_out = self.task.loader, self.task.held_out
+        return {
+            "the device": world.device.type,
+            "the backend of the recurrence": self.backend,
+            "the fingerprint of the training data": self.loader.fingerprint,
+            "the hash of the tokenizer": self.loader.tokenizer_hash,
+            "the fingerprint of the validation data": held_out.fingerprint if held_out else None,
+        }
 
     def _resume(self) -> None:
         """Take up the run folder's newest committed checkpoint, or another run's weights, or start afresh."""
@@ -149,20 +168,19 @@ class Trainer:
             f"{c.activation_checkpoint.mode}"
         )
         say(f"  run folder  {self.run_folder}")
+        for difference in self.differing:
+            say(f"  by rank     {difference} (it may differ by rank)")
         for warning in self.loaded.warnings():
             say(f"  warning     {warning}", style="yellow")
 
-    # -- the loop ----------------------------------------------------------------------------------------------------
-
-    def train(self) -> None:
-        """Run to the last step, then validate, save, and show a sample."""
+    def _open_run_folder(self) -> Metrics:
+        """What rank 0 writes before the first step: the settings, what the run is, the log."""
         c = self.config
-        self._announce()
         if self.world.is_main:
             text = self.loaded.annotated_toml().encode()
             write_atomically(self.run_folder / "config.toml", lambda file: file.write(text))
         self._write_run("training")
-        metrics = Metrics(
+        return Metrics(
             c.metrics,
             self.run_folder,
             world=self.world,
@@ -172,6 +190,15 @@ class Trainer:
             start_step=self.step,
             bytes_per_token=self.task.held_out.bytes_per_token if self.task.held_out else None,
         )
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run to the last step, then validate, save, and show a sample."""
+        c = self.config
+        self._announce()
+        metrics = together(self._open_run_folder)
+
         batches = map(self.segment, self.loader)
         self.task.watch_data(self.run_folder)
         gc.disable()  # collections at different moments on different ranks make all of them wait
@@ -341,7 +368,9 @@ class Trainer:
     def _show_result(self, metrics: Metrics) -> None:
         """What the model can do now, and where everything is."""
         say, c = self.console.print, self.config
-        shown = self.task.finish(self.model, self.run_folder, self.checkpointer.newest() if c.checkpoint.enable else None)
+        # Rank 0 alone looks: another may not see the last commit yet.
+        newest = self.checkpointer.newest() if c.checkpoint.enable and self.world.is_main else None
+        shown = self.task.finish(self.model, self.run_folder, newest)
         if shown is not None:
             say(f"\n{shown[0]}", style="bold")
             say(shown[1])
@@ -350,7 +379,7 @@ class Trainer:
             if metrics.validation_loss is not None:
                 say(f"final validation loss  {metrics.validation_loss:.4f} nats a token")
             if c.checkpoint.enable:
-                say(f"checkpoint             {self.checkpointer.newest()}")
+                say(f"checkpoint             {newest}")
             if c.metrics.enable_tensorboard:
                 say(f"TensorBoard logs       {self.run_folder / 'tb'}  (tensorboard --logdir {self.run_folder / 'tb'})")
             say(f"metrics                {self.run_folder / 'metrics.jsonl'}")
