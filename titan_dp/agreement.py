@@ -127,7 +127,7 @@ def agree(
         UserError: on every rank, where facts differ or `folder` is not shared.
         Exception: on every rank, where `prepare` failed on one; see `together`.
     """
-    if dist.get_world_size() == 1:
+    if _is_alone():
         prepare()
         return []
     own = _Rank(_as_json(facts), _as_json(by_rank or {}), folder=str(folder and folder.absolute()))

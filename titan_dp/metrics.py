@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import resource
+import secrets
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from titan_dp import config
 from titan_dp.distributed import World
-from titan_dp.errors import UserError
+from titan_dp.errors import RunError, UserError
 from titan_dp.files import write_atomically
 from titan_dp.hardware import bf16_peak
 from titan_dp.health import Interval
@@ -40,7 +42,8 @@ class Metrics:
 
     Args:
         c: the [metrics] section.
-        run_folder: gets metrics.jsonl and tb/.
+        run_folder: gets metrics.jsonl, tb/ and the identity of the W&B run.
+        settings: of the whole run by section, and `run_name`: what services outside the run folder are told of it.
         world: this process; only rank 0 writes.
         total_steps: of the run.
         start_step: steps done before (resumed).
@@ -60,6 +63,8 @@ class Metrics:
         tokens_per_step: int,
         flops_per_token: int,
         bytes_per_token: float | None = None,
+        run_name: str = "",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.total_steps, self.start_step = total_steps, start_step
         self.tokens_per_step, self.flops_per_token, self.bytes_per_token = tokens_per_step, flops_per_token, bytes_per_token
@@ -79,7 +84,7 @@ class Metrics:
 
                 self._tensorboard = SummaryWriter(str(run_folder / "tb"), purge_step=start_step + 1)
             if c.enable_wandb:
-                self._wandb = _start_wandb(c, run_folder)
+                self._wandb = _start_wandb(c, run_folder, run_name or run_folder.name, settings or {})
         if self.peak is None and world.device.type == "cuda":
             name = torch.cuda.get_device_name(world.device)
             self._console.print(f'MFU n/a (unknown peak for "{name}"): set metrics.peak_tflops')
@@ -206,9 +211,40 @@ def drop_repeated_steps(path: Path, step: int) -> None:
     write_atomically(path, lambda file: file.write("".join(kept).encode()))
 
 
-def _start_wandb(c: config.Metrics, run_folder: Path) -> Any:
+def _start_wandb(c: config.Metrics, run_folder: Path, run_name: str, settings: Mapping[str, Any]) -> Any:
+    """The W&B run of this run folder. Raises UserError where W&B cannot be used so, RunError where it does not answer."""
     try:
         import wandb
     except ImportError as error:
         raise UserError("metrics.enable_wandb = true needs the package wandb: pip install wandb, or set it to false") from error
-    return wandb.init(project=c.wandb_project, name=run_folder.name, dir=str(run_folder), id=run_folder.name, resume="allow")
+    try:
+        return wandb.init(
+            project=c.wandb_project,
+            id=wandb_id(run_folder),
+            resume="allow",
+            name=run_name[-128:],  # its longest
+            dir=str(run_folder),
+            config=dict(settings),
+            allow_val_change=True,  # a resume may train with other settings, and says so itself
+        )
+    except wandb.errors.UsageError as error:
+        raise UserError(
+            f"metrics.enable_wandb: W&B refuses this run: {error}; see metrics.wandb_project and `wandb login`"
+        ) from error
+    except wandb.errors.Error as error:
+        raise RunError(
+            f"W&B cannot be reached: {error}; with the environment variable WANDB_MODE=offline the run is kept on disk"
+        ) from error
+
+
+def wandb_id(run_folder: Path) -> str:
+    """The id of this run at W&B: made once and kept in the run folder, so that a resume goes on with it wherever the folder is.
+
+    Not made of the run's name, which is unique only inside its own folder, and may hold what ids may not.
+    """
+    path = run_folder / "wandb_id"
+    if path.exists() and (known := path.read_text().strip()):
+        return known
+    made = secrets.token_hex(8)
+    write_atomically(path, lambda file: file.write(f"{made}\n".encode()))
+    return made

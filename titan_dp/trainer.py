@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from signal import Signals
@@ -189,6 +190,8 @@ class Trainer:
             flops_per_token=self.size.flops_per_token,
             start_step=self.step,
             bytes_per_token=self.task.held_out.bytes_per_token if self.task.held_out else None,
+            run_name=self.loaded.run_name,
+            settings=c.model_dump(mode="json"),
         )
 
     # -- the loop ----------------------------------------------------------------------------------------------------
@@ -381,6 +384,7 @@ class Trainer:
             if c.checkpoint.enable:
                 say(f"checkpoint             {newest}")
             if c.metrics.enable_tensorboard:
-                say(f"TensorBoard logs       {self.run_folder / 'tb'}  (tensorboard --logdir {self.run_folder / 'tb'})")
+                logs = self.run_folder / "tb"
+                say(f"TensorBoard logs       {logs}  (tensorboard --logdir {shlex.quote(str(logs))})")
             say(f"metrics                {self.run_folder / 'metrics.jsonl'}")
         dist.barrier()

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
+import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +20,8 @@ import torch
 from tests.distributed.harness import run_ranks
 from tests.distributed.helpers import backward, full_state, optimizer_of, sharded_model
 from tests.processes import SERVER
-from titan_dp import config
+from titan_dp import agreement, config
+from titan_dp import checkpointer as checkpointer_module
 from titan_dp.checkpoint import committed_steps, read_manifest, step_folder, verify, write_manifest
 from titan_dp.checkpoint_files import Reader
 from titan_dp.checkpointer import Checkpointer, load_model_weights
@@ -460,3 +465,93 @@ def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> N
         committed = committed_steps(folder)
         assert committed
         assert all(verify(step_folder(folder, step)) == [] for step in committed)
+
+
+# -- what another rank wrote and this one does not see -----------------------------------------------------------------
+
+
+def end_of(action) -> tuple[str, str]:  # type: ignore[no-untyped-def]
+    try:
+        return "done", str(action())
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def save_where_rank_0_does_not_see(folder: Path, shown_after: float | None) -> tuple[str, str]:
+    """Rank 1 writes elsewhere, as on a disk of its own; its files come to rank 0 after so many seconds, or never."""
+    agreement.SECONDS_TO_SEE = 0.3 if shown_after is None else 30
+    rank = torch.distributed.get_rank()
+    model, optimizers = trained(1)
+    own = folder / str(rank)
+    checkpointer = Checkpointer(config.Checkpoint(async_mode="disabled"), own)
+
+    def show() -> None:
+        (step_folder(own / "checkpoint", 1) / "__1_0.distcp").rename(step_folder(folder / "0/checkpoint", 1) / "__1_0.distcp")
+
+    if rank == 1 and shown_after is not None:
+
+        def later(*args: object) -> Any:
+            threading.Timer(shown_after, show).start()
+            return gather(*args)
+
+        gather, checkpointer_module.gather = checkpointer_module.gather, later  # type: ignore[assignment]
+    return end_of(lambda: checkpointer.save(1, model, optimizers, meta=META, healthy=True, blocking=True))
+
+
+def test_a_commit_waits_for_files_of_other_ranks_and_without_them_there_is_none(tmp_path: Path) -> None:
+    assert run_ranks(2, save_where_rank_0_does_not_see, tmp_path / "late", 0.3) == [("done", "None")] * 2
+    assert committed_steps(tmp_path / "late/0/checkpoint") == [1]
+    ends = run_ranks(2, save_where_rank_0_does_not_see, tmp_path / "never", None)
+    assert ends[0] == ends[1]
+    kind, said = ends[0]
+    assert kind == "RunError"
+    assert re.search(
+        r"step-00000001 is not committed: rank 0 on \S+ does not see 1 of 3 files: __1_0.distcp, [\d,]+ bytes", said
+    )
+    assert committed_steps(tmp_path / "never/0/checkpoint") == []
+
+
+def load_where_rank_1_looks_elsewhere(folder: Path, shown_after: float | None, settings: dict) -> tuple[str, str]:
+    """Rank 1 sees the run folder under another name, which appears after so many seconds, or never."""
+    agreement.SECONDS_TO_SEE = 0.3 if shown_after is None else 30
+    model, optimizers = trained(1)
+    if torch.distributed.get_rank() == 1:
+        view = folder.with_name(f"view-{shown_after}-{len(settings)}")
+        if shown_after is not None:
+            threading.Timer(shown_after, view.symlink_to, [folder]).start()
+        folder = view
+    checkpointer = Checkpointer(config.Checkpoint(**settings), folder)
+    return end_of(lambda: checkpointer.load(model, optimizers, META)["step"])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("settings", [{}, {"load_step": 2}], ids=["the newest", "load_step"])
+def test_a_rank_that_does_not_see_the_checkpoint_yet_waits_or_all_leave_alike(tmp_path: Path, settings: dict) -> None:
+    run_ranks(2, save_steps, tmp_path / "run", (1, 2))
+    assert run_ranks(2, load_where_rank_1_looks_elsewhere, tmp_path / "run", 0.3, settings) == [("done", "2")] * 2
+    first, second = run_ranks(2, load_where_rank_1_looks_elsewhere, tmp_path / "run", None, settings)
+    assert (first[0], second[0]) == ("RunError", "RunError")
+    assert first[1].startswith("rank 1: this rank has waited for .metadata of checkpoint ")
+    assert committed_steps(tmp_path / "run/checkpoint") == [1, 2], "what one rank does not see is not damaged"
+
+
+def initial_weights_of(folders: list[Path]) -> tuple[str, str]:
+    agreement.SECONDS_TO_SEE = 0.3
+    model = sharded_model(seed=99)
+    return end_of(lambda: load_model_weights(folders[torch.distributed.get_rank()], model)["step"])
+
+
+def test_initial_weights_are_those_that_rank_0_takes_or_all_leave_alike(tmp_path: Path) -> None:
+    run_ranks(2, save_steps, tmp_path / "run", (1, 2))
+    whole, copy = tmp_path / "run/checkpoint", tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    assert run_ranks(2, initial_weights_of, [whole, copy]) == [("done", "2")] * 2
+    shutil.rmtree(step_folder(copy, 2))
+    ends = run_ranks(2, initial_weights_of, [whole, copy])
+    assert [kind for kind, _ in ends] == ["RunError"] * 2
+    assert "which rank 0 sees, is not there" in ends[0][1]
+    assert run_ranks(2, initial_weights_of, [copy, whole]) == [("done", "1")] * 2
+    shutil.copytree(step_folder(whole, 1), step_folder(copy, 2))
+    ends = run_ranks(2, initial_weights_of, [whole, copy])
+    assert ends[0] == ends[1]
+    assert ends[0][0] == "UserError"
+    assert ends[0][1].startswith("ranks disagree on the checkpoint at checkpoint.initial_load_path")

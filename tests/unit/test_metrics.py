@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from titan_dp.validate import Evaluation
 CPU = torch.device("cpu")
 
 
-def metrics(folder: Path, start_step: int = 0, rank: int = 0, **settings: object) -> Metrics:
+def metrics(
+    folder: Path, start_step: int = 0, rank: int = 0, run_name: str = "", settings: dict | None = None, **c: object
+) -> Metrics:
     return Metrics(
-        config.Metrics(**{"enable_tensorboard": False, **settings}),  # type: ignore[arg-type]
+        config.Metrics(**{"enable_tensorboard": False, **c}),  # type: ignore[arg-type]
         folder,
         world=World(rank, 2, CPU),
         total_steps=1000,
@@ -29,6 +33,8 @@ def metrics(folder: Path, start_step: int = 0, rank: int = 0, **settings: object
         tokens_per_step=512,
         flops_per_token=10**6,
         bytes_per_token=4.0,
+        run_name=run_name,
+        settings=settings,
     )
 
 
@@ -120,11 +126,67 @@ def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    m = metrics(tmp_path, enable_tensorboard=True)
+    folder = tmp_path / "a: #1"  # a legal run name
+    m = metrics(folder, enable_tensorboard=True)
     log(m, 10)
     m.close()
-    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    events = EventAccumulator(str(folder / "tb")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 2.0)]
+
+
+class FakeWandb(types.ModuleType):
+    """The package as far as it is used: refuses what W&B refuses (0.31), and remembers what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.errors = types.SimpleNamespace(Error=Exception, UsageError=type("UsageError", (Exception,), {}))
+        self.runs: list[dict[str, Any]] = []
+
+    def init(self, **told: Any) -> Any:
+        if set(told["id"]) & set(":;,#?/'") or not told["id"].strip():
+            raise self.errors.UsageError("Run ID cannot contain the characters: :;,#?/'")
+        if set(told["project"]) & set("/\\#?%:"):
+            raise self.errors.UsageError("Invalid project name")
+        assert len(told["name"]) <= 128
+        self.runs.append(told)
+        return types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_each_run_folder_is_a_run_of_its_own_at_wandb_which_a_resume_continues(tmp_path: Path, fake_wandb: FakeWandb) -> None:
+    for folder in ("paperA/213m", "paperB/213m", "paperA/213m"):
+        metrics(tmp_path / folder, enable_wandb=True).close()
+    first, second, resumed = (run["id"] for run in fake_wandb.runs)
+    assert first == resumed != second
+    (tmp_path / "paperA/213m").rename(tmp_path / "moved")
+    metrics(tmp_path / "moved", enable_wandb=True).close()
+    assert fake_wandb.runs[-1]["id"] == first
+    assert all(run["resume"] == "allow" for run in fake_wandb.runs)
+
+
+@pytest.mark.parametrize("name", ["a:b", "lr#3", "paper/213m", "what? 'quoted', 50 %; -", "x" * 200])
+def test_wandb_takes_any_run_name(tmp_path: Path, fake_wandb: FakeWandb, name: str) -> None:
+    metrics(tmp_path / name, enable_wandb=True, run_name=name).close()
+    assert fake_wandb.runs[0]["name"] == name[-128:]
+
+
+def test_wandb_gets_the_resolved_configuration(tmp_path: Path, fake_wandb: FakeWandb) -> None:
+    resolved = config.Config.model_validate({"training": {"steps": 3}}).model_dump(mode="json")
+    metrics(tmp_path, enable_wandb=True, settings=resolved).close()
+    assert fake_wandb.runs[0]["config"]["training"]["steps"] == 3
+    assert fake_wandb.runs[0]["config"]["optimizer"]["lr"] == 3e-4
+    assert fake_wandb.runs[0]["allow_val_change"], "a resume may have other settings"
+
+
+def test_a_project_that_wandb_refuses_is_the_users_mistake(tmp_path: Path, fake_wandb: FakeWandb) -> None:
+    with pytest.raises(UserError, match="Invalid project name; see metrics.wandb_project"):
+        metrics(tmp_path, enable_wandb=True, wandb_project="a/b")
 
 
 def test_a_missing_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
