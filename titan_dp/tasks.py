@@ -13,13 +13,14 @@ from typing import Any, Protocol
 import torch
 
 from titan_dp import config
+from titan_dp.agreement import gather, together
 from titan_dp.data.batches import Batch, Loader, Place
 from titan_dp.data.loader import ShardLoader, ValidationLoader, build_dataloader, build_validation_loader
 from titan_dp.data.segment import Segment
-from titan_dp.data.shard_check import ShardCheck
+from titan_dp.data.shard_check import RECORD, ShardCheck, copy_of
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
 from titan_dp.distributed import World, all_reduce_sum, data_world
-from titan_dp.errors import RunError, UserError
+from titan_dp.errors import UserError
 from titan_dp.length_test import run_length_test
 from titan_dp.model.transformer import Transformer
 from titan_dp.pretrained import load_pretrained
@@ -93,18 +94,24 @@ class TextTask:
         return evaluate_loss(model, watched(batches), self.world.device)
 
     def watch_data(self, run_folder: Path) -> None:
-        if self.verify and self.world.is_main:
-            trained = self.loader.sources if isinstance(self.loader, ShardLoader) else []
-            shards = [*trained, *(self.held_out.sources if self.held_out else [])]
-            self.shard_check = ShardCheck(shards, run_folder)
+        trained = self.loader.sources if isinstance(self.loader, ShardLoader) else []
+        shards = [*trained, *(self.held_out.sources if self.held_out else [])]
+        if self.verify and shards:
+            copies = gather(together(lambda: copy_of(shards)))
+            own, rank = copies[self.world.rank], self.world.rank
+            if copies.index(own) == rank:  # the first of those that read this copy
+                self.shard_check = ShardCheck(shards, run_folder, f"data_verified-{own}.json" if rank else RECORD)
 
     def check_data(self) -> None:
         if self.verify:
             problem = self.shard_check.problem if self.shard_check is not None else None
-            kinds = (None, UserError, RunError)
-            found = all_reduce_sum(torch.tensor(kinds.index(problem and type(problem)), device=self.world.device))
-            if (kind := kinds[int(found)]) is not None:
-                raise problem or kind("rank 0 says what is wrong with the data")
+
+            def tell() -> None:
+                if problem is not None:
+                    raise problem
+
+            if int(all_reduce_sum(torch.tensor(int(problem is not None), device=self.world.device))):
+                together(tell)
 
     @property
     def may_end_early(self) -> bool:

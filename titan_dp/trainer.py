@@ -58,7 +58,6 @@ class Trainer:
         c = self.config = loaded.config
         self.loaded, self.world = loaded, world
         self.run_folder = Path(c.job.dump_folder) / loaded.run_name
-        check_config_is_ours(self.run_folder, "choose another job.run_name, or rename that file")
         self.console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
         self.lock: RunLock | None = None
         equal, by_rank = settings_of(c)
@@ -110,7 +109,9 @@ class Trainer:
     def _prepare(self) -> dict[str, object]:
         """What a rank does by itself, and may be the only one to fail at; returns what must be equal on all."""
         c, world = self.config, self.world
-        if world.is_main:  # first of all, so that a second run in the folder is refused before minutes of building
+        if world.is_main:
+            check_config_is_ours(self.run_folder, "choose another job.run_name, or rename that file")
+            # First of all, so that a second run in the folder is refused before minutes of building.
             self.lock = RunLock(self.run_folder, patience=LOCK_PATIENCE)
         self.backend = chosen_backend(c.model, world.device)
         self.batch = plan_batches(c.training, distributed.data_world(c.parallelism, world).size)

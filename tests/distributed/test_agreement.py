@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.harness import run_ranks
+from tests.pretrained import save_checkpoint
 from titan_dp import agreement
 from titan_dp.agreement import agree, code, on_main, settings_of, together
 from titan_dp.config_loader import load_config
@@ -230,6 +233,75 @@ def test_copies_of_the_data_may_lie_elsewhere_on_each_node_but_must_be_the_same(
     none = run_ranks(2, start_on_other_data, tiny_config, "none", [str(shards / "train"), "nowhere"])
     assert [kind for kind, _ in none] == ["UserError"] * 2
     assert none[0][1].startswith("rank 1: there are no token shards in 'nowhere'")
+
+
+def check_the_data(config: Path, paths: list[str]) -> tuple[str, str]:
+    """What the check of the data's contents ends with, once it has read everything."""
+    from titan_dp.distributed import current_world
+    from titan_dp.trainer import Trainer
+
+    path, name = paths[dist.get_rank()], Path(paths[1]).name
+    settings = ["--config", str(config), "--job.run_name", name, "--data.path", path, "--validation.enable=false"]
+    trainer = Trainer(load_config(settings), current_world())
+    trainer.task.watch_data(trainer.run_folder)
+    if trainer.task.shard_check is not None:  # type: ignore[attr-defined]
+        trainer.task.shard_check.wait()  # type: ignore[attr-defined]
+    try:
+        trainer.task.check_data()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "good", str(trainer.task.shard_check is not None)  # type: ignore[attr-defined]
+
+
+def test_data_on_the_disk_of_each_node_is_checked_there_and_shared_data_once(
+    tiny_config: Path, shards: Path, tmp_path: Path
+) -> None:
+    shared, copy = str(shards / "train"), tmp_path / "copy"
+    assert run_ranks(2, check_the_data, tiny_config, [shared, shared]) == [("good", "True"), ("good", "False")]
+    shutil.copytree(shared, copy)
+    shard = copy / "shard-00000.npy"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+    first, second = run_ranks(2, check_the_data, tiny_config, [shared, str(copy)])
+    assert first[0] == second[0] == "UserError"
+    assert first[1] == f"rank 1: {second[1]}"
+    assert second[1].startswith(f"{shard} is not what was prepared")
+
+
+def evaluate(folder: Path, checkpoints: list[Path]) -> tuple[object, object]:
+    """What this rank loads, and the results it finds in a folder of its own."""
+    from rich.console import Console
+
+    from titan_dp.distributed import current_world
+    from titan_dp.evals.session import Session
+
+    rank = dist.get_rank()
+    args = argparse.Namespace(out=folder / str(rank), overwrite=False, dtype="float32", backend="auto", tokenizer="")
+    opened = Session(args, current_world(), Console(quiet=True))
+    agreement.SECONDS_TO_SEE = 0.2
+    try:
+        source = opened.load(checkpoints[rank]).source
+        report = opened.report("length", source, {})
+        found = report.finished
+        if found is None:
+            report.finish({"loss": 1.5})
+        return source.path.name, found
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def test_an_evaluation_is_of_the_checkpoint_that_rank_0_takes_and_done_when_rank_0_finds_it_done(tmp_path: Path) -> None:
+    short, long, other = (tmp_path / name / "run" for name in ("short", "long", "other"))
+    save_checkpoint(short)
+    shutil.copytree(short, long)
+    save_checkpoint(long, step=9)
+    save_checkpoint(other, seed=1)
+    assert run_ranks(2, evaluate, tmp_path, [short, long]) == [("step-00000007", None)] * 2
+    assert not (tmp_path / "1").exists()
+    assert run_ranks(2, evaluate, tmp_path, [short, long]) == [("step-00000007", {"loss": 1.5})] * 2, "not on one rank alone"
+    assert [end[0] for end in run_ranks(2, evaluate, tmp_path, [long, short])] == ["RunError"] * 2
+    ends = run_ranks(2, evaluate, tmp_path, [short, other])
+    assert ends[0] == ends[1]
+    assert str(ends[0][1]).startswith("ranks disagree on checkpoint of what is evaluated")
 
 
 @pytest.mark.parametrize("key", ["optimizer.lr", "optimizer.rate"], ids=["another value", "no such key"])

@@ -1,23 +1,34 @@
 """Are the tokens still those that were prepared? Contents are compared with the manifest while training goes on.
 
 Opening shards checks their sizes; reading hundreds of gigabytes at every start would cost minutes. So one thread of one
-process hashes every file once a run, notes in the run folder which ones it has found good, by size and time of their last
-change, and looks again only at files that have changed since.
+process hashes every file once a run, notes in the run folder which ones it has found good, by size, time of their last
+change and inode, and looks again only at files that have changed since. Where nodes have copies of their own, that is one
+process for each copy: what rank 0 reads says nothing of another node's disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from titan_dp.data.shards import AGAIN, TokenShards
+from titan_dp.data.shards import AGAIN, MANIFEST, TokenShards
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import file_sha256, write_json
 
 RECORD = "data_verified.json"
+
+
+def copy_of(sources: list[TokenShards]) -> str:
+    """Equal on ranks that read the same files, other on those that read copies of them.
+
+    Every client of a network file system sees the server's inodes and times; of local disks no two agree in all of them.
+    """
+    found = [(source.folder / MANIFEST).stat() for source in sources]
+    return hashlib.sha256(repr([(s.st_ino, s.st_ctime_ns) for s in found]).encode()).hexdigest()[:16]
 
 
 class ShardCheck:
@@ -26,10 +37,11 @@ class ShardCheck:
     Args:
         sources: folders of shards.
         run_folder: holds the record of what was found good before; made if it is not there.
+        record: its name there, one for each copy of the data.
     """
 
-    def __init__(self, sources: list[TokenShards], run_folder: Path) -> None:
-        self.sources, self.record = sources, run_folder / RECORD
+    def __init__(self, sources: list[TokenShards], run_folder: Path, record: str = RECORD) -> None:
+        self.sources, self.record = sources, run_folder / record
         self.problem: UserError | RunError | None = None
         """What was found: a changed file, or one that cannot be read."""
         self._closed = threading.Event()
@@ -51,7 +63,7 @@ class ShardCheck:
             path = folder / name
             try:
                 status = path.stat()
-                state = [expected, status.st_size, status.st_mtime_ns]
+                state = [expected, status.st_size, status.st_mtime_ns, status.st_ino]
                 if self._closed.is_set() or good.get(str(path.resolve())) == state:
                     continue
                 if file_sha256(path) != expected:

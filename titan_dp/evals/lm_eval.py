@@ -76,12 +76,13 @@ def run(args: argparse.Namespace) -> int:
 
 def evaluate(s: Session) -> int:
     """Carry out the command of `s.args` in its processes; returns the exit code."""
+    from titan_dp.agreement import together
     from titan_dp.evals.answers import Answers
     from titan_dp.evals.lm_eval_model import TitanDPLM
 
     args = s.args
     with _quiet(s):
-        names, manager = find_tasks(args.tasks or list(PRESETS[args.preset]), args.include_path)
+        names, manager = together(lambda: find_tasks(args.tasks or list(PRESETS[args.preset]), args.include_path))
     pretrained = s.load(args.checkpoint)
     lm = TitanDPLM(
         pretrained,
@@ -199,9 +200,11 @@ def load_tasks(names: list[str], manager: Any) -> list[Any]:
 def _measure(s: Session, lm: TitanDPLM, names: list[str], manager: Any, report: Report) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
+    from titan_dp.agreement import together
+
     args = s.args
     with _quiet(s):
-        loaded = load_tasks(names, manager)
+        loaded = together(lambda: load_tasks(names, manager))
         for task in manager.load(loaded)["tasks"].values():
             _check(task, lm)
         raw = simple_evaluate(

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import time
 import zipfile
 from collections.abc import Iterator
@@ -68,24 +69,39 @@ class Session:
     """Prints on the main rank only."""
 
     def load(self, path: Path) -> Pretrained:
+        """The model at `path`, on all ranks or on none; of a run's checkpoints the one that rank 0 takes."""
         import torch
 
-        from titan_dp.pretrained import load_pretrained
+        from titan_dp.agreement import on_main, together, wait_to_see
+        from titan_dp.pretrained import load_pretrained, open_source
 
         args = self.args
         dtype = getattr(torch, args.dtype)
-        return load_pretrained(path, self.world.device, dtype=dtype, tokenizer=args.tokenizer, backend=args.backend)
+        taken = path / on_main(lambda: os.path.relpath(open_source(path).path, path))
+
+        def load() -> Pretrained:
+            if not wait_to_see(taken.exists, taken):
+                raise RunError(f"{taken}, which rank 0 sees, is not there; is the folder shared, or copied to every node?")
+            return load_pretrained(taken, self.world.device, dtype=dtype, tokenizer=args.tokenizer, backend=args.backend)
+
+        return together(load)
 
     def check_labels(self) -> None:
         """Raises UserError where one of the checkpoints is none, or two would have the same result file."""
+        from titan_dp.agreement import on_main
         from titan_dp.pretrained import open_source
 
-        seen: dict[str, Path] = {}
-        for path in self.args.checkpoints:
-            label = open_source(path).label
-            if label in seen:
-                raise UserError(f"{path} and {seen[label]} are both called {label!r}; evaluate one of them into another --out")
-            seen[label] = path
+        def check() -> None:
+            seen: dict[str, Path] = {}
+            for path in self.args.checkpoints:
+                label = open_source(path).label
+                if label in seen:
+                    raise UserError(
+                        f"{path} and {seen[label]} are both called {label!r}; evaluate one of them into another --out"
+                    )
+                seen[label] = path
+
+        on_main(check)
 
     def share(self, units: int, start: int = 0) -> range:
         """This rank's units of work, of which it has done the first `start`."""
@@ -109,10 +125,18 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
     from rich.console import Console
 
     from titan_dp import config
+    from titan_dp.agreement import agree, code
     from titan_dp.distributed import distributed
 
     with distributed(config.Comm(init_timeout_seconds=_RANKS_MAY_DIFFER_SECONDS)) as world:
+        # Where things lie is each node's affair; that they are the same, `Report` sees to.
+        given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if not callable(value)}
+        agree({name: value for name, value in given.items() if not _is_path(value)} | code())
         yield Session(args, world, Console(stderr=True, highlight=False, soft_wrap=True, quiet=not world.is_main))
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, Path) or (isinstance(value, list) and any(isinstance(entry, Path) for entry in value))
 
 
 class Report:
@@ -122,6 +146,8 @@ class Report:
     """
 
     def __init__(self, session: Session, kind: str, source: Source, settings: dict[str, Any]) -> None:
+        from titan_dp.agreement import agree, on_main
+
         self._session, self.source = session, source
         self.head: dict[str, Any] = {
             "evaluation": kind,
@@ -129,20 +155,21 @@ class Report:
             "checkpoint": source.identity,
             "settings": settings,
         }
+        agree({f"{name} of what is evaluated": entry for name, entry in _without_paths(self.head).items()})
         self.folder: Path = session.args.out
         self.path = self.folder / f"{kind}-{source.label}.json"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--out {self.folder} is a file; name a folder")
-        self.finished: dict[str, Any] | None = None
+        self.finished: dict[str, Any] | None = on_main(self._read)  # one rank looks: another may not see the file yet
         """The results of this very evaluation, where it has been done before."""
-        if self.path.exists():
-            self.finished = self._read()
         key = hashlib.sha256(json.dumps(_without_paths(self.head), sort_keys=True).encode()).hexdigest()[:16]
         rank = f"rank{session.world.rank}of{session.world.size}"
         self._partial = self.folder / f".{self.path.stem}.{key}.{rank}.npz"
         self._saved = time.monotonic()
 
     def _read(self) -> dict[str, Any] | None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out {self.folder} is a file; name a folder")
+        if not self.path.exists():
+            return None
         try:
             found = json.loads(self.path.read_text())
             wanted = _without_paths(json.loads(json.dumps(self.head)))
@@ -184,17 +211,22 @@ class Report:
         """
         import torch
 
+        from titan_dp.agreement import on_main
         from titan_dp.files import write_json
 
-        if wrong := _not_finite(results):
-            raise RunError(f"{wrong} of {self.source.label} is not finite: the losses are too large; take another checkpoint")
         self.finished = results
         world = self._session.world
-        if world.is_main:
+
+        def write() -> None:
+            if wrong := _not_finite(results):
+                raise RunError(
+                    f"{wrong} of {self.source.label} is not finite: the losses are too large; take another checkpoint"
+                )
             self.folder.mkdir(parents=True, exist_ok=True)
             made_on = {"torch": torch.__version__, "ranks": world.size, "device": world.device.type}
             write_json(self.path, {**self.head, "made_on": made_on, "results": results})
-        torch.distributed.barrier()
+
+        on_main(write)
         self._partial.unlink(missing_ok=True)
 
 

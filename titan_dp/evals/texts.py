@@ -63,8 +63,15 @@ class Texts:
 def open_texts(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
     """The documents that the command line names, as ids of `tokenizer`.
 
-    Raises UserError where not exactly one source is named, it cannot be read, or shards were made with another tokenizer.
+    Raises UserError where not exactly one source is named, it cannot be read, or shards were made with another tokenizer; on
+    all ranks alike.
     """
+    from titan_dp.agreement import together
+
+    return together(lambda: _open(args, tokenizer))
+
+
+def _open(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
     if sum(map(bool, (args.shards, args.text, args.hf_dataset))) != 1:
         raise UserError("give exactly one of --shards FOLDER, --text FILE... and --hf-dataset NAME")
     limit = args.max_documents
