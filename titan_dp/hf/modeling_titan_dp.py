@@ -6,18 +6,28 @@
 
 It covers DeltaNet, Gated DeltaNet, DeltaProduct and Gated DeltaProduct (Siems et al. 2025, arXiv 2502.10297), gated linear
 attention, softmax attention, and hybrids of them. Plain torch, differentiable, on CPU and GPU: made to be right and to be
-read, not to train fast. Padding on the left or right changes nothing, since padded tokens neither enter a convolution nor a
-state nor are attended to. A cache has constant size but for softmax layers without a window.
+read, not to train fast. Needs transformers 4.57 or later.
+
+Padding changes nothing, wherever it is: inside, the tokens of a row are moved to its left, and padded columns neither enter a
+convolution nor a state nor are attended to. The output at a padded column is that of the token before it. Documents packed
+into a row see nothing of each other where `position_ids` restart at 0, or `cu_seqlens`, `cu_seq_lens_q`, `seq_idx` or numbers
+above 1 in `attention_mask` delimit them. What would change the result and cannot be had is refused, not ignored.
+
+The cache is transformers' DynamicCache with layers of its own; it has constant size but for softmax layers without a window.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 CHUNK_ROWS = 64
 L2_EPS = 1e-6
+FLOAT32 = ("A_log", "dt_bias", "attn_norm", "mlp_norm", "o_norm", "norm")
 
 
 class TitanDPConfig(PretrainedConfig):
@@ -72,20 +82,156 @@ class TitanDPConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
-class TitanDPCache:
-    """What each layer remembers: (state, convolution tails), or (keys, values, which of them are tokens)."""
+class Memory(CacheLayerMixin):
+    """What a layer remembers of the columns before: `held`, its tensors [B, ...], and `real` [B, columns], True for tokens."""
 
-    is_compileable = False
+    is_sliding = False
+    is_croppable = False  # a state cannot be rolled back to fewer tokens
+    supports_early_init = False
 
-    def __init__(self, layers):
-        self.layers = [None] * layers
-        self.seen = 0
+    def __init__(self, **_):
+        super().__init__()
+        self.reset()
 
-    def get_seq_length(self, layer_idx=0):
-        return self.seen
+    def reset(self):
+        self.held, self.real, self.is_initialized = None, None, False
+
+    def write(self, held, real):
+        self.held, self.real, self.is_initialized = held, real, True
+
+    def get_seq_length(self):
+        return 0 if self.real is None else self.real.shape[1]
+
+    def get_mask_sizes(self, query):
+        return self.get_seq_length() + (query if isinstance(query, int) else query.shape[0]), 0
+
+    def get_max_length(self):
+        return -1
+
+    get_max_cache_shape = get_max_length
 
     def reorder_cache(self, beam_idx):
-        self.layers = [tuple(x if x is None else x.index_select(0, beam_idx) for x in layer) for layer in self.layers]
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices):
+        self._each(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats):
+        self._each(lambda x: x.repeat_interleave(repeats, 0))
+
+    def _each(self, change):
+        if self.is_initialized:
+            self.write(tuple(x if x is None else change(x) for x in self.held), change(self.real))
+
+    def crop(self, *_):
+        raise ValueError("the cache of a titan_dp model cannot be cropped: a state cannot be rolled back to fewer tokens")
+
+    def offload(self):  # constant in size: it stays where it is
+        pass
+
+    prefetch = offload
+
+    def lazy_initialization(self, *_):
+        raise ValueError("this cache belongs to a titan_dp model and holds states, not keys and values of another model")
+
+    update = lazy_initialization
+
+
+def memories_of(cache, layers):
+    """The memory of every layer, kept in `cache`, a DynamicCache that is new or was filled by this model."""
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}; a titan_dp model keeps its states in a DynamicCache: pass "
+            "DynamicCache(), or nothing"
+        )
+    if len(cache.layers) != layers or not all(isinstance(layer, Memory) for layer in cache.layers):
+        if any(layer.is_initialized for layer in cache.layers):
+            raise ValueError("past_key_values was filled by another model; pass a new DynamicCache()")
+        cache.layers = [Memory() for _ in range(layers)]
+    return cache.layers
+
+
+class Rows(NamedTuple):
+    """The columns of a batch, of each row its tokens first and padding after them."""
+
+    real: torch.Tensor  # [B, T], True for tokens
+    document: torch.Tensor  # [B, T], counts from 0, what the memory is of; padding has its row's last
+    position: torch.Tensor  # [B, T], tokens of the row before this one
+    documents: int  # the largest document
+
+
+def take(x, columns):
+    """x [B, S, ...] at columns [B, T] of its rows."""
+    return x.gather(1, columns.reshape(*columns.shape, *[1] * (x.dim() - 2)).expand(*columns.shape, *x.shape[2:]))
+
+
+def document_starts(real, attention_mask, position_ids, cu_seqlens, seq_idx):
+    """Where in a row a document begins that is not what came before it: [B, T] bool.
+
+    real [B, T]; attention_mask [B, T] with a number for each document, or None; position_ids and seq_idx [B or 1, T] or None;
+    cu_seqlens [N + 1] or None, for one row.
+    """
+    column = torch.arange(real.shape[1], device=real.device)
+    before = F.pad(column.where(real, -1).cummax(1).values[:, :-1], (1, 0), value=-1)  # the token before a column, or -1
+    starts, numbers = torch.zeros_like(real), [attention_mask, seq_idx]
+    if cu_seqlens is not None:
+        if len(real) != 1 or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != real.shape[1]:
+            raise ValueError(
+                f"cu_seqlens {int(cu_seqlens[0])} to {int(cu_seqlens[-1])} for {len(real)} rows of {real.shape[1]} tokens: "
+                "they delimit the documents of one row, from 0 to its length"
+            )
+        numbers.append(torch.searchsorted(cu_seqlens.to(column), column, right=True)[None])
+    for number in numbers:
+        if number is not None:
+            number = number.to(real.device).expand_as(real)
+            starts = starts | (before >= 0) & (number != number.gather(1, before.clamp(min=0)))
+    if position_ids is not None:
+        position = position_ids.to(real.device).expand_as(real)
+        jumps = real & (before >= 0) & (position != 0) & (position != position.gather(1, before.clamp(min=0)) + 1)
+        if bool(jumps.any()):
+            raise ValueError(
+                f"position_ids jump to {int(position[jumps][0])}; a titan_dp model can only count on from the token before, or "
+                "begin a document at 0"
+            )
+        starts = starts | (position == 0)
+    return starts & real
+
+
+def lay_out(shape, seen, attention_mask, position_ids, cu_seqlens, seq_idx):
+    """(rows, real [B, T], order, back) of new columns of `shape` [B, T]: real as in the batch; order [B, T] are the columns in
+    the order of `rows`, and back [B, T] where a column's output is found there; both are None where all columns are tokens.
+
+    seen [B, columns before], True for tokens; attention_mask [B, T] or [B, columns before + T] or None.
+    """
+    real, number, order, back = torch.ones(shape, dtype=torch.bool, device=seen.device), None, None, None
+    if attention_mask is not None:
+        number = new_columns(attention_mask.to(seen.device), seen, shape[1])
+        real = number != 0
+    starts = document_starts(real, number, position_ids, cu_seqlens, seq_idx)
+    ours = real
+    if not bool(real.all()):
+        order = torch.argsort(~real, dim=1, stable=True)
+        back = (real.cumsum(1) - 1).clamp(min=0)
+        starts, ours = take(starts, order), take(real, order)
+    starts[:, 0] &= seen.any(1)  # with nothing before it, a document goes on from the empty memory
+    document = starts.cumsum(1)
+    position = seen.sum(1, keepdim=True) + torch.arange(shape[1], device=seen.device)
+    return Rows(ours, document, position, int(document.max())), real, order, back
+
+
+def new_columns(mask, seen, new):
+    """The last `new` columns of an attention_mask; its others must say what they said before."""
+    if mask.dim() != 2 or mask.shape[1] not in (new, seen.shape[1] + new) or bool((mask < 0).any()):
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)}; a titan_dp model takes [batch, tokens] with 0 for padding and 1 for "
+            f"tokens (or the number of their document), of the {new} new tokens or of all {seen.shape[1] + new}"
+        )
+    if mask.shape[1] > new and not torch.equal(mask[:, :-new] != 0, seen):
+        raise ValueError(
+            "attention_mask differs from what it was when the tokens before were read; a state cannot forget them: begin with "
+            "a new cache"
+        )
+    return mask[:, -new:]
 
 
 def upcast(x):
@@ -104,40 +250,63 @@ class RMSNorm(nn.Module):
         return F.rms_norm(upcast(x), self.weight.shape, upcast(self.weight), self.eps).to(x.dtype)
 
 
-def delta_product(q, k, v, beta, g, state, erase):
+def delta_product(q, k, v, beta, g, document, state, erase):
     """For each head, in order of tokens t and steps j = 1..n, with scale dk^-0.5:
 
         S <- exp(g_t) S;   S <- S + k_tj (beta_tj (v_tj - S^T k_tj))^T;   o_t = scale S^T q_t
 
-    A chunk of tokens at a time: the updates u of its rows solve (I + tril(beta Gamma o K K^T, -1)) u = beta (V - e^G K S).
+    A chunk of tokens at a time: the updates u of its rows solve (I + tril(beta D o K K^T, -1)) u = beta (V - d K S), where D is
+    the decay from one row to a later one and d that from the chunk's beginning; both are 0 across documents.
 
-    q [B, T, H, dk], k [B, T, n, H, dk], v [B, T, n, H, dv], beta [B, T, n, H], g [B, T, H] or None, state [B, H, dk, dv] or
-    None; all float32 or float64. Returns o [B, T, H, dv] and the last state. Without `erase`, S^T k_tj is left out.
+    q [B, T, H, dk], k [B, T, n, H, dk], v [B, T, n, H, dv], beta [B, T, n, H], g [B, T, H] or None, document [B, T], state
+    [B, H, dk, dv] or None; but document all float32 or float64. Returns o [B, T, H, dv] and the last state, that of the last
+    document. Without `erase`, S^T k_tj is left out.
     """
     B, T, n, H, dk = k.shape
     state = q.new_zeros(B, H, dk, v.shape[-1]) if state is None else state
     g = q.new_zeros(B, T, H) if g is None else g
-    outputs = []
+    outputs, current = [], document.new_zeros(B, 1)
     for start in range(0, T, max(1, CHUNK_ROWS // n)):
         token = slice(start, min(T, start + max(1, CHUNK_ROWS // n)))
         Q = q[:, token].transpose(1, 2) * dk**-0.5  # [B, H, C, dk]
         K, V = (x[:, token].flatten(1, 2).transpose(1, 2) for x in (k, v))  # [B, H, C n, d]
         b = beta[:, token].flatten(1, 2).transpose(1, 2)[..., None]
-        G = g[:, token].transpose(1, 2).cumsum(-1)  # [B, H, C]
-        rows = G.repeat_interleave(n, -1)
-        index = torch.arange(rows.shape[-1], device=q.device)
+        G, doc = g[:, token].transpose(1, 2), document[:, token]  # [B, H, C], [B, C]
+        same = (doc[:, :, None] == doc[:, None, :]).tril()[:, None]
+        # Sums over the tokens between, not differences of running sums: those lose everything beside one strong decay.
+        decay = G[..., None].expand(*G.shape, G.shape[-1]).tril(-1).cumsum(-2).exp() * same  # [B, H, C, C]
+        decay = decay.repeat_interleave(n, -1)  # from a row to a token
+        first = G.cumsum(-1).exp() * (doc == current)[:, None]  # from the chunk's beginning to a token
         if erase:
-            later = index[:, None] > index
-            decay = (rows[..., :, None] - rows[..., None, :]).masked_fill(~later, -torch.inf).exp()
-            rhs = b * (V - rows.exp()[..., None] * (K @ state))
-            u = torch.linalg.solve_triangular(b * decay * (K @ K.mT), rhs, upper=False, unitriangular=True)
+            between = (decay.repeat_interleave(n, -2) * (K @ K.mT)).tril(-1)
+            rhs = b * (V - first.repeat_interleave(n, -1)[..., None] * (K @ state))
+            u = torch.linalg.solve_triangular(b * between, rhs, upper=False, unitriangular=True)
         else:
             u = b * V
-        seen = index[::n, None] // n >= index // n
-        decay = (G[..., :, None] - rows[..., None, :]).masked_fill(~seen, -torch.inf).exp()
-        outputs.append(G.exp()[..., None] * (Q @ state) + (decay * (Q @ K.mT)) @ u)
-        state = G[..., -1:, None].exp() * state + ((G[..., -1:] - rows).exp()[..., None] * K).mT @ u
+        outputs.append(first[..., None] * (Q @ state) + (decay * (Q @ K.mT)) @ u)
+        state = first[..., -1:, None] * state + (decay[..., -1, :, None] * K).mT @ u
+        current = doc[:, -1:]
     return torch.cat(outputs, 2).transpose(1, 2), state
+
+
+class ShortConvolution(nn.Conv1d):
+    """In the dtype of its input [B, channels, L]; without padding, so the output is taps - 1 shorter."""
+
+    def forward(self, x):
+        return F.conv1d(x, self.weight.to(x.dtype), groups=self.groups)
+
+
+def convolve(convolution, gap, x, rows, tail):
+    """The causal convolution, of gap + 1 taps, of x [B, T, channels] within documents; and the inputs [B, gap, channels] that
+    the next call needs, which `tail` (or None) is of the call before."""
+    at = torch.arange(x.shape[1], device=x.device) + gap * rows.document  # where the line below has gap zeros before a document
+    line = x.new_zeros(len(x), gap, x.shape[-1]) if tail is None else tail
+    line = F.pad(line, (0, 0, 0, x.shape[1] + gap * rows.documents))
+    line = line.scatter(1, (at + gap)[..., None].expand_as(x), x)
+    y = take(convolution(line.mT).mT, at)
+    count = rows.real.sum(1, keepdim=True)
+    last = at.gather(1, (count - 1).clamp(min=0)).where(count > 0, -1)
+    return y, take(line, last + 1 + torch.arange(gap, device=x.device))
 
 
 class DeltaProduct(nn.Module):
@@ -152,10 +321,10 @@ class DeltaProduct(nn.Module):
         self.k_proj = nn.Linear(D, self.n * keys, bias=False)
         self.v_proj = nn.Linear(D, self.n * values, bias=False)
         self.b_proj = nn.Linear(D, self.n * self.heads, bias=False)
-        self.taps = c.conv_size if c.use_short_conv else 1
-        if c.use_short_conv:
+        self.gap = c.conv_size - 1 if c.use_short_conv else 0
+        if self.gap:
             for name, size in (("q_conv1d", keys), ("k_conv1d", self.n * keys), ("v_conv1d", self.n * values)):
-                self.add_module(name, nn.Conv1d(size, size, self.taps, groups=size, bias=False))
+                self.add_module(name, ShortConvolution(size, size, c.conv_size, groups=size, bias=False))
         self.gated = c.use_forget_gate
         if self.gated:
             self.a_proj = nn.Linear(D, self.heads, bias=False)
@@ -165,40 +334,31 @@ class DeltaProduct(nn.Module):
         self.o_norm = RMSNorm(self.dv, c.norm_eps)
         self.o_proj = nn.Linear(values, D, bias=False)
 
-    def forward(self, x, mask, memory):
-        """x [B, T, D], mask [B, T, 1] (True where there is a token) or None, memory of the tokens before or None."""
+    def forward(self, x, rows, memory):
+        """x [B, T, D]; memory of the tokens before, or None. Padding is written nowhere: its inputs, betas and gates are 0."""
         B, T, _ = x.shape
+        real = rows.real[..., None]
         state, *tails = memory or (None, None, None, None)
-        projected = [p(x) for p in (self.q_proj, self.k_proj, self.v_proj)]
-        beta = self.max_beta * upcast(self.b_proj(x)).sigmoid()
+        beta = self.max_beta * upcast(self.b_proj(x)).sigmoid() * real
         g = None
         if self.gated:
-            g = -upcast(self.A_log).exp() * F.softplus(upcast(self.a_proj(x)) + self.dt_bias)
-        if mask is not None:
-            projected, beta = [p * mask for p in projected], beta * mask
-            g = None if g is None else g * mask
-        activated = []
-        for i, name in enumerate(("q_conv1d", "k_conv1d", "v_conv1d")):
-            y = upcast(projected[i])
-            if self.taps > 1:
-                tail = y.new_zeros(B, self.taps - 1, y.shape[-1]) if tails[i] is None else tails[i]
-                y = torch.cat([tail, y], 1)
-                tails[i] = y[:, T:]
-                weight = upcast(getattr(self, name).weight)
-                y = F.conv1d(y.mT, weight, groups=len(weight)).mT
-            activated.append(F.silu(y).to(x.dtype))
-        q, k, v = activated
-        q, k = (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + L2_EPS) for y in self._split(q, k, self.dk))
-        v = upcast(v).view(B, T, self.n, self.heads, self.dv)
-        o, state = delta_product(q, k, v, beta.view(B, T, self.n, self.heads), g, state, self.erase)
+            g = -upcast(self.A_log).exp() * F.softplus(upcast(self.a_proj(x)) + self.dt_bias) * real
+        activated = [upcast(projection(x)) * real for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        if self.gap:
+            both = [
+                convolve(convolution, self.gap, y, rows, tail)
+                for convolution, y, tail in zip((self.q_conv1d, self.k_conv1d, self.v_conv1d), activated, tails, strict=True)
+            ]
+            activated, tails = zip(*both, strict=True)
+        q, k, v = (upcast(F.silu(y).to(x.dtype)) for y in activated)
+        q, k = q.view(B, T, self.heads, self.dk), k.view(B, T, self.n, self.heads, self.dk)
+        q, k = (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + L2_EPS) for y in (q, k))
+        v, beta = v.view(B, T, self.n, self.heads, self.dv), beta.view(B, T, self.n, self.heads)
+        o, state = delta_product(q, k, v, beta, g, rows.document, state, self.erase)
         o = self.o_norm(o.to(x.dtype)).flatten(2)
         if self.g_proj is not None:
             o = o * F.silu(self.g_proj(x))
         return self.o_proj(o), (state, *tails)
-
-    def _split(self, q, k, d):
-        B, T, _ = q.shape
-        return upcast(q).view(B, T, self.heads, d), upcast(k).view(B, T, self.n, self.heads, d)
 
 
 class Attention(nn.Module):
@@ -213,29 +373,40 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.d, bias=False)
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def forward(self, x, mask, memory, seen):
-        B, T, _ = x.shape
-        q, k, v = (p(x).unflatten(-1, (-1, self.d)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        position = torch.arange(seen, seen + T, device=x.device)
-        q, k = self._rotate(q, position), self._rotate(k, position)
-        real = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask[..., 0]
+    def forward(self, x, rows, memory):
+        """x [B, T, D]; memory: keys and values [B, S, heads, d] of the S columns before, their positions, which are seen."""
+        T = x.shape[1]
+        q, k, v = (p(x).unflatten(-1, (-1, self.d)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self._rotate(q, rows.position), self._rotate(k, rows.position)
+        held = (k, v, rows.position, rows.real, rows.document)
         if memory is not None:
-            k, v, real = torch.cat([memory[0], k], 2), torch.cat([memory[1], v], 2), torch.cat([memory[2], real], 1)
-        keys = torch.arange(seen + T - k.shape[2], seen + T, device=x.device)
-        visible = keys <= position[:, None]
+            memory = (*memory, torch.zeros_like(memory[2]))  # of document 0
+            held = tuple(torch.cat(pair, 1) for pair in zip(memory, held, strict=True))
+        k, v, position, real, document = held
+        distance = rows.position[:, :, None] - position[:, None, :]
+        visible = real[:, None, :] & (distance >= 0) & (rows.document[:, :, None] == document[:, None, :])
         if self.window is not None:
-            visible = visible & (position[:, None] - keys < self.window)
-        itself = keys == position[:, None]  # so that a padded query attends to something
-        visible = (visible & real[:, None, None, :]) | itself
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=self.kv_heads != self.heads)
-        drop = 0 if self.window is None else max(0, k.shape[2] - (self.window - 1))
-        return self.o_proj(o.transpose(1, 2).flatten(2)), (k[:, :, drop:], v[:, :, drop:], real[:, drop:])
+            visible = visible & (distance < self.window)
+        S = k.shape[1] - T
+        itself = torch.ones(T, S + T, dtype=torch.bool, device=x.device).tril(S).triu(S)  # so that padding attends to something
+        o = F.scaled_dot_product_attention(
+            *(y.transpose(1, 2) for y in (q, k, v)),
+            attn_mask=(visible | itself)[:, None],
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        real = real & (document == document[:, -1:])
+        kept = (k, v, position, real)
+        if self.window is not None:
+            newest = torch.argsort(real, dim=1, stable=True)[:, max(0, S + T - (self.window - 1)) :]
+            kept = tuple(take(y, newest) for y in kept)
+        return self.o_proj(o.transpose(1, 2).flatten(2)), kept
 
     def _rotate(self, x, position):
+        """x [B, T, heads, d] turned by its position [B, T]."""
         wide = upcast(x)
         frequency = self.theta ** (-torch.arange(0, self.d, 2, device=x.device, dtype=wide.dtype) / self.d)
-        angle = position[:, None] * frequency
-        cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+        angle = (position[..., None] * frequency)[:, :, None]
+        cos, sin = (y.repeat(1, 1, 1, 2) for y in (angle.cos(), angle.sin()))
         first, second = wide.chunk(2, -1)
         return (wide * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 
@@ -254,25 +425,62 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.softmax = c.attn is not None and layer in c.attn["layers"]
+        softmax = c.attn is not None and layer in c.attn["layers"]
         self.attn_norm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.attn = Attention(c, c.attn) if self.softmax else DeltaProduct(c)
+        self.attn = Attention(c, c.attn) if softmax else DeltaProduct(c)
         self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size)
 
-    def forward(self, x, mask, memory, seen):
-        normed = self.attn_norm(x)
-        mixed, memory = self.attn(normed, mask, memory, seen) if self.softmax else self.attn(normed, mask, memory)
+    def forward(self, x, rows, memory):
+        mixed, memory = self.attn(self.attn_norm(x), rows, memory)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), memory
+
+
+def refuse_others(arguments, columns):
+    """Raises where `arguments` (a dict that may be changed) would have to be ignored; columns: the first new one, how many."""
+    if arguments.pop("output_attentions", None):
+        raise ValueError("output_attentions: a titan_dp model has no attention matrices to return; leave it out")
+    if arguments.pop("is_causal", None) is False:
+        raise ValueError("is_causal = False: a titan_dp model reads from left to right; leave it out")
+    types, place = arguments.pop("token_type_ids", None), arguments.pop("cache_position", None)
+    if types is not None and bool((types != 0).any()):
+        raise ValueError("token_type_ids: a titan_dp model has no token types; leave them out")
+    if place is not None and (int(place[0]), len(place)) != columns:
+        raise ValueError(
+            f"cache_position begins at {int(place[0])}, but the cache holds {columns[0]} tokens, from which alone it goes on"
+        )
+    for name, value in arguments.items():
+        if name not in ("max_length_q", "max_length_k") and value is not None and value is not False:
+            raise TypeError(f"a titan_dp model does not know the argument {name}; leave it out")
+
+
+def boundaries(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k):
+    """The one of three names for the same thing that is given, or None."""
+    given = [x for x in (cu_seqlens, cu_seq_lens_q, cu_seq_lens_k) if x is not None]
+    if any(not torch.equal(x.to(given[0]), given[0]) for x in given[1:]):
+        raise ValueError("cu_seqlens, cu_seq_lens_q and cu_seq_lens_k differ; give one of them")
+    return given[0] if given else None
 
 
 class TitanDPPreTrainedModel(PreTrainedModel):
     config_class = TitanDPConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
     _is_stateful = True  # generation that rolls back drafted tokens cannot work on states
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "attn_norm", "mlp_norm", "o_norm", "norm"]
+
+    def post_init(self):
+        """FLOAT32 stays float32 whatever the dtype of the model; transformers 4 refuses names that it does not have."""
+        parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
+        self._keep_in_fp32_modules_strict = [name for name in FLOAT32 if name in parts]
+        super().post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return False  # generate leaves the cache to the model, whatever `cache_implementation` says
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -292,6 +500,7 @@ class TitanDPModel(TitanDPPreTrainedModel):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self):
@@ -304,31 +513,66 @@ class TitanDPModel(TitanDPPreTrainedModel):
         self,
         input_ids=None,
         attention_mask=None,
+        position_ids=None,
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
-        output_hidden_states=False,
+        output_hidden_states=None,
+        return_dict=None,
+        cu_seqlens=None,
+        cu_seq_lens_q=None,
+        cu_seq_lens_k=None,
+        seq_idx=None,
+        token_type_ids=None,
         **kwargs,
     ):
+        """`hidden_states`, if asked for: the embeddings and every layer's output, the last one after the final norm."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        cu_seqlens = boundaries(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k)
+        checkpointing = self.gradient_checkpointing and self.training
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+        use_cache = use_cache and not checkpointing  # what is computed again is not remembered twice
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache()
+        count = len(self.layers)
+        memories = [Memory() for _ in range(count)] if past_key_values is None else memories_of(past_key_values, count)
+
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        cache = TitanDPCache(len(self.layers)) if past_key_values is None else past_key_values
-        mask = None
-        if attention_mask is not None:
-            mask = attention_mask[:, -x.shape[1] :, None].to(torch.bool)
-            mask = None if bool(mask.all()) else mask
-        hidden_states = [x]
-        for i, layer in enumerate(self.layers):
-            x, memory = layer(x, mask, cache.layers[i], cache.seen)
+        seen = x.new_zeros(len(x), 0, dtype=torch.bool) if memories[0].real is None else memories[0].real.to(x.device)
+        if seen.shape[1] and checkpointing:
+            raise ValueError("gradient checkpointing cannot go on from past_key_values; switch one of them off")
+        if seen.shape[1] and cu_seqlens is not None:
+            raise ValueError("cu_seqlens delimit the documents of a whole row, which cannot go on from past_key_values")
+        refuse_others({**kwargs, "token_type_ids": token_type_ids}, (seen.shape[1], x.shape[1]))
+        rows, real, order, back = lay_out(x.shape[:2], seen, attention_mask, position_ids, cu_seqlens, seq_idx)
+
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states = (x,) if wanted else None
+        x = x if order is None else take(x, order)
+        real = torch.cat([seen, real], 1)
+        for i, (layer, memory) in enumerate(zip(self.layers, memories, strict=True)):
+            if checkpointing:
+                x, held = self._gradient_checkpointing_func(layer.__call__, x, rows, None)
+            else:
+                x, held = layer(x, rows, memory.held)
             if use_cache:
-                cache.layers[i] = memory
-            hidden_states.append(x)
-        cache.seen += x.shape[1]
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x),
-            past_key_values=cache if use_cache else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+                memory.write(held, real)
+            if i == count - 1:
+                x = self.norm(x)
+            if wanted:
+                hidden_states += (x if back is None else take(x, back),)
+        out = BaseModelOutputWithPast(
+            last_hidden_state=x if back is None else take(x, back),
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=hidden_states,
         )
+        return out if wants_dict(self.config, return_dict) else out.to_tuple()
+
+
+def wants_dict(config, return_dict):
+    return getattr(config, "return_dict", True) if return_dict is None else return_dict
 
 
 class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
@@ -353,43 +597,62 @@ class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls):
-        return False
-
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
+        position_ids=None,
         past_key_values=None,
         inputs_embeds=None,
         labels=None,
+        shift_labels=None,
         use_cache=None,
-        output_hidden_states=False,
+        output_hidden_states=None,
+        return_dict=None,
         logits_to_keep=0,
         num_items_in_batch=None,
+        cu_seqlens=None,
+        cu_seq_lens_q=None,
+        cu_seq_lens_k=None,
+        seq_idx=None,
+        token_type_ids=None,
         **kwargs,
     ):
-        """With labels, which are shifted here, also their loss: the mean over those that are not -100, or the sum over
-
-        `num_items_in_batch`, which transformers' Trainer gives when it accumulates gradients.
+        """With labels, which are shifted here, or shift_labels, which are the next tokens, also their loss: the mean over those
+        that are not -100, or the sum over `num_items_in_batch`, which transformers' Trainer gives when it accumulates
+        gradients. The first token of a packed document is predicted from nothing, so its label does not count.
         """
         out = self.model(
             input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            seq_idx=seq_idx,
+            token_type_ids=token_type_ids,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = upcast(self.lm_head(out.last_hidden_state[:, kept]))
+        if labels is not None and shift_labels is None:
+            mask = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].to(labels.device)
+            real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask != 0
+            cu_seqlens = boundaries(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k)
+            labels = labels.masked_fill(document_starts(real, mask, position_ids, cu_seqlens, seq_idx), -100)
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         loss = None
-        if labels is not None:
-            predictions, wanted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        if shift_labels is not None:
+            predictions, wanted = logits.flatten(0, 1), shift_labels.flatten().to(logits.device)
             reduction = "mean" if num_items_in_batch is None else "sum"
             loss = F.cross_entropy(predictions, wanted, ignore_index=-100, reduction=reduction)
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
-        return CausalLMOutputWithPast(
+        out = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
+        return out if wants_dict(self.config, return_dict) else out.to_tuple()

@@ -1,7 +1,7 @@
 """The tokenizer of a folder: copied if it is Hugging Face's already, converted if it is a tiktoken encoding.
 
 What is written encodes as the original does, and says which it was (`tokenizer.ORIGIN`): shards made with one are read
-with the other. The conversion is that of transformers.
+with the other.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from titan_dp.data.tokenizer import ORIGIN, Tokenizer, hugging_face_folder, load_tokenizer, read_settings, tiktoken_encoding
 from titan_dp.errors import UserError
@@ -45,6 +45,7 @@ def save_tokenizer(original: Tokenizer, folder: Path, seq_len: int) -> Tokenizer
         _convert(encoding).save(str(folder / "tokenizer.json"))
         ids = {token_id: token for token, token_id in original.special_tokens.items()}
         declared = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        declared["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 adds token types otherwise
         for role, token_id in (("bos_token", original.bos_id), ("eos_token", original.eos_id)):
             if token_id is not None:
                 declared[role] = ids[token_id]
@@ -62,15 +63,36 @@ def save_tokenizer(original: Tokenizer, folder: Path, seq_len: int) -> Tokenizer
 
 
 def _convert(encoding: tiktoken.Encoding) -> HFTokenizer:
-    try:
-        from transformers.convert_slow_tokenizer import TikTokenConverter
-    except ImportError as error:
-        raise UserError("converting a tiktoken tokenizer needs transformers: pip install 'titan_dp[hf]'") from error
+    """The byte-level BPE of `tokenizers` that splits and merges as the encoding does: a token's rank is its id and its merge's
+    place, and a piece of text that is a token is taken whole."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    class Converter(TikTokenConverter):
-        @staticmethod
-        def load_tiktoken_bpe(tiktoken_url: Any) -> Any:
-            return tiktoken_url  # the ranks themselves: there may be no file of them
-
+    ranks = encoding._mergeable_ranks
+    by_rank = sorted(ranks, key=ranks.__getitem__)
+    splits = [
+        sorted(((token[:i], token[i:]) for i in range(1, len(token))), key=lambda pair: [ranks.get(part, -1) for part in pair])
+        for token in by_rank
+    ]
+    merges = [pair for pairs in splits for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+    vocabulary = {_spelt(token): ranks[token] for token in by_rank}
+    model = models.BPE(vocabulary, [(_spelt(a), _spelt(b)) for a, b in merges], fuse_unk=False, ignore_merges=True)
+    converted = Tokenizer(model)
+    split = pre_tokenizers.Split(Regex(encoding._pat_str), behavior="isolated")
+    converted.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    converted.decoder = decoders.ByteLevel()
+    converted.post_processor = processors.ByteLevel(trim_offsets=False)
     special = sorted(encoding._special_tokens, key=encoding._special_tokens.__getitem__)  # ids are given in this order
-    return Converter(encoding._mergeable_ranks, encoding._pat_str, extra_special_tokens=special).converted()
+    converted.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return converted
+
+
+def _spelt(token: bytes) -> str:
+    """A token as byte-level BPE writes it: printable bytes as themselves, the others as characters from 256 on."""
+    return "".join(map(_CHARACTERS.__getitem__, token))
+
+
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_CHARACTERS = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}

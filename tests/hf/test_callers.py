@@ -1,0 +1,464 @@
+"""A remote-code folder under those who call it: packed rows, padding, caches, offloading, checkpointing, adapters.
+
+Each is compared with the model in memory that the folder was made from. What cannot be had is refused in one sentence: an
+argument that would change the result is never ignored.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from deltaproduct_kernels import gated_delta_product
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+
+from tests.hf.exported import exported, greedy, tokens
+from tests.hf.test_remote_code import HARD, VARIANTS, assert_same, load
+from titan_dp.hf.modeling_titan_dp import delta_product
+from titan_dp.model import Transformer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),  # its name in transformers 4
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd"),
+]
+LENGTHS = (70, 1, 2, 40)  # of documents: longer than a chunk, shorter than a convolution
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Transformer, Path]]:
+    """For every hard variant the model in memory and its folder."""
+    return {name: exported(tmp_path_factory.mktemp("variant"), VARIANTS[name], target="remote-code") for name in HARD}
+
+
+@pytest.fixture(scope="module")
+def loaded(folders: dict[str, tuple[Transformer, Path]]) -> dict[str, Any]:
+    """The same folders in transformers, to be used and not changed."""
+    return {name: load(folder) for name, (_, folder) in folders.items()}
+
+
+@pytest.fixture(params=HARD)
+def pair(
+    request: pytest.FixtureRequest, folders: dict[str, tuple[Transformer, Path]], loaded: dict[str, Any]
+) -> tuple[Transformer, Any]:
+    """The model in memory, and in transformers."""
+    return folders[request.param][0], loaded[request.param]
+
+
+@pytest.fixture(params=HARD)
+def fresh(request: pytest.FixtureRequest, folders: dict[str, tuple[Transformer, Path]]) -> tuple[Transformer, Any]:
+    """The same, to be changed."""
+    ours, folder = folders[request.param]
+    return ours, load(folder)
+
+
+@pytest.fixture
+def folder(folders: dict[str, tuple[Transformer, Path]]) -> Path:
+    return folders["hybrid"][1]
+
+
+@pytest.fixture
+def theirs(loaded: dict[str, Any]) -> Any:
+    return loaded["hybrid"]
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients(request: pytest.FixtureRequest) -> Iterator[None]:
+    with torch.set_grad_enabled("trains" in request.node.name):
+        yield
+
+
+# -- packed rows -------------------------------------------------------------------------------------------------------
+
+BOUNDARIES = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+NUMBERS = torch.cat([torch.full((length,), i + 1) for i, length in enumerate(LENGTHS)])[None]
+PACKED: dict[str, dict[str, Any]] = {
+    "position_ids": {"position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None]},
+    "cu_seqlens": {"cu_seqlens": BOUNDARIES},
+    "cu_seq_lens_q": {"cu_seq_lens_q": BOUNDARIES, "cu_seq_lens_k": BOUNDARIES, "max_length_q": 70, "max_length_k": 70},
+    "seq_idx": {"seq_idx": NUMBERS - 1},
+    "numbers in attention_mask": {"attention_mask": NUMBERS},
+}
+
+
+def alone(ours: Transformer, row: Tensor) -> Tensor:
+    """Logits [1, T, V] of the documents of a packed row, each by itself."""
+    return torch.cat([ours(document) for document in row.split(LENGTHS, 1)], 1)
+
+
+@pytest.mark.parametrize("how", PACKED)
+def test_documents_packed_into_a_row_see_nothing_of_each_other(how: str, pair: tuple[Transformer, Any]) -> None:
+    ours, theirs = pair
+    row = tokens(1, sum(LENGTHS))
+    assert_same(theirs(row, **PACKED[how]).logits, alone(ours, row))
+
+
+@pytest.mark.parametrize("how", PACKED)
+def test_the_loss_of_a_packed_row_is_that_of_its_documents(
+    how: str, folders: dict[str, tuple[Transformer, Path]], theirs: Any
+) -> None:
+    """The first token of a document is predicted from nothing: its label does not count, as in training."""
+    ours = folders["hybrid"][0]
+    row = tokens(1, sum(LENGTHS))
+    losses = [
+        torch.nn.functional.cross_entropy(ours(document)[0, :-1], document[0, 1:], reduction="sum")
+        for document in row.split(LENGTHS, 1)
+    ]
+    expected = sum(losses) / (sum(LENGTHS) - len(LENGTHS))
+    torch.testing.assert_close(theirs(row, labels=row, **PACKED[how]).loss, expected)
+
+
+def test_packed_rows_of_a_batch_may_be_padded_anywhere(pair: tuple[Transformer, Any]) -> None:
+    ours, theirs = pair
+    mask = torch.zeros(2, sum(LENGTHS) + 12, dtype=torch.long)
+    mask[0, :-12], mask[1, 5:-7] = NUMBERS, NUMBERS
+    ids = tokens(*mask.shape)
+    logits = theirs(ids, attention_mask=mask).logits
+    for row in range(2):
+        real = mask[row] > 0
+        assert_same(logits[row, real], alone(ours, ids[row : row + 1, real])[0])
+
+
+def test_a_packed_row_read_in_parts_with_a_cache_is_the_row_read_at_once(pair: tuple[Transformer, Any]) -> None:
+    ours, theirs = pair
+    row, positions = tokens(1, sum(LENGTHS)), PACKED["position_ids"]["position_ids"]
+    cache, parts, start = DynamicCache(), [], 0
+    for size in (30, 40, 1, 1, 11, 30):  # a part ends where a document does, and one begins inside the next
+        part = slice(start, start + size)
+        parts.append(theirs(row[:, part], position_ids=positions[:, part], past_key_values=cache).logits)
+        start += size
+    assert start == sum(LENGTHS)
+    assert_same(torch.cat(parts, 1), alone(ours, row))
+
+
+# -- padding -----------------------------------------------------------------------------------------------------------
+
+PADDED = {"left": [(0, 0), (9, 0)], "right": [(0, 0), (0, 9)], "both": [(2, 3), (7, 5)]}
+
+
+def padded(ids: Tensor, padding: list[tuple[int, int]]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """ids [B, T] with some columns of each row masked: (ids, attention_mask, the tokens of each row)."""
+    mask = torch.ones_like(ids)
+    for row, (left, right) in enumerate(padding):
+        mask[row, :left], mask[row, ids.shape[1] - right :] = 0, 0
+    return ids.where(mask > 0, 257), mask, [ids[row, mask[row] > 0][None] for row in range(len(ids))]
+
+
+@pytest.mark.parametrize("side", PADDED)
+def test_a_cache_goes_on_after_padding_as_without_it(side: str, pair: tuple[Transformer, Any]) -> None:
+    ours, theirs = pair
+    ids, mask, rows = padded(tokens(2, 24), PADDED[side])
+    cache, more = DynamicCache(), tokens(2, 30)[:, 15:]
+    theirs(ids, attention_mask=mask, past_key_values=cache)
+    for size in (1, 14):  # the second part is longer than a window
+        mask = torch.cat([mask, torch.ones(2, size, dtype=mask.dtype)], 1)
+        rows = [torch.cat([row, more[i : i + 1, :size]], 1) for i, row in enumerate(rows)]
+        logits = theirs(more[:, :size], attention_mask=mask, past_key_values=cache).logits
+        more = more[:, size:]
+        for i, row in enumerate(rows):
+            assert_same(logits[i], ours(row)[0, -size:])
+
+
+@pytest.mark.parametrize("side", PADDED)
+def test_a_padded_prompt_is_continued_as_without_padding(side: str, pair: tuple[Transformer, Any]) -> None:
+    ours, theirs = pair
+    ids, mask, rows = padded(tokens(2, 24), PADDED[side])
+    written = theirs.generate(ids, attention_mask=mask, max_new_tokens=14, do_sample=False)
+    for i, row in enumerate(rows):
+        assert torch.equal(written[i, 24:], greedy(ours, row, 14)[0])
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+ROW = tokens(2, 8)
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a mask of pairs": ({"attention_mask": torch.ones(2, 1, 8, 8)}, "attention_mask has shape .2, 1, 8, 8."),
+    "a mask to be added": ({"attention_mask": torch.zeros(2, 8) - 1e9}, "attention_mask has shape"),
+    "a mask too short": ({"attention_mask": torch.ones(2, 7)}, "attention_mask has shape .2, 7."),
+    "positions with a gap": ({"position_ids": torch.tensor([[0, 1, 2, 3, 9, 10, 11, 12]])}, "position_ids jump to 9"),
+    "boundaries of two rows": ({"cu_seqlens": torch.tensor([0, 8, 16])}, "cu_seqlens 0 to 16 for 2 rows of 8"),
+    "boundaries that differ": (
+        {"cu_seq_lens_q": torch.tensor([0, 8]), "cu_seq_lens_k": torch.tensor([0, 4, 8])},
+        "cu_seqlens, cu_seq_lens_q and cu_seq_lens_k differ",
+    ),
+    "attention matrices": ({"output_attentions": True}, "output_attentions: a titan_dp model has no attention matrices"),
+    "looking ahead": ({"is_causal": False}, "is_causal = False"),
+    "token types": ({"token_type_ids": torch.ones(2, 8, dtype=torch.long)}, "token_type_ids"),
+    "a place to write to": ({"cache_position": torch.arange(3, 11)}, "cache_position begins at 3, but the cache holds 0"),
+    "a head mask": ({"head_mask": torch.ones(2, 2)}, "does not know the argument head_mask"),
+    "two inputs": ({"inputs_embeds": torch.zeros(2, 8, 32)}, "either input_ids or inputs_embeds"),
+    "keys and values": ({"past_key_values": ((torch.zeros(2, 2, 3, 16),) * 2,) * 2}, "is a tuple.*pass DynamicCache()"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_argument_that_would_have_to_be_ignored_is_refused(name: str, theirs: Any) -> None:
+    arguments, match = REFUSED[name]
+    with pytest.raises((ValueError, TypeError), match=match) as caught:
+        theirs(ROW, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_that_change_nothing_are_taken(theirs: Any) -> None:
+    nothing = {"token_type_ids": torch.zeros_like(ROW), "output_attentions": False, "head_mask": None, "is_causal": True}
+    positions = {"position_ids": torch.arange(8)[None], "cache_position": torch.arange(8), "attention_mask": torch.ones(2, 8)}
+    assert torch.equal(theirs(ROW, **nothing, **positions).logits, theirs(ROW).logits)
+
+
+def test_a_past_that_a_mask_would_hide_afterwards_is_refused(theirs: Any) -> None:
+    cache, mask = DynamicCache(), torch.ones(2, 9)
+    theirs(ROW, past_key_values=cache)
+    mask[1, 3] = 0
+    with pytest.raises(ValueError, match="attention_mask differs from what it was"):
+        theirs(ROW[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+# -- caches ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["new", "of the configuration"])
+def test_a_callers_dynamic_cache_is_filled_and_gone_on_from(how: str, pair: tuple[Transformer, Any]) -> None:
+    ours, theirs = pair
+    cache = DynamicCache() if how == "new" else DynamicCache(config=theirs.config)
+    ids = tokens(2, 30)
+    first = theirs(ids[:, :20], past_key_values=cache, use_cache=True)
+    assert first.past_key_values is cache
+    assert cache.get_seq_length() == 20
+    second = theirs(ids[:, 20:], past_key_values=cache)
+    assert_same(torch.cat([first.logits, second.logits], 1), ours(ids))
+
+
+def test_generation_takes_a_callers_cache_and_leaves_it_filled(pair: tuple[Transformer, Any]) -> None:
+    ours, theirs = pair
+    prompt, cache = tokens(1, 20), DynamicCache()
+    written = theirs.generate(prompt, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert torch.equal(written[:, 20:], greedy(ours, prompt, 6))
+    longer = theirs.generate(written, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert torch.equal(longer[:, 26:], greedy(ours, written, 6))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded"])
+def test_generation_with_any_kind_of_cache_of_the_library_writes_the_same(kind: str, pair: tuple[Transformer, Any]) -> None:
+    ours, theirs = pair
+    prompt = tokens(2, 20)
+    written = theirs.generate(prompt, cache_implementation=kind, max_new_tokens=6, do_sample=False)
+    assert torch.equal(written[:, 20:], greedy(ours, prompt, 6))
+
+
+def test_a_cache_copied_and_repeated_goes_on_in_every_row(pair: tuple[Transformer, Any]) -> None:
+    import copy
+
+    ours, theirs = pair
+    prompt, ends, cache = tokens(2, 20), tokens(6, 4), DynamicCache()
+    theirs(prompt, past_key_values=cache)
+    branch = copy.deepcopy(cache)
+    branch.batch_repeat_interleave(3)
+    logits = theirs(ends, past_key_values=branch).logits
+    assert_same(logits, ours(torch.cat([prompt.repeat_interleave(3, 0), ends], 1))[:, 20:])
+    cache.batch_select_indices(torch.tensor([1]))
+    assert_same(theirs(ends[:1], past_key_values=cache).logits, ours(torch.cat([prompt[1:], ends[:1]], 1))[:, 20:])
+    branch.reset()
+    assert_same(theirs(prompt, past_key_values=branch).logits, ours(prompt))
+
+
+def test_a_cache_only_read_stays_as_it_was(theirs: Any) -> None:
+    cache = DynamicCache()
+    theirs(ROW, past_key_values=cache)
+    once = theirs(ROW, past_key_values=cache, use_cache=False)
+    assert once.past_key_values is None
+    assert cache.get_seq_length() == 8
+    assert torch.equal(theirs(ROW, past_key_values=cache, use_cache=False).logits, once.logits)
+
+
+def test_a_cache_that_the_model_cannot_use_is_refused(theirs: Any) -> None:
+    foreign = DynamicCache()
+    foreign.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
+    with pytest.raises(ValueError, match="filled by another model"):
+        theirs(ROW, past_key_values=foreign)
+    with pytest.raises(ValueError, match="past_key_values is a StaticCache; .* pass DynamicCache"):
+        theirs(ROW, past_key_values=StaticCache(config=theirs.config, max_cache_len=16))
+    cache = DynamicCache()
+    theirs(ROW, past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(3)
+    with pytest.raises(ValueError, match="cannot go on from past_key_values"):
+        theirs(ROW, past_key_values=cache, cu_seqlens=torch.tensor([0, 8]))
+
+
+def test_drafted_tokens_are_refused(theirs: Any) -> None:
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        theirs.generate(ROW[:1], prompt_lookup_num_tokens=3, max_new_tokens=4)
+
+
+# -- outputs -----------------------------------------------------------------------------------------------------------
+
+
+def test_hidden_states_are_the_inputs_of_the_layers_and_the_last_is_after_the_norm(pair: tuple[Transformer, Any]) -> None:
+    ours, theirs = pair
+    ids, mask, _ = padded(tokens(2, 24), PADDED["left"])
+    seen: list[Tensor] = []
+    for block in ours.layers:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ours(ids[:1])
+    for block in ours.layers:
+        block._forward_pre_hooks.clear()
+    out = theirs(ids, attention_mask=mask, output_hidden_states=True)
+    assert len(out.hidden_states) == len(seen) + 1
+    for theirs_of, ours_of in zip(out.hidden_states, seen, strict=False):
+        torch.testing.assert_close(theirs_of[:1], ours_of, rtol=1e-4, atol=1e-4)
+    assert_same(theirs.lm_head(out.hidden_states[-1])[:1], ours(ids[:1]))
+    assert torch.equal(theirs.model(ids, attention_mask=mask).last_hidden_state, out.hidden_states[-1])
+
+
+def test_hidden_states_that_nobody_asked_for_are_not_kept(folder: Path) -> None:
+    theirs = load(folder)
+    outputs: list[weakref.ref[Tensor]] = []
+    theirs.model.layers[0].register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output[0])))
+    alive: list[Tensor | None] = []
+    theirs.model.norm.register_forward_pre_hook(lambda module, inputs: alive.append(outputs[0]()))
+    assert theirs(ROW).hidden_states is None
+    assert alive == [None]
+
+
+def test_the_configuration_may_ask_for_hidden_states_and_tuples(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_hidden_states=True)
+    logits, cache, states = model(ROW, return_dict=False)
+    assert logits.shape == (2, 8, 320)
+    assert cache.get_seq_length() == 8
+    assert len(states) == 3
+
+
+def test_the_model_without_its_head_loads_too(folder: Path, theirs: Any) -> None:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(model(ROW).last_hidden_state, theirs.model(ROW).last_hidden_state)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_trains_with_the_same_gradients(reentrant: bool, fresh: tuple[Transformer, Any]) -> None:
+    _, theirs = fresh
+    ids = tokens(2, 70)
+    expected = gradients(theirs.train(), ids)
+    theirs.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls: list[object] = []
+    theirs.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(gradients(theirs, ids), expected)
+    assert len(calls) == 2  # computed again in the backward pass
+    with pytest.raises(ValueError, match="gradient checkpointing cannot go on from past_key_values"):
+        cache = theirs.eval()(ids).past_key_values
+        theirs.train()(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_either_name_for_attention_gives_our_logits(name: str, folders: dict[str, tuple[Transformer, Path]]) -> None:
+    ours, folder = folders["hybrid, windowed, grouped"]
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation=name)
+    assert model.config._attn_implementation == name
+    assert_same(model(ROW).logits, ours(ROW))
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "no_such_thing"])
+def test_another_kind_of_attention_is_refused(name: str, folder: Path) -> None:
+    with pytest.raises((ValueError, ImportError), match="(?i)support"):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation=name)
+
+
+# -- accelerate and peft -----------------------------------------------------------------------------------------------
+
+
+ON_DISK = {
+    "all": {"": "disk"},
+    "the layers": {"model.embeddings": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"},
+}
+
+
+@pytest.mark.parametrize("what", ON_DISK)
+@pytest.mark.parametrize("name", HARD)
+def test_weights_on_disk_give_our_logits_every_time(
+    name: str, what: str, folders: dict[str, tuple[Transformer, Path]], tmp_path: Path
+) -> None:
+    if what == "all" and transformers.__version__ < "5":
+        pytest.skip("transformers 4 reads no single file of weights to disk")
+    ours, folder = folders[name]
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, device_map=ON_DISK[what], offload_folder=str(tmp_path)
+    )
+    ids = tokens(2, 30)
+    for _ in range(2):
+        assert_same(model(ids).logits, ours(ids))
+    written = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(written[:, 30:], greedy(ours, ids, 4))
+
+
+def test_weights_kept_elsewhere_while_not_used_give_our_logits(fresh: tuple[Transformer, Any]) -> None:
+    from accelerate import cpu_offload
+
+    ours, theirs = fresh
+    offloaded = cpu_offload(theirs, execution_device=torch.device("cpu"))
+    assert_same(offloaded(ROW).logits, ours(ROW))
+
+
+def test_an_adapter_on_every_linear_layer_trains_and_is_merged(fresh: tuple[Transformer, Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    ours, theirs = fresh
+    ids = tokens(2, 40)
+    linear = {name for name, module in theirs.named_modules() if type(module) is torch.nn.Linear}
+    adapted = get_peft_model(theirs, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    reached = {name.removesuffix(".lora_A") for name, _ in theirs.named_modules() if name.endswith(".lora_A")}
+    assert reached == linear - {"lm_head"}
+    assert_same(adapted(input_ids=ids).logits, ours(ids))  # a new adapter adds nothing
+
+    adapted.gradient_checkpointing_enable({"use_reentrant": True})
+    adapted.enable_input_require_grads()
+    found = gradients(adapted.train(), ids)
+    assert len(found) == len([name for name, _ in adapted.named_parameters() if "lora" in name])
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+        together = adapted.eval()(input_ids=ids).logits
+        assert not torch.allclose(together, ours(ids), atol=0.1)
+        assert_same(adapted.merge_and_unload()(ids).logits, together)
+
+
+def test_an_adapter_on_a_convolution_is_not_passed_by(folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    theirs = load(folder)
+    before = theirs(ROW).logits
+    adapted = get_peft_model(theirs, LoraConfig(r=32, target_modules=["q_conv1d"], init_lora_weights=False))
+    assert not torch.allclose(adapted(input_ids=ROW).logits, before)
+
+
+# -- strong decay ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strong", [-1e4, -torch.inf])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_decay_that_forgets_everything_leaves_the_rest_exact(n: int, strong: float) -> None:
+    """Against the recurrence in float64; a difference of running sums would be off by 4e-3, or NaN."""
+    B, T, H, d = 2, 70, 2, 8
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, T, *rest, generator=generator) for rest in ((H, d), (n, H, d), (n, H, d)))
+    k, beta = torch.nn.functional.normalize(k, dim=-1), torch.rand(B, T, n, H, generator=generator)
+    g = -torch.rand(B, T, H, generator=generator)
+    g[:, ::2] = strong
+    wide = [x.double() for x in (q, k, v, beta, g)]
+    expected, state = gated_delta_product(*wide, scale=d**-0.5, output_final_state=True, backend="recurrent")
+    o, last = delta_product(q, k, v, beta, g, torch.zeros(B, T, dtype=torch.long), None, True)
+    torch.testing.assert_close(o.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last.double(), state, rtol=1e-5, atol=1e-5)
