@@ -175,7 +175,7 @@ def load_model(
 ) -> Transformer:
     """The model of `source` in evaluation mode, without gradients.
 
-    Raises UserError where a weight is not finite, or the backend cannot run.
+    Raises UserError where a weight is not finite or more than `dtype` can hold, or the backend cannot run.
     """
     c = source.config.model_copy(update={"backend": backend})
     chosen_backend(c, device)
@@ -192,7 +192,7 @@ def load_model(
             tensors = source.read(names)
             check_weights(tensors, source.path)
             for name, tensor in tensors.items():
-                parameters[name].copy_(tensor)
+                parameters[name].copy_(narrowed(tensor, parameters[name].dtype, name, source.path))
     return model.eval().requires_grad_(False)
 
 
@@ -204,6 +204,19 @@ def check_weights(tensors: Mapping[str, Tensor], where: Path) -> None:
             f"the weights in {where} are not finite: {wrong[0]}{more}; take an earlier, healthy checkpoint of the run "
             "(`titan-dp checkpoint list RUN` shows which are)"
         )
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype, name: str, where: Path) -> Tensor:
+    """`tensor`, finite and `name` in `where`, in `dtype`. Raises UserError where a number would become infinite."""
+    converted = tensor.to(dtype)
+    if not bool(converted.isfinite().all()):
+        lost = tensor[~converted.isfinite()]
+        kind, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+        wider = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(kind, "weights within its range")
+        raise UserError(
+            f"{name} in {where} holds {float(lost[0]):.6g}, which {kind} cannot hold (at most {most:.6g}); take {wider}"
+        )
+    return converted
 
 
 def check_vocabulary(tokenizer: Tokenizer, source: Source) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from tests.hf.exported import exported
 from tests.pretrained import save_checkpoint
 from titan_dp import config
+from titan_dp.checkpointer import save_model_weights
 from titan_dp.errors import UserError
-from titan_dp.hf.export import export
+from titan_dp.hf.export import FORMATS, export
 from titan_dp.hf.importer import import_folder
 from titan_dp.hf.layout import MODEL_TYPES, to_hf
-from titan_dp.pretrained import open_source
+from titan_dp.pretrained import load_model, open_source
 
 
 @contextmanager
@@ -156,6 +158,42 @@ def test_what_is_no_whole_checkpoint_is_no_source(make: Callable[[Path], Path], 
         export(open_source(path), tmp_path / "out")
 
 
+def checkpoint_with(folder: Path, value: float, name: str = "layers.1.mlp.up_proj.weight") -> Path:
+    """A checkpoint in which one weight has that value."""
+    checkpoint = save_checkpoint(folder / "run")
+    source = open_source(checkpoint)
+    held = source.read(source.shapes)
+    held[name].view(-1)[5] = value
+    meta = dict(source.training)
+    shutil.rmtree(checkpoint)
+    save_model_weights(checkpoint, held, meta)
+    return checkpoint
+
+
+TOO_LARGE = {
+    torch.float16: (1e5, "holds 100000, which float16 cannot hold .at most 65504.; take bfloat16 or float32"),
+    torch.bfloat16: (-3.4e38, "holds -3.4e.38, which bfloat16 cannot hold .at most 3.38953e.38.; take float32"),
+}
+
+
+@pytest.mark.parametrize("dtype", TOO_LARGE)
+def test_a_weight_that_the_dtype_cannot_hold_is_not_exported_nor_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
+    value, match = TOO_LARGE[dtype]
+    source = open_source(checkpoint_with(tmp_path, value))
+    for target in FORMATS:
+        with refused(tmp_path, f"layers.1.mlp.up_proj.weight in .*{match}"):
+            export(source, tmp_path / "out", target=target, dtype=dtype)
+    with refused(tmp_path, match):
+        load_model(source, torch.device("cpu"), dtype=dtype)
+    export(source, tmp_path / "out")  # in float32
+
+
+def test_a_gate_that_stays_float32_may_be_as_large_as_it_likes(tmp_path: Path) -> None:
+    source = open_source(checkpoint_with(tmp_path, 1e5, "layers.0.mlp_norm.weight"))
+    export(source, tmp_path / "out", dtype=torch.float16)
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp_norm.weight"].view(-1)[5] == 1e5
+
+
 # -- import ------------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +261,11 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights of other steps": (lambda f: edit_config(f, num_householder=3), "k_proj"),
     "a pickle that runs code": (lambda f: into_bin(f, Evil()), "pytorch_model.bin"),
     "a pickle of something else": (lambda f: into_bin(f, [1, 2]), "pytorch_model.bin"),
+    "a number too large for float32": (
+        lambda f: edit_weights(f, lambda h: h.update({"model.norm.weight": torch.full((32,), 1e39, dtype=torch.float64)})),
+        "norm.weight .*holds 1e.39, which float32 cannot hold",
+    ),
+    "more steps than a model of ours takes": (lambda f: edit_config(f, num_householder=10), "num_householder = 10"),
     "no tokenizer": (remove_tokenizer, "has no tokenizer.json.*--tokenizer"),
     "a tokenizer that is none": (spoil_tokenizer, "tokenizer.json is no tokenizer"),
 }

@@ -202,6 +202,20 @@ def test_the_layout_the_paper_was_released_in_becomes_the_model_it_was_made_from
     assert open_source(checkpoint).config.use_output_gate == c.use_output_gate
 
 
+def test_a_published_configuration_of_another_name_is_imported(tmp_path: Path) -> None:
+    """Two of the authors' files say gated_delta_product, know no forget gate, and hold keys that nobody reads."""
+    changes = {"num_householder": 3, "allow_neg_eigval": False}
+    _, model = random_model(**changes)
+    released(tmp_path / "released", changes)
+    path = tmp_path / "released" / "config.json"
+    values = json.loads(path.read_text()) | {"model_type": "gated_delta_product", "clamp_min": None, "use_beta_conv1d": False}
+    del values["use_forget_gate"]
+    path.write_text(json.dumps(values))
+    checkpoint = import_folder(tmp_path / "released", tmp_path / "imported", tokenizer="bytes")
+    ids = tokens(2, 40)
+    assert torch.equal(load_pretrained(checkpoint, torch.device("cpu")).model(ids), model(ids))
+
+
 def test_twelve_steps_of_the_old_layout_would_be_joined_in_their_order(tmp_path: Path) -> None:
     """Numbers, not strings: step 10 comes after step 9."""
     from titan_dp.hf.layout import our_names

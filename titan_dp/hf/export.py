@@ -117,7 +117,7 @@ def export(
         written: called after each tensor.
 
     Raises UserError where the source is damaged or a weight not finite, `out` is in use, the format cannot express the model,
-    or the tokenizer does not fit; then nothing is left behind.
+    `dtype` cannot hold a weight, or the tokenizer does not fit; then nothing is left behind.
     """
     import torch
 
@@ -220,7 +220,7 @@ def _write_safetensors(path: Path, source: Source, names: list[str], dtype: torc
     import torch
 
     from titan_dp.hf import layout
-    from titan_dp.pretrained import batches, check_weights
+    from titan_dp.pretrained import batches, check_weights, narrowed
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -237,7 +237,8 @@ def _write_safetensors(path: Path, source: Source, names: list[str], dtype: torc
             check_weights(tensors, source.path)
             for name in batch:
                 for part in tensors.pop(name).contiguous().view(-1).split(_CONVERTED_AT_ONCE):
-                    file.write(part.to(_stored_dtype(name, dtype)).view(torch.uint8).numpy().data)
+                    stored = narrowed(part, _stored_dtype(name, dtype), name, source.path)
+                    file.write(stored.view(torch.uint8).numpy().data)
                 written()
 
 

@@ -43,7 +43,8 @@ def import_folder(folder: Path, out: Path, *, tokenizer: str = "") -> Path:
         out: run folder; must not exist.
         tokenizer: for `load_tokenizer`; default: what the folder's was made from, or the folder's own.
 
-    Raises UserError where the folder holds no model of a known type or damaged weights, or `out` is in use.
+    Raises UserError where the folder holds no model of a known type, damaged weights or numbers too large for float32, or `out`
+    is in use.
     """
     return _import(_open(folder), out, tokenizer)
 
@@ -57,10 +58,12 @@ def _open(folder: Path) -> FolderSource:
 
 
 def _import(source: FolderSource, out: Path, tokenizer: str) -> Path:
+    import torch
+
     from titan_dp.checkpoint import delete_checkpoint, step_folder
     from titan_dp.checkpointer import save_model_weights
     from titan_dp.data.tokenizer import load_tokenizer
-    from titan_dp.pretrained import check_vocabulary, check_weights
+    from titan_dp.pretrained import check_vocabulary, check_weights, narrowed
 
     if out.exists():
         raise UserError(f"{out} exists already; choose another run folder")
@@ -69,9 +72,11 @@ def _import(source: FolderSource, out: Path, tokenizer: str) -> Path:
     check_vocabulary(loaded, source)
     origin = {} if tokenizer else source.tokenizer_origin  # what the data was made with; the folder's own is its conversion
     checkpoint = step_folder(out / "checkpoint", 0)
+    tensors = source.read(source.shapes)
+    check_weights(tensors, source.path)
+    for tensor_name, tensor in tensors.items():
+        narrowed(tensor, torch.float32, tensor_name, source.path)  # which is how a run will hold it
     try:
-        tensors = source.read(source.shapes)
-        check_weights(tensors, source.path)
         save_model_weights(checkpoint, tensors, _manifest(source, name, origin.get("hash", loaded.hash)))
     except BaseException:
         with suppress(OSError):  # what somebody else has put there meanwhile stays

@@ -26,6 +26,8 @@ FLA_TYPES = {
     "delta_net": "DeltaNetForCausalLM",
 }
 MODEL_TYPES = {**FLA_TYPES, REMOTE_CODE: "TitanDPForCausalLM"}
+# What some of the configurations that the paper's authors published call it; no library has a model of that name.
+_OTHER_NAMES = {"gated_delta_product": "gated_deltaproduct"}
 _MODELING_FILE = "modeling_titan_dp"
 
 # Keys that flash-linear-attention wants and that change nothing of the function computed.
@@ -172,6 +174,8 @@ def from_hf(values: dict[str, Any], where: str) -> tuple[config.Model, int, list
     Raises UserError for another type of model, a missing key that has no default, or what our model cannot express.
     """
     model_type = values.get("model_type")
+    if isinstance(model_type, str):
+        model_type = _OTHER_NAMES.get(model_type, model_type)
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise UserError(f"{where} is of a model of type {shown(model_type)}; expected one of {', '.join(MODEL_TYPES)}")
     if missing := [key for key in _NEEDED if key not in values]:
