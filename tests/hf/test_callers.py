@@ -124,16 +124,17 @@ def test_packed_rows_of_a_batch_may_be_padded_anywhere(pair: tuple[Transformer, 
         assert_same(logits[row, real], alone(ours, ids[row : row + 1, real])[0])
 
 
-def test_a_packed_row_read_in_parts_with_a_cache_is_the_row_read_at_once(pair: tuple[Transformer, Any]) -> None:
+@pytest.mark.parametrize("how", ["position_ids", "numbers in attention_mask"])
+def test_a_packed_row_read_in_parts_with_a_cache_is_the_row_read_at_once(how: str, pair: tuple[Transformer, Any]) -> None:
     ours, theirs = pair
-    row, positions = tokens(1, sum(LENGTHS)), PACKED["position_ids"]["position_ids"]
-    cache, parts, start = DynamicCache(), [], 0
+    row, cache, logits, start = tokens(1, sum(LENGTHS)), DynamicCache(), [], 0
     for size in (30, 40, 1, 1, 11, 30):  # a part ends where a document does, and one begins inside the next
-        part = slice(start, start + size)
-        parts.append(theirs(row[:, part], position_ids=positions[:, part], past_key_values=cache).logits)
-        start += size
+        end = start + size
+        given = {key: value[:, start if key == "position_ids" else 0 : end] for key, value in PACKED[how].items()}
+        logits.append(theirs(row[:, start:end], past_key_values=cache, **given).logits)
+        start = end
     assert start == sum(LENGTHS)
-    assert_same(torch.cat(parts, 1), alone(ours, row))
+    assert_same(torch.cat(logits, 1), alone(ours, row))
 
 
 # -- padding -----------------------------------------------------------------------------------------------------------
@@ -162,6 +163,19 @@ def test_a_cache_goes_on_after_padding_as_without_it(side: str, pair: tuple[Tran
         more = more[:, size:]
         for i, row in enumerate(rows):
             assert_same(logits[i], ours(row)[0, -size:])
+
+
+@pytest.mark.parametrize("counted", ["tokens", "columns"])
+def test_positions_may_count_padding_or_not(counted: str, pair: tuple[Transformer, Any]) -> None:
+    ours, theirs = pair
+    ids, mask, rows = padded(tokens(2, 24), PADDED["both"])
+    cache, more = DynamicCache(), tokens(2, 4)
+    every = torch.cat([mask, torch.ones(2, 4, dtype=mask.dtype)], 1)
+    positions = every.cumsum(1) - 1 if counted == "tokens" else torch.arange(28).expand(2, 28)
+    theirs(ids, attention_mask=mask, position_ids=positions[:, :24], past_key_values=cache)
+    logits = theirs(more, attention_mask=every, position_ids=positions[:, 24:], past_key_values=cache).logits
+    for i, row in enumerate(rows):
+        assert_same(logits[i], ours(torch.cat([row, more[i : i + 1]], 1))[0, -4:])
 
 
 @pytest.mark.parametrize("side", PADDED)
@@ -287,7 +301,9 @@ def test_a_cache_that_the_model_cannot_use_is_refused(theirs: Any) -> None:
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(3)
     with pytest.raises(ValueError, match="cannot go on from past_key_values"):
-        theirs(ROW, past_key_values=cache, cu_seqlens=torch.tensor([0, 8]))
+        theirs(ROW, past_key_values=cache, seq_idx=torch.zeros_like(ROW))
+    with pytest.raises(ValueError, match="past_key_values holds 2 rows, and the batch has 1"):
+        theirs(ROW[:1], past_key_values=cache)
 
 
 def test_drafted_tokens_are_refused(theirs: Any) -> None:

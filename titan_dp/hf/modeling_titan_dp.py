@@ -165,29 +165,41 @@ def take(x, columns):
     return x.gather(1, columns.reshape(*columns.shape, *[1] * (x.dim() - 2)).expand(*columns.shape, *x.shape[2:]))
 
 
-def document_starts(real, attention_mask, position_ids, cu_seqlens, seq_idx):
-    """Where in a row a document begins that is not what came before it: [B, T] bool.
+def with_before(number, real):
+    """For each column of number [B, T] that of the last token before it in its row, and whether there is one; real [B, T]."""
+    column = torch.arange(real.shape[1], device=real.device).where(real, -1)
+    before = F.pad(column.cummax(1).values[:, :-1], (1, 0), value=-1)
+    return number.gather(1, before.clamp(min=0)), before >= 0
 
-    real [B, T]; attention_mask [B, T] with a number for each document, or None; position_ids and seq_idx [B or 1, T] or None;
-    cu_seqlens [N + 1] or None, for one row.
+
+def document_starts(real, attention_mask, position_ids, cu_seqlens, seq_idx):
+    """Where in its row a document begins that is not what came before it: [B, T] bool.
+
+    real [B, T], True for tokens; attention_mask [B, T or more] with a number for each document, or None; position_ids and
+    seq_idx [B or 1, T] or None; cu_seqlens [N + 1] or None, for one row.
     """
-    column = torch.arange(real.shape[1], device=real.device)
-    before = F.pad(column.where(real, -1).cummax(1).values[:, :-1], (1, 0), value=-1)  # the token before a column, or -1
-    starts, numbers = torch.zeros_like(real), [attention_mask, seq_idx]
+    T = real.shape[1]
+    starts, numbers = torch.zeros_like(real), []
+    if attention_mask is not None:
+        numbers.append((attention_mask, attention_mask != 0))
+    if seq_idx is not None:
+        numbers.append((seq_idx.to(real.device).expand_as(real), real))
     if cu_seqlens is not None:
-        if len(real) != 1 or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != real.shape[1]:
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if (len(real), first, last) != (1, 0, T):
             raise ValueError(
-                f"cu_seqlens {int(cu_seqlens[0])} to {int(cu_seqlens[-1])} for {len(real)} rows of {real.shape[1]} tokens: "
-                "they delimit the documents of one row, from 0 to its length"
+                f"cu_seqlens {first} to {last} for {len(real)} rows of {T} tokens: they delimit the documents of one row, from "
+                "0 to its length"
             )
-        numbers.append(torch.searchsorted(cu_seqlens.to(column), column, right=True)[None])
-    for number in numbers:
-        if number is not None:
-            number = number.to(real.device).expand_as(real)
-            starts = starts | (before >= 0) & (number != number.gather(1, before.clamp(min=0)))
+        columns = torch.arange(T, device=real.device)
+        numbers.append((torch.searchsorted(cu_seqlens.to(columns), columns, right=True)[None], real))
+    for number, tokens in numbers:
+        before, known = with_before(number, tokens)
+        starts = starts | (known & (number != before))[:, -T:]
     if position_ids is not None:
         position = position_ids.to(real.device).expand_as(real)
-        jumps = real & (before >= 0) & (position != 0) & (position != position.gather(1, before.clamp(min=0)) + 1)
+        before, known = with_before(position, real)
+        jumps = real & known & (position != 0) & (position != before + 1)
         if bool(jumps.any()):
             raise ValueError(
                 f"position_ids jump to {int(position[jumps][0])}; a titan_dp model can only count on from the token before, or "
@@ -203,24 +215,27 @@ def lay_out(shape, seen, attention_mask, position_ids, cu_seqlens, seq_idx):
 
     seen [B, columns before], True for tokens; attention_mask [B, T] or [B, columns before + T] or None.
     """
-    real, number, order, back = torch.ones(shape, dtype=torch.bool, device=seen.device), None, None, None
+    new, order, back = shape[1], None, None
+    real = torch.ones(shape, dtype=torch.bool, device=seen.device)
+    if seen.shape[1] and (cu_seqlens is not None or seq_idx is not None):
+        raise ValueError("cu_seqlens and seq_idx delimit the documents of a whole row, which cannot go on from past_key_values")
     if attention_mask is not None:
-        number = new_columns(attention_mask.to(seen.device), seen, shape[1])
-        real = number != 0
-    starts = document_starts(real, number, position_ids, cu_seqlens, seq_idx)
+        attention_mask = checked_mask(attention_mask.to(seen.device), seen, new)
+        real = attention_mask[:, -new:] != 0
+    starts = document_starts(real, attention_mask, position_ids, cu_seqlens, seq_idx)
     ours = real
     if not bool(real.all()):
         order = torch.argsort(~real, dim=1, stable=True)
         back = (real.cumsum(1) - 1).clamp(min=0)
         starts, ours = take(starts, order), take(real, order)
-    starts[:, 0] &= seen.any(1)  # with nothing before it, a document goes on from the empty memory
+    starts[:, :1] &= seen.any(1, keepdim=True)  # with nothing before it, a document goes on from the empty memory
     document = starts.cumsum(1)
-    position = seen.sum(1, keepdim=True) + torch.arange(shape[1], device=seen.device)
+    position = seen.sum(1, keepdim=True) + torch.arange(new, device=seen.device)
     return Rows(ours, document, position, int(document.max())), real, order, back
 
 
-def new_columns(mask, seen, new):
-    """The last `new` columns of an attention_mask; its others must say what they said before."""
+def checked_mask(mask, seen, new):
+    """An attention_mask of `new` columns, or of those before, too, of which it must say what it said."""
     if mask.dim() != 2 or mask.shape[1] not in (new, seen.shape[1] + new) or bool((mask < 0).any()):
         raise ValueError(
             f"attention_mask has shape {list(mask.shape)}; a titan_dp model takes [batch, tokens] with 0 for padding and 1 for "
@@ -231,7 +246,7 @@ def new_columns(mask, seen, new):
             "attention_mask differs from what it was when the tokens before were read; a state cannot forget them: begin with "
             "a new cache"
         )
-    return mask[:, -new:]
+    return mask
 
 
 def upcast(x):
@@ -541,17 +556,17 @@ class TitanDPModel(TitanDPPreTrainedModel):
 
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         seen = x.new_zeros(len(x), 0, dtype=torch.bool) if memories[0].real is None else memories[0].real.to(x.device)
+        if len(seen) != len(x):
+            raise ValueError(f"past_key_values holds {len(seen)} rows, and the batch has {len(x)}")
         if seen.shape[1] and checkpointing:
             raise ValueError("gradient checkpointing cannot go on from past_key_values; switch one of them off")
-        if seen.shape[1] and cu_seqlens is not None:
-            raise ValueError("cu_seqlens delimit the documents of a whole row, which cannot go on from past_key_values")
         refuse_others({**kwargs, "token_type_ids": token_type_ids}, (seen.shape[1], x.shape[1]))
         rows, real, order, back = lay_out(x.shape[:2], seen, attention_mask, position_ids, cu_seqlens, seq_idx)
+        real = torch.cat([seen, real], 1)
 
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = (x,) if wanted else None
         x = x if order is None else take(x, order)
-        real = torch.cat([seen, real], 1)
         for i, (layer, memory) in enumerate(zip(self.layers, memories, strict=True)):
             if checkpointing:
                 x, held = self._gradient_checkpointing_func(layer.__call__, x, rows, None)
@@ -644,7 +659,8 @@ class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
             mask = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].to(labels.device)
             real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask != 0
             cu_seqlens = boundaries(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k)
-            labels = labels.masked_fill(document_starts(real, mask, position_ids, cu_seqlens, seq_idx), -100)
+            starts = document_starts(real, mask, position_ids, cu_seqlens, seq_idx)
+            labels = labels.masked_fill(starts, -100)
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         loss = None
         if shift_labels is not None:
