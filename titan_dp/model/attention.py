@@ -47,6 +47,7 @@ class Attention(nn.Module):
         D = c.hidden_size
         self.heads = c.softmax_heads
         self.kv_heads = c.attention_num_kv_heads or self.heads
+        self.grouped = self.kv_heads != self.heads  # here: compared in `forward`, the compiler may take it for a symbol
         self.d, self.window, self.theta = D // self.heads, c.attention_window, c.rope_theta
         self.q_proj = nn.Linear(D, D, bias=False)
         self.k_proj = nn.Linear(D, self.kv_heads * self.d, bias=False)
@@ -114,8 +115,7 @@ class Attention(nn.Module):
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        grouped = self.kv_heads != self.heads
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
     def init_weights(self, init: Initializer) -> None:

@@ -51,8 +51,7 @@ def parallelize(
         model.set_context(context_parallel.ContextParallel(context))
     apply_activation_checkpoint(model, activation_checkpoint)
     if compile.enable:
-        for block in model.layers:
-            block.compile(fullgraph=True)
+        apply_compile(model)
     apply_fsdp(model, mesh, training, parallelism)
 
 
@@ -88,6 +87,18 @@ def keep_policy() -> Any:
 
 def _selective_context() -> Any:
     return create_selective_checkpoint_contexts(keep_policy())
+
+
+def apply_compile(model: Transformer) -> None:
+    """Compile every block into one graph: one for each kind of block, training or validation, and number of rows.
+
+    All blocks share one function, so those graphs share one cache of the compiler, whose usual limit of 8 a hybrid passes
+    hours after its start. Sizes are constants of a graph; only the number of documents is not (`Transformer.forward`).
+    """
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.layers:
+        block.compile(fullgraph=True, dynamic=False)
+    model.compiled = True
 
 
 def apply_fsdp(model: Transformer, mesh: DeviceMesh, training: config.Training, parallelism: config.Parallelism) -> None:

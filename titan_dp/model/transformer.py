@@ -11,6 +11,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -94,11 +95,13 @@ class Transformer(nn.Module):
             float32, hard counts by value, with the routers' straight-through gradient. None without a router. It holds the
             forward's graph until the next one. `step` leaves it as it is.
         context: where this rank holds segments of rows only, the place it has among them; see `set_context`.
+        compiled: whether the blocks are.
         clock: entered around the loss, work that no other rank has a part in.
     """
 
     householder_steps: Tensor | None
     context: ContextParallel | None = None
+    compiled = False
 
     def __init__(self, c: config.Model) -> None:
         super().__init__()
@@ -127,6 +130,8 @@ class Transformer(nn.Module):
                 packing = Packing.build(cu_seqlens, tokens.numel())
             else:
                 packing = self.context.packing(cu_seqlens, *tokens.shape)
+            if self.compiled:  # the number of documents changes from batch to batch, nothing else does
+                torch._dynamo.mark_dynamic(packing.cu_seqlens, 0)
             x = x.view(1, tokens.numel(), -1)
         self.householder_steps = None
         for block in self.blocks:
