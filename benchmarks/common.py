@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -12,6 +11,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
+
+from titan_dp.files import to_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -66,7 +67,7 @@ class Report:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{self.name}.md").write_text("\n".join(lines) + "\n")
         (RESULTS / f"{self.name}.json").write_text(
-            json.dumps({"title": self.title, "machine": facts, "rows": self.rows}, indent=1) + "\n"
+            to_json({"title": self.title, "machine": facts, "rows": self.rows}, indent=1) + "\n"
         )
         print(f"written to {RESULTS / self.name}.md and .json")
 

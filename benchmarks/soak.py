@@ -12,7 +12,6 @@ with its checksums. Restarts are counted from the command to the first log line,
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import re
@@ -28,6 +27,7 @@ from pathlib import Path
 from common import Report
 
 from titan_dp.checkpoint import all_steps, committed_steps, step_folder, verify
+from titan_dp.run_folder import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVAL = 10
@@ -136,8 +136,7 @@ class Soak:
 
     def losses(self, name: str) -> list[tuple[int, float]]:
         """(step, loss) as metrics.jsonl has them."""
-        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        return [(record["step"], record["loss"]) for record in map(json.loads, lines)]
+        return [(record["step"], record["loss"]) for record in read_records(self.folder / name)]
 
     def problems(self) -> list[str]:
         """What is not as it would be had nothing happened; nothing, it is hoped."""

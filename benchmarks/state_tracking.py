@@ -10,7 +10,6 @@ are 5 minutes and 5 %.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from titan_dp.config_loader import PROJECT, load_config
 from titan_dp.data.synthetic.loader import build_problem
 from titan_dp.data.synthetic.random import Random
 from titan_dp.model import build_model
+from titan_dp.run_folder import read_records
 
 SEEDS = 2
 TASKS = ("S3", "S5", "S6", "parity", "modular-arithmetic", "modular-arithmetic-brackets-mult")
@@ -39,7 +39,7 @@ def measure_solving(report: Report, folder: Path) -> None:
         train = [sys.executable, "train.py", "--config", str(run / "config.toml")]
         subprocess.run(train, cwd=PROJECT, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        records = read_records(run)
         last = [r for r in records if "validation_sequence_accuracy" in r][-1]
         report.add(
             {

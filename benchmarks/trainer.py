@@ -8,7 +8,6 @@ them, so the noise of the machine is in both sides: a bare loop timed before or 
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ import titan_dp.trainer
 from titan_dp.cli import dispatch
 from titan_dp.config_loader import load_config
 from titan_dp.distributed import current_world, distributed
+from titan_dp.run_folder import read_records
 
 STEPS, LOG = 60, 5
 
@@ -80,7 +80,7 @@ def main() -> None:
             start = time.perf_counter()
             trainer.train()
             total = time.perf_counter() - start
-        records = [json.loads(line) for line in (folder / "debug/metrics.jsonl").read_text().splitlines()]
+        records = read_records(folder / "debug")
     step = statistics.median(r["step_seconds"] for r in records)
     waits = statistics.median(r["data_wait"] for r in records)
     row = {"ms a step": step * 1e3, "ms around the model": (total - watch.seconds) / STEPS * 1e3}

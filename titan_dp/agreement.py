@@ -13,7 +13,6 @@ all (`together`): no rank leaves while the others wait for it, and no two leave 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import platform
@@ -36,7 +35,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from titan_dp import config
 from titan_dp.config_docs import all_keys
 from titan_dp.errors import RunError, UserError
-from titan_dp.files import shorten
+from titan_dp.files import shorten, to_json
 
 T = TypeVar("T")
 Facts = Mapping[str, object]
@@ -108,7 +107,7 @@ class _Rank:
 
     def hashed(self) -> bytes:
         """65 bytes, equal on all ranks when all is well."""
-        equal, by_rank = (json.dumps(part).encode() for part in ([self.facts, self.found], self.by_rank))
+        equal, by_rank = (to_json(part).encode() for part in ([self.facts, self.found], self.by_rank))
         return hashlib.sha256(equal).digest() + hashlib.sha256(by_rank).digest() + bytes([self.is_well])
 
 
@@ -227,7 +226,7 @@ def _differences(ranks: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> li
 
 
 def _as_json(facts: Facts) -> dict[str, str]:
-    return {name: json.dumps(value, sort_keys=True, default=str) for name, value in facts.items()}
+    return {name: to_json(value, sort_keys=True, default=str) for name, value in facts.items()}
 
 
 def _as_text(value: str) -> str:

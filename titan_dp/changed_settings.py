@@ -8,7 +8,6 @@ on is named with both values. The advice in a refusal is the flag that works, or
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,7 +17,7 @@ from titan_dp.checkpoint import DamagedError, saved_sections, saved_value
 from titan_dp.config_docs import all_keys
 from titan_dp.config_warnings import model_rules
 from titan_dp.errors import UserError
-from titan_dp.files import shorten, shown
+from titan_dp.files import shorten, shown, to_json
 
 Changes = dict[str, tuple[object, object]]
 """Value in the checkpoint and in this run, by key."""
@@ -67,7 +66,7 @@ def _refuse(changed: Changes, allow_changed: list[str], tensors: str | None, ope
     if tensors is not None:
         what = f"{listed}, so that the tensors differ" if listed else "architecture"
         raise UserError(f"{opening} {what}: {tensors}; {ways} (no checkpoint.allow_changed mends that)")
-    flag = json.dumps(sorted({*allow_changed, *changed}))
+    flag = to_json(sorted({*allow_changed, *changed}))
     raise UserError(f"{opening} {listed}; {ways}, or allow it with --checkpoint.allow_changed '{flag}'")
 
 

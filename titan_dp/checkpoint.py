@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from titan_dp.config_docs import all_keys
 from titan_dp.console import print_table
 from titan_dp.errors import UserError
-from titan_dp.files import checksum, file_sha256, inside, shorten, shown, stays_inside, write_json
+from titan_dp.files import checksum, file_sha256, inside, shorten, shown, stays_inside, to_json, write_json
 from titan_dp.json_files import STRICT, JsonObject, first_mistake
 
 MANIFEST = "manifest.json"
@@ -132,7 +132,7 @@ def write_manifest(checkpoint: Path, meta: dict[str, Any], files: list[dict[str,
 
 
 def _own_checksum(manifest: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+    return xxhash.xxh3_128_hexdigest(to_json(manifest, sort_keys=True).encode())
 
 
 def unhealthy(manifest: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ Reading values is config_loader.py's. Nothing here imports torch.
 
 from __future__ import annotations
 
-import json
 import os
 import textwrap
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from titan_dp.config import Config, Section
+from titan_dp.files import to_json
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def describe(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(describe(option) for option in schema["anyOf"] if option.get("type") != "null")
     if "enum" in schema or "const" in schema:
-        return " or ".join(json.dumps(value) for value in schema.get("enum", [schema.get("const")]))
+        return " or ".join(to_json(value) for value in schema.get("enum", [schema.get("const")]))
     if schema.get("type") == "array":
         kind, _, bounds = describe(schema["items"]).partition(" ")
         return f"list of {kind}s {bounds}".strip()
@@ -110,7 +110,7 @@ def to_toml(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return to_json(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
         return "[" + ", ".join(to_toml(item) for item in value) + "]"
     assert isinstance(value, int | float), value

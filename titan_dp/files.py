@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import xxhash
 
@@ -45,8 +46,27 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]  # it has the same methods
 
 
+def to_json(value: object, **options: Any) -> str:
+    """`value` as JSON that every parser reads: NaN and infinities, for which JSON has no word, are null.
+
+    The only writer of JSON in this project. `options` are those of json.dumps.
+    """
+    if (default := options.pop("default", None)) is not None:
+        options["default"] = lambda other: finite(default(other))
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every number in it that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, value: object) -> str:
-    return write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    return write_atomically(path, lambda file: file.write((to_json(value, indent=1) + "\n").encode()))
 
 
 def stays_inside(name: object, nested: bool = False) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titan_dp.errors import UserError
+from titan_dp.files import to_json
 
 if TYPE_CHECKING:
     from titan_dp.pretrained import Pretrained
@@ -166,9 +167,7 @@ def _generate(args: argparse.Namespace, loaded: Pretrained, prompts: list[tuple[
 def _show(args: argparse.Namespace, index: int, prompt: str, text: str, stream: TextStream) -> None:
     if args.json:
         finish = stream.finished or "length"
-        print(
-            json.dumps({"index": index, "prompt": prompt, "text": text, "tokens": stream.tokens, "finish": finish}), flush=True
-        )
+        print(to_json({"index": index, "prompt": prompt, "text": text, "tokens": stream.tokens, "finish": finish}), flush=True)
     else:
         print(f"--- {index + 1}\n{prompt}{text}", flush=True)
 

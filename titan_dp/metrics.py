@@ -7,7 +7,6 @@ without pauses, which `health.py` books; device tensors are read only here, once
 
 from __future__ import annotations
 
-import json
 import resource
 import secrets
 from collections.abc import Mapping
@@ -22,9 +21,10 @@ from torch import Tensor
 from titan_dp import config
 from titan_dp.distributed import World
 from titan_dp.errors import RunError, UserError
-from titan_dp.files import write_atomically
+from titan_dp.files import to_json, write_atomically
 from titan_dp.hardware import bf16_peak
 from titan_dp.health import Interval
+from titan_dp.run_folder import read_records
 from titan_dp.validate import Evaluation, bits_per_byte
 
 
@@ -172,7 +172,7 @@ class Metrics:
 
     def _write(self, step: int, record: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(to_json(record) + "\n")
             self._file.flush()
         if self._tensorboard is not None:
             for key, value in record.items():
@@ -197,18 +197,10 @@ def memory_gib(device: torch.device) -> float:
 
 
 def drop_repeated_steps(path: Path, step: int) -> None:
-    """Keep only records of steps up to `step`; a line cut off by a kill goes as well."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    write_atomically(path, lambda file: file.write("".join(kept).encode()))
+    """Keep only records of steps up to `step`; what is no record, such as a line cut off by a kill, goes as well."""
+    if path.exists():
+        kept = "".join(to_json(record) + "\n" for record in read_records(path.parent) if record["step"] <= step)
+        write_atomically(path, lambda file: file.write(kept.encode()))
 
 
 def _start_wandb(c: config.Metrics, run_folder: Path, run_name: str, settings: Mapping[str, Any]) -> Any:

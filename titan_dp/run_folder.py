@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import IO, Any
 from titan_dp.config import Config
 from titan_dp.config_loader import config_from_toml
 from titan_dp.errors import RunError, UserError
-from titan_dp.files import shown, write_json
+from titan_dp.files import shown, to_json, write_json
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # file systems without locks
 
@@ -32,7 +33,7 @@ def identity(config: Config) -> str:
     Keys that later versions add do not change it.
     """
     values = config.model_dump(exclude={"job"}, exclude_defaults=True)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(values, sort_keys=True).encode()).hexdigest()
 
 
 def write_config(folder: Path, text: str) -> None:
@@ -191,16 +192,41 @@ def last_record(folder: Path) -> dict[str, Any]:
     return newest
 
 
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl in its order; lines that are none are left out. Raises OSError where there is no file."""
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+    return [record for record in map(parsed_record, lines) if record is not None]
+
+
 def parsed_record(line: bytes | str) -> dict[str, Any] | None:
-    """A line of metrics.jsonl, or None where it is none: cut off by a kill, or by reading from the middle."""
+    """A line of metrics.jsonl, or None where it is none: cut off by a kill, by reading from the middle, or of other types.
+
+    A record has a "step", an integer; its other values are numbers, null standing for one that is not finite (here NaN), or
+    text, which no version writes yet.
+    """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**62:
+        return None
+    if not all(value is None or isinstance(value, str) or is_number(value) for value in record.values()):
+        return None
+    if any(isinstance(record.get(key), str) for key in NUMBERS):
+        return None
+    return {key: math.nan if value is None else value for key, value in record.items()}
+
+
+NUMBERS = ("loss", "lr", "grad_norm", "tokens", "tokens_per_second", "data_wait", "step_seconds", "skipped_steps", "mfu")
+NUMBERS += ("householder_steps", "validation_loss", "validation_tokens", "validation_bits_per_byte")
+NUMBERS += ("validation_token_accuracy", "validation_sequence_accuracy")
+"""What readers of records compute with."""
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def last_step(folder: Path) -> int:
     """The last step metrics.jsonl knows of."""
-    step = last_record(folder).get("step")
-    return step if isinstance(step, int) else 0
+    return last_record(folder).get("step", 0)

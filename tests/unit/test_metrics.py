@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 import types
 from pathlib import Path
@@ -100,6 +102,33 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     log(second, 30, loss=5.0)
     second.close()
     assert [(r["step"], r["loss"]) for r in records(tmp_path)] == [(10, 1.0), (20, 1.0), (30, 5.0)]
+
+
+def test_what_is_not_finite_is_recorded_as_null_which_every_json_parser_reads(tmp_path: Path) -> None:
+    m = metrics(tmp_path)
+    m.log_step(1, interval(), loss=torch.tensor(math.nan), grad_norm=torch.tensor(math.inf), lr=3e-4, skipped=1)
+    m.log_validation(1, Evaluation(math.nan, 1000))
+    m.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert not re.search("NaN|Infinity", text)
+    step, validation = map(json.loads, text.splitlines())
+    assert (step["loss"], step["grad_norm"], validation["validation_loss"]) == (None, None, None)
+
+
+def test_a_resume_drops_lines_that_are_no_records_and_writes_old_nans_as_null(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 1, "loss": NaN}',
+        "[1]",
+        '{"step": "2"}',
+        "7",
+        '{"loss": 1.0}',
+        '{"step": 2, "loss": 1.5}',
+        '{"step": 3}',
+        '{"st',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    drop_repeated_steps(tmp_path / "metrics.jsonl", 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n{"step": 2, "loss": 1.5}\n'
 
 
 def test_validation_is_recorded_in_nats_and_bits_a_byte(tmp_path: Path) -> None:

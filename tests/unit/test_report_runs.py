@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 
@@ -92,6 +93,28 @@ def test_losses_that_are_no_number_leave_the_mean_of_the_others(tmp_path: Path) 
 
 def test_a_run_whose_validation_is_no_number_has_diverged(tmp_path: Path) -> None:
     assert read(Found(write_run(tmp_path / "run", loss=math.nan))).state == "diverged"
+
+
+def test_null_stands_for_a_loss_that_is_no_number(tmp_path: Path) -> None:
+    """As runs write it now; NaN is what they wrote before."""
+    records = [step_record(s, math.nan if s == 99 else 2.0) for s in range(1, 101)]
+    records.append({"step": 100, "validation_loss": math.nan})
+    folder = write_run(tmp_path / "run", records=records)
+    old = read(Found(folder))
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace("NaN", "null"))
+    new = read(Found(folder))
+    assert (new.state, new.totals.training_loss) == (old.state, old.totals.training_loss) == ("diverged", 2.0)
+    assert math.isnan(new.totals.curve_loss[98])
+
+
+@pytest.mark.parametrize("line", ["5", '{"step": "9", "loss": 1.0}', '{"step": 9, "loss": [], "lr": 1}', '{"loss": null}'])
+def test_a_line_that_is_json_but_no_record_is_left_out_and_counted(tmp_path: Path, line: str) -> None:
+    folder = write_run(tmp_path / "run", until=60)
+    whole = read(Found(folder)).totals
+    first, rest = (folder / "metrics.jsonl").read_text().split("\n", 1)
+    (folder / "metrics.jsonl").write_text(f"{first}\n{line}\n{rest}")
+    assert read(Found(folder)).totals == replace(whole, unreadable_lines=1)
 
 
 def test_an_unfinished_run_knows_its_step(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,18 @@ from hypothesis import strategies as st
 from titan_dp.config import Config
 from titan_dp.config_loader import config_from_toml
 from titan_dp.errors import RunError, UserError
-from titan_dp.run_folder import RunLock, identity, is_finished, is_locked, last_record, last_step, read_run, write_run
+from titan_dp.run_folder import (
+    RunLock,
+    identity,
+    is_finished,
+    is_locked,
+    last_record,
+    last_step,
+    parsed_record,
+    read_records,
+    read_run,
+    write_run,
+)
 
 TEXT = "[training]\nsteps = 10\n"
 
@@ -173,6 +185,42 @@ def test_the_newest_values_stand_for_a_run(tmp_path: Path) -> None:
     write_lines(tmp_path, [{"step": 10, "loss": 3.0}, {"step": 10, "validation_loss": 2.9}, {"step": 20, "loss": 2.5}])
     assert last_record(tmp_path) == {"step": 20, "loss": 2.5, "validation_loss": 2.9}
     assert last_step(tmp_path) == 20
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "3",
+        "null",
+        '"text"',
+        "[1, 2]",
+        "{}",
+        '{"loss": 1.0}',
+        '{"step": "5"}',
+        '{"step": 5.0}',
+        '{"step": true}',
+        '{"step": -1}',
+        '{"step": null}',
+        '{"step": 5, "loss": "low"}',
+        '{"step": 5, "loss": [1.0]}',
+        '{"step": 5, "tokens_per_second": {}}',
+        '{"step": 5, "paused_validation": [1]}',
+        '{"step": 1' + "0" * 30 + "}",
+        "[" * 5_000,
+    ],
+    ids=lambda line: line[:40],
+)
+def test_a_line_that_is_json_but_no_record_is_left_out_by_every_reader(line: str, tmp_path: Path) -> None:
+    write_lines(tmp_path, [{"step": 1, "loss": 3.0}], line + "\n")
+    assert parsed_record(line) is None
+    assert read_records(tmp_path) == [{"step": 1, "loss": 3.0}]
+    assert last_record(tmp_path) == {"step": 1, "loss": 3.0}
+
+
+def test_null_in_a_record_is_a_number_that_was_not_finite() -> None:
+    record = parsed_record('{"step": 1, "loss": null}')
+    assert record is not None
+    assert math.isnan(record["loss"])
 
 
 def test_an_empty_file_has_no_values(tmp_path: Path) -> None:

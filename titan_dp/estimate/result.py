@@ -6,7 +6,6 @@ allowance is not: it stands for what no tensor shows on a GPU, and is a line of 
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from titan_dp.errors import UserError
 from titan_dp.estimate.collectives import Collective
 from titan_dp.estimate.speed import Assumptions, Speed, links, predict
 from titan_dp.estimate.trace import FakeRun, Step, backend_on, fake_run
+from titan_dp.files import to_json
 from titan_dp.hardware import GPU, Network
 from titan_dp.model_size import model_size
 from titan_dp.schedule import BatchPlan, plan_batches
@@ -71,7 +71,7 @@ class Estimate:
         batch = {**vars(self.batch), "tokens_per_step": self.batch.tokens_per_step}
         shown = {k: v for k, v in vars(self).items() if k not in ("batch", "speed")}
         speed = None if self.speed is None else {**vars(self.speed), "step": self.speed.step}
-        return json.dumps({**shown, "total": self.total, "batch": batch, "predicted_seconds": speed}, indent=1)
+        return to_json({**shown, "total": self.total, "batch": batch, "predicted_seconds": speed}, indent=1)
 
 
 def estimate(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -65,7 +66,8 @@ class Answers:
 
     def _add(self, answers: dict[str, Any]) -> None:
         for item in answers.items():
-            self._lines += json.dumps(item).encode() + b"\n"
+            with suppress(ValueError):  # JSON has no word for NaN: whoever starts again computes that one again
+                self._lines += json.dumps(item, allow_nan=False).encode() + b"\n"
         self._known |= answers
         if self._report:
             self._report.keep(answers=np.frombuffer(self._lines, dtype=np.uint8))

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import difflib
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from titan_dp.errors import UserError
 from titan_dp.evals.lm_eval_results import PAPER, collect, show
 from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
+from titan_dp.files import to_json
 
 if TYPE_CHECKING:
     from titan_dp.evals.lm_eval_model import TitanDPLM
@@ -247,7 +247,7 @@ def _write_samples(samples: dict[str, list[dict[str, Any]]], report: Report) -> 
 
     path = report.path.with_name(f"{report.path.stem}-samples.jsonl")
     lines = [
-        json.dumps({"task": task, **sample}, default=handle_non_serializable, ensure_ascii=False)
+        to_json({"task": task, **sample}, default=handle_non_serializable, ensure_ascii=False)
         for task, of_task in samples.items()
         for sample in of_task
     ]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_dp.errors import RunError, UserError
+from titan_dp.files import to_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,7 +161,7 @@ class Report:
         self.path = self.folder / f"{kind}-{source.label}.json"
         self.finished: dict[str, Any] | None = on_main(self._read)  # one rank looks: another may not see the file yet
         """The results of this very evaluation, where it has been done before."""
-        key = hashlib.sha256(json.dumps(_without_paths(self.head), sort_keys=True).encode()).hexdigest()[:16]
+        key = hashlib.sha256(to_json(_without_paths(self.head), sort_keys=True).encode()).hexdigest()[:16]
         rank = f"rank{session.world.rank}of{session.world.size}"
         self._partial = self.folder / f".{self.path.stem}.{key}.{rank}.npz"
         self._saved = time.monotonic()
@@ -172,7 +173,7 @@ class Report:
             return None
         try:
             found = json.loads(self.path.read_text())
-            wanted = _without_paths(json.loads(json.dumps(self.head)))
+            wanted = _without_paths(json.loads(to_json(self.head)))
             same = all(_without_paths(found[key]) == value for key, value in wanted.items())
             results: dict[str, Any] = found["results"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:  # nothing of ours: --overwrite leaves it alone, too
@@ -212,7 +213,6 @@ class Report:
         import torch
 
         from titan_dp.agreement import on_main
-        from titan_dp.files import write_json
 
         self.finished = results
         world = self._session.world

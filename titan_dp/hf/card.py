@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tomllib
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from titan_dp import config
 from titan_dp.errors import UserError
+from titan_dp.files import to_json
 from titan_dp.model import build_model
 from titan_dp.run_folder import parsed_record
 
@@ -76,7 +76,7 @@ def model_card(
         key for key in config.Model.model_fields if key.startswith(("attention", "rope")) and "softmax" not in model.describe()
     }
     settings = c.model_dump(exclude={"backend", *unused}, exclude_none=True)
-    lines += [f"| {key} | {json.dumps(value)} |" for key, value in settings.items()]
+    lines += [f"| {key} | {to_json(value)} |" for key, value in settings.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,6 @@ The folder is written under another name and renamed: it is there whole or not a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_dp.errors import UserError
-from titan_dp.files import write_json
+from titan_dp.files import to_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +227,7 @@ def _write_safetensors(path: Path, source: Source, names: list[str], dtype: torc
         start, end = end, end + _stored_bytes(source, name, dtype)
         kind = layout.SAFETENSORS_DTYPES[str(_stored_dtype(name, dtype)).removeprefix("torch.")]
         header[layout.hf_name(name)] = {"dtype": kind, "shape": list(source.shapes[name]), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    text = to_json(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -6,13 +6,13 @@ with the other.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titan_dp.data.tokenizer import ORIGIN, Tokenizer, hugging_face_folder, load_tokenizer, read_settings, tiktoken_encoding
 from titan_dp.errors import UserError
+from titan_dp.files import to_json
 
 if TYPE_CHECKING:
     import tiktoken
@@ -52,7 +52,7 @@ def save_tokenizer(original: Tokenizer, folder: Path, seq_len: int) -> Tokenizer
         if original.eos_id is not None:
             declared["pad_token"] = ids[original.eos_id]
     declared |= {ORIGIN: declared.get(ORIGIN, {"name": name, "hash": original.hash}), "model_max_length": seq_len}
-    settings.write_text(json.dumps(declared, indent=1) + "\n")
+    settings.write_text(to_json(declared, indent=1) + "\n")
     written = load_tokenizer(str(folder))
     if written.encode(_PROBE) != original.encode(_PROBE) or written.vocab_size != original.vocab_size:
         raise UserError(

@@ -7,7 +7,6 @@ validates best on words of the training lengths; the test on longer words choose
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from titan_dp import config
 from titan_dp.config_loader import config_from_toml
 from titan_dp.errors import UserError
 from titan_dp.length_test import FILE, LengthTest, read_length_test
-from titan_dp.run_folder import identity, read_run
+from titan_dp.run_folder import identity, read_records, read_run
 from titan_dp.state_tracking.models import label
 
 
@@ -117,10 +116,12 @@ def read_outcome(folder: Path) -> Outcome | None:
     if facts is None or facts.get("state") != "finished" or not (folder / FILE).exists():
         return None
     try:
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
+        records = read_records(folder)
+    except OSError as error:
         raise UserError(f"{folder / 'metrics.jsonl'} cannot be read ({error}); train the run again") from error
-    steps = [r for r in records if "loss" in r]
+    if not records:
+        raise UserError(f"{folder / 'metrics.jsonl'} holds no record; train the run again")
+    steps = [r for r in records if {"loss", "step_seconds", "data_wait"} <= r.keys()]
     validations = [r for r in records if "validation_sequence_accuracy" in r]
     if not validations:
         raise UserError(f"{folder} was never validated; train it with validation.enable = true")

@@ -6,10 +6,10 @@ tokens. Each is compared with the smallest n_h among them. Intervals are claimed
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from titan_dp.files import to_json
 from titan_dp.scaling.report.configurations import (
     CONFIDENCE,
     FAMILY,
@@ -77,7 +77,7 @@ def _equal_settings(configurations: list[Configuration]) -> list[list[Configurat
     groups: dict[str, list[Configuration]] = {}
     for configuration in configurations:
         rest = {key: value for key, value in configuration.settings.items() if key not in free}
-        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(configuration)
+        groups.setdefault(to_json(rest, sort_keys=True), []).append(configuration)
     return list(groups.values())
 
 

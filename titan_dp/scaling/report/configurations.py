@@ -7,7 +7,6 @@ diverged never enter a mean. What is compared between configurations is comparis
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 from titan_dp.config_docs import all_keys
 from titan_dp.errors import UserError
+from titan_dp.files import to_json
 from titan_dp.scaling.report.runs import Run
 
 SAME_SIZE = SAME_TOKENS = 0.01
@@ -173,7 +173,7 @@ def group(runs: Iterable[Run], loss: str) -> list[Configuration]:
     for run in runs:
         if run.facts is not None:
             settings = deciding_settings(run)
-            key = json.dumps(settings, sort_keys=True)
+            key = to_json(settings, sort_keys=True)
             found.setdefault(key, Configuration(settings, loss)).runs.append(run)
     return sorted(found.values(), key=lambda c: (c.kind, c.n_h or 0, c.parameters, c.tokens))
 
@@ -182,7 +182,7 @@ def differing_settings(configurations: list[Configuration]) -> list[str]:
     """Keys, other than those a table shows as family, shape and tokens, in which the configurations differ."""
     shown = {f"model.{key}" for key in SHAPE | FAMILY} | {"steps"}
     keys = [key for key in configurations[0].settings if key not in shown] if configurations else []
-    return [key for key in keys if len({json.dumps(c.settings[key]) for c in configurations}) > 1]
+    return [key for key in keys if len({to_json(c.settings[key]) for c in configurations}) > 1]
 
 
 def clusters(items: Iterable[T], size: Callable[[T], float], within: float) -> list[list[T]]:

@@ -6,14 +6,13 @@ has cut off at the end is left out, one torn elsewhere is left out and counted, 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from titan_dp.run_folder import parsed_record
+from titan_dp.run_folder import is_number, parsed_record
 
 CURVE_POINTS = 1000
 FINAL_SHARE = 0.05
@@ -65,25 +64,23 @@ def _totals(lines: list[bytes], text: bytes, validations: list[dict[str, Any]], 
     if columns is None or not (lines or validations):
         return None
     step, loss, step_seconds = columns
-    last = validations[-1] if validations else {}
-    try:
-        shown = json.loads(b"[" + b",".join(lines[:: math.ceil(len(lines) / CURVE_POINTS) or 1]) + b"]")
-        if not all(map(_is_step, [*shown, *map(parsed_record, lines[-1:])])):
-            return None
-    except (ValueError, RecursionError):
+    final = validations[-1] if validations else {}
+    shown = [*map(parsed_record, lines[:: math.ceil(len(lines) / CURVE_POINTS) or 1])]
+    last = parsed_record(lines[-1]) if lines else None
+    if not all(map(_is_step, [*shown, *([last] if lines else [])])):
         return None
     curve_steps, curve_loss = _thin(step, loss)
     return Totals(
         step=int(step[-1]) if lines else 0,
         training_loss=_finite_mean(loss[-math.ceil(FINAL_SHARE * len(loss)) :]) if lines else None,
-        validation_step=last.get("step"),
-        validation_loss=last.get("validation_loss"),
-        validation_bits_per_byte=last.get("validation_bits_per_byte"),
-        validation_tokens=last.get("validation_tokens"),
-        tokens_per_second=_median([record["tokens_per_second"] for record in shown]),
-        mfu=_median([record["mfu"] for record in shown if "mfu" in record]),
+        validation_step=final.get("step"),
+        validation_loss=final.get("validation_loss"),
+        validation_bits_per_byte=final.get("validation_bits_per_byte"),
+        validation_tokens=final.get("validation_tokens"),
+        tokens_per_second=_median([record["tokens_per_second"] for record in shown if record]),
+        mfu=_median([record["mfu"] for record in shown if record and "mfu" in record]),
         seconds=sum((now - before) * took for before, now, took in zip([0.0, *step], step, step_seconds, strict=False)),
-        skipped_steps=json.loads(lines[-1])["skipped_steps"] if lines else 0,
+        skipped_steps=int(last["skipped_steps"]) if last else 0,
         unreadable_lines=unreadable,
         curve_steps=curve_steps,
         curve_loss=curve_loss,
@@ -119,26 +116,19 @@ def _columns(text: bytes, lines: int) -> list[list[float]] | None:
     found = [pattern.findall(text) for pattern in _COLUMNS]
     if any(len(values) != lines for values in found) or len(_ENDS.findall(text)) != lines:
         return None
+    found[1] = [b"nan" if loss == b"null" else loss for loss in found[1]]
     try:
         return [list(map(float, values)) for values in found]
     except ValueError:
         return None
 
 
-def _is_step(record: object) -> bool:
-    return (
-        isinstance(record, dict)
-        and isinstance(record.get("step"), int)
-        and all(_is_number(record.get(key, 0 if key == "mfu" else None)) for key in _NUMBERS)
-    )
+def _is_step(record: dict[str, Any] | None) -> bool:
+    return record is not None and all(is_number(record.get(key, 0 if key == "mfu" else None)) for key in _NUMBERS)
 
 
 def _is_validation(record: dict[str, Any]) -> bool:
-    return _is_number(record.get("step")) and all(_is_number(record[key] or 0) for key in _VALIDATION_KEYS if key in record)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+    return all(is_number(record[key]) for key in _VALIDATION_KEYS if key in record)
 
 
 def _thin(step: list[float], loss: list[float]) -> tuple[list[float], list[float]]:
