@@ -319,7 +319,9 @@ class LRScheduler(Section):
     min_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Last learning rate as a fraction of the peak."""
     total_steps: Positive | None = None
-    """Length of the schedule where it differs from the run's; default: the run's steps."""
+    """Step with which the schedule ends where that is not the run's last; default: the run's steps."""
+    start_step: Annotated[int, Field(ge=0)] = 0
+    """Step with which the schedule begins, warmup first: to let a run that is extended decay again from where it ended."""
 
 
 class Parallelism(Section):

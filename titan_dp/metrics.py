@@ -46,8 +46,7 @@ class Metrics:
         settings: of the whole run by section, and `run_name`: what services outside the run folder are told of it.
         world: this process; only rank 0 writes.
         total_steps: of the run.
-        start_step: steps done before (resumed).
-        tokens_per_step: over all ranks.
+        start_step, start_tokens: done before (resumed).
         flops_per_token: model FLOPs, forward and backward.
         bytes_per_token: of the validation text, for each predicted token; gives bits a byte.
     """
@@ -60,19 +59,19 @@ class Metrics:
         world: World,
         total_steps: int,
         start_step: int,
-        tokens_per_step: int,
+        start_tokens: int,
         flops_per_token: int,
         bytes_per_token: float | None = None,
         run_name: str = "",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.total_steps, self.start_step = total_steps, start_step
-        self.tokens_per_step, self.flops_per_token, self.bytes_per_token = tokens_per_step, flops_per_token, bytes_per_token
+        self.flops_per_token, self.bytes_per_token = flops_per_token, bytes_per_token
         self.world = world
         self.peak = peak_flops(c, world.device)
         self.validation_loss: float | None = None
         self._console = Console(highlight=False, quiet=not world.is_main, soft_wrap=True)
-        self._last_step, self._step_seconds = start_step, 0.0
+        self._last_step, self._last_tokens, self._step_seconds = start_step, start_tokens, 0.0
         self._file = self._tensorboard = self._wandb = None
         if world.is_main:
             run_folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +95,7 @@ class Metrics:
         step: int,
         interval: Interval,
         *,
+        tokens: int,
         loss: Tensor,
         grad_norm: Tensor,
         lr: float,
@@ -104,19 +104,20 @@ class Metrics:
     ) -> None:
         """Record step `step` (steps done), which ends `interval`; reads the device tensors.
 
+        `tokens` are those of all samples consumed up to here, over all ranks.
         `householder_steps` are those a token took in all layers of an adaptive model, on average.
         """
         loss_value, norm_value = torch.stack([loss.detach(), grad_norm.detach()]).tolist()
         steps = step - self._last_step
         step_seconds = interval.seconds / steps
-        tokens_per_second = self.tokens_per_step / step_seconds
+        tokens_per_second = (tokens - self._last_tokens) / interval.seconds
         flops = tokens_per_second * self.flops_per_token / self.world.size
         record: dict[str, Any] = {
             "step": step,
             "loss": loss_value,
             "lr": lr,
             "grad_norm": norm_value,
-            "tokens": step * self.tokens_per_step,
+            "tokens": tokens,
             "tokens_per_second": tokens_per_second,
             "tflops_per_device": flops / 1e12,
             "memory_gib": memory_gib(self.world.device),
@@ -153,7 +154,7 @@ class Metrics:
         for remark in interval.remarks:
             self._console.print(f"step {step:>{width},} | {remark}", style="yellow")
         self._write(step, record)
-        self._last_step = step
+        self._last_step, self._last_tokens = step, tokens
 
     def log_validation(self, step: int, result: Evaluation) -> None:
         """Record a validation after `step` steps."""

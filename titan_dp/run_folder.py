@@ -217,9 +217,9 @@ def parsed_record(line: bytes | str) -> dict[str, Any] | None:
     return {key: math.nan if value is None else value for key, value in record.items()}
 
 
-NUMBERS = ("loss", "lr", "grad_norm", "tokens", "tokens_per_second", "data_wait", "step_seconds", "skipped_steps", "mfu")
-NUMBERS += ("householder_steps", "validation_loss", "validation_tokens", "validation_bits_per_byte")
-NUMBERS += ("validation_token_accuracy", "validation_sequence_accuracy")
+_STEP = ["loss", "lr", "grad_norm", "tokens", "tokens_per_second", "data_wait", "step_seconds", "skipped_steps", "mfu"]
+_VALIDATION = ["loss", "tokens", "bits_per_byte", "token_accuracy", "sequence_accuracy"]
+NUMBERS = (*_STEP, "householder_steps", *(f"validation_{name}" for name in _VALIDATION))
 """What readers of records compute with."""
 
 

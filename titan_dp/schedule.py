@@ -5,7 +5,7 @@ Pure functions of the configuration and the number of ranks, shared by the train
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from titan_dp import config
 from titan_dp.errors import UserError
@@ -20,6 +20,10 @@ class BatchPlan:
     accumulation: int
     seq_len: int
     steps: int
+    """Of the whole run, those before it was resumed included."""
+    steps_before: int = 0
+    tokens_before: int = 0
+    """Done before the run was resumed, perhaps in steps of another size."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -27,7 +31,8 @@ class BatchPlan:
 
     @property
     def tokens(self) -> int:
-        return self.steps * self.tokens_per_step
+        """Of the whole run."""
+        return self.tokens_before + (self.steps - self.steps_before) * self.tokens_per_step
 
 
 def plan_batches(training: config.Training, world_size: int) -> BatchPlan:
@@ -47,3 +52,20 @@ def plan_batches(training: config.Training, world_size: int) -> BatchPlan:
     tokens_per_step = total * training.seq_len
     steps = training.steps or -(-training.tokens // tokens_per_step)  # type: ignore[operator]  # one of the two is set
     return BatchPlan(training.local_batch_size, total, total // per_pass, training.seq_len, steps)
+
+
+def plan_rest(plan: BatchPlan, training: config.Training, step: int, tokens: int, last_step_tokens: int) -> BatchPlan:
+    """The plan of a run that goes on after `step` steps over `tokens` tokens, the last of which had `last_step_tokens`.
+
+    A run over training.tokens ends once it has seen them, whatever size its steps had. Raises UserError where more is done
+    than the settings ask for.
+    """
+    ways = "ask for at least that, go on from an earlier step with checkpoint.load_step, or choose another job.run_name"
+    if training.tokens is None:
+        if step > plan.steps:
+            raise UserError(f"training.steps = {plan.steps}, but the run to resume has done {step} steps; {ways}")
+        return replace(plan, steps_before=step, tokens_before=tokens)
+    left = training.tokens - tokens
+    if -left >= max(plan.tokens_per_step, last_step_tokens):  # less than a step too many is how tokens become whole steps
+        raise UserError(f"training.tokens = {training.tokens}, but the run to resume has seen {tokens} tokens; {ways}")
+    return replace(plan, steps=step + max(0, -(-left // plan.tokens_per_step)), steps_before=step, tokens_before=tokens)

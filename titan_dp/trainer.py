@@ -24,6 +24,7 @@ from rich.console import Console
 
 from titan_dp import distributed
 from titan_dp.agreement import agree, code, settings_of, together
+from titan_dp.changed_settings import changed_since, describe_changes, rate_jump
 from titan_dp.checkpointer import SAVE_TIMEOUT, Checkpointer, load_model_weights
 from titan_dp.config_loader import Loaded
 from titan_dp.data.batches import IGNORE, Batch
@@ -42,7 +43,7 @@ from titan_dp.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
 from titan_dp.plan import chosen_backend, model_facts, run_facts
 from titan_dp.profiling import Profiler
 from titan_dp.run_folder import RunLock, check_config_is_ours, write_run
-from titan_dp.schedule import plan_batches
+from titan_dp.schedule import plan_batches, plan_rest
 from titan_dp.tasks import build_task
 from titan_dp.validate import before_last_label, to_device
 from titan_dp.watchdog import Watchdog
@@ -74,7 +75,6 @@ class Trainer:
         with torch.device("meta"):
             self.model = build_model(c.model)
         self.step_price = (c.training.householder_cost or 0.0) if c.model.adaptive_householder else None
-        self.facts = model_facts(c.model, c.training.seq_len) | run_facts(c, self.batch, world.size)
         self.size = model_size(c.model, c.training.seq_len)
         parallelize(
             self.model,
@@ -89,17 +89,18 @@ class Trainer:
         self.model.init_weights(c.debug.seed)
         self.model.train()
         self.optimizers = build_optimizer(self.model, c.optimizer)
-        self.lr_factor = build_lr_scheduler(c.lr_scheduler, self.batch.steps)
         self.guard = NonFiniteGuard(world.device)
         self.times = StepTimes(world.device, c.compile.enable)
         self.model.clock = self.times.work
         self.interrupt = Interrupt(world.device)
         self.stop_for: Signals | None = None
 
+        self.samples_before = 0  # consumed before the run was resumed
         self.step, self.reached = 0, False  # reached: the task is learnt, before the last step
         self.validation_due = False  # one was broken off by a signal, after the step that is saved
         self.checkpointer = Checkpointer(c.checkpoint, self.run_folder)
         self._resume()
+        self.lr_factor = build_lr_scheduler(c.lr_scheduler, self.batch.steps)
         hang_folder = self.run_folder / "hang" / f"from-step-{self.step:08}"
         self.watchdog = Watchdog(hang_folder, world.rank, c.comm.init_timeout_seconds, "comm.init_timeout_seconds")
         self.model.register_forward_pre_hook(lambda module, args: self.watchdog.beat())
@@ -132,12 +133,23 @@ class Trainer:
         if manifest is not None:
             self.step, self.reached = manifest["step"], self.task.may_end_early and manifest.get("reached", False)
             self.validation_due = self.task.held_out is not None and manifest.get("validation_due", False)
-            self.loader.load_state_dict(manifest["loader"])
+            position = manifest["loader"]
+            if manifest["fingerprint"] != self.loader.fingerprint:  # a place in other data says nothing about these
+                position = {key: position[key] for key in ("samples", "step") if key in position}
+            self.loader.load_state_dict(position)
+            self.samples_before = position["samples"]
+            last_step_tokens = manifest.get("tokens_per_step", self.batch.tokens_per_step)
+            self.batch = plan_rest(self.batch, self.config.training, self.step, manifest["tokens"], last_step_tokens)
             unused = f"; checkpoint.initial_load_path = {c.initial_load_path!r} is for a new job.run_name and not used"
             self.console.print(
                 f"resumed at step {self.step} from {self.checkpointer.folder}{unused if c.initial_load_path else ''}"
                 f"{'; the task is solved, and the run ends here' if self.reached else ''}"
             )
+            now = self._identity()
+            if changes := changed_since(manifest, now):
+                self.console.print(f"changed since step {self.step}: {describe_changes(changes)}", style="yellow")
+            if jump := rate_jump(manifest, now):
+                self.console.print(f"WARNING: {jump}", style="bold yellow")
         elif c.initial_load_path:
             load_model_weights(Path(c.initial_load_path), self.model, self._identity(), c.allow_changed)
             self.console.print(f"weights loaded from {c.initial_load_path}; optimizer, step and data start afresh")
@@ -152,7 +164,15 @@ class Trainer:
             "tokenizer_hash": self.loader.tokenizer_hash,
             "global_batch_size": self.batch.global_batch_size,
             "seed": self.config.debug.seed,
+            "steps": self.batch.steps,
+            "tokens_per_step": self.batch.tokens_per_step,
         }
+
+    @property
+    def tokens(self) -> int:
+        """Of all samples consumed so far, over all ranks and earlier lives of the run; ask between steps only."""
+        samples = self.loader.state_dict()["samples"] - self.samples_before
+        return self.batch.tokens_before + samples * self.batch.seq_len
 
     def _announce(self) -> None:
         """The first lines of a run: what runs where, with what, on which data. No silent fallback stays silent."""
@@ -161,7 +181,8 @@ class Trainer:
         say(f"  device      {distributed.describe(self.world, c.parallelism)}")
         say(f"  model       {self.model.describe()}")
         say(f"  recurrence  {self.backend} backend")
-        for name, value in self.facts.items():
+        facts = model_facts(c.model, c.training.seq_len) | run_facts(c, self.batch, self.world.size)
+        for name, value in facts.items():
             say(f"  {name:<11} {value}")
         say(f"  data        {self.loader.describe(self.batch.tokens)}")
         say(f"  optimizer   {self.optimizers.describe()}")
@@ -187,9 +208,9 @@ class Trainer:
             self.run_folder,
             world=self.world,
             total_steps=self.batch.steps,
-            tokens_per_step=self.batch.tokens_per_step,
             flops_per_token=self.size.flops_per_token,
             start_step=self.step,
+            start_tokens=self.tokens,
             bytes_per_token=self.task.held_out.bytes_per_token if self.task.held_out else None,
             run_name=self.loaded.run_name,
             settings=c.model_dump(mode="json"),
@@ -225,6 +246,7 @@ class Trainer:
                         metrics.log_step(
                             self.step,
                             self.times.end_interval(),
+                            tokens=self.tokens,
                             loss=loss,
                             grad_norm=grad_norm,
                             lr=lr,
@@ -338,7 +360,7 @@ class Trainer:
             **self._identity(),
             "loader": position,
             "samples": position["samples"],
-            "tokens": position["samples"] * self.batch.seq_len,
+            "tokens": self.tokens,
             "reached": self.reached,
             "validation_due": self.validation_due,
             "unhealthy": wrong,
@@ -353,6 +375,8 @@ class Trainer:
                 "state": state,
                 "step": self.step,
                 "steps": self.batch.steps,
+                "tokens": self.tokens,
+                "planned_tokens": self.batch.tokens,
                 "tokens_per_step": self.batch.tokens_per_step,
                 "parameters": self.size.parameters,
                 "embedding_parameters": embedding_parameters(self.config.model),

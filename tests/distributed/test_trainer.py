@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -68,3 +70,42 @@ def test_compiled_checkpointed_and_plain_blocks_give_the_same_losses(tiny_config
     for option in ("full", "selective"):
         losses = losses_of(tiny_config, 1, option, "--activation_checkpoint.mode", option)
         assert losses == pytest.approx(undisturbed, abs=1e-6), option
+
+
+# -- another batch, another length -------------------------------------------------------------------------------------
+
+ALLOW = ("--checkpoint.allow_changed", '["training.global_batch_size", "training.seq_len"]')
+
+
+def facts_of(config: Path, name: str) -> dict:
+    return json.loads((config.parent / "outputs" / name / "run.json").read_text())
+
+
+def tokens_of(config: Path, name: str) -> dict[int, int]:
+    records = (config.parent / "outputs" / name / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r["tokens"] for r in map(json.loads, records) if "loss" in r}
+
+
+def said_by(config: Path, *overrides: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train(config, *overrides)
+    return said.getvalue()
+
+
+def test_tokens_are_the_samples_consumed_after_a_change_of_batch_and_length(tiny_config: Path) -> None:
+    """Steps of 8 x 32 tokens, then of 16 x 32, then of 16 x 64 until 8,192 are seen."""
+    run_ranks(1, train, tiny_config, "--training.steps", "4", "--validation.enable=false")
+    (said,) = run_ranks(1, said_by, tiny_config, "--training.steps", "8", "--training.global_batch_size", "16", *ALLOW)
+    assert "changed since step 4: training.global_batch_size (was 8, now 16), training.steps (was 4, now 8)" in said
+    assert "WARNING: the learning rate jumps with step 5" in said
+    assert tokens_of(tiny_config, "tiny") == {s: 256 * s + 256 * max(0, s - 4) for s in range(1, 9)}
+    facts = facts_of(tiny_config, "tiny")
+    assert (facts["step"], facts["tokens"], facts["planned_tokens"]) == (8, 3072, 3072)
+    longer = ("--training.global_batch_size", "16", "--training.seq_len", "64", "--training.tokens", "8192", *ALLOW)
+    run_ranks(1, train, tiny_config, *longer)
+    assert tokens_of(tiny_config, "tiny")[13] == 3072 + 5 * 1024
+    facts = facts_of(tiny_config, "tiny")
+    assert (facts["state"], facts["step"], facts["steps"], facts["tokens"]) == ("finished", 13, 13, 8192)
+    with pytest.raises(AssertionError, match=r"UserError: training.steps = 10, but the run to resume has done 13 steps"):
+        run_ranks(1, train, tiny_config, *longer[:4], "--training.steps", "10", *ALLOW)
+    assert facts_of(tiny_config, "tiny") == facts

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.pretrained import save_checkpoint
-from titan_dp.changed_settings import changed_since, check_initial, check_resumable, describe_changes
+from titan_dp.changed_settings import changed_since, check_initial, check_resumable, describe_changes, rate_jump
 from titan_dp.checkpoint import read_manifest, write_manifest
 from titan_dp.cli import dispatch
+from titan_dp.config import LRScheduler
 from titan_dp.config_loader import load_config
 from titan_dp.errors import UserError
+from titan_dp.lr_scheduler import build_lr_scheduler
 from titan_dp.pretrained import open_source
 
 MODEL = {
@@ -185,6 +188,70 @@ def test_settings_that_do_not_change_the_course_of_a_run_are_not_named() -> None
         "data": {"verify": "false"},
     }
     assert changed_since(entries(), entries(now)) == {}
+
+
+COSINE = {"lr_scheduler": {"warmup_steps": "2"}, "optimizer": {"lr": "1e-3"}}
+
+
+def finished(step: int = 12, **sections: dict[str, str]) -> dict[str, Any]:
+    """A run of 12 steps after `step` of them."""
+    return entries({**COSINE, **sections}, steps=12, step=step)
+
+
+def extended(*flags: str, steps: int = 24, **sections: dict[str, str]) -> dict[str, Any]:
+    """The run that resumes it with `steps` steps and `flags` (of lr_scheduler and optimizer)."""
+    whole = {**COSINE, "training": {"steps": str(steps)}, **sections}
+    for name, value in zip(flags[::2], flags[1::2], strict=True):
+        section, _, key = name.removeprefix("--").partition(".")
+        whole[section] = {**whole.get(section, {}), key: value}
+    return entries(whole, steps=steps)
+
+
+def rates(run: dict[str, Any], steps: range) -> list[float]:
+    c = tomllib.loads(run["config"])
+    factor = build_lr_scheduler(LRScheduler.model_validate(c["lr_scheduler"]), run["steps"])
+    return [c["optimizer"]["lr"] * factor(step) for step in steps]
+
+
+def test_a_finished_cosine_run_that_is_continued_says_from_where_to_where_the_rate_jumps() -> None:
+    said = rate_jump(finished(), extended())
+    assert said is not None
+    assert said.startswith("the learning rate jumps with step 13: lr from 0.0001 to 0.00055; ")
+
+
+def test_what_the_warning_advises_makes_the_rate_go_on_where_it_ended() -> None:
+    ways = re.findall(r"((?:--\S+ [\d.e-]+ ?)+)", rate_jump(finished(), extended()) or "")
+    assert len(ways) == 2
+    held, again = (extended(*way.split()) for way in ways)
+    assert rate_jump(finished(), held) is None
+    assert rates(held, range(12, 24)) == pytest.approx([1e-4] * 12)
+    assert rate_jump(finished(), again) is None
+    decayed = rates(again, range(12, 24))
+    assert 0.9e-4 < decayed[0] < 1e-4
+    assert decayed == sorted(decayed, reverse=True)
+    assert decayed[-1] == pytest.approx(1e-5)
+
+
+def test_both_rates_of_muon_are_told() -> None:
+    muon = {"name": "'Muon'", "lr": "1e-3", "muon_lr": "2e-2"}
+    said = rate_jump(finished(optimizer=muon), extended(optimizer=muon))
+    assert said is not None
+    assert "lr from 0.0001 to 0.00055 and muon_lr from 0.002 to 0.011" in said
+    assert "--optimizer.lr 0.0001 --optimizer.muon_lr 0.002" in said
+
+
+@pytest.mark.parametrize(
+    ("saved", "now"),
+    [
+        (finished(6), extended(steps=12)),
+        (finished(), extended(steps=12)),
+        (finished(6, lr_scheduler={"decay_ratio": "0.25"}), extended(lr_scheduler={"decay_ratio": "0.25"})),
+        (finished(lr_scheduler={"min_lr_factor": "1.0"}), extended(lr_scheduler={"min_lr_factor": "1.0"})),
+    ],
+    ids=["the same run", "nothing left", "stable phase of warmup-stable-decay", "constant"],
+)
+def test_a_rate_that_goes_on_is_not_warned_of(saved: dict, now: dict) -> None:
+    assert rate_jump(saved, now) is None
 
 
 # -- a manifest of a newer version --------------------------------------------------------------------------------------

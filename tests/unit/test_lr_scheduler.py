@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from titan_dp import config
+from titan_dp.errors import UserError
 from titan_dp.lr_scheduler import build_lr_scheduler
 
 
@@ -43,3 +44,14 @@ def test_a_schedule_longer_than_the_run_is_cut_off_and_a_shorter_one_stays_at_th
     longer = factors(50, warmup_steps=0, total_steps=100)
     assert longer == factors(100, warmup_steps=0)[:50]
     assert factors(100, warmup_steps=0, total_steps=50)[49:] == pytest.approx([0.1] * 51)
+
+
+def test_a_schedule_may_begin_anew_at_a_later_step() -> None:
+    """Warmup and decay are then those of a run of what is left."""
+    values = factors(100, start_step=60, warmup_steps=5)
+    assert values[60:] == factors(40, warmup_steps=5)
+
+
+def test_a_schedule_that_ends_before_it_begins_is_refused() -> None:
+    with pytest.raises(UserError, match=r"lr_scheduler.start_step = 12 is not before the end of the schedule, step 12"):
+        factors(12, start_step=12)

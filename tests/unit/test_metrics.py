@@ -32,7 +32,7 @@ def metrics(
         world=World(rank, 2, CPU),
         total_steps=1000,
         start_step=start_step,
-        tokens_per_step=512,
+        start_tokens=512 * start_step,
         flops_per_token=10**6,
         bytes_per_token=4.0,
         run_name=run_name,
@@ -47,7 +47,7 @@ def interval(seconds: float = 1.0, **values: Any) -> Interval:
 
 def log(m: Metrics, step: int, loss: float = 2.0, skipped: int = 0, during: Interval | None = None) -> None:
     during = during or interval()
-    m.log_step(step, during, loss=torch.tensor(loss), grad_norm=torch.tensor(0.5), lr=3e-4, skipped=skipped)
+    m.log_step(step, during, tokens=512 * step, loss=torch.tensor(loss), grad_norm=torch.tensor(0.5), lr=3e-4, skipped=skipped)
 
 
 def records(folder: Path) -> list[dict]:
@@ -106,7 +106,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_is_recorded_as_null_which_every_json_parser_reads(tmp_path: Path) -> None:
     m = metrics(tmp_path)
-    m.log_step(1, interval(), loss=torch.tensor(math.nan), grad_norm=torch.tensor(math.inf), lr=3e-4, skipped=1)
+    m.log_step(1, interval(), tokens=512, loss=torch.tensor(math.nan), grad_norm=torch.tensor(math.inf), lr=3e-4, skipped=1)
     m.log_validation(1, Evaluation(math.nan, 1000))
     m.close()
     text = (tmp_path / "metrics.jsonl").read_text()

@@ -95,6 +95,17 @@ def test_a_run_whose_validation_is_no_number_has_diverged(tmp_path: Path) -> Non
     assert read(Found(write_run(tmp_path / "run", loss=math.nan))).state == "diverged"
 
 
+def test_tokens_are_those_that_were_consumed_where_steps_changed_their_size(tmp_path: Path) -> None:
+    """50 steps of 128 tokens and 50 of 256: not 100 of the last."""
+    records = [step_record(s, 2.0) | {"tokens": 128 * s + 128 * max(0, s - 50)} for s in range(1, 101)]
+    records.append({"step": 100, "validation_loss": 2.0, "validation_tokens": 10})
+    facts = {"tokens_per_step": 256, "planned_tokens": 19_200}
+    run = read(Found(write_run(tmp_path / "run", facts=facts, records=records)))
+    assert run.tokens == 19_200
+    assert run.flops == 19_200 * run.started["flops_per_token"]
+    assert run.totals.curve_tokens == [record["tokens"] for record in records[:-1]]
+
+
 def test_null_stands_for_a_loss_that_is_no_number(tmp_path: Path) -> None:
     """As runs write it now; NaN is what they wrote before."""
     records = [step_record(s, math.nan if s == 99 else 2.0) for s in range(1, 101)]

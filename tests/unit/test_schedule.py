@@ -7,7 +7,7 @@ import pytest
 from titan_dp import config
 from titan_dp.distributed import shard_degree
 from titan_dp.errors import UserError
-from titan_dp.schedule import plan_batches
+from titan_dp.schedule import BatchPlan, plan_batches, plan_rest
 
 
 def plan(world_size: int, **settings: object):  # type: ignore[no-untyped-def]
@@ -39,3 +39,36 @@ def test_more_shards_than_ranks_are_refused(replicate: int, shard: int) -> None:
     parallelism = config.Parallelism(data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard)
     with pytest.raises(UserError, match="must be the number of ranks, which is 4; set data_parallel_shard_degree = -1"):
         shard_degree(parallelism, 4)
+
+
+# -- a run that is resumed ---------------------------------------------------------------------------------------------
+
+
+def rest(step: int, seen: int, last_step_tokens: int = 40, **settings: object) -> BatchPlan:
+    """Of a run of 80 tokens a step."""
+    settings = {"local_batch_size": 8, "seq_len": 10, **settings}
+    training = config.Training(**settings)  # type: ignore[arg-type]
+    return plan_rest(plan_batches(training, 1), training, step, seen, last_step_tokens)
+
+
+def test_the_tokens_of_a_run_are_those_it_has_seen_and_those_of_the_steps_that_are_left() -> None:
+    assert rest(8, 8 * 40, steps=16).tokens == 8 * 40 + 8 * 80
+
+
+@pytest.mark.parametrize(("seen", "steps"), [(320, 8 + 6), (321, 8 + 6), (319, 8 + 7), (800, 8), (839, 8)])
+def test_a_run_over_tokens_ends_when_it_has_seen_them_whatever_size_its_steps_had(seen: int, steps: int) -> None:
+    batch = rest(8, seen, tokens=800)
+    assert batch.steps == steps
+    assert batch.tokens == seen + (steps - 8) * 80
+
+
+@pytest.mark.parametrize("settings", [{"steps": 7}, {"tokens": 240}])
+def test_less_than_is_done_is_refused_with_both_numbers(settings: dict) -> None:
+    (key, value), done = next(iter(settings.items())), {"steps": "done 8 steps", "tokens": "seen 320 tokens"}
+    with pytest.raises(UserError, match=rf"training.{key} = {value}, but the run to resume has {done[key]}; .*load_step"):
+        rest(8, 320, **settings)
+
+
+def test_a_run_that_is_done_may_be_started_again() -> None:
+    assert rest(8, 320, steps=8).steps == 8
+    assert rest(8, 320, tokens=290).steps == 8

@@ -40,7 +40,7 @@ def steps(c: config.StateTracking, count: int, world_size: int = 1, L: int = G, 
         one = loader(c, rank, world_size, L, **options)
         one.load_state_dict({"samples": start})
         batches = list(islice(iter(one), count * accumulation))
-        assert one.state_dict() == {"samples": start + count * G}
+        assert one.state_dict()["samples"] == start + count * G
         assert all(b["cu_seqlens"] is None for b in batches)
         pairs = [torch.stack([b["input_ids"], b["labels"]]) for b in batches]  # type: ignore[list-item]
         ranks.append(torch.stack(pairs).view(count, accumulation, 2, L, -1))
@@ -143,6 +143,17 @@ def test_the_curriculum_grows_in_a_straight_line_and_stays(min_length: int | Non
             assert min_length <= asked[step].min() <= asked[step].max() <= longest
     if min_length:
         assert asked[-4:].min() < 16
+
+
+def test_a_curriculum_goes_on_with_the_next_step_when_steps_get_larger() -> None:
+    c = settings(curriculum_steps=100)
+    small, large = loader(c), SyntheticLoader(c, 1, Place(17, 2 * G, 2 * G, 0, 1), 64, CPU)
+    list(islice(iter(small), 50))
+    large.load_state_dict(small.state_dict())
+    (batch,) = islice(iter(large), 1)
+    assert batch["labels"] is not None
+    assert large.state_dict() == {"samples": 52 * G, "step": 51}
+    assert int((batch["labels"][0] != -100).sum()) == large.longest(50)
 
 
 def test_a_slow_curriculum_rounds_down_and_ends_on_time() -> None:

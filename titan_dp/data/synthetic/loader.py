@@ -1,8 +1,8 @@
 """Batches of a synthetic problem: endless for training, a fixed set for validation and for the test.
 
 Sample i is a pure function of (problem, data.seed, i) and of the step it falls in, whose longest word the curriculum sets;
-so, as with token shards, the state is the number of samples consumed and any number of ranks sees the same run. The
-three sets are three streams of random numbers. Rows are made on the device and padded to one width.
+so, as with token shards, the state is the samples consumed, with the steps that took, and any number of ranks sees the same
+run. The three sets are three streams of random numbers. Rows are made on the device and padded to one width.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class SyntheticLoader:
     """Tokens are elements and symbols: there is no text."""
 
     def __init__(self, c: config.StateTracking, seed: int, place: Place, vocab_size: int, device: torch.device) -> None:
-        self.c, self.place, self.device, self.samples = c, place, device, 0
+        self.c, self.place, self.device, self.samples, self.step = c, place, device, 0, 0
         self.problem, self.length = problem_that_fits(c, place.seq_len, vocab_size)
         self.random = Random(f"training {seed} {self.problem.describe()}")
         self.fingerprint = fingerprint(self.problem, c)
@@ -69,11 +69,12 @@ class SyntheticLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            longest = self.longest(self.samples // self.place.total)
+            longest = self.longest(self.step)
             for micro in range(self.place.accumulation):
                 first = self.place.first_sample(self.samples, micro)
                 if micro == self.place.accumulation - 1:
                     self.samples += self.place.total
+                    self.step += 1
                 yield self._batch(first, longest)
 
     def longest(self, step: int) -> int:
@@ -91,10 +92,11 @@ class SyntheticLoader:
         return {"input_ids": tokens, "labels": labels, "cu_seqlens": None}
 
     def state_dict(self) -> dict[str, int]:
-        return {"samples": self.samples}
+        return {"samples": self.samples, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.samples = state["samples"]
+        self.step = state.get("step", self.samples // self.place.total)  # older checkpoints have no other
 
     def describe(self, run_tokens: int) -> str:
         low = f"{self.c.min_length} to " if self.c.min_length else ""

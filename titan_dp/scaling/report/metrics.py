@@ -17,10 +17,10 @@ from titan_dp.run_folder import is_number, parsed_record
 CURVE_POINTS = 1000
 FINAL_SHARE = 0.05
 """Of a run's step records, at its end: their mean is the final training loss."""
-_STEP_KEYS = ("step", "loss", "tokens_per_second", "step_seconds", "skipped_steps")
+_STEP_KEYS = ("step", "loss", "tokens", "tokens_per_second", "step_seconds", "skipped_steps")
 _NUMBERS = (*_STEP_KEYS, "mfu")
 _VALIDATION_KEYS = ("validation_loss", "validation_bits_per_byte", "validation_tokens")
-_COLUMNS = [re.compile(b'"%s": ([^,}]+)' % key) for key in (b"step", b"loss", b"step_seconds")]
+_COLUMNS = [re.compile(b'"%s": ([^,}]+)' % key) for key in (b"step", b"loss", b"step_seconds", b"tokens")]
 _ENDS = re.compile(rb"\}$", re.MULTILINE)
 
 
@@ -43,6 +43,7 @@ class Totals:
     unreadable_lines: int = 0
     """Lines before the last that are no records."""
     curve_steps: list[float] = field(default_factory=list, repr=False)
+    curve_tokens: list[float] = field(default_factory=list, repr=False)
     curve_loss: list[float] = field(default_factory=list, repr=False)
     """Means over blocks of records, at most CURVE_POINTS of them; NaN where a block has no finite loss."""
 
@@ -63,13 +64,13 @@ def _totals(lines: list[bytes], text: bytes, validations: list[dict[str, Any]], 
     columns = _columns(text, len(lines))
     if columns is None or not (lines or validations):
         return None
-    step, loss, step_seconds = columns
+    step, loss, step_seconds, tokens = columns
     final = validations[-1] if validations else {}
     shown = [*map(parsed_record, lines[:: math.ceil(len(lines) / CURVE_POINTS) or 1])]
     last = parsed_record(lines[-1]) if lines else None
     if not all(map(_is_step, [*shown, *([last] if lines else [])])):
         return None
-    curve_steps, curve_loss = _thin(step, loss)
+    curve_steps, curve_tokens, curve_loss = _thin(step, tokens, loss)
     return Totals(
         step=int(step[-1]) if lines else 0,
         training_loss=_finite_mean(loss[-math.ceil(FINAL_SHARE * len(loss)) :]) if lines else None,
@@ -83,6 +84,7 @@ def _totals(lines: list[bytes], text: bytes, validations: list[dict[str, Any]], 
         skipped_steps=int(last["skipped_steps"]) if last else 0,
         unreadable_lines=unreadable,
         curve_steps=curve_steps,
+        curve_tokens=curve_tokens,
         curve_loss=curve_loss,
     )
 
@@ -109,9 +111,9 @@ def _split(data: bytes) -> tuple[bytes, list[dict[str, Any]], int]:
 
 
 def _columns(text: bytes, lines: int) -> list[list[float]] | None:
-    """Step, loss and seconds a step of the records in `text`, or None where one of so many lines is not whole.
+    """Step, loss, seconds a step and tokens of the records in `text`, or None where one of so many lines is not whole.
 
-    Every record has a dozen numbers, of which these three are needed of all: parsing nothing else takes half the time.
+    Every record has a dozen numbers, of which these four are needed of all: parsing nothing else takes half the time.
     """
     found = [pattern.findall(text) for pattern in _COLUMNS]
     if any(len(values) != lines for values in found) or len(_ENDS.findall(text)) != lines:
@@ -131,10 +133,10 @@ def _is_validation(record: dict[str, Any]) -> bool:
     return all(is_number(record[key]) for key in _VALIDATION_KEYS if key in record)
 
 
-def _thin(step: list[float], loss: list[float]) -> tuple[list[float], list[float]]:
-    size = math.ceil(len(step) / CURVE_POINTS) or 1
-    blocks = range(0, len(step), size)
-    return [sum(b := step[i : i + size]) / len(b) for i in blocks], [_finite_mean(loss[i : i + size]) for i in blocks]
+def _thin(*columns: list[float]) -> list[list[float]]:
+    """Means over the same blocks of all columns."""
+    size = math.ceil(len(columns[0]) / CURVE_POINTS) or 1
+    return [[_finite_mean(column[i : i + size]) for i in range(0, len(column), size)] for column in columns]
 
 
 def _finite_mean(values: list[float]) -> float:

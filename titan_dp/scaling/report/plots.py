@@ -225,7 +225,7 @@ def _curve(axes: Any, run: Run, colour: Any) -> tuple[float, float] | None:
     """Draw a run's curve; returns its lowest value and its value at 3 % of the run, above which nothing is compared."""
     import numpy as np
 
-    x = np.array(run.totals.curve_steps) * run.started["tokens_per_step"]
+    x = np.array(run.totals.curve_tokens)
     y = np.array(run.totals.curve_loss)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if len(y) < 2:

@@ -34,6 +34,8 @@ class _Facts(JsonObject):
     state: str
     steps: Natural
     tokens_per_step: Natural
+    planned_tokens: Natural | None = None
+    """Of the whole run; runs of before this was written had steps of one size."""
     parameters: Natural
     embedding_parameters: Natural
     flops_per_token: Natural
@@ -45,7 +47,7 @@ class _Facts(JsonObject):
     world_size: Natural
 
 
-_FACTS = tuple(_Facts.model_fields)
+_FACTS = tuple(name for name, field in _Facts.model_fields.items() if field.is_required())
 
 
 class _Cell(JsonObject):
@@ -100,7 +102,8 @@ class Run:
     @property
     def tokens(self) -> int:
         """Of the whole run, done or not."""
-        return self.started["steps"] * self.started["tokens_per_step"]
+        planned = self.started.get("planned_tokens")
+        return self.started["steps"] * self.started["tokens_per_step"] if planned is None else planned
 
     @property
     def flops(self) -> int:
