@@ -359,7 +359,7 @@ class Checkpoint(Section):
     keep_latest_k: Literal[0] | Annotated[int, Field(ge=2)] = 10
     """Committed checkpoints kept; 0 keeps all, 1 would leave none while the next is written. The newest healthy one stays."""
     load_step: Annotated[int, Field(ge=-1)] = -1
-    """Step to resume from; -1: the newest committed one."""
+    """Step to resume from; -1: the newest healthy one."""
     resume: bool = True
     """Resume from the run folder when it holds a committed checkpoint; false refuses to start in a used folder."""
     initial_load_path: str = ""
