@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NPROC ?= 2
+# Processes that train: one a GPU, two where there is none.
+NPROC ?= $$($(BIN)/python -m titan_dp.gpus)
 
 .PHONY: train study test lint install bench clean
 .DELETE_ON_ERROR:
@@ -19,7 +20,7 @@ data/corpus/train/manifest.json: $(INSTALLED) $(wildcard corpus/*.jsonl)
 	$(BIN)/titan-dp prepare corpus/*.jsonl --out data/corpus --tokenizer bytes --validation-fraction 0.05
 
 train: data/corpus/train/manifest.json
-	$(BIN)/torchrun --nproc_per_node=$(NPROC) train.py --config debug.toml
+	$(BIN)/torchrun --nproc_per_node="$(NPROC)" train.py --config debug.toml
 
 study: data/corpus/train/manifest.json
 	$(BIN)/titan-dp sweep train_configs/sweeps/cpu_study.toml --launch local --at-once 2

@@ -9,6 +9,5 @@ if [[ $# -eq 0 || $1 == -* ]]; then
     exit 2
 fi
 cd "$(dirname "$0")/.."
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-exec "${VENV:-.venv}/bin/python" launch/torchrun.py --standalone --nproc-per-node="${NPROC:-$((gpus > 0 ? gpus : 2))}" \
-    train.py --config "$@"
+python=${VENV:-.venv}/bin/python
+exec "$python" launch/torchrun.py --standalone --nproc-per-node="${NPROC:-$("$python" -m titan_dp.gpus)}" train.py --config "$@"

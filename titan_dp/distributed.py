@@ -55,7 +55,7 @@ def distributed(comm: config.Comm) -> Iterator[World]:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_ENTRIES)
     use_cuda = torch.cuda.is_available()
     if use_cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_own_gpu())
     # CUDA gets a gloo group beside nccl: asynchronous checkpoints are written from CPU copies.
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     timeout = timedelta(seconds=comm.init_timeout_seconds)
@@ -67,6 +67,20 @@ def distributed(comm: config.Comm) -> Iterator[World]:
         yield current_world()
     finally:
         dist.destroy_process_group()
+
+
+def _own_gpu() -> int:
+    """The GPU of this process. Raises UserError where there are more processes than GPUs."""
+    own, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if own >= there:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise UserError(
+            f"this machine has {there} GPU{'s' if there > 1 else ''}"
+            + ("" if named is None else f" to use (CUDA_VISIBLE_DEVICES={named})")
+            + f", and {os.environ.get('LOCAL_WORLD_SIZE', own + 1)} processes were started on it; start one a GPU "
+            f"(--nproc_per_node={there}), or train on CPUs (CUDA_VISIBLE_DEVICES= before the command)"
+        )
+    return own
 
 
 def current_world() -> World:

@@ -7,7 +7,6 @@ killed launch, is waited for. Ctrl-C and SIGTERM end the cells; starting again r
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from titan_dp.config_loader import PROJECT
 from titan_dp.errors import EXIT_STOPPED, RunError, UserError
+from titan_dp.gpus import visible_gpus
 from titan_dp.run_folder import is_finished, is_locked, last_record
 
 if TYPE_CHECKING:
@@ -96,14 +96,7 @@ def launch_local(cells: Sequence[Cell], *, at_once: int, nproc: int, retries: in
 
 def _devices(processes: int) -> list[str]:
     """The GPUs to share out, none on a machine without. Raises UserError where there are some but too few."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        devices = list(itertools.takewhile(lambda device: device and device[0] != "-", map(str.strip, named.split(","))))
-    elif shutil.which("nvidia-smi"):
-        listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-        devices = [str(i) for i, line in enumerate(listing.stdout.splitlines()) if line.startswith("GPU")]
-    else:
-        devices = []
+    devices = visible_gpus()
     if devices and processes > len(devices):
         raise UserError(f"--at-once times --nproc asks for {processes} GPUs, and there are {len(devices)}; lower one of them")
     return devices

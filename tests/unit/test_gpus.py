@@ -1,0 +1,91 @@
+"""How many processes start on a machine: a made-up nvidia-smi and CUDA_VISIBLE_DEVICES, no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from titan_dp import config
+from titan_dp.distributed import distributed
+from titan_dp.errors import UserError
+from titan_dp.gpus import visible_gpus
+
+MIG = "  MIG 1g.10gb     Device  0: (UUID: MIG-3f2c)\n"
+EIGHT = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i})\n{MIG if i == 0 else ''}" for i in range(8))
+ONE = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)\n"
+
+
+def machine(folder: Path, listing: str | None, visible: str | None) -> dict[str, str]:
+    """The environment on a machine whose nvidia-smi lists these GPUs; None: it has no such program."""
+    tools = folder / "tools"
+    tools.mkdir()
+    if listing is not None:
+        script(tools / "nvidia-smi", f"cat <<'END'\n{listing}END")
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "NPROC", "MAKEFLAGS")}
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    return environment | {"PATH": f"{tools}:/usr/bin:/bin"}
+
+
+def script(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+CASES = {
+    "eight GPUs, one of them cut": (EIGHT, None, 8),
+    "two of eight": (EIGHT, "0,1", 2),
+    "a cut one's instances": (EIGHT, "MIG-3f2c,MIG-77aa,MIG-0b1d", 3),
+    "one GPU": (ONE, None, 1),
+    "hidden": (EIGHT, "", 0),
+    "ended by -1": (EIGHT, "3, 4,-1,5", 2),
+    "no GPU": (None, None, 0),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gpus_are_counted_as_cuda_sees_them(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing, visible, expected = CASES[case]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in machine(tmp_path, listing, visible).items():
+        monkeypatch.setenv(name, value)
+    assert len(visible_gpus()) == expected
+
+
+@pytest.mark.parametrize(("listing", "visible", "own", "expected"), [
+    (EIGHT, "0,1", [], "2"), (ONE, None, [], "1"), (None, None, [], "2"), (EIGHT, None, ["NPROC=3"], "3"),
+])  # fmt: skip
+@pytest.mark.parametrize("command", [["make", "train"], ["launch/local.sh", "debug.toml"]], ids=lambda c: " ".join(c))
+def test_make_train_and_local_sh_start_a_process_a_gpu_or_two(
+    command: list[str], listing: str | None, visible: str | None, own: list[str], expected: str, root: Path, tmp_path: Path
+) -> None:
+    environment = machine(tmp_path, listing, visible) | dict(pair.split("=") for pair in own)
+    programs = tmp_path / "venv" / "bin"
+    programs.mkdir(parents=True)
+    script(programs / "python", f'case "$1" in -m) exec {sys.executable} "$@";; *) echo "started: $*";; esac')
+    script(programs / "torchrun", 'echo "started: $*"')
+    script(programs / "titan-dp", "")
+    (tmp_path / "venv" / ".installed").touch()
+    environment["VENV"] = str(tmp_path / "venv")
+    called = [*command, f"VENV={tmp_path / 'venv'}"] if command[0] == "make" else command
+    done = subprocess.run(called, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
+    started = next(line for line in done.stdout.splitlines() if line.startswith("started: "))
+    assert f"--nproc_per_node={expected} " in started.replace("nproc-per-node", "nproc_per_node")
+
+
+def test_more_processes_than_gpus_are_refused_with_the_number_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as mistake, distributed(config.Comm()):
+        pass
+    assert str(mistake.value) == (
+        "this machine has 1 GPU to use (CUDA_VISIBLE_DEVICES=3), and 2 processes were started on it; start one a GPU "
+        "(--nproc_per_node=1), or train on CPUs (CUDA_VISIBLE_DEVICES= before the command)"
+    )
