@@ -15,11 +15,12 @@ class Profiler:
     """Context of the training loop; call `step` after each step.
 
     Every `profile_freq` steps it warms up, records `profiler_active` steps and writes a Chrome trace
-    `profile/step-N-rank-R.json`; with snapshots, also the allocator's history, as at an out-of-memory error.
+    `profile/step-N-rank-R.json`, where N counts on from the `steps` done before this start; with snapshots, also the allocator's
+    history, as at an out-of-memory error.
     """
 
-    def __init__(self, c: config.Profiling, run_folder: Path, rank: int) -> None:
-        self.folder, self.rank, self.steps = run_folder / "profile", rank, 0
+    def __init__(self, c: config.Profiling, run_folder: Path, rank: int, steps: int = 0) -> None:
+        self.folder, self.rank, self.steps = run_folder / "profile", rank, steps
         self.snapshots = c.enable_memory_snapshot and torch.cuda.is_available()
         self._profile: Any = None
         if c.enable_profiling:

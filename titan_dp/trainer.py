@@ -28,6 +28,7 @@ from titan_dp.changed_settings import changed_since, describe_changes, rate_jump
 from titan_dp.checkpointer import SAVE_TIMEOUT, Checkpointer, load_model_weights
 from titan_dp.config_loader import Loaded
 from titan_dp.data.batches import IGNORE, Batch
+from titan_dp.data.hf_stream import files_of_dataset
 from titan_dp.data.segment import Segment
 from titan_dp.distributed import World
 from titan_dp.errors import RunError, StoppedError
@@ -123,6 +124,7 @@ class Trainer:
             "the backend of the recurrence": self.backend,
             "the fingerprint of the training data": self.loader.fingerprint,
             "the hash of the tokenizer": self.loader.tokenizer_hash,
+            "the files of data.hf_dataset": files_of_dataset(c.data),
             "the fingerprint of the validation data": held_out.fingerprint if held_out else None,
         }
 
@@ -228,7 +230,7 @@ class Trainer:
         self.task.watch_data(self.run_folder)
         gc.disable()  # collections at different moments on different ranks make all of them wait
         try:
-            with Profiler(c.profiling, self.run_folder, self.world.rank) as profiler, self.watchdog, self.interrupt:
+            with Profiler(c.profiling, self.run_folder, self.world.rank, self.step) as profiler, self.watchdog, self.interrupt:
                 if self.validation_due:
                     self._validate(metrics)
                 self.times.begin()

@@ -36,7 +36,7 @@ class Watchdog:
     """Watches this process while the context is entered.
 
     Args:
-        folder: gets the files; made when needed, and this rank's old ones there removed.
+        folder: gets the files; made when needed, and old ones there removed.
         rank: of this process.
         limit: seconds without a sign of life; may be changed at any time and holds from the next sign on.
         key: of the configuration, for the message.
@@ -49,7 +49,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        for path in self._paths():
+        # Rank 0 removes those of all ranks: an earlier start from this step may have had more of them.
+        for path in self._paths() if self.rank else [*self.folder.glob("rank-*.txt"), *self.folder.glob("rank-*.json")]:
             path.unlink(missing_ok=True)
         self.beat()
         self._thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from titan_dp import config
 from titan_dp.data.batches import Loader
+from titan_dp.data.hf_stream import files_of_dataset
 from titan_dp.data.loader import build_dataloader
 from titan_dp.errors import UserError
 
@@ -50,6 +52,17 @@ def test_a_stream_draws_nothing_from_the_global_generators(dataset: Path) -> Non
     ids(stream(dataset, buffer=20), 2)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
+
+
+def test_copies_of_a_dataset_on_two_nodes_are_told_apart_by_what_is_in_them(dataset: Path, tmp_path: Path) -> None:
+    def files(folder: Path) -> str | None:
+        return files_of_dataset(config.Data(source="hf", hf_dataset=str(folder), tokenizer="bytes"))
+
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    assert files(copy) == files(dataset)
+    (copy / "train.jsonl").write_text((copy / "train.jsonl").read_text().replace("Document 7", "Document 8"))
+    assert files(copy) != files(dataset)
+    assert files(Path("roneneldan/TinyStories")) is None, "a name on the Hub"
 
 
 def test_labels_and_boundaries_mark_where_documents_meet(dataset: Path) -> None:

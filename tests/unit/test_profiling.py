@@ -11,8 +11,8 @@ from titan_dp import config
 from titan_dp.profiling import Profiler
 
 
-def run(folder: Path, **settings: object) -> None:
-    with Profiler(config.Profiling(**settings), folder, rank=0) as profiler:  # type: ignore[arg-type]
+def run(folder: Path, steps: int = 0, **settings: object) -> None:
+    with Profiler(config.Profiling(**settings), folder, rank=0, steps=steps) as profiler:  # type: ignore[arg-type]
         for _ in range(12):
             torch.ones(8) @ torch.ones(8)
             profiler.step()
@@ -28,3 +28,10 @@ def test_a_trace_is_written_every_profile_freq_steps(tmp_path: Path) -> None:
 def test_nothing_is_written_when_profiling_is_off(tmp_path: Path) -> None:
     run(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_traces_of_a_resumed_run_have_its_steps_and_leave_the_earlier_ones(tmp_path: Path) -> None:
+    for steps in (0, 12):
+        run(tmp_path, steps, enable_profiling=True, profile_freq=6, profiler_warmup=1, profiler_active=1)
+    names = sorted(p.name for p in (tmp_path / "profile").iterdir())
+    assert names == [f"step-{step}-rank-0.json" for step in (12, 18, 24, 6)]

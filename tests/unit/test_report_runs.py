@@ -52,6 +52,12 @@ def test_totals_are_those_of_every_record(tmp_path: Path) -> None:
     assert run.totals.curve_loss == [r["loss"] for r in records]
 
 
+def test_runs_of_one_name_are_told_apart_by_the_folders_above_them(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name) for name in ("paperA/213m", "paperB/213m", "paperA/400m", "x/c/s1", "y/c/s1")]
+    named = [run.name for run in read_runs([Found(folder) for folder in folders])]
+    assert named == ["paperA/213m", "paperB/213m", "400m", "x/c/s1", "y/c/s1"]
+
+
 def test_a_long_curve_is_thinned_to_means(tmp_path: Path) -> None:
     records = [step_record(s, float(s % 3)) for s in range(1, 3001)]
     totals = read(Found(write_run(tmp_path / "run", until=1, records=records))).totals

@@ -12,6 +12,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,22 @@ from titan_dp.errors import UserError
 
 State = dict[str, int]
 _START: State = {"samples": 0, "epoch": 0, "documents": 0, "offset": 0}
+
+
+def files_of_dataset(data: config.Data) -> str | None:
+    """sha256 of what a dataset in a local folder is made of: names, sizes and beginnings. None for anything else.
+
+    A stream has no checksums, and each rank keeps its own samples of what it reads: they must all read the same.
+    """
+    folder = Path(data.hf_dataset)
+    if data.source != "hf" or not folder.is_dir():
+        return None
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            beginning = hashlib.sha256(file.read(2**16)).hexdigest()
+        found.update(f"{path.relative_to(folder)!s} {path.stat().st_size} {beginning}\n".encode(errors="surrogateescape"))
+    return found.hexdigest()
 
 
 class StreamLoader:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,8 @@ class Run:
     facts: dict[str, Any] | None
     """run.json; None where the run has never started."""
     totals: Totals
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
+    name: str
+    """Of the folder, and of as many of those above it as it takes to tell it from the other runs."""
 
     @property
     def state(self) -> str:
@@ -189,9 +188,21 @@ def read_runs(found: list[Found]) -> list[Run]:
     """Read every run, in processes on all cores where there is much to read. Raises the first run's UserError."""
     paths = (run.folder / "metrics.jsonl" for run in found)
     if sum(path.stat().st_size for path in paths if path.exists()) < _POOL_BYTES:
-        return [read(run) for run in found]
-    with ProcessPoolExecutor() as pool:
-        return list(pool.map(read, found, chunksize=4))
+        runs = [read(run) for run in found]
+    else:
+        with ProcessPoolExecutor() as pool:
+            runs = list(pool.map(read, found, chunksize=4))
+    return [replace(run, name=name) for run, name in zip(runs, _distinct_names([run.folder for run in runs]), strict=True)]
+
+
+def _distinct_names(folders: list[Path]) -> list[str]:
+    """A name for each folder, which none of the others has: a run's own is unique only where the run lies."""
+    whole = [folder.resolve().parts for folder in folders]
+    names = [folder.name for folder in folders]
+    for length in range(2, max(map(len, whole), default=0) + 1):
+        taken = Counter(names)
+        names = ["/".join(parts[-length:]) if taken[name] > 1 else name for name, parts in zip(names, whole, strict=True)]
+    return names
 
 
 def read(found: Found) -> Run:
@@ -205,7 +216,7 @@ def read(found: Found) -> Run:
     facts, path = _read_facts(folder), folder / "metrics.jsonl"
     data = path.read_bytes() if path.exists() else b""
     if facts is None and not data:
-        return Run(folder, config, None, Totals())
+        return Run(folder, config, None, Totals(), folder.name)
     if facts is None:
         raise UserError(f"{folder} has metrics.jsonl but no run.json; resume the run with train.py, or leave the folder out")
     totals = reduce_metrics(data)
@@ -219,7 +230,7 @@ def read(found: Found) -> Run:
                 f"{path} is cut off: it ends at step {totals.step:,} of the {facts['steps']:,} that run.json calls finished"
                 f"{'' if validated else ', without the last validation'}; copy it again, or leave {folder} out"
             )
-    return Run(folder, config, facts, totals)
+    return Run(folder, config, facts, totals, folder.name)
 
 
 def _read_config(path: Path) -> Config:
