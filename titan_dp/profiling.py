@@ -15,7 +15,7 @@ class Profiler:
     """Context of the training loop; call `step` after each step.
 
     Every `profile_freq` steps it warms up, records `profiler_active` steps and writes a Chrome trace
-    `profile/step-N-rank-R.json`, where N counts on from the `steps` done before this start; with snapshots, also the allocator's
+    `profile/step-N-rank-R.json`, where N counts on from the `steps` done before; with snapshots, also the allocator's
     history, as at an out-of-memory error.
     """
 
