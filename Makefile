@@ -35,8 +35,7 @@ lint: $(INSTALLED)
 # wait for each other by spinning.
 test: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest tests/unit tests/kernels tests/hf tests/fuzz --numprocesses=2 --dist=loadfile
-	$(BIN)/python -m pytest tests/distributed tests/faults tests/slurm tests/integration --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
 
 bench: $(INSTALLED)
 	for script in op loader checkpoint trainer kernel_costs export generation length_extrapolation scaling report state_tracking estimate; do $(BIN)/python benchmarks/$$script.py || exit 1; done

@@ -14,7 +14,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import torch.distributed as dist
 
 SERVER = mp.get_context("forkserver")
 SERVER.set_forkserver_preload(["titan_dp.trainer", "titan_dp.generate"])
@@ -24,31 +27,59 @@ TIMEOUT_SECONDS = 600
 
 
 def run_script(
-    script: Path, *arguments: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    script: Path | str, *arguments: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`python SCRIPT ARGUMENTS` to its end, whatever its exit code; `env` is set beside what this process has."""
+    """`python SCRIPT ARGUMENTS` to its end, whatever its exit code; `env` is set beside what this process has.
+
+    A script that is no path is a module, as for `python -m`.
+    """
     argv = [str(script), *map(str, arguments)]
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        files = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (out, err)]
-        process = SERVER.Process(target=_run, args=(argv, files, str(cwd or os.getcwd()), {**os.environ, **(env or {})}))
-        process.start()
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+        (code,) = _finish([_start(argv, out.name, err.name, cwd or Path.cwd(), env or {})])
+        return subprocess.CompletedProcess(argv, code, out.read().decode(), err.read().decode())
+
+
+def run_script_in_ranks(
+    ranks: int, script: Path | str, *arguments: str | Path, log: Path, env: Mapping[str, str] | None = None
+) -> list[int]:
+    """The same in as many processes as torchrun would start, which find each other as under torchrun; returns exit codes.
+
+    Nobody ends the other ranks where one fails. What all of them print is appended to `log`.
+    """
+    argv = [str(script), *map(str, arguments)]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", **(env or {})}
+    each = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return _finish([_start(argv, str(log), str(log), Path.cwd(), own) for own in each])
+
+
+def _start(argv: list[str], out: str, err: str, cwd: Path, env: Mapping[str, str]) -> BaseProcess:
+    process = SERVER.Process(target=_run, args=(argv, out, err, str(cwd), {**os.environ, **env}))
+    process.start()
+    return process
+
+
+def _finish(processes: list[BaseProcess]) -> list[int]:
+    for process in processes:
         process.join(TIMEOUT_SECONDS)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(argv, TIMEOUT_SECONDS)
-        code = process.exitcode
-        assert code is not None
-        texts = [os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode() for file in (out, err)]
-    return subprocess.CompletedProcess(argv, code, *texts)
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+        process.join()
+    assert not late, f"{len(late)} of {len(processes)} processes were at work for more than {TIMEOUT_SECONDS} s"
+    return [process.exitcode for process in processes if process.exitcode is not None]
 
 
-def _run(argv: list[str], files: list[str], cwd: str, env: dict[str, str]) -> None:
-    for number, file in enumerate(files, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+def _run(argv: list[str], out: str, err: str, cwd: str, env: dict[str, str]) -> None:
+    for number, file in enumerate((out, err), start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = argv
-    sys.path.insert(0, str(Path(argv[0]).parent))
-    runpy.run_path(argv[0], run_name="__main__")
+    if argv[0].endswith(".py"):
+        sys.path.insert(0, str(Path(argv[0]).parent))
+        runpy.run_path(argv[0], run_name="__main__")
+    else:
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)

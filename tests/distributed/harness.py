@@ -3,13 +3,14 @@
 `function` runs in as many processes with gloo as there are ranks, as under torchrun, and its results come back in rank
 order; the first exception of any rank is raised here, with that rank's traceback. Starting Python and importing torch costs
 seconds, so ranks are forked from one process that has imported them (tests/processes.py), kept in a pool for the whole session,
-and only the process group is made anew for each call.
+and only the process group is made anew for each call. What a function sets in modules of titan_dp is set back after it.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -83,6 +84,7 @@ def _work(pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         rank, world_size, rendezvous, function, arguments = pipe.recv()
+        settings = [(module, dict(vars(module))) for name, module in sys.modules.items() if name.startswith("titan_dp.")]
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         try:
             dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
@@ -90,6 +92,8 @@ def _work(pipe: Connection) -> None:
             dist.barrier()
         except BaseException:
             outcome = False, traceback.format_exc()
+        for module, names in settings:
+            vars(module).update(names)
         if dist.is_initialized():
             dist.destroy_process_group()
         pipe.send(outcome)

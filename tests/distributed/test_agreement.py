@@ -313,7 +313,7 @@ def test_two_nodes_with_other_commands_both_leave_with_2(tiny_config: Path, root
     for rank, settings in enumerate([[], [f"--{key}", "0.1"]]):
         own = environment | {"RANK": str(rank)}
         nodes.append(subprocess.Popen([*command, *settings], cwd=root, env=own, stderr=subprocess.PIPE, text=True))
-    said = [node.communicate(timeout=100)[1] for node in nodes]
+    said = [node.communicate(timeout=600)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [2, 2], said
     assert all("Traceback" not in text and key in text for text in said), said
 

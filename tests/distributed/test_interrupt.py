@@ -77,15 +77,20 @@ def test_a_signal_breaks_a_validation_off_and_the_run_that_resumes_does_it(tiny_
     assert validations(tiny_config, "struck") == validations(tiny_config, "undisturbed")
 
 
-ORPHAN = """
+ORPHAN = '''
 import os, subprocess, sys, time
-child = (
-    "import time; from titan_dp.interrupt import end_with_launcher; time.sleep(1); end_with_launcher(); print('still here')"
-)
+child = """
+import os, time
+from titan_dp.interrupt import end_with_launcher
+while os.getppid() == int(os.environ["TITAN_DP_LAUNCHER_PID"]):
+    time.sleep(0.01)
+end_with_launcher()
+print("still here")
+"""
 os.environ["TITAN_DP_LAUNCHER_PID"] = str(os.getpid())
 subprocess.Popen([sys.executable, "-c", child])
 os.kill(os.getpid(), 9)
-"""
+'''
 
 
 def test_a_rank_whose_launcher_has_died_already_ends(root: Path) -> None:

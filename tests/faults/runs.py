@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import ROOT
+from tests.processes import run_script_in_ranks
 
 Fault = dict[str, Any]
 
@@ -70,8 +71,6 @@ class Life:
     """Restarts by torchrun before it."""
     code: int | None = None
     """Exit code of the command; None where torchrun went on with the next life, or the command had to be killed."""
-    ended: float = 0.0
-    """Seconds of the machine's monotonic clock at the end of the command."""
 
     @property
     def text(self) -> str:
@@ -127,6 +126,15 @@ class Chain:
         """Run the command to its end, through all restarts that `torchrun` is given; one `Life` for each."""
         return self.start(list(plan), torchrun=torchrun).finish()
 
+    def live_without_launcher(self, *plan: Fault, options: tuple[str, ...] = ()) -> Life:
+        """One life of two forked ranks, for what launcher and starting have no part in; its code is the highest."""
+        self.starts += 1
+        log = self.folder / f"{self.run.name}-{self.starts}.log"
+        arguments = ["--config", self.config, "--job.run_name", self.run.name, *options]
+        env = {"FAULTS": json.dumps(plan)}
+        codes = run_script_in_ranks(2, ROOT / "tests/faults/train_with_fault.py", *arguments, log=log, env=env)
+        return Life(log, code=max(codes))
+
     @property
     def checkpoints(self) -> Path:
         return self.run / "checkpoint"
@@ -146,7 +154,7 @@ class Started:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def finish(self, timeout: float = 400) -> list[Life]:
+    def finish(self, timeout: float = 1200) -> list[Life]:
         """Wait for the command, not for ranks that it may leave behind; past `timeout` seconds it is killed."""
         try:
             code = self.process.wait(timeout)
@@ -155,10 +163,10 @@ class Started:
             self.process.kill()
             self.process.wait()
         lives = [Life(self.log, i) for i in range(self.log.read_text().count('{"what": "life", "rank": 0,') or 1)]
-        lives[-1].code, lives[-1].ended = code, time.monotonic()
+        lives[-1].code = code
         return lives
 
-    def wait_for(self, text: str, timeout: float = 60) -> None:
+    def wait_for(self, text: str, timeout: float = 600) -> None:
         """Return when the log holds `text`, the command has ended, or `timeout` seconds are over."""
         deadline = time.monotonic() + timeout
         while text not in self.log.read_text() and self.process.poll() is None and time.monotonic() < deadline:

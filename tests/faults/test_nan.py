@@ -24,13 +24,13 @@ def chain(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 @pytest.fixture(scope="module")
 def stopped(chain: Chain) -> Life:
-    return chain.live(fault(*range(BAD, STEPS + 1)))[0]
+    return chain.live_without_launcher(fault(*range(BAD, STEPS + 1)))
 
 
 def test_one_bad_batch_is_skipped_and_the_loss_goes_on(shards: Path, tmp_path: Path, undisturbed: dict[int, float]) -> None:
     chain = Chain(shards, tmp_path, "once")
     options = ("--training.steps", "25", "--lr_scheduler.total_steps", str(STEPS))
-    (life,) = chain.start([fault(BAD)], *options).finish()
+    life = chain.live_without_launcher(fault(BAD), options=options)
     assert life.code == 0, life.text
     losses = chain.losses()
     assert math.isnan(losses.pop(BAD))
@@ -54,7 +54,7 @@ def test_the_newest_healthy_checkpoint_is_there_and_resumes_to_the_same_end(
     }
     assert healthy == {5: True, 10: True, 15: False}
     assert "the training loss of step 15 is nan" in read_manifest(step_folder(chain.checkpoints, 15))["unhealthy"]
-    (life,) = chain.start([]).finish()
+    life = chain.live_without_launcher()
     assert life.code == 0, life.text
     assert life.resumed == 10
     assert chain.losses() == undisturbed

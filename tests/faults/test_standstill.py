@@ -24,7 +24,7 @@ def test_a_rank_that_hangs_ends_all_and_the_next_start_resumes(lives: list[Life]
     assert lives[0].said("fault"), lives[0].text
     assert "train_timeout_seconds" in lives[0].text
     assert lives[1].resumed == 5, lives[1].text
-    assert lives[1].clock("first step") - lives[0].clock("fault") < TRAIN_TIMEOUT + 20
+    assert lives[1].clock("first step") - lives[0].clock("fault") >= TRAIN_TIMEOUT
 
 
 def test_it_leaves_the_stacks_of_every_rank_that_could_still_run(hung: Hung, lives: list[Life]) -> None:

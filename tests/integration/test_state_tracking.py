@@ -1,4 +1,4 @@
-"""`titan-dp state-tracking train` as a user runs it: several seeds, killed, stopped early, and S3 learnt in under a minute."""
+"""`titan-dp state-tracking train` as a user runs it: several seeds, killed, stopped early, and S3 learnt in 400 steps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from tests.integration.test_user_journey import ENV, kill_all, losses
+from tests.processes import run_script
 
 TINY = "--hidden-size 16 --heads 2 --head-dim 8 --length 8 --batch-size 8 --test-samples 16 --validate-every 10".split()
 TINY += "--state_tracking.validation_samples 32 --validation.local_batch_size 32 --metrics.log_freq 1".split()
-PAIR = [*TINY, *"--parameters 6000 --steps 40 --checkpoint.interval 5 --min-length 3 --curriculum 30 --models".split()]
+PAIR = [*TINY, *"--parameters 6000 --steps 100 --checkpoint.interval 5 --min-length 3 --curriculum 30 --models".split()]
 
 
 def command(out: Path, *options: str) -> list[str]:
@@ -55,9 +56,9 @@ def test_two_models_with_two_seeds_end_in_one_table(study: tuple[Path, str]) -> 
     names = [f"{model}-seed{seed}" for model in ("deltanet_-1_1", "deltaproduct_2_0_1") for seed in (1, 2)]
     assert sorted(path.parent.name for path in out.glob("*/run.json")) == names
     facts = [read(out / name / "run.json") for name in names]
-    assert [(run["state"], run["step"], run["steps"]) for run in facts] == [("finished", 40, 40)] * 4
+    assert [(run["state"], run["step"], run["steps"]) for run in facts] == [("finished", 100, 100)] * 4
     assert all(run["parameters"] == pytest.approx(6000, rel=0.01) for run in facts)
-    assert [record["step"] for record in validations(out / names[0])] == [10, 20, 30, 40]
+    assert [record["step"] for record in validations(out / names[0])] == list(range(10, 101, 10))
     assert losses(out / names[0]) != losses(out / names[1])
     assert "DeltaNet" in printed
 
@@ -87,8 +88,8 @@ def test_a_run_killed_with_sigkill_and_started_again_has_the_same_test(
     options, name = [*PAIR, "deltaproduct_2[0,1]"], "deltaproduct_2_0_1-seed1"
     undisturbed, killed = study[0] / name, tmp_path / name
     process = subprocess.Popen(command(tmp_path, *options), env=ENV, cwd=root, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 90
-    while not (killed / "checkpoint/step-00000010/manifest.json").exists():
+    deadline = time.monotonic() + 600
+    while not (killed / "checkpoint/step-00000005/manifest.json").exists():
         assert process.poll() is None, logs(tmp_path)
         assert time.monotonic() < deadline, logs(tmp_path)
         time.sleep(0.02)
@@ -96,7 +97,7 @@ def test_a_run_killed_with_sigkill_and_started_again_has_the_same_test(
     kill_all(str(killed / "config.toml"))
     process.wait()
     assert not (killed / "test.json").exists()
-    assert max(losses(killed)) < 40
+    assert max(losses(killed)) < 100
 
     train(root, tmp_path, *options)
     assert "resumed at step" in (killed / "attempt-2.log").read_text()
@@ -121,8 +122,7 @@ def test_a_run_that_has_learnt_its_task_stops_and_stays_finished(tmp_path: Path,
     assert (outcome["solved"], outcome["solved_step"], outcome["steps"]) == (True, facts["step"], facts["step"])
 
     test = read(run / "test.json")
-    direct = [sys.executable, str(root / "train.py"), "--config", str(run / "config.toml")]
-    subprocess.run(direct, env=ENV, cwd=root, check=True, capture_output=True, timeout=600)
+    assert run_script(root / "train.py", "--config", run / "config.toml", cwd=root).returncode == 0
     assert max(losses(run)) == facts["step"]
     assert read(run / "run.json")["state"] == "finished"
     assert read(run / "test.json") == test
@@ -140,12 +140,10 @@ def right_at_the_training_length(out: Path, root: Path, *options: str) -> tuple[
     return run["validation"]["validation_sequence_accuracy"], run["test"]["16"]
 
 
-def test_s3_is_learnt_with_two_steps_a_token_in_a_minute(tmp_path: Path, root: Path) -> None:
-    start = time.monotonic()
+def test_s3_is_learnt_with_two_steps_a_token_in_400_steps(tmp_path: Path, root: Path) -> None:
     validated, tested = right_at_the_training_length(tmp_path, root, "--num-householder", "2", "--stop-when-solved")
     assert validated >= 0.99
     assert tested >= 0.95  # 256 other words, of a run that stopped as soon as it was at 99 %
-    assert time.monotonic() - start < 60
 
 
 def test_s3_is_not_learnt_with_one_step_a_token_and_the_same_budget(tmp_path: Path, root: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,12 +14,12 @@ import pytest
 
 from tests.integration.test_user_journey import ENV, kill_all, losses
 
-STEPS = 40
+STEPS = 100  # many enough that a signal sent at step 5 comes before the end
 
 
 @pytest.fixture
 def sweep_file(tiny_config: Path) -> Iterator[Path]:
-    """Two cells of 40 steps with a checkpoint every 5, from the smallest config there is."""
+    """Two cells of 100 steps with a checkpoint every 5, from the smallest config there is."""
     path = tiny_config.parent / "pair.toml"
     path.write_text(
         f"""
@@ -62,7 +61,7 @@ def start(sweep_file: Path, root: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 600
     while not happened():
         assert process is None or process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -105,12 +104,21 @@ def test_a_sweep_interrupted_and_started_again_ends_as_if_never_interrupted(swee
 
 def test_cells_that_outlive_a_sweep_killed_with_sigkill_are_waited_for_not_started_twice(sweep_file: Path, root: Path) -> None:
     process = start(sweep_file, root, "--at-once", "2")
-    wait_until(lambda: committed(sweep_file, "nh1") and committed(sweep_file, "nh2"), process)
-    os.kill(process.pid, signal.SIGKILL)
+    configs = [str(folder(sweep_file) / cell / "config.toml") for cell in ("nh1", "nh2")]
+    wait_until(lambda: committed(sweep_file, "nh1"), process)
+    kill_all(configs[0], signal.SIGSTOP)  # until the second sweep has seen it
+    wait_until(lambda: committed(sweep_file, "nh2"), process)
+    kill_all(configs[1], signal.SIGSTOP)
+    process.kill()
     process.wait()
-    again = sweep(sweep_file, root, "--at-once", "2")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "running in another process" in again.stdout
+    with (sweep_file.parent / "again.log").open("w+") as log:
+        again = subprocess.Popen(command(sweep_file, root, "--at-once", "2"), env=ENV, cwd=root, stdout=log, stderr=log)
+        said = Path(log.name).read_text
+        wait_until(lambda: said().count("running in another process") == 2 or again.poll() is not None)
+        for config in configs:
+            kill_all(config, signal.SIGCONT)
+        assert again.wait(timeout=600) == 0, said()
+        assert said().count("running in another process") == 2
     check_finished(sweep_file, "nh1", "nh2")
     for cell in ("nh1", "nh2"):
         assert "resumed" not in (folder(sweep_file) / cell / "attempt-1.log").read_text()

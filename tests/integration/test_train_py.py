@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_user_journey import ENV, losses, torchrun
-from tests.processes import run_script
+from tests.integration.test_user_journey import losses
+from tests.processes import run_script, run_script_in_ranks
 
 
 def train(root: Path, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -108,19 +108,18 @@ def test_a_full_disk_is_one_message_and_exit_code_1(tiny_config: Path, tmp_path:
 def test_eight_ranks_train_the_debug_config(shards: Path, tmp_path: Path, root: Path) -> None:
     data = ["--data.path", str(shards / "train"), "--validation.path", str(shards / "validation"), "--validation.steps", "1"]
     arguments = ["--config", "debug.toml", "--training.steps", "4", "--job.dump_folder", str(tmp_path), *data]
-    result = subprocess.run(torchrun(root, 8, *arguments), env=ENV, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "8 rank(s)" in result.stdout
-    assert "step 4/4 (100%)" in result.stdout
+    log = tmp_path / "log"
+    assert run_script_in_ranks(8, root / "train.py", *arguments, log=log) == [0] * 8, log.read_text()
+    assert "8 rank(s)" in log.read_text()
+    assert log.read_text().count("step 4/4 (100%)") == 1
 
 
 def test_the_dry_run_of_800m_under_torchrun_prints_one_summary_without_data(root: Path, tmp_path: Path) -> None:
-    command = torchrun(root, 2, "--config", "800m.toml", "--dry-run")
-    result = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("dry run") == 1
+    log = tmp_path / "log"
+    assert run_script_in_ranks(2, root / "train.py", "--config", "800m.toml", "--dry-run", log=log) == [0, 0], log.read_text()
+    assert log.read_text().count("dry run") == 1
     for part in ("806,262,780", "FLOPs a token", "104,905 steps", "55 B tokens", "GiB a rank"):
-        assert part in result.stdout, part
+        assert part in log.read_text(), part
 
 
 def test_print_config_under_torchrun_prints_once(tiny_config: Path, root: Path) -> None:

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.processes import run_script, run_script_in_ranks
+
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -24,12 +26,12 @@ def losses(run: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
-def kill_all(argument: str) -> None:
-    """SIGKILL every process whose command line has `argument`: torchrun gives its workers sessions of their own."""
+def kill_all(argument: str, number: signal.Signals = signal.SIGKILL) -> None:
+    """Signal every process whose command line has `argument`: torchrun gives its workers sessions of their own."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if argument in (folder / "cmdline").read_text().split("\0"):
-                os.kill(int(folder.name), signal.SIGKILL)
+                os.kill(int(folder.name), number)
         except (FileNotFoundError, ProcessLookupError):
             continue
 
@@ -37,12 +39,12 @@ def kill_all(argument: str) -> None:
 def test_a_run_killed_with_sigkill_resumes_and_ends_as_if_never_killed(tiny_config: Path, tmp_path: Path, root: Path) -> None:
     arguments = ["--config", str(tiny_config), "--training.steps", "60", "--checkpoint.interval", "5"]
     undisturbed = [*arguments, "--job.run_name", "undisturbed"]
-    subprocess.run(torchrun(root, 2, *undisturbed), check=True, env=ENV, capture_output=True, timeout=600)
+    assert run_script_in_ranks(2, root / "train.py", *undisturbed, log=tmp_path / "undisturbed.log") == [0, 0]
 
     with (tmp_path / "killed.log").open("w") as log:
         process = subprocess.Popen(torchrun(root, 2, *arguments), env=ENV, stdout=log, stderr=subprocess.STDOUT)
         marker = tmp_path / "outputs/tiny/checkpoint/step-00000010/manifest.json"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not marker.exists():
             assert process.poll() is None, (tmp_path / "killed.log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "killed.log").read_text()
@@ -62,18 +64,14 @@ def test_a_run_killed_with_sigkill_resumes_and_ends_as_if_never_killed(tiny_conf
     assert final is not None
     assert 0 < float(final[1]) < 6
 
-    titan_dp = [sys.executable, "-m", "titan_dp.cli"]
-    run_folder = str(tmp_path / "outputs/tiny")
-    listing = subprocess.run(
-        [*titan_dp, "checkpoint", "list", run_folder], capture_output=True, text=True, cwd=root, check=True
-    )
-    assert "60" in listing.stdout
-    subprocess.run([*titan_dp, "checkpoint", "verify", run_folder], check=True, capture_output=True, cwd=root)
-    text = subprocess.run(
-        [*titan_dp, "generate", run_folder, "--prompt", "Story", "--max-new-tokens", "5"],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        check=True,
-    )
-    assert text.stdout.startswith("Story")
+    run = tmp_path / "outputs/tiny"
+    assert "60" in titan_dp("checkpoint", "list", run)
+    titan_dp("checkpoint", "verify", run)
+    assert titan_dp("generate", run, "--prompt", "Story", "--max-new-tokens", "5").startswith("Story")
+
+
+def titan_dp(*arguments: str | Path) -> str:
+    """What the command prints; it must succeed."""
+    done = run_script("titan_dp.cli", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -157,12 +157,12 @@ class Cluster:
         )
         options = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "seed-file": "munged.seed"}
         self._daemon("munged", "--foreground", "--force", *(f"--{k}={self.folder / v}" for k, v in options.items()))
-        wait_for((self.folder / "munge.socket").exists, "socket of munged", 10, self.logs)
+        wait_for((self.folder / "munge.socket").exists, "socket of munged", 600, self.logs)
         self._daemon("slurmctld", "-D")
         for node in ("n1", "n2"):
             self._daemon("slurmd", "-D", "-N", node)
         idle = ["sinfo", "--noheader", "--Node", "--partition=normal", "--format=%T"]
-        wait_for(lambda: self.run(*idle).stdout.split() == ["idle", "idle"], "two idle nodes", 30, self.logs)
+        wait_for(lambda: self.run(*idle).stdout.split() == ["idle", "idle"], "two idle nodes", 600, self.logs)
 
     def _daemon(self, program: str, *arguments: str) -> None:
         path = shutil.which(program, path=SYSTEM_PATH)
@@ -174,7 +174,7 @@ class Cluster:
         self.daemons.append(daemon)
 
     def _stop(self) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while (processes := self.processes()) and time.monotonic() < deadline:  # what is killed may just have started another
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):

@@ -188,8 +188,8 @@ def _loss_and_steps(model: Transformer) -> tuple[Tensor, Tensor]:
     return loss.detach(), model.householder_steps.detach().sum()
 
 
-def sharded(mode: str, option: str | int, compile: bool) -> tuple[dict[str, Tensor], Tensor, Tensor, int]:
-    """Gradients, loss, steps and graph breaks of SHARDED with everything that `parallelize` does."""
+def sharded(mode: str, option: str | int, compile: bool) -> tuple[dict[str, Tensor], Tensor, Tensor, int, int]:
+    """Gradients, loss, steps, graphs and graph breaks of SHARDED with everything that `parallelize` does."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -213,7 +213,7 @@ def sharded(mode: str, option: str | int, compile: bool) -> tuple[dict[str, Tens
         name.replace("_checkpoint_wrapped_module.", ""): p.grad.full_tensor()  # type: ignore[union-attr]
         for name, p in model.named_parameters()
     }
-    return gradients, loss, steps, sum(counters["graph_break"].values())
+    return gradients, loss, steps, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 @pytest.mark.parametrize(
@@ -233,8 +233,8 @@ def test_sharded_recomputed_and_compiled_models_take_the_same_steps_with_the_sam
     model.init_weights(0)
     _undecided(model)
     expected_loss, expected_steps = _loss_and_steps(model)
-    gradients, loss, steps, breaks = run_ranks(1, sharded, mode, option, compile)[0]
-    assert breaks == 0
+    gradients, loss, steps, graphs, breaks = run_ranks(1, sharded, mode, option, compile)[0]
+    assert (graphs, breaks) == (int(compile), 0)
     assert 0 < float(expected_steps) < 48 * 2 * 2
     assert float(steps) == float(expected_steps)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pretrained import random_model, save_checkpoint, write_documents
+from tests.processes import run_script_in_ranks
 from titan_dp.errors import UserError
 from titan_dp.evals import length_extrapolation
 from titan_dp.evals.scoring import keeps_all_tokens, token_losses
@@ -196,11 +195,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     assert len(calls) == COUNT + 1  # what is finished is not computed again
 
 
-def test_two_ranks_find_what_one_finds(checkpoint: Path, text: Path, tmp_path: Path, root: Path) -> None:
+def test_two_ranks_find_what_one_finds(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     options = ["--text", str(text), "--max-length", str(LENGTH), "--smooth", str(SMOOTH), "--segment", "32"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "titan_dp.cli"]
-    command += ["evaluate", "length-extrapolation", str(checkpoint), "--out", str(tmp_path / "two"), *options]
-    subprocess.run(command, check=True, cwd=root, capture_output=True, timeout=600)
+    command, log = ["evaluate", "length-extrapolation", checkpoint, "--out", tmp_path / "two", *options], tmp_path / "log"
+    assert run_script_in_ranks(2, "titan_dp.cli", *command, log=log) == [0, 0], log.read_text()
     evaluate([checkpoint], tmp_path / "one", "--text", text)
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     np.testing.assert_allclose(two["loss_by_position"], one["loss_by_position"], rtol=1e-5)

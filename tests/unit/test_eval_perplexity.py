@@ -7,8 +7,6 @@ import functools
 import itertools
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.pretrained import random_model, save_checkpoint, write_documents
+from tests.processes import run_script_in_ranks
 from titan_dp.data.batches import Place
 from titan_dp.data.loader import ValidationLoader
 from titan_dp.data.shards import TokenShards
@@ -184,11 +183,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     assert not list((tmp_path / "parts").glob(".*"))
 
 
-def test_two_ranks_find_what_one_finds(checkpoint: Path, text: Path, tmp_path: Path, root: Path) -> None:
+def test_two_ranks_find_what_one_finds(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     options = ["--text", str(text), "--context", "16", "--stride", "9"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "titan_dp.cli"]
-    command += ["evaluate", "perplexity", str(checkpoint), "--out", str(tmp_path / "two"), *options]
-    subprocess.run(command, check=True, cwd=root, capture_output=True, timeout=600)
+    command, log = ["evaluate", "perplexity", checkpoint, "--out", tmp_path / "two", *options], tmp_path / "log"
+    assert run_script_in_ranks(2, "titan_dp.cli", *command, log=log) == [0, 0], log.read_text()
     (path,) = (tmp_path / "two").glob("*.json")
     assert json.loads(path.read_text())["results"] == pytest.approx(
         evaluate(checkpoint, tmp_path / "one", *options)["results"], rel=1e-6

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -226,11 +226,14 @@ def test_several_prompts_and_samples_are_one_json_object_a_line(
     assert all(r["tokens"] <= 6 and r["finish"] in ("length", "eos") for r in records)
 
 
-def test_a_prompt_comes_from_stdin_and_speed_goes_to_stderr(run_folder: Path, root: Path) -> None:
-    command = [sys.executable, "-m", "titan_dp.cli", "generate", str(run_folder), "--prompt-file", "-", "--max-new-tokens", "5"]
-    answer = subprocess.run(command, input="From a pipe", capture_output=True, text=True, cwd=root, timeout=600, check=True)
-    assert answer.stdout.startswith("From a pipe")
-    assert "tokens/s" in answer.stderr
+def test_a_prompt_comes_from_stdin_and_speed_goes_to_stderr(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("From a pipe"))
+    assert dispatch(["generate", str(run_folder), "--prompt-file", "-", "--max-new-tokens", "5"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("From a pipe")
+    assert "tokens/s" in err
 
 
 @pytest.mark.parametrize(
