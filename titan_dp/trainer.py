@@ -103,7 +103,7 @@ class Trainer:
         self._resume()
         self.lr_factor = build_lr_scheduler(c.lr_scheduler, self.batch.steps)
         hang_folder = self.run_folder / "hang" / f"from-step-{self.step:08}"
-        self.watchdog = Watchdog(hang_folder, world.rank, c.comm.init_timeout_seconds, "comm.init_timeout_seconds")
+        self.watchdog = Watchdog(hang_folder, world.rank, world.size, c.comm.init_timeout_seconds, "comm.init_timeout_seconds")
         self.model.register_forward_pre_hook(lambda module, args: self.watchdog.beat())
 
     # -- before the first step ---------------------------------------------------------------------------------------

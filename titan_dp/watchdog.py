@@ -5,10 +5,10 @@ Every forward pass is a sign of life, in training and in validation. A rank that
     <run folder>/hang/from-step-00000040/rank-3.txt     the Python stack of every thread
                                          rank-3.json    torch's flight recorder: the last collectives, which never ended
 
-and leaves with exit code 1. All ranks do so within moments, because all wait for the one that hangs. A thread of Python's does
-it; should the hanging code keep that from running, by holding Python's lock, one of C's writes the stacks to stderr and ends
-the process after an hour. A rank that is stopped altogether writes nothing: it is the one without a file. If all are stopped
-and go on, as when a scheduler suspends a job, nothing happens.
+waits a moment until the others have written theirs, as all of them wait for the one that hangs, and leaves with exit code 1.
+A thread of Python's does it; should the hanging code keep that from running, by holding Python's lock, one of C's writes the
+stacks to stderr and ends the process after an hour. A rank that is stopped altogether writes nothing: it is the one without a
+file. If all are stopped and go on, as when a scheduler suspends a job, nothing happens.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch._C._distributed_c10d as c10d
 _TICK = 1.0  # seconds between two looks at the clock
 _SUSPENDED = 5.0  # between two looks: the whole process stood still, which is no hang
 _LAST_RESORT = 3600.0
+_MOMENT = 20.0  # in which every rank that can still run finds out and writes, on a busy machine too
 FLIGHT_RECORDER_ENTRIES = "2000"
 """Collectives torch remembers (TORCH_FR_BUFFER_SIZE, where that is not set)."""
 
@@ -38,12 +39,13 @@ class Watchdog:
     Args:
         folder: gets the files; made when needed, and old ones there removed.
         rank: of this process.
+        ranks: how many there are.
         limit: seconds without a sign of life; may be changed at any time and holds from the next sign on.
         key: of the configuration, for the message.
     """
 
-    def __init__(self, folder: Path, rank: int, limit: float, key: str) -> None:
-        self.folder, self.rank, self.limit, self.key = folder, rank, limit, key
+    def __init__(self, folder: Path, rank: int, ranks: int, limit: float, key: str) -> None:
+        self.folder, self.rank, self.ranks, self.limit, self.key = folder, rank, ranks, limit, key
         self._allowed, self._deadline = limit, float("inf")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -81,14 +83,23 @@ class Watchdog:
                     self._deadline += now - last
                 elif now > self._deadline:
                     self._dump()
+                    self._wait_for_others()
                     os._exit(1)
                 last = now
                 faulthandler.dump_traceback_later(_LAST_RESORT, exit=True)  # unless this thread runs again
         finally:
             faulthandler.cancel_dump_traceback_later()
 
-    def _paths(self) -> tuple[Path, Path]:
-        return self.folder / f"rank-{self.rank}.txt", self.folder / f"rank-{self.rank}.json"
+    def _paths(self, rank: int | None = None) -> tuple[Path, Path]:
+        """The files of `rank`, of this one where none is given."""
+        rank = self.rank if rank is None else rank
+        return self.folder / f"rank-{rank}.txt", self.folder / f"rank-{rank}.json"
+
+    def _wait_for_others(self) -> None:
+        """Until every rank has written its files, or a moment: the end of this one breaks what the others wait in."""
+        deadline = time.monotonic() + _MOMENT
+        while time.monotonic() < deadline and not all(self._paths(rank)[1].exists() for rank in range(self.ranks)):
+            time.sleep(0.1)
 
     def _dump(self) -> None:
         try:
