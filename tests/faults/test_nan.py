@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ def test_one_bad_batch_is_skipped_and_the_loss_goes_on(shards: Path, tmp_path: P
     life = chain.live_without_launcher(fault(BAD), options=options)
     assert life.code == 0, life.text
     losses = chain.losses()
-    assert math.isnan(losses.pop(BAD))
+    assert losses.pop(BAD) is None, "JSON has no NaN"
     assert {step: losses[step] for step in range(1, BAD)} == {step: undisturbed[step] for step in range(1, BAD)}
     assert all(losses[step] == pytest.approx(undisturbed[step], abs=0.3) for step in range(BAD + 1, 26))
     assert [record["skipped_steps"] for record in chain.records()] == [0] * (BAD - 1) + [1] * (26 - BAD)
