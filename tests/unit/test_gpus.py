@@ -73,7 +73,7 @@ def test_make_train_and_local_sh_start_a_process_a_gpu_or_two(
     (tmp_path / "venv" / ".installed").touch()
     environment["VENV"] = str(tmp_path / "venv")
     called = [*command, f"VENV={tmp_path / 'venv'}"] if command[0] == "make" else command
-    done = subprocess.run(called, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(called, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     started = next(line for line in done.stdout.splitlines() if line.startswith("started: "))
     assert f"--nproc_per_node={expected} " in started.replace("nproc-per-node", "nproc_per_node")
 
