@@ -54,10 +54,14 @@ def check_initial(
     saved: dict[str, Any], current: dict[str, Any], allow_changed: list[str], where: str, tensors: str | None = None
 ) -> None:
     """The same for a new run that starts from the weights in `where`: what these compute and what their tokens mean."""
-    changed = {**_architecture(saved, current), **_vocabulary(saved, current)}
-    changed = {key: pair for key, pair in changed.items() if tensors or key not in allow_changed}
+    changed = {key: pair for key, pair in weights_changed(saved, current).items() if tensors or key not in allow_changed}
     ways = "use the [model] section and the tokenizer it was made with"
     _refuse(changed, allow_changed, tensors, f"{where} was made with another", ways)
+
+
+def weights_changed(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
+    """What makes the same weights compute something else, or the same tokens mean something else."""
+    return {**_architecture(saved, current), **_vocabulary(saved, current)}
 
 
 def _refuse(changed: Changes, allow_changed: list[str], tensors: str | None, opening: str, ways: str) -> None:
@@ -113,10 +117,10 @@ def rate_jump(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
         known = {key: value for key, value in sections.get("lr_scheduler", {}).items() if f"lr_scheduler.{key}" in all_keys()}
         try:
             factor = build_lr_scheduler(config.LRScheduler.model_validate(known), steps)(step)
-        except (ValidationError, UserError):  # a schedule of another version, or one that this run will refuse
+            for key in _RATES[str(saved_value(now, "optimizer.name"))]:
+                rates.setdefault(key, []).append(factor * float(saved_value(sections, key)))  # type: ignore[arg-type]
+        except (ValueError, TypeError, ArithmeticError):  # a schedule of another version, or one that this run will refuse
             return None
-        for key in _RATES[str(saved_value(now, "optimizer.name"))]:
-            rates.setdefault(key, []).append(factor * float(saved_value(sections, key)))  # type: ignore[arg-type]
     jumps = {key: (old, new) for key, (old, new) in rates.items() if not 0.5 * old <= new <= 1.1 * old}
     if not jumps or step >= current["steps"]:
         return None
@@ -143,7 +147,7 @@ def _changed(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
     values: Changes = {key: (saved_value(before, key), saved_value(now, key)) for key in keys}
     values["training.global_batch_size"] = saved["global_batch_size"], current["global_batch_size"]
     changed = {key: pair for key, pair in values.items() if pair[0] != pair[1]}
-    changed |= {**_architecture(saved, current), **_vocabulary(saved, current)}
+    changed |= weights_changed(saved, current)
     # A stream's fingerprint is of settings that are compared one by one already.
     data = {"state_tracking": "state_tracking.task", "hf": "data.hf_dataset"}.get(str(source), "data.path")
     said = source == "hf" and any(key.startswith("data.") for key in changed)

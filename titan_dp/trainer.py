@@ -24,7 +24,7 @@ from rich.console import Console
 
 from titan_dp import distributed
 from titan_dp.agreement import agree, code, settings_of, together
-from titan_dp.changed_settings import changed_since, describe_changes, rate_jump
+from titan_dp.changed_settings import changed_since, describe_changes, rate_jump, weights_changed
 from titan_dp.checkpointer import SAVE_TIMEOUT, Checkpointer, load_model_weights
 from titan_dp.config_loader import Loaded
 from titan_dp.data.batches import IGNORE, Batch
@@ -153,8 +153,10 @@ class Trainer:
             if jump := rate_jump(manifest, now):
                 self.console.print(f"WARNING: {jump}", style="bold yellow")
         elif c.initial_load_path:
-            load_model_weights(Path(c.initial_load_path), self.model, self._identity(), c.allow_changed)
+            manifest = load_model_weights(Path(c.initial_load_path), self.model, self._identity(), c.allow_changed)
             self.console.print(f"weights loaded from {c.initial_load_path}; optimizer, step and data start afresh")
+            if changes := weights_changed(manifest, self._identity()):
+                self.console.print(f"changed since it was saved, as allowed: {describe_changes(changes)}", style="bold yellow")
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors: enough to refuse a wrong resume and to rebuild the model."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.harness import run_ranks
 from titan_dp.checkpoint import read_manifest, resolve_checkpoint
+from titan_dp.errors import UserError
 
 
 def train(config: Path, *overrides: str) -> None:
@@ -109,3 +111,32 @@ def test_tokens_are_the_samples_consumed_after_a_change_of_batch_and_length(tiny
     with pytest.raises(AssertionError, match=r"UserError: training.steps = 10, but the run to resume has done 13 steps"):
         run_ranks(1, train, tiny_config, *longer[:4], "--training.steps", "10", *ALLOW)
     assert facts_of(tiny_config, "tiny") == facts
+
+
+# -- weights of another run --------------------------------------------------------------------------------------------
+
+
+def refused(config: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as refusal:
+        train(config, *overrides)
+    return str(refusal.value)
+
+
+def test_a_run_from_weights_that_computed_something_else_is_refused_or_says_so(tiny_config: Path, shards: Path) -> None:
+    """Another epsilon, and data of another tokenizer of the same name: neither has a tensor that would not fit."""
+    run_ranks(1, train, tiny_config, "--training.steps", "2", "--validation.enable=false")
+    start = ("--checkpoint.initial_load_path", str(tiny_config.parent / "outputs/tiny"))
+    start += ("--training.steps", "1", "--validation.enable=false", "--generate.enable=false")
+    eps = ("--model.norm_eps", "1e-3")
+    (said,) = run_ranks(1, refused, tiny_config, "--job.run_name", "a", *start, *eps)
+    assert "another model.norm_eps (was 1e-06, now 0.001)" in said
+    other = shutil.copytree(shards / "train", tiny_config.parent / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["tokenizer"]["hash"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    (said,) = run_ranks(1, refused, tiny_config, "--job.run_name", "b", *start, "--data.path", str(other))
+    assert "another data.tokenizer (was 'bytes " in said
+    assert "now 'bytes 000000000000...')" in said
+    allow = ("--checkpoint.allow_changed", '["model.norm_eps"]')
+    (said,) = run_ranks(1, said_by, tiny_config, "--job.run_name", "c", *start, *eps, *allow)
+    assert "changed since it was saved, as allowed: model.norm_eps (was 1e-06, now 0.001)" in said
