@@ -68,7 +68,7 @@ def settings_of(c: config.Config) -> tuple[dict[str, object], dict[str, object]]
 
 def code() -> dict[str, object]:
     """Versions of what computes, and a hash of every source file of this package and of the kernels."""
-    facts: dict[str, object] = {"python": platform.python_version(), "torch": torch.__version__}
+    facts: dict[str, object] = {"python": ".".join(platform.python_version_tuple()[:2]), "torch": torch.__version__}
     for name in ("triton", "numpy"):
         try:
             facts[name] = version(name)

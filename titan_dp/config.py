@@ -393,7 +393,7 @@ class Metrics(Section):
     enable_tensorboard: bool = True
     """Write TensorBoard event files to `tb/` in the run folder."""
     enable_wandb: bool = False
-    """Log to Weights & Biases as well (needs the wandb package)."""
+    """Log to Weights & Biases as well (needs the wandb package); the run's id there is kept in the run folder, as wandb_id."""
     wandb_project: str = "titan_dp"
     """Project of the W&B run."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None

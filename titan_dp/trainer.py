@@ -275,7 +275,7 @@ class Trainer:
                 raise self._farewell(self.stop_for)
             distributed.set_timeout(c.comm.init_timeout_seconds)  # the other ranks wait while rank 0 writes a sample
             self._show_result(metrics)
-            self._write_run("finished")
+            together(lambda: self._write_run("finished"))
         finally:
             gc.enable()
             self.checkpointer.close()

@@ -304,6 +304,36 @@ def test_an_evaluation_is_of_the_checkpoint_that_rank_0_takes_and_done_when_rank
     assert str(ends[0][1]).startswith("ranks disagree on checkpoint of what is evaluated")
 
 
+def train_where_rank_0_fails(config: Path, when: str) -> tuple[str, str]:
+    """Three steps; rank 0 alone opens the log, and writes run.json, and fails at one of them."""
+    from titan_dp import trainer
+    from titan_dp.distributed import current_world
+
+    def full(folder: Path, facts: dict[str, Any]) -> None:
+        if facts["state"] == "finished":
+            raise OSError(28, "No space left on device")
+        write_run(folder, facts)
+
+    settings = ["--job.run_name", when, "--training.steps", "3", "--validation.enable=false", "--generate.enable=false"]
+    settings += ["--metrics.enable_wandb"] if when == "opening the log" else []
+    write_run, trainer.write_run = trainer.write_run, full
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "wandb", None)  # not installed
+            trainer.Trainer(load_config(["--config", str(config), *settings]), current_world()).train()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    finally:
+        trainer.write_run = write_run
+    return "finished", ""
+
+
+@pytest.mark.parametrize(("when", "kind"), [("opening the log", "UserError"), ("writing the end", "OSError")])
+def test_what_rank_0_alone_writes_fails_on_all_ranks(tiny_config: Path, when: str, kind: str) -> None:
+    ends = run_ranks(2, train_where_rank_0_fails, tiny_config, when)
+    assert [end[0] for end in ends] == [kind] * 2, ends
+
+
 @pytest.mark.parametrize("key", ["optimizer.lr", "optimizer.rate"], ids=["another value", "no such key"])
 def test_two_nodes_with_other_commands_both_leave_with_2(tiny_config: Path, root: Path, key: str) -> None:
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
