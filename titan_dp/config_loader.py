@@ -26,6 +26,7 @@ from titan_dp.config import Config, Section
 from titan_dp.config_docs import Key, all_keys, help_text, sections, to_toml
 from titan_dp.config_hints import explain_unknown
 from titan_dp.config_warnings import ineffective_settings
+from titan_dp.data.unicode import as_unicode
 from titan_dp.errors import UserError
 from titan_dp.files import shorten, shown
 
@@ -190,7 +191,10 @@ def _is_known(setting: Setting) -> bool:
 def parse_command_line(argv: list[str], problems: Problems) -> CommandLine:
     """Take the arguments apart: `--key VALUE`, `--key=VALUE`, and `--flag` alone for true."""
     line = CommandLine()
-    rest = list(argv)
+    rest = [argument for argument in argv if argument.isascii() or as_unicode(argument) == argument]
+    if len(rest) < len(argv):
+        broken = next(argument for argument in argv if argument not in rest)
+        problems.add_unread(f"command line: {shown(broken)} is not UTF-8; a setting is written down, so write it in UTF-8")
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):

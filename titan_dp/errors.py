@@ -53,6 +53,9 @@ def run_main(command: Callable[[], int]) -> int:
     if path := os.environ.get(STOPPED_FILE):  # of an earlier life of this rank
         with suppress(OSError):
             os.unlink(path)
+    for stream in (sys.stdout, sys.stderr):  # whatever a name or a text holds, printing it is no reason to fail
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             return command()

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from titan_dp.data.unicode import Replaced
 from titan_dp.errors import UserError
 from titan_dp.files import to_json
 
@@ -90,6 +91,9 @@ def run(args: argparse.Namespace) -> int:
     from titan_dp.sampling import encode_prompt
 
     texts = read_prompts(args)
+    replaced = Replaced("stop strings")
+    args.stop = [replaced(text) for text in args.stop]
+    replaced.say()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_pretrained(args.checkpoint, device, dtype=getattr(torch, args.dtype), tokenizer=args.tokenizer)
     tokenizer = loaded.tokenizer
@@ -99,13 +103,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of the command line and of the file, in this order. Raises UserError for a file without any."""
+    """The prompts of the command line and of the file, in this order, as Unicode; says on stderr what was none.
+
+    Raises UserError for a file without any.
+    """
+    replaced = Replaced("prompts")
+    prompts = [replaced(text) for text in _read_prompts(args)]
+    replaced.say()
+    return prompts
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
     texts: list[str] = list(args.prompt or [])
     name = args.prompt_file
     if name is None:
         return texts or ["The "]
     try:
-        content = sys.stdin.read() if name == "-" else Path(name).read_text()
+        content = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8", "surrogatepass")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"--prompt-file {name!r} cannot be read: {reason}") from error

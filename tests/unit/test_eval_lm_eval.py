@@ -66,6 +66,13 @@ def make(checkpoint: Path, **settings: Any) -> TitanDPLM:
     return TitanDPLM(load_pretrained(checkpoint, CPU), Answers(session, None), **settings)
 
 
+def test_lone_surrogates_are_replaced_and_counted(checkpoint: Path) -> None:
+    lm = make(checkpoint)
+    assert lm.tok_encode("a \ud800") == lm.tok_encode("a \ufffd")
+    assert lm.replaced.characters == 1
+    assert lm.generation({"until": ["\ud800"], "max_gen_toks": 4})[0] == ["\ufffd"]
+
+
 def requests(*arguments: Any) -> list[Any]:
     return [SimpleNamespace(args=each if isinstance(each, tuple) else (each,)) for each in arguments]
 

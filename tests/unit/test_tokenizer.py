@@ -61,6 +61,12 @@ def test_a_hugging_face_folder_is_a_tokenizer_with_the_special_tokens_it_declare
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, None, 4)
 
 
+def test_a_lone_surrogate_is_read_as_the_replacement_character(rank_file: Path, hugging_face_folder: Path) -> None:
+    for name in ("bytes", str(rank_file), str(hugging_face_folder)):
+        tokenizer = load_tokenizer(name)
+        assert tokenizer.encode("fox \ud800") == tokenizer.encode("fox \ufffd")
+
+
 def test_the_hash_names_the_vocabulary(rank_file: Path) -> None:
     before = load_tokenizer(str(rank_file)).hash
     assert load_tokenizer(str(rank_file)).hash == before

@@ -20,8 +20,9 @@ from torch.utils.data import IterableDataset
 
 from titan_dp import config
 from titan_dp.data.batches import IGNORE, Batch, Place, pack_boundaries, stateful_loader
-from titan_dp.data.sources import load_hugging_face
+from titan_dp.data.sources import load_hugging_face, rows_of
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
+from titan_dp.data.unicode import Replaced
 from titan_dp.errors import UserError
 
 State = dict[str, int]
@@ -90,6 +91,7 @@ class _Stream(IterableDataset[tuple[Batch, State]]):
 
     def __init__(self, data: config.Data, place: Place, state: State) -> None:
         self.data, self.place, self.state = data, place, state
+        self.replaced = Replaced("documents streamed so far")
 
     def __iter__(self) -> Iterator[tuple[Batch, State]]:
         place = self.place
@@ -155,13 +157,21 @@ class _Stream(IterableDataset[tuple[Batch, State]]):
             else:
                 rows = iter(stream.skip(skip))
             empty = True
-            for index, row in enumerate(rows, skip):
+            for index, row in enumerate(rows_of(rows, d.hf_dataset), skip):
                 empty = False
-                if ids := before + tokenizer.encode(row[d.hf_column]) + after:
+                said = self.replaced.texts
+                text = self.replaced(row[d.hf_column], f"row {index} of {d.hf_dataset}")
+                if self.place.rank == 0 and self.replaced.texts > said and _is_power_of_ten(self.replaced.texts):
+                    self.replaced.say()
+                if ids := before + tokenizer.encode(text) + after:
                     yield epoch, index, ids
             if empty and not skip:
                 raise UserError(f"data.hf_dataset {d.hf_dataset!r} holds no documents in split {d.hf_split!r}")
             epoch, skip = epoch + 1, 0
+
+
+def _is_power_of_ten(n: int) -> bool:
+    return str(n).strip("0") == "1"
 
 
 def _shuffle(rows: Iterator[Any], size: int, seed: str) -> Iterator[Any]:

@@ -27,6 +27,7 @@ import numpy as np
 from titan_dp.data import sources
 from titan_dp.data.shards import MANIFEST, PROGRESS, SPLITS, Shard, ShardWriter, Split, TokenShards, listed_shards, shard_name
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
+from titan_dp.data.unicode import Replaced
 from titan_dp.errors import UserError
 from titan_dp.files import write_json
 from titan_dp.json_files import JsonObject, Natural, parse_json
@@ -228,10 +229,11 @@ def _write(
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     writers = {split: ShardWriter(args.out / split, dtype, args.shard_tokens, progress.shards[split]) for split in SPLITS}
     progress.save()
+    replaced = Replaced("documents")
     texts = (
-        sources.hugging_face_documents(args.hf_dataset, args.hf_name, args.hf_split, args.column, args.streaming)
+        sources.hugging_face_documents(args.hf_dataset, args.hf_name, args.hf_split, args.column, args.streaming, replaced)
         if args.hf_dataset
-        else sources.documents(files, args.column)
+        else sources.documents(files, args.column, replaced)
     )
     skip = min(progress.done.values())
     total = sum(path.stat().st_size for path in files if path.suffix not in (".gz", ".zst", ".parquet"))
@@ -254,6 +256,7 @@ def _write(
                     progress.save()
             bar.update(task, count=f"{index:,} documents")
         bar.update(task, total=1, completed=1)
+    replaced.say()
     if index == 0:
         raise UserError("the input holds no documents")
     for split, writer in writers.items():

@@ -9,10 +9,11 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from titan_dp.data.unicode import Replaced
 from titan_dp.errors import UserError
 
 _JSON = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -41,22 +42,37 @@ def find_files(inputs: list[str]) -> list[Path]:
     return files
 
 
-def documents(files: list[Path], column: str) -> Iterator[str]:
-    """The texts of all files; raises UserError naming file and line for what cannot be read."""
+def documents(files: list[Path], column: str, replaced: Replaced) -> Iterator[str]:
+    """The texts of all files as Unicode, what is none `replaced`; raises UserError naming file and line for what cannot be
+    read.
+    """
     for path in files:
         match _kind(path):
             case "text":
-                yield _decode(path.read_bytes(), str(path))
+                yield replaced(_decode(path.read_bytes(), str(path)), str(path))
             case "json":
-                yield from _json_lines(path, column)
+                for number, text in _json_lines(path, column):
+                    yield replaced(text, f"{path}:{number}")
             case "parquet":
-                yield from _parquet(path, column)
+                for number, text in enumerate(_parquet(path, column)):
+                    yield replaced(text, f"row {number} of {path}")
 
 
-def hugging_face_documents(name: str, config: str, split: str, column: str, streaming: bool) -> Iterator[str]:
-    """The texts of a dataset on the Hub or in a local folder."""
-    for row in load_hugging_face(name, config, split, column, streaming):
-        yield row[column]
+def hugging_face_documents(
+    name: str, config: str, split: str, column: str, streaming: bool, replaced: Replaced
+) -> Iterator[str]:
+    """The texts of a dataset on the Hub or in a local folder as Unicode, what is none `replaced`."""
+    rows = load_hugging_face(name, config, split, column, streaming)
+    for number, row in enumerate(rows_of(rows, name)):
+        yield replaced(row[column], f"row {number} of {name}")
+
+
+def rows_of(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    """The rows of dataset `name`. Raises UserError where one is not UTF-8."""
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise UserError(f"Hugging Face dataset {name!r} holds bytes that are not UTF-8 ({error}); convert it") from error
 
 
 def load_hugging_face(name: str, config: str, split: str, column: str, streaming: bool):  # type: ignore[no-untyped-def]
@@ -89,12 +105,13 @@ def _kind(path: Path) -> str | None:
 
 def _decode(raw: bytes, where: str) -> str:
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8", "surrogatepass")  # some programs write surrogates as if they were characters
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 (byte {error.start}); convert it with iconv") from error
 
 
-def _json_lines(path: Path, column: str) -> Iterator[str]:
+def _json_lines(path: Path, column: str) -> Iterator[tuple[int, str]]:
+    """(line, text) of every line."""
     with _open(path) as file:
         lines = enumerate(file, 1)
         while True:
@@ -115,7 +132,7 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
                 raise UserError(
                     f"{path}:{number} has no text under {column!r} (it has {keys}); name the right one with --column"
                 )
-            yield record[column]
+            yield number, record[column]
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -141,8 +158,16 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         raise UserError(f"{path} is no parquet file: {str(error)[:120]}") from error
     if column not in file.schema_arrow.names:
         raise UserError(f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
+    number = 0
     for batch in file.iter_batches(batch_size=256, columns=[column]):
-        for number, text in enumerate(batch.column(0).to_pylist()):
+        texts: list[Any]
+        try:
+            texts = batch.column(0).to_pylist()
+        except UnicodeDecodeError:  # parquet does not check what calls itself a string
+            texts = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+            texts = [_decode(raw, f"row {row} of {path}") if raw is not None else None for row, raw in enumerate(texts, number)]
+        for text in texts:
             if not isinstance(text, str):
-                raise UserError(f"{path}: row {number} of a batch holds {type(text).__name__} under {column!r}, not text")
+                raise UserError(f"row {number} of {path} holds {type(text).__name__} under {column!r}, not text")
+            number += 1
             yield text

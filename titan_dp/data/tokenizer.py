@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from titan_dp.data.unicode import as_unicode
 from titan_dp.errors import UserError
 from titan_dp.files import shorten
 
@@ -43,7 +44,7 @@ class Tokenizer:
     special_tokens: dict[str, int]
     """All tokens that no text encodes to, bos and eos among them."""
     encode_batch: Callable[[list[str]], list[list[int]]]
-    """Ids of each text, without bos or eos."""
+    """Ids of each text, without bos or eos; a lone surrogate is read as U+FFFD."""
     decode: Callable[[list[int]], str]
     """Text of ids; bytes that are no UTF-8 become U+FFFD."""
 
@@ -89,7 +90,7 @@ def _from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
         bos_id=special.get("<|bos|>"),
         eos_id=special.get("<|eos|>", special.get("<|endoftext|>")),
         special_tokens=dict(special),
-        encode_batch=lambda texts: [encoding.encode_ordinary(text) for text in texts],
+        encode_batch=lambda texts: [encoding.encode_ordinary(as_unicode(text)) for text in texts],
         decode=encoding.decode,
     )
 
@@ -176,6 +177,7 @@ def _from_hugging_face(name: str) -> Tokenizer:
         return None if token is None else vocabulary.get(token)
 
     def encode_batch(texts: list[str]) -> list[list[int]]:
+        texts = [as_unicode(text) for text in texts]
         return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
 
     return Tokenizer(

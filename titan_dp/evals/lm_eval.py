@@ -222,6 +222,7 @@ def _measure(s: Session, lm: TitanDPLM, names: list[str], manager: Any, report: 
         )
     if not s.world.is_main:
         return {}
+    lm.replaced.say()
     assert raw is not None
     results = collect(raw, lm.truncated, PRESETS.get(args.preset))
     if args.log_samples:
@@ -243,6 +244,7 @@ def _check(task: Any, lm: TitanDPLM) -> None:
 def _write_samples(samples: dict[str, list[dict[str, Any]]], report: Report) -> str:
     from lm_eval.utils import handle_non_serializable
 
+    from titan_dp.data.unicode import as_unicode
     from titan_dp.files import write_atomically
 
     path = report.path.with_name(f"{report.path.stem}-samples.jsonl")
@@ -252,5 +254,5 @@ def _write_samples(samples: dict[str, list[dict[str, Any]]], report: Report) -> 
         for sample in of_task
     ]
     report.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+    write_atomically(path, lambda file: file.write(as_unicode("".join(f"{line}\n" for line in lines)).encode()))
     return path.name

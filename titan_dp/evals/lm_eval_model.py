@@ -35,6 +35,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from rich.console import Console
 
 from titan_dp.data.tokenizer import Tokenizer, hugging_face_folder, tiktoken_encoding
+from titan_dp.data.unicode import Replaced, as_unicode
 from titan_dp.distributed import World, world_size_from_env
 from titan_dp.errors import UserError, run_main
 from titan_dp.evals.answers import Answers
@@ -107,6 +108,7 @@ class TitanDPLM(TemplateLM):
             raise UserError(f"tokenizer {self.text.name!r} has no BOS to add; leave it out with --no-add-bos")
         self.truncated: Counter[str] = Counter()
         """Requests that lost the beginning of their context, by kind."""
+        self.replaced = Replaced("texts of the tasks")
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> TitanDPLM:
@@ -171,7 +173,7 @@ class TitanDPLM(TemplateLM):
         return [token for token in ids if token is not None]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        ids = self.text.encode(string)
+        ids = self.text.encode(self.replaced(string))
         wanted = self.add_bos if add_special_tokens is None else add_special_tokens
         return [self.text.bos_id, *ids] if wanted and self.text.bos_id is not None else ids
 
@@ -233,7 +235,7 @@ class TitanDPLM(TemplateLM):
             )
         temperature = float(kwargs.get("temperature", 1.0)) if kwargs["do_sample"] else 0.0
         sampling = Sampling(temperature, int(kwargs.get("top_k") or 0), float(kwargs.get("top_p") or 1.0))
-        return [s for s in kwargs["until"] if s], self.max_length - max_new_tokens, max_new_tokens, sampling
+        return [as_unicode(s) for s in kwargs["until"] if s], self.max_length - max_new_tokens, max_new_tokens, sampling
 
     def _cut(self, context: list[int], continuation: list[int], kind: str) -> Scored:
         """The last `max_length` inputs; more where the continuation is longer, which is never cut."""

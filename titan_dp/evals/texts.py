@@ -123,6 +123,7 @@ def _from_text(args: argparse.Namespace, tokenizer: Tokenizer, bos: int | None, 
     import numpy as np
 
     from titan_dp.data import sources
+    from titan_dp.data.unicode import Replaced
     from titan_dp.files import file_sha256
 
     prefix = [] if bos is None else [bos]
@@ -136,9 +137,17 @@ def _from_text(args: argparse.Namespace, tokenizer: Tokenizer, bos: int | None, 
         texts = partial(sources.documents, files, args.column)
         identity = {"files": [{"file": str(path), "sha256": file_sha256(path)} for path in files], "column": args.column}
 
+    said: list[str] = []
+
     def read() -> Iterator[Document]:
-        for text in itertools.islice(texts(), limit):
-            yield Document(np.array(prefix + tokenizer.encode(text), dtype=np.int64), len(text.encode()))
+        replaced = Replaced("documents")
+        try:
+            for text in itertools.islice(texts(replaced), limit):
+                yield Document(np.array(prefix + tokenizer.encode(text), dtype=np.int64), len(text.encode()))
+        finally:
+            if not said:  # some evaluations read the texts more than once
+                replaced.say()
+            said.extend([replaced.first][: replaced.texts])
 
     identity |= {"tokenizer": tokenizer.hash, "bos": bos is not None, "eos": False, "max_documents": limit}
     return Texts(identity, bos, None, None, read)
