@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from titan_dp.config import parse_count
 
@@ -21,6 +21,32 @@ def add_kinds(parser: argparse.ArgumentParser, kinds: dict[str, tuple[str, str]]
         subparser = subparsers.add_parser(name, help=summary, description=description, allow_abbrev=False)
         module.add_arguments(subparser)
         subparser.set_defaults(run_kind=module.run)
+
+
+def add_settings(parser: argparse.ArgumentParser, description: str, keys: Iterable[str]) -> None:
+    """`--section.key VALUE` as for train.py, for each of `keys`: they become `args.settings`, see `Settings`."""
+    group = parser.add_argument_group("--section.key VALUE", description)
+    for key in keys:
+        add_setting(group, f"--{key}", key=key, help=argparse.SUPPRESS)
+
+
+def add_setting(group: argparse._ActionsContainer, *names: str, key: str, help: str, value: str | None = None) -> None:
+    """Option `names`, which stands for `--key VALUE`, or with `value` for `--key value`."""
+    group.set_defaults(settings=Settings())
+    group.add_argument(*names, action=_Set, dest=key, const=value, nargs="?" if value is None else 0, metavar="X", help=help)
+
+
+class Settings(dict[str, str | None]):
+    """The settings of a command line by dotted key: values as text, or None for a flag alone, which train.py takes as true."""
+
+    def argv(self) -> list[str]:
+        """The same as arguments of train.py."""
+        return [f"--{key}" if value is None else f"--{key}={value}" for key, value in self.items()]
+
+
+class _Set(argparse.Action):
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option_string: object = None) -> None:
+        namespace.settings = Settings(namespace.settings | {self.dest: self.const if self.nargs == 0 else values})
 
 
 def count(text: str) -> int:

@@ -7,10 +7,11 @@ such modules import torch late, so that every --help answers at once. A new comm
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from importlib import import_module
 
-from titan_dp.errors import run_main
+from titan_dp.errors import UserError, run_main
 
 # name: (module, what it does)
 COMMANDS = {
@@ -43,7 +44,13 @@ def dispatch(argv: list[str]) -> int:
             module = import_module(module_name)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "settings") and (unknown := re.match(r"--(\w+\.[\w.]+)", rest[0])):
+        from titan_dp.config_hints import explain_unknown
+
+        raise UserError(f"command line: unknown key {unknown[1]}; {explain_unknown(unknown[1])}")
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args.run(args)
 
 

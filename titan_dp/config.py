@@ -44,6 +44,8 @@ def refuse(problems: list[str]) -> None:
 Count = Annotated[int, BeforeValidator(parse_count), WithJsonSchema({"title": 'count such as 500_000 or "19B"'})]
 Positive = Annotated[int, Field(gt=0)]
 PositiveOrAll = Literal[-1] | Positive
+Name = Annotated[str, Field(min_length=1)]
+Paths = Name | Annotated[list[Name], Field(min_length=1)]
 # Of a folder inside another one: a name, or several between slashes.
 FolderName = Annotated[
     str,
@@ -181,7 +183,7 @@ class Data(Section):
     source: Literal["shards", "hf", "state_tracking"] = "shards"
     """Where training tokens come from: memory-mapped token shards, a Hugging Face dataset tokenised while training, or the
     problem of `[state_tracking]`, made while training."""
-    path: str | list[str] = "data/corpus/train"
+    path: Paths = "data/corpus/train"
     """source = shards: folder, or list of folders of a mixture, written by `titan-dp prepare`."""
     weights: list[Annotated[float, Field(gt=0)]] | None = None
     """Relative weight of each folder of `path`; default: in proportion to its tokens."""
@@ -373,7 +375,7 @@ class Checkpoint(Section):
 class Validation(Section):
     enable: bool = True
     """Measure the loss on held-out tokens."""
-    path: str | list[str] = "data/corpus/validation"
+    path: Paths = "data/corpus/validation"
     """Folder or folders of held-out token shards."""
     freq: Positive = 500
     """Steps between validations; one is always run at the end."""

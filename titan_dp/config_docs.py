@@ -96,11 +96,12 @@ def describe(schema: dict[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
         return " or ".join(to_json(value) for value in schema.get("enum", [schema.get("const")]))
     if schema.get("type") == "array":
-        kind, _, bounds = describe(schema["items"]).partition(" ")
-        return f"list of {kind}s {bounds}".strip()
+        kind, _, bounds = describe(schema["items"]).removeprefix("non-empty ").partition(" ")
+        return f"{'non-empty ' if schema.get('minItems') else ''}list of {kind}s {bounds}".strip()
     if schema.get("type") == "boolean":
         return "true or false"
     kind = schema.get("type") or schema["title"]  # a type with a spelling of its own, such as Count, has only a title
+    kind = f"non-empty {kind}" if schema.get("minLength") else kind
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
     return kind + " and".join(f" {sign} {schema[bound]:g}" for bound, sign in signs.items() if bound in schema)
 

@@ -232,7 +232,9 @@ def command_line_value(key: Key | None, text: str) -> object:
     if parsed.keys() != {"value"}:  # a newline, and more settings behind it
         return text
     value = parsed["value"]
-    return text if key is not None and not key.accepts(value) and key.accepts(text) else value
+    if key is None or key.accepts(value) or (isinstance(value, list) and "list of" in key.expected):
+        return value  # a list for a key of lists is never meant as a name, even where it is the wrong one
+    return text if key.accepts(text) else value
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -347,3 +347,15 @@ def test_an_inline_table_and_a_subsection_mean_the_same(folder: Folder) -> None:
 def test_a_bad_checkpoint_configuration_names_itself() -> None:
     with pytest.raises(UserError, match=r"^step-7:2: unknown key model\.colour"):
         config_from_toml("[model]\ncolour = 1\n" + MINIMAL, name="step-7")
+
+
+@pytest.mark.parametrize("key", ["data.path", "validation.path"])
+@pytest.mark.parametrize("value", ["[]", "", '[""]', '["a", ""]', "[1]"])
+def test_a_list_of_folders_names_one_at_least(key: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"command line: {key} = .*: expected non-empty string or non-empty list of strings"):
+        load_config(["--config", "debug.toml", f"--{key}={value}"])
+
+
+def test_lists_that_may_be_empty_are_taken_empty() -> None:
+    c = load_config(["--config", "debug.toml", "--model.attention_layers=[]", "--checkpoint.allow_changed=[]"]).config
+    assert (c.model.attention_layers, c.checkpoint.allow_changed) == ([], [])

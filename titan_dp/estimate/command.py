@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from titan_dp.arguments import above_zero, fraction, positive
+from titan_dp.arguments import above_zero, add_settings, fraction, positive
 from titan_dp.config_docs import all_keys
 from titan_dp.config_loader import load_config
 from titan_dp.console import print_table
@@ -39,15 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--link-efficiency", type=fraction, default=0.8, help="of the links', an assumption (default: 0.8)")
     parser.add_argument("--json", action="store_true", help="all numbers in bytes, seconds and FLOPs")
-    group = parser.add_argument_group("--section.key VALUE", "settings as for train.py (--activation_checkpoint.mode full)")
-    for name in all_keys():
-        group.add_argument(f"--{name}", metavar="VALUE", nargs="?", const="true", help=argparse.SUPPRESS)
+    add_settings(parser, "settings as for train.py (--activation_checkpoint.mode full)", all_keys())
 
 
 def run(args: argparse.Namespace) -> int:
-    given = {name: getattr(args, name) for name in all_keys()}
-    settings = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    loaded = load_config(["--config", args.config, *settings])
+    loaded = load_config(["--config", args.config, *args.settings.argv()])
     gpu = None if args.gpu.lower() == "cpu" else find_gpu(args.gpu)
     network = find_network(args.network)
     memory = None if args.gpu_memory is None else int(args.gpu_memory * _GIB)

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from titan_dp import config
-from titan_dp.arguments import count, grid, householder_list, percent
+from titan_dp.arguments import Settings, add_settings, count, grid, householder_list, percent
 from titan_dp.config_docs import sections, to_toml
 from titan_dp.config_loader import config_folder, load_config
 from titan_dp.console import print_table
@@ -48,12 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="config with the proportions and all that is no shape; its depth is kept (default: the paper's, of any depth)",
     )
-    group = parser.add_argument_group(
-        "--model.KEY VALUE",
-        "settings of the model as for train.py (--model.head_dim 64, --model.vocab_size 50304); a shape given this way is kept",
-    )
-    for key in sections()["model"]:
-        group.add_argument(f"--{key.dotted}", metavar="VALUE", nargs="?", const="true", help=argparse.SUPPRESS)
+    about = "settings of the model as for train.py (--model.vocab_size 50304); a shape given so (--model.head_dim 64) is kept"
+    add_settings(parser, about, [key.dotted for key in sections()["model"]])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.preset:
         others = {"--by": args.by != "heads", "--multiple": args.multiple != 64, "--config": args.config is not None}
         others |= {"--num-householder": args.num_householder != [1, 2, 3], "--tolerance": args.tolerance is not None}
-        others |= dict.fromkeys((f"--{key}" for key in _model_settings(args)), True)
+        others |= dict.fromkeys((f"--{key}" for key in args.settings), True)
         if given := [option for option, is_given in others.items() if is_given]:
             raise UserError(f"--preset paper shows the models as they are, so {given[0]} has no effect; remove it")
         loaded = [load_config(["--config", name + "_gated" * gate]) for name in PAPER for gate in gates]
@@ -80,10 +76,10 @@ def run(args: argparse.Namespace) -> int:
 
 def solve(args: argparse.Namespace, gates: list[bool]) -> tuple[list[config.Model], int]:
     """The matched models of the command line and the sequence length their FLOPs are counted at. Raises UserError."""
-    given = _model_settings(args)
+    given: Settings = args.settings
     name = args.config or str(config_folder() / "base" / "paper.toml")
     first = {"model.num_householder": str(args.num_householder[0]), "training.steps": "1"}  # a length is of no concern here
-    overrides = [part for key, value in (given | first).items() for part in (f"--{key}", value)]
+    overrides = Settings(given | first).argv()
     # Proportions are those of the config; what is given beside it is kept, or concerns no shape.
     loaded = load_config(["--config", name, *overrides]).config
     if clash := given.keys() & {"model.num_householder", "model.use_forget_gate"}:
@@ -119,11 +115,6 @@ def _at_some_depth(solved: Callable[[Variant], list[config.Model]], base: Varian
                 first = first or error
     assert first is not None
     raise first
-
-
-def _model_settings(args: argparse.Namespace) -> dict[str, str]:
-    """The settings --model.KEY VALUE that were given."""
-    return {key.dotted: value for key in sections()["model"] if (value := getattr(args, key.dotted)) is not None}
 
 
 def _print_table(models: Sequence[config.Model], targets: Sequence[int], quantity: str, seq_len: int) -> None:

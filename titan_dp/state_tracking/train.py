@@ -15,15 +15,15 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan_dp.arguments import count, positive
+from titan_dp.arguments import add_setting, add_settings, count, positive
 from titan_dp.config_docs import all_keys
 from titan_dp.config_loader import (
     Loaded,
     Problems,
     Setting,
     build_config,
-    command_line_value,
     config_folder,
+    parse_command_line,
     read_files,
     resolve_config_path,
 )
@@ -85,9 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", default="small", help="TOML file, or a name in train_configs/state_tracking (default: small)"
     )
     for flag, (key, what) in FLAGS.items():
-        parser.add_argument(flag, *(("--group",) if flag == "--task" else ()), dest=key, metavar="X", help=what)
+        add_setting(parser, flag, *(("--group",) if flag == "--task" else ()), key=key, help=what)
     for flag, (key, what) in SWITCHES.items():
-        parser.add_argument(flag, dest=key, action="store_const", const="true", help=what)
+        add_setting(parser, flag, key=key, help=what, value="true")
     parser.add_argument("--range", choices=["[0,1]", "[-1,1]"], help="of the eigenvalues of each factor (default: [-1,1])")
     parser.add_argument("--length", type=positive, help="symbols of the longest training words (default: 128)")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help=f"compare these at equal parameters: {KNOWN}")
@@ -96,8 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder of the run folders (default: outputs/state_tracking/TASK)")
     parser.add_argument("--at-once", type=positive, default=1, metavar="K", help="runs at the same time (default: 1)")
     parser.add_argument("--launch", choices=["local", "print"], default="local", help="run here, or print the commands")
-    for key in all_keys():
-        parser.add_argument(f"--{key}", dest=key, help=argparse.SUPPRESS)
+    add_settings(parser, "any other setting, as for train.py (--model.use_short_conv)", all_keys())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -132,14 +131,14 @@ def run(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> list[Cell]:
     """The runs asked for, models by seeds. Raises UserError for whatever the trainer would refuse."""
-    chosen = [f"--{key}" for key in MODEL_KEYS if getattr(args, key) is not None] + (["--range"] if args.range else [])
+    chosen = [f"--{key}" for key in MODEL_KEYS if key in args.settings] + (["--range"] if args.range else [])
     if args.models and chosen:
         flag = next((name for name, (key, _) in {**FLAGS, **SWITCHES}.items() if f"--{key}" == chosen[0]), chosen[0])
         raise UserError(f"{flag} and --models both choose a model; name all in --models, such as deltaproduct_2[0,1]")
     for key in ("debug.seed", "data.seed", "job.run_name", "job.dump_folder", "job.description"):
-        if getattr(args, key) is not None:
+        if key in args.settings:
             raise UserError(f"--{key}: a study numbers its seeds and names its runs itself; use --seeds and --out")
-    if args.length is not None and getattr(args, "training.seq_len") is not None:
+    if args.length is not None and "training.seq_len" in args.settings:
         raise UserError("--length and --training.seq_len both set the length of a row; give one of them")
     base = _settings(args)
     models = [_checked(base, model_settings(name)) for name in args.models] if args.models else [_checked(base, {})]
@@ -175,9 +174,7 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         names = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
         raise UserError(f"--config {args.config!r}: there is no such file; {folder} holds {names}")
     settings = read_files(path, problems)
-    given = {key: value for key, value in vars(args).items() if key in all_keys() and value is not None}
-    for key, text in given.items():
-        settings.append(Setting(key, command_line_value(all_keys()[key], text), "command line"))
+    settings += parse_command_line(args.settings.argv(), problems).settings
     if args.range is not None:
         settings.append(Setting("model.allow_neg_eigval", args.range == "[-1,1]", "command line"))
     config = build_config(list(settings), problems)[0]
@@ -188,7 +185,7 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
     problem = build_problem(config.state_tracking)
     if args.length is not None:
         settings.append(Setting("training.seq_len", 1 + args.length * problem.tokens_per_element, "command line"))
-    if getattr(args, "model.vocab_size") is None:
+    if "model.vocab_size" not in args.settings:
         settings.append(Setting("model.vocab_size", problem.vocab_size, "the task"))
     return settings
 
