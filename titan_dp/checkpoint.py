@@ -22,12 +22,12 @@ import os
 import re
 import shlex
 import sys
-import tomllib
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import tomli
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -316,7 +316,7 @@ def _is_healthy(checkpoint: Path) -> bool:
 def saved_sections(config: str) -> dict[str, Any]:
     """The resolved TOML of a manifest, by section. Raises DamagedError where it is none."""
     try:
-        sections = tomllib.loads(config)
+        sections = tomli.loads(config)
     except (ValueError, RecursionError):
         sections = {}
     if "model" not in sections or not all(isinstance(section, dict) for section in sections.values()):

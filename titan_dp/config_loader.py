@@ -13,13 +13,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import tomli
 from pydantic import ValidationError
 
 from titan_dp.config import Config, Section
@@ -226,7 +226,7 @@ def parse_command_line(argv: list[str], problems: Problems) -> CommandLine:
 def command_line_value(key: Key | None, text: str) -> object:
     """`text` read as a TOML value where that fits the key, else as a plain string: a run_name may be 123."""
     try:
-        parsed = tomllib.loads(f"value = {text}")
+        parsed = tomli.loads(f"value = {text}")
     except (ValueError, RecursionError):  # no TOML, or an integer of thousands of digits, or lists as deep
         return text
     if parsed.keys() != {"value"}:  # a newline, and more settings behind it
@@ -293,7 +293,7 @@ def read_files(path: Path, problems: Problems, seen: tuple[Path, ...] = ()) -> l
 def read_text(text: str, name: str, problems: Problems) -> Iterator[Setting]:
     """The settings of TOML text in its order, each with its line; a syntax error becomes a problem."""
     try:
-        tomllib.loads(text)
+        tomli.loads(text)
     except RecursionError:
         problems.add_unread(f"{name}: not valid TOML for this program: values are nested too deeply")
         return
@@ -302,15 +302,15 @@ def read_text(text: str, name: str, problems: Problems) -> Iterator[Setting]:
         where = f"{name}:{at[1]}" if at else f"{name}:{text.count(chr(10)) + 1}"
         problems.add_unread(f"{where}: not valid TOML: {message.replace(at[0], f' (column {at[2]})') if at else message}")
         return
-    # tomllib keeps no line numbers. Valid TOML falls into statements (a header, or a key with its value) that parse on
+    # tomli keeps no line numbers. Valid TOML falls into statements (a header, or a key with its value) that parse on
     # their own; a statement ends with the first line at which what was gathered parses.
     header: list[str] = []
     start, chunk = 1, ""
     for number, line in enumerate(text.split("\n"), 1):
         chunk += line + "\n"
         try:
-            parsed = tomllib.loads(chunk)
-        except tomllib.TOMLDecodeError:
+            parsed = tomli.loads(chunk)
+        except tomli.TOMLDecodeError:
             continue
         if chunk.lstrip().startswith("["):
             header = _path_of(parsed)

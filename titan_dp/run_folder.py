@@ -15,9 +15,10 @@ import math
 import os
 import sys
 import time
-import tomllib
 from pathlib import Path
 from typing import IO, Any
+
+import tomli
 
 from titan_dp.config import Config
 from titan_dp.config_loader import config_from_toml
@@ -51,7 +52,7 @@ def check_config_is_ours(folder: Path, remedy: str) -> None:
     """
     path = folder / "config.toml"
     try:
-        ours = Config.model_fields.keys() <= tomllib.loads(path.read_text(encoding="utf-8", errors="replace")).keys()
+        ours = Config.model_fields.keys() <= tomli.loads(path.read_text(encoding="utf-8", errors="replace")).keys()
     except FileNotFoundError:
         return
     except (ValueError, RecursionError):

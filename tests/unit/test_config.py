@@ -359,3 +359,9 @@ def test_a_list_of_folders_names_one_at_least(key: str, value: str) -> None:
 def test_lists_that_may_be_empty_are_taken_empty() -> None:
     c = load_config(["--config", "debug.toml", "--model.attention_layers=[]", "--checkpoint.allow_changed=[]"]).config
     assert (c.model.attention_layers, c.checkpoint.allow_changed) == ([], [])
+
+
+def test_one_reader_of_toml_whatever_the_version_of_python(root: Path) -> None:
+    sources = [path for folder in ("titan_dp", "launch", "benchmarks", "tests") for path in (root / folder).rglob("*.py")]
+    assert len(sources) > 100
+    assert [str(path) for path in sources if re.search(r"^\s*(import|from) toml(lib|kit)?\b", path.read_text(), re.M)] == []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomli
 
 from tests.unit.conftest import MINIMAL, Folder
 from titan_dp import config_docs, config_warnings
@@ -70,7 +70,7 @@ def test_the_annotated_configuration_shows_every_key_with_its_origin_in_schema_o
         elif line:
             shown.append(f"{section}.{line.removeprefix('# ').split(' ')[0]}")
     assert shown == list(config_docs.all_keys())
-    assert set(tomllib.loads(text)) == set(Config.model_fields)
+    assert set(tomli.loads(text)) == set(Config.model_fields)
 
 
 def test_the_commit_of_the_project_is_known_in_a_git_checkout(folder: Folder) -> None:

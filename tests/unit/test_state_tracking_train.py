@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tomllib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli
 import torch
 
 from titan_dp import config
@@ -338,7 +338,7 @@ def test_a_folder_that_never_began_is_written_anew(tmp_path: Path) -> None:
     write_folders(cells("--steps", "9", out=tmp_path))
     again = cells("--steps", "10", out=tmp_path)
     write_folders(again)
-    assert tomllib.loads((again[0].folder / "config.toml").read_text())["training"]["steps"] == 10
+    assert tomli.loads((again[0].folder / "config.toml").read_text())["training"]["steps"] == 10
 
 
 def test_print_writes_the_folders_and_the_commands_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from pathlib import Path
 from typing import Any
+
+import tomli
 
 from titan_dp import config
 from titan_dp.errors import UserError
@@ -83,7 +84,7 @@ def model_card(
 def _training_rows(training: dict[str, Any]) -> dict[str, str]:
     if not training:
         return {}
-    sections = tomllib.loads(training["config"]) if "config" in training else {}
+    sections = tomli.loads(training["config"]) if "config" in training else {}
     optimizer, run, schedule = (sections.get(key, {}) for key in ("optimizer", "training", "lr_scheduler"))
     rows = {
         "steps": f"{training.get('step', 0):,}",

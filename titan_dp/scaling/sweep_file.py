@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import itertools
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tomli
 from pydantic import Field, ValidationError
 
 from titan_dp import config
@@ -159,7 +159,7 @@ def _read(path: Path) -> tuple[SweepSection, list[Setting]]:
         if not setting.key.startswith("sweep."):
             base.append(setting)
         elif setting.key.startswith("sweep.cells."):  # [[sweep.cells]]: read_files knows no arrays of tables
-            sweep["cells"] = tomllib.loads(path.read_text())["sweep"]["cells"]
+            sweep["cells"] = tomli.loads(path.read_text())["sweep"]["cells"]
         elif setting.key.startswith("sweep.axes."):
             sweep.setdefault("axes", {})[setting.key.removeprefix("sweep.axes.")] = setting.value
         else:
