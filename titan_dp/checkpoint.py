@@ -212,7 +212,7 @@ def checkpoint_folder(path: Path) -> Path:
 def _configured_folder(run_folder: Path) -> str:
     """`checkpoint.folder` of the run; its default where config.toml is not there or cannot be read."""
     try:
-        folder = saved_value(tomllib.loads((run_folder / "config.toml").read_text()), "checkpoint.folder")
+        folder = saved_value(tomli.loads((run_folder / "config.toml").read_text()), "checkpoint.folder")
     except (OSError, ValueError, RecursionError, AttributeError):
         folder = None
     return str(folder) if stays_inside(folder, nested=True) else str(all_keys()["checkpoint.folder"].default)

@@ -6,6 +6,7 @@ assumption of whoever uses these numbers, not a fact of this file. Latencies, wh
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from titan_dp.errors import UserError
@@ -18,6 +19,8 @@ class GPU:
     name: str
     tflops: float
     """Dense bfloat16 peak in TFLOP/s, without sparsity."""
+    float32_tflops: float
+    """Peak in float32 proper, which is what torch computes matrix products of float32 in unless it is told to use TF32."""
     bandwidth: float
     """Of its memory, in bytes/s."""
     memory: float
@@ -42,28 +45,41 @@ class Network:
 
 
 def _gpu(
-    name: str, tflops: float, terabytes: float, gigabytes: float, link_gigabytes: float, arch: int, processors: int
+    name: str,
+    tflops: float,
+    float32_tflops: float,
+    terabytes: float,
+    gigabytes: float,
+    link_gigabytes: float,
+    arch: int,
+    processors: int,
 ) -> tuple[str, GPU]:
-    return name, GPU(name, tflops, terabytes * 1e12, gigabytes * 1e9, link_gigabytes * 1e9, arch, processors)
+    return name, GPU(name, tflops, float32_tflops, terabytes * 1e12, gigabytes * 1e9, link_gigabytes * 1e9, arch, processors)
 
 
-# NVIDIA's data sheets (H200, H100, DGX B200, GB200 NVL72, A100, L40S, L40, A10, and the Ada and Ampere architecture papers of
-# the RTX cards): dense bfloat16 TFLOP/s, memory TB/s and GB, NVLink or PCIe GB/s in one direction (data sheets add up both).
-# In this order: of the names contained in a device's name the first wins.
+# NVIDIA's data sheets (H200, H100, GH200, DGX B200, GB200 NVL72, A100, L40S, L40, A10G, and the Ada and Ampere architecture
+# papers of the RTX cards): dense bfloat16 and float32 TFLOP/s, memory TB/s and GB, NVLink or PCIe GB/s in one direction (data
+# sheets add up both).
 GPUS: dict[str, GPU] = dict(
     (
-        _gpu("H200", 989.4, 4.8, 141, 450, 90, 132),
-        _gpu("H100 PCIe", 756.0, 2.0, 80, 64, 90, 114),
-        _gpu("H100 NVL", 835.0, 3.9, 94, 300, 90, 132),
-        _gpu("H100", 989.4, 3.35, 80, 450, 90, 132),
-        _gpu("GB200", 2500.0, 8.0, 186, 900, 100, 148),
-        _gpu("B200", 2250.0, 8.0, 180, 900, 100, 148),
-        _gpu("A100", 312.0, 2.039, 80, 300, 80, 108),
-        _gpu("L40S", 362.0, 0.864, 48, 32, 89, 142),
-        _gpu("L40", 181.0, 0.864, 48, 32, 89, 142),
-        _gpu("A10G", 70.0, 0.6, 24, 32, 86, 80),
-        _gpu("RTX 4090", 165.2, 1.008, 24, 32, 89, 128),
-        _gpu("RTX 3090", 71.0, 0.936, 24, 32, 86, 82),
+        _gpu("H200", 989.4, 66.9, 4.8, 141, 450, 90, 132),
+        _gpu("H200 NVL", 835.5, 60.0, 4.8, 141, 450, 90, 132),
+        _gpu("H100 PCIe", 756.0, 51.2, 2.0, 80, 64, 90, 114),
+        _gpu("H100 NVL", 835.0, 60.0, 3.9, 94, 300, 90, 132),
+        _gpu("H100", 989.4, 66.9, 3.35, 80, 450, 90, 132),
+        _gpu("GH200", 989.4, 66.9, 4.0, 96, 450, 90, 132),
+        _gpu("GH200 144GB", 989.4, 66.9, 4.9, 144, 450, 90, 132),
+        _gpu("GB200", 2500.0, 80.0, 8.0, 186, 900, 100, 148),
+        _gpu("B200", 2250.0, 75.0, 8.0, 180, 900, 100, 148),
+        _gpu("A100", 312.0, 19.5, 2.039, 80, 300, 80, 108),
+        _gpu("A100 40GB", 312.0, 19.5, 1.555, 40, 300, 80, 108),
+        _gpu("A100 PCIe", 312.0, 19.5, 1.935, 80, 32, 80, 108),
+        _gpu("A100 PCIe 40GB", 312.0, 19.5, 1.555, 40, 32, 80, 108),
+        _gpu("L40S", 362.0, 91.6, 0.864, 48, 32, 89, 142),
+        _gpu("L40", 181.0, 90.5, 0.864, 48, 32, 89, 142),
+        _gpu("A10G", 70.0, 35.0, 0.6, 24, 32, 86, 80),
+        _gpu("RTX 4090", 165.2, 82.6, 1.008, 24, 32, 89, 128),
+        _gpu("RTX 3090", 71.0, 35.6, 0.936, 24, 32, 86, 82),
     )
 )
 
@@ -80,9 +96,35 @@ NETWORKS: dict[str, Network] = {
 }
 
 
-def bf16_peak(device_name: str) -> float | None:
-    """Dense bfloat16 peak in FLOP/s of a device by the name its driver gives it; None for one that is not in the table."""
-    return next((gpu.tflops * 1e12 for known, gpu in GPUS.items() if known in device_name), None)
+# Words of a device's name that say nothing about which of the table it is: maker, socket, and kind of memory.
+_SAYS_NOTHING = re.compile(r"NVIDIA|GEFORCE|TESLA|SXM\d?|HBM\d?E?")
+_GRACE_GB = ("120GB", "480GB")  # of the CPU's memory, by which drivers call a GH200
+
+
+def gpu_of(device_name: str) -> GPU | None:
+    """The GPU of the table that a driver's name for a device means; None for one that is not there.
+
+    Every word must fit: "H200" is not in "GH200", and a laptop's, a slice (MIG) or a sibling of a card (4090 D) is another GPU.
+    """
+    words = [re.sub(r"^(\d+)G$", r"\1GB", word) for word in re.split(r"[\s\-_]+", device_name.upper()) if word]
+    fitting = []
+    for gpu in GPUS.values():
+        own = gpu.name.upper().split()
+        own_sizes = (f"{gpu.memory / 1e9:.0f}GB", *(_GRACE_GB if own[0] == "GH200" else ()))
+        rest = [word for word in words if word not in own and word not in own_sizes]
+        if all(word in words for word in own) and all(_SAYS_NOTHING.fullmatch(word) for word in rest):
+            fitting.append((len(own), gpu))
+    return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
+
+
+def peak(device_name: str, dtype: str) -> float | None:
+    """Dense peak in FLOP/s of a device by the name its driver gives it, for matrix products of "bfloat16" or "float32"; None
+    for a device that is not in the table.
+    """
+    gpu = gpu_of(device_name)
+    if gpu is None:
+        return None
+    return 1e12 * {"bfloat16": gpu.tflops, "float32": gpu.float32_tflops}[dtype]
 
 
 def find_gpu(name: str) -> GPU:

@@ -22,19 +22,19 @@ from titan_dp import config
 from titan_dp.distributed import World
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import to_json, write_atomically
-from titan_dp.hardware import bf16_peak
+from titan_dp.hardware import peak
 from titan_dp.health import Interval
 from titan_dp.run_folder import read_records
 from titan_dp.validate import Evaluation, bits_per_byte
 
 
-def peak_flops(c: config.Metrics, device: torch.device) -> float | None:
-    """FLOP/s one device can do at best, or None where that is not known (every CPU)."""
+def peak_flops(c: config.Metrics, device: torch.device, dtype: str) -> float | None:
+    """FLOP/s one device can do at best in `dtype`, training.mixed_precision_param; None where that is not known (every CPU)."""
     if c.peak_tflops is not None:
         return c.peak_tflops * 1e12
     if device.type != "cuda":
         return None
-    return bf16_peak(torch.cuda.get_device_name(device))
+    return peak(torch.cuda.get_device_name(device), dtype)
 
 
 class Metrics:
@@ -48,6 +48,7 @@ class Metrics:
         total_steps: of the run.
         start_step, start_tokens: done before (resumed).
         flops_per_token: model FLOPs, forward and backward.
+        dtype: matrix products are computed in, "bfloat16" or "float32".
         bytes_per_token: of the validation text, for each predicted token; gives bits a byte.
     """
 
@@ -61,6 +62,7 @@ class Metrics:
         start_step: int,
         start_tokens: int,
         flops_per_token: int,
+        dtype: str,
         bytes_per_token: float | None = None,
         run_name: str = "",
         settings: Mapping[str, Any] | None = None,
@@ -68,7 +70,7 @@ class Metrics:
         self.total_steps, self.start_step = total_steps, start_step
         self.flops_per_token, self.bytes_per_token = flops_per_token, bytes_per_token
         self.world = world
-        self.peak = peak_flops(c, world.device)
+        self.peak = peak_flops(c, world.device, dtype)
         self.validation_loss: float | None = None
         self._console = Console(highlight=False, quiet=not world.is_main, soft_wrap=True)
         self._last_step, self._last_tokens, self._step_seconds = start_step, start_tokens, 0.0

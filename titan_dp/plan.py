@@ -17,7 +17,7 @@ from titan_dp.config_loader import Loaded
 from titan_dp.console import print_table
 from titan_dp.distributed import World, data_world, rank_from_env, world_size_from_env
 from titan_dp.errors import UserError
-from titan_dp.hardware import GPU, GPUS, NETWORKS
+from titan_dp.hardware import GPU, NETWORKS, gpu_of
 from titan_dp.model_size import embedding_parameters, model_size
 from titan_dp.schedule import BatchPlan, plan_batches
 
@@ -91,9 +91,9 @@ def _gpu_here() -> GPU | None:
     if not torch.cuda.is_available():
         return None
     here = torch.cuda.get_device_properties(0)
-    known = next((gpu for name, gpu in GPUS.items() if name in here.name), None)
     return replace(
-        known or GPU(here.name, tflops=1.0, bandwidth=1.0, memory=0.0, link=1.0, arch=0, processors=0),
+        gpu_of(here.name)
+        or GPU(here.name, tflops=1.0, float32_tflops=1.0, bandwidth=1.0, memory=0.0, link=1.0, arch=0, processors=0),
         memory=here.total_memory,
         arch=here.major * 10 + here.minor,
         processors=here.multi_processor_count,

@@ -213,6 +213,7 @@ class Trainer:
             world=self.world,
             total_steps=self.batch.steps,
             flops_per_token=self.size.flops_per_token,
+            dtype=c.training.mixed_precision_param,
             start_step=self.step,
             start_tokens=self.tokens,
             bytes_per_token=self.task.held_out.bytes_per_token if self.task.held_out else None,

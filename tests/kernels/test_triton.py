@@ -337,11 +337,13 @@ def test_the_cost_model_counts_what_the_kernels_move_and_multiply(
             assert moved == pytest.approx(counter.__dict__["totals"][kernel][0], rel=0.05), kernel
 
 
-def test_torchs_flop_counter_sees_the_kernels() -> None:
-    x = inputs(64)
+@pytest.mark.parametrize("bits", [16, 32])
+def test_torchs_flop_counter_sees_the_kernels_with_the_chunks_of_their_dtype(bits: int, tiles_of_float32: None) -> None:
+    x = inputs(64, dtype=torch.float16 if bits == 16 else torch.float32)
+    x |= {name: x[name].detach().float().requires_grad_() for name in ("beta", "g", "initial_state") if name in x}
     with FlopCounterMode(display=False) as counted:
         results(x, "triton")
-    size = Size(1, 64, 2, 2, 16, 32)
+    size = Size(1, 64, 2, 2, 16, 32, bits=bits)
     assert counted.get_total_flops() == sum(c.flops for c in [*cost.forward(size), *cost.backward(size)])
 
 

@@ -20,7 +20,7 @@ from titan_dp.estimate.ledger import Ledger, Work
 from titan_dp.estimate.result import ALLOWANCE, ALLOWANCE_SHARE, estimate
 from titan_dp.estimate.speed import Assumptions, links, predict, seconds_of
 from titan_dp.estimate.trace import fake_run
-from titan_dp.hardware import GPUS, NETWORKS, bf16_peak, find_gpu
+from titan_dp.hardware import GPUS, NETWORKS, find_gpu, gpu_of, peak
 from titan_dp.model import build_model
 from titan_dp.optim import build_optimizer
 
@@ -177,11 +177,54 @@ def test_a_step_takes_its_compute_and_what_communication_sticks_out() -> None:
     assert predict(work, [slow, slow], 1, H200, IB, False, a).exposed == pytest.approx(2 * speed.communication - 3)
 
 
-def test_the_first_name_within_a_devices_name_is_its_gpu() -> None:
-    assert bf16_peak("NVIDIA GB200") == 2.5e15
-    assert bf16_peak("NVIDIA H100 PCIe") == 7.56e14
-    assert bf16_peak("NVIDIA H100 80GB HBM3") == 9.894e14
-    assert bf16_peak("GeForce 256") is None
+NAMES = {
+    "NVIDIA H200": "H200",
+    "NVIDIA H200 NVL": "H200 NVL",
+    "NVIDIA GH200 480GB": "GH200",
+    "NVIDIA GH200 120GB": "GH200",
+    "NVIDIA GH200 144G HBM3e": "GH200 144GB",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H100 PCIe": "H100 PCIe",
+    "NVIDIA H100 NVL": "H100 NVL",
+    "NVIDIA GB200": "GB200",
+    "NVIDIA B200": "B200",
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA A100-SXM4-40GB": "A100 40GB",
+    "A100-PCIE-40GB": "A100 PCIe 40GB",
+    "NVIDIA A100 80GB PCIe": "A100 PCIe",
+    "NVIDIA L40S": "L40S",
+    "NVIDIA L40": "L40",
+    "NVIDIA A10G": "A10G",
+    "NVIDIA GeForce RTX 4090": "RTX 4090",
+}
+"""What drivers call devices, and which of the table each is."""
+OTHERS = (
+    "NVIDIA H20, NVIDIA H800, NVIDIA A100X, NVIDIA A10, NVIDIA L4, NVIDIA L40G, NVIDIA B300 SXM6 AC, NVIDIA GB300, "
+    "GeForce 256, NVIDIA GeForce RTX 4090 Laptop GPU, NVIDIA GeForce RTX 4090 D, NVIDIA GeForce RTX 3090 Ti, "
+    "AMD Instinct MI300X, NVIDIA H100 80GB HBM3 MIG 1g.10gb, NVIDIA A100-40C, NVIDIA A100-SXM-64GB"
+)
+
+
+@pytest.mark.parametrize("device", NAMES)
+def test_a_device_is_the_gpu_that_every_word_of_its_name_fits(device: str) -> None:
+    gpu = gpu_of(device)
+    assert gpu is not None
+    assert gpu.name == NAMES[device]
+
+
+@pytest.mark.parametrize("device", OTHERS.split(", "))
+def test_a_device_that_is_not_in_the_table_is_not_taken_for_another(device: str) -> None:
+    assert gpu_of(device) is None
+    assert peak(device, "bfloat16") is None
+
+
+def test_a_peak_is_that_of_the_dtype() -> None:
+    assert peak("NVIDIA H100 80GB HBM3", "bfloat16") == pytest.approx(989.4e12)
+    assert peak("NVIDIA H100 80GB HBM3", "float32") == pytest.approx(66.9e12)
+    assert all(gpu.float32_tflops < gpu.tflops for gpu in GPUS.values())
+
+
+def test_a_gpu_is_named_in_any_case() -> None:
     assert find_gpu("rtx-4090").name == "RTX 4090"
 
 

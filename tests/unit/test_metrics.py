@@ -34,6 +34,7 @@ def metrics(
         start_step=start_step,
         start_tokens=512 * start_step,
         flops_per_token=10**6,
+        dtype="bfloat16",
         bytes_per_token=4.0,
         run_name=run_name,
         settings=settings,
@@ -87,8 +88,14 @@ def test_more_than_a_hundred_percent_mfu_is_called_wrong(tmp_path: Path, capsys:
 
 
 def test_the_peak_of_a_cpu_is_not_guessed() -> None:
-    assert peak_flops(config.Metrics(), CPU) is None
-    assert peak_flops(config.Metrics(peak_tflops=2.0), CPU) == 2e12
+    assert peak_flops(config.Metrics(), CPU, "bfloat16") is None
+    assert peak_flops(config.Metrics(peak_tflops=2.0), CPU, "bfloat16") == 2e12
+
+
+@pytest.mark.parametrize(("dtype", "teraflops"), [("bfloat16", 989.4), ("float32", 66.9)])
+def test_the_peak_of_a_gpu_is_that_of_the_training_dtype(dtype: str, teraflops: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert peak_flops(config.Metrics(), torch.device("cuda"), dtype) == pytest.approx(teraflops * 1e12)
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:

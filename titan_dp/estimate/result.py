@@ -135,7 +135,9 @@ def estimate(
         result.mfu = result.model_flops / (result.speed.step * ranks * gpu.tflops * 1e12)
         result.assumptions = a.sentences(gpu, network, compiled)
     elif gpu is not None:
-        notes.append("no speed is predicted: peaks are known for bfloat16, and training.mixed_precision_param is float32")
+        notes.append(
+            "no speed is predicted for training.mixed_precision_param = float32: the efficiencies assumed are bfloat16's"
+        )
     return result
 
 

@@ -59,7 +59,7 @@ def triton_chunk(
 
 @triton_chunk.register_fake
 def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase, save):  # type: ignore[no-untyped-def]
-    size = _size(k.shape, v.shape, g, None if cu_seqlens is None else cu_seqlens.shape, erase, bits(k))
+    size = _size(k, v, g, cu_seqlens, erase)
     H, dk, dv, single = size.H, size.dk, size.dv, torch.float32
     o = q.new_empty(*q.shape[:3], dv)
     final = q.new_empty(size.states, H, dk, dv, dtype=single)
@@ -198,18 +198,18 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None, dk: int | No
     return None
 
 
-def _size(k: Any, v: Any, g: Any, cu_seqlens: Any, erase: bool, bits: int = 16) -> Size:
-    """From shapes; FLOP formulas know no dtype."""
-    sequences = None if cu_seqlens is None else cu_seqlens[0] - 1
-    B, T, n, H, dk = k
-    return Size(B, T, n, H, dk, v[-1], bits=bits, gated=g is not None, erase=erase, sequences=sequences)
+def _size(k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, erase: bool) -> Size:
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    B, T, n, H, dk = k.shape
+    return Size(B, T, n, H, dk, v.shape[-1], bits=bits(k), gated=g is not None, erase=erase, sequences=sequences)
 
 
-@register_flop_formula(torch.ops.deltaproduct.triton_chunk)
-def _chunk_flops(q, k, v, beta, g, state, cu_seqlens, scale, erase, save, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+# get_raw: the tensors themselves, not their shapes alone, as the dtype decides how long chunks are.
+@register_flop_formula(torch.ops.deltaproduct.triton_chunk, get_raw=True)
+def _chunk_flops(q, k, v, beta, g, state, cu_seqlens, scale, erase, save, *args, out_val=None, **kwargs):  # type: ignore[no-untyped-def]
     return sum(kernel.flops for kernel in cost.forward(_size(k, v, g, cu_seqlens, erase), save=save))
 
 
-@register_flop_formula(torch.ops.deltaproduct.triton_chunk_backward)
-def _backward_flops(do, dfinal, q, k, v, beta, g, y, gates, states, cu_seqlens, scale, erase, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+@register_flop_formula(torch.ops.deltaproduct.triton_chunk_backward, get_raw=True)
+def _backward_flops(do, dfinal, q, k, v, beta, g, y, gates, states, cu_seqlens, scale, erase, *args, out_val=None, **kwargs):  # type: ignore[no-untyped-def]
     return sum(kernel.flops for kernel in cost.backward(_size(k, v, g, cu_seqlens, erase)))
