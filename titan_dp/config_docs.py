@@ -156,6 +156,7 @@ PAGE = """\
 
 A run is described by one TOML file; any setting can be overridden on the command line:
 
+    source .venv/bin/activate    # once a shell: the environment that `make install` made
     torchrun --nproc_per_node=8 train.py --config 800m.toml --optimizer.lr 1e-3 --compile.enable=false
 
 * `--config NAME` takes a file of `train_configs/` by its bare name, or any file by its path (with a `/`).

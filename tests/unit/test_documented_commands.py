@@ -1,0 +1,115 @@
+"""The commands in README.md and docs/ can be followed literally: their programs, options, settings and files exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from titan_dp import cli
+from titan_dp.config_loader import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ["README.md", "launch/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+ACTIVATE = "source .venv/bin/activate"
+_PROGRAMS = ("titan-dp", "python", "torchrun", "sbatch", "make", "source", "kubectl")
+_STAND_INS = {"CHECKPOINT": "outputs/debug", "CHECKPOINT...": "outputs/debug"}
+_CORRECT = 0
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every command in an indented block: prompts and comments gone, lines that go on joined."""
+    block = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+        words = line.strip().removeprefix("$ ")
+        if words.partition(" ")[0] in _PROGRAMS:
+            yield [_STAND_INS.get(word, word) for word in shlex.split(words, comments=True)]
+
+
+def found(page: str) -> list[list[str]]:
+    return list(commands((ROOT / page).read_text()))
+
+
+ALL = [pytest.param(command, id=f"{page}: {' '.join(command)[:90]}") for page in PAGES for command in found(page)]
+
+
+def accepts(argv: list[str]) -> bool:
+    """Whether `titan-dp argv` is understood; nothing is run."""
+    module = import_module(cli.COMMANDS[argv[0]][0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "run", lambda args: _CORRECT)
+        return cli.dispatch(argv) == _CORRECT
+
+
+def settings_of(argv: list[str]) -> list[str] | None:
+    """The arguments of train.py, or of a launch script that hands them on; None where neither is started."""
+    for i, word in enumerate(argv):
+        if word == "train.py":
+            return argv[i + 1 :]
+        if word.startswith("launch/slurm."):
+            return ["--config", *argv[i + 1 :]]
+    return None
+
+
+def torchrun_options(argv: list[str]) -> set[str]:
+    """The options before the script that torchrun, or what takes its place, starts."""
+    return {word.partition("=")[0] for word in argv[: argv.index("train.py")] if word.startswith("--")}
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_a_documented_command_is_understood(command: list[str]) -> None:
+    program, *rest = command
+    if program == "titan-dp":
+        assert accepts(rest)
+    elif program == "make":
+        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in rest)
+    elif program == "python" and rest[0] == "-m":
+        assert find_spec(rest[1]) is not None
+    elif (settings := settings_of(rest)) is not None:
+        assert load_config(settings).config
+    if program == "torchrun" or rest[0] == "launch/torchrun.py":
+        from torch.distributed.run import get_args_parser
+
+        assert torchrun_options(rest) <= {name for action in get_args_parser()._actions for name in action.option_strings}
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_the_files_a_documented_command_names_are_here(command: list[str]) -> None:
+    for word in command:
+        if re.match(r"(train_configs|launch|benchmarks|corpus|docs|tests|titan_dp|kernels)/|train\.py$", word):
+            assert list(ROOT.glob(word)), word
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_enters_the_environment_before_the_first_command_that_needs_it(page: str) -> None:
+    programs = [" ".join(command) for command in found(page) if command[0] not in ("make", "sbatch", "kubectl")]
+    assert not programs or programs[0] == ACTIVATE
+
+
+def test_what_readme_reads_was_made_by_a_command_before_it() -> None:
+    made = {"outputs/debug", "data/corpus"}  # by `make train`
+    for command in found("README.md"):
+        for word in command[2:]:
+            if word.startswith(("outputs/", "data/", "my-model")) and command[1] not in ("prepare", "export", "import"):
+                assert any(word == path or word.startswith(path + "/") for path in made), " ".join(command)
+        match command:
+            case ["titan-dp", "export", source, out, *_]:
+                assert source in made
+                made.add(out)
+            case ["titan-dp", "import", source, out]:
+                assert source in made
+                made.add(out)
+            case ["titan-dp", "sweep", file, *_]:
+                made.add(f"outputs/{Path(file).stem}")
+            case ["titan-dp", "state-tracking", "train", "--group", task, *_]:
+                made.add(f"outputs/state_tracking/{task}")
+
+
+def test_the_environment_is_the_one_that_make_makes() -> None:
+    assert "VENV := .venv" in (ROOT / "Makefile").read_text()
+    assert [ACTIVATE.split()] == [command for command in found("README.md") if command[0] == "source"]
