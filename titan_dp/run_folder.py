@@ -64,16 +64,16 @@ def check_config_is_ours(folder: Path, remedy: str) -> None:
 def holds_config(folder: Path, wanted: Config, text: str, remedy: str) -> bool:
     """Whether config.toml in `folder` is `text`, or says the same.
 
-    Raises UserError, ending with `remedy`, where it holds other settings, or none, that were trained or are being trained.
+    Raises UserError, ending with `remedy`, where it was written by hand, or holds other settings, or none, that were trained or
+    are being trained.
     """
     path = folder / "config.toml"
+    whole = text.encode()
+    if path.exists() and whole.startswith(raw := path.read_bytes()):  # or cut off by a kill, as it is not forced to the disk
+        return raw == whole
+    check_config_is_ours(folder, remedy)
     try:
-        raw = path.read_bytes()
-        if text.encode().startswith(raw):  # whole, or cut off by a kill, as it is not forced to the disk
-            return len(raw) == len(text.encode())
-        check_config_is_ours(folder, remedy)
-        found_text = raw.decode()
-        found = config_from_toml(found_text, str(path))
+        found = config_from_toml(path.read_text(encoding="utf-8"), str(path))
         if identity(found) == identity(wanted):  # a folder that was moved has another [job]
             return found.job == wanted.job
         changed = _first_difference(found.model_dump(exclude={"job"}), wanted.model_dump(exclude={"job"}))

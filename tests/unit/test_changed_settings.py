@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli
 
 from tests.pretrained import save_checkpoint
 from titan_dp.changed_settings import changed_since, check_initial, check_resumable, describe_changes, rate_jump
@@ -208,7 +208,7 @@ def extended(*flags: str, steps: int = 24, **sections: dict[str, str]) -> dict[s
 
 
 def rates(run: dict[str, Any], steps: range) -> list[float]:
-    c = tomllib.loads(run["config"])
+    c = tomli.loads(run["config"])
     factor = build_lr_scheduler(LRScheduler.model_validate(c["lr_scheduler"]), run["steps"])
     return [c["optimizer"]["lr"] * factor(step) for step in steps]
 

@@ -16,7 +16,7 @@ from titan_dp.cli import dispatch
 from titan_dp.config_loader import load_config
 from titan_dp.data.shards import TokenShards
 from titan_dp.errors import UserError, run_main
-from titan_dp.run_folder import check_config_is_ours, read_run, write_run
+from titan_dp.run_folder import check_config_is_ours, holds_config, read_run, write_run
 
 SHARD = ("shard-00000.npy", "shard-00000.starts.npy")
 
@@ -218,8 +218,10 @@ def test_a_checkpoint_is_set_aside_beside_an_earlier_one_of_its_step(tmp_path: P
 
 def test_a_configuration_written_by_hand_is_not_written_over_by_a_run(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("# the settings of my thesis\n[optimizer]\nlr = 1e-3\n")
-    with pytest.raises(UserError, match="config.toml was not written by a run, which would overwrite it; rename it"):
-        check_config_is_ours(tmp_path, "rename it")
+    c = load_config(["--config", "debug.toml"])
+    for check in (check_config_is_ours, lambda folder, remedy: holds_config(folder, c.config, c.resolved_toml(), remedy)):
+        with pytest.raises(UserError, match="config.toml was not written by a run, which would overwrite it; rename it"):
+            check(tmp_path, "rename it")
 
 
 def test_a_configuration_that_a_run_wrote_is(tmp_path: Path) -> None:
