@@ -6,7 +6,7 @@ next save, `wait` and `close` surface a failure on every rank. Only tensors are 
 JSON), so loading unpickles nothing but DCP's own index, through an allow-list. Nothing is loaded before its checksum has been
 compared; a damaged checkpoint is set aside for the one before. Optimizer state is keyed by parameter names and reshards to
 any world size; learning rates, betas and decay are the configuration's, not the checkpoint's. Random-number states are
-restored on the same number of ranks, else derived from (seed, step, rank).
+restored on the same number of ranks, else derived from (seed, step, rank); so is a GPU's where CPUs saved.
 """
 
 from __future__ import annotations
@@ -141,8 +141,7 @@ class Checkpointer:
                 self._copied.set()
             self._write(state, folder, meta)
 
-        self._thread = threading.Thread(target=work, name=f"checkpoint-{step}")
-        self._thread.start()
+        self._thread = _start_thread(work, f"checkpoint-{step}")
 
     def _write(self, tensors: dict[str, Tensor], folder: Path, meta: dict[str, Any]) -> None:
         """Write and commit; a failure is kept for `wait`."""
@@ -238,7 +237,7 @@ class Checkpointer:
         moments = keeps_moments(manifest, current)  # else another optimizer, which was allowed, begins with none
         optimizer_tensors, rest = _optimizer_tensors(model, optimizers) if moments else ({}, {})
         if manifest["world_size"] == dist.get_world_size():
-            rng = _rng_tensors()
+            rng = {name: tensor for name, tensor in _rng_tensors().items() if name in saved.every_name}
         dcp.load({**model_tensors, **optimizer_tensors, **rng}, storage_reader=saved.reader, process_group=self.group)
         _refuse_not_finite({**model_tensors, **optimizer_tensors}, folder)
         set_model_state_dict(model, _without_prefix(model_tensors, "model."), options=_OPTIONS)
@@ -357,6 +356,7 @@ class CheckpointTensors:
             raise UserError(f"checkpoint {folder} is damaged: {problems[0]}; take another step of the run")
         self.reader = Reader(folder)
         entries: dict[str, Any] = self.reader.read_metadata().state_dict_metadata
+        self.every_name = frozenset(entries)  # of what is not the model's as well
         entries = _without_prefix({name: e for name, e in entries.items() if name.startswith("model.")}, "model.")
         self.shapes: dict[str, torch.Size] = {name: entry.size for name, entry in entries.items()}
         self.dtypes: dict[str, torch.dtype] = {name: entry.properties.dtype for name, entry in entries.items()}
@@ -546,14 +546,14 @@ def _rng_tensors() -> dict[str, Tensor]:
 
 
 def _restore_rng(state: dict[str, Tensor], seed: int, step: int) -> None:
+    """Every generator as in `state`; those that it lacks (other ranks, another kind of device) from (seed, step, rank)."""
     rank = dist.get_rank()
-    if not state:
-        derived = int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:6], "big")
-        random.seed(derived)
-        torch.manual_seed(derived)
-        return
-    torch.set_rng_state(state[f"rng.{rank}.torch"])
-    random.setstate((3, tuple(state[f"rng.{rank}.python"].tolist()), None))
+    derived = int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:6], "big")
+    random.seed(derived)
+    torch.manual_seed(derived)  # of every device
+    if f"rng.{rank}.torch" in state:
+        torch.set_rng_state(state[f"rng.{rank}.torch"])
+        random.setstate((3, tuple(state[f"rng.{rank}.python"].tolist()), None))
     if f"rng.{rank}.cuda" in state:
         torch.cuda.set_rng_state(state[f"rng.{rank}.cuda"])
 
@@ -613,6 +613,20 @@ def _health(folder: Path) -> tuple[str, bool]:
 
 
 # -- helpers ------------------------------------------------------------------------------------------------------------
+
+
+def _start_thread(work: Callable[[], None], name: str) -> threading.Thread:
+    """A thread on this thread's GPU: a new one begins on GPU 0, where each rank's saves would take half a GiB."""
+    gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def on_own_gpu() -> None:
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        work()
+
+    thread = threading.Thread(target=on_own_gpu, name=name)
+    thread.start()
+    return thread
 
 
 class _Stager(BlockingAsyncStager):

@@ -260,7 +260,7 @@ class Dataloader(Section):
     prefetch_factor: Positive = 2
     """Batches each worker prepares ahead (only with workers)."""
     pin_memory: bool = False
-    """Put batches in page-locked memory for faster copies to a GPU."""
+    """On a GPU: move batches into page-locked memory in a thread of the loader, not of the training loop."""
 
 
 class Training(Section):

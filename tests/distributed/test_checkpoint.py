@@ -555,3 +555,44 @@ def test_initial_weights_are_those_that_rank_0_takes_or_all_leave_alike(tmp_path
     assert ends[0] == ends[1]
     assert ends[0][0] == "UserError"
     assert ends[0][1].startswith("ranks disagree on the checkpoint at checkpoint.initial_load_path")
+
+
+def save_and_draw(folder: Path) -> tuple[float, float]:
+    """A checkpoint of CPUs; returns the random numbers that come next."""
+    model, optimizers = trained(1)
+    torch.manual_seed(torch.distributed.get_rank())
+    random.seed(torch.distributed.get_rank())
+    checkpointer = Checkpointer(config.Checkpoint(async_mode="disabled"), folder)
+    checkpointer.save(2, model, optimizers, meta=META, healthy=True, blocking=True)
+    return float(torch.rand(())), random.random()
+
+
+def load_on_gpus_and_draw(folder: Path) -> tuple[tuple[float, float], list[int]]:
+    """The same as far as a CPU can: the generator of a GPU is asked for, and its seeds are written down."""
+    on_cpus, seeds = checkpointer_module._rng_tensors, []
+    with pytest.MonkeyPatch.context() as patch:
+        of_gpu = {f"rng.{torch.distributed.get_rank()}.cuda": torch.zeros(16, dtype=torch.uint8)}
+        patch.setattr(checkpointer_module, "_rng_tensors", lambda: on_cpus() | of_gpu)
+        patch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+        model = sharded_model(seed=99)
+        seeds.clear()
+        assert Checkpointer(config.Checkpoint(), folder).load(model, optimizer_of(model), META) is not None
+    return (float(torch.rand(())), random.random()), seeds
+
+
+def test_a_checkpoint_of_cpus_goes_on_on_as_many_gpus_whose_generators_are_seeded_by_rank(tmp_path: Path) -> None:
+    drawn = run_ranks(2, save_and_draw, tmp_path)
+    resumed = run_ranks(2, load_on_gpus_and_draw, tmp_path)
+    assert [numbers for numbers, _ in resumed] == drawn
+    seeds = [seed for _, seeds in resumed for seed in seeds]
+    assert len(set(seeds)) == len(seeds) == 2
+
+
+def test_a_save_in_the_background_stays_on_its_ranks_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[int, str]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: chosen.append((gpu, threading.current_thread().name)))
+    done: list[list[tuple[int, str]]] = []
+    checkpointer_module._start_thread(lambda: done.append(list(chosen)), "save").join()
+    assert done == [[(5, "save")]]

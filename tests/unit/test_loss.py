@@ -73,3 +73,34 @@ def test_the_logits_of_all_tokens_never_exist_at_once(dtype: torch.dtype) -> Non
     with _Largest() as largest:
         summed_cross_entropy(hidden, weight, labels).backward()
     assert largest.elements < N * V / 2
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_validation_takes_a_third_of_the_products_of_training() -> None:
+    hidden, weight, labels = inputs(torch.bfloat16)
+    with Products() as training:
+        summed_cross_entropy(hidden, weight, labels)
+    with torch.no_grad(), Products() as validation:
+        summed_cross_entropy(hidden, weight, labels)
+    assert training.count == 3 * validation.count
+
+
+def test_the_library_is_not_asked_for_gradients_in_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    asked: list[bool] = []
+    monkeypatch.setattr(F, "linear_cross_entropy", lambda hidden, weight, *_, **__: asked.append(weight.requires_grad))
+    hidden, weight, labels = inputs(torch.float32)
+    summed_cross_entropy(hidden, weight, labels)
+    with torch.no_grad():
+        summed_cross_entropy(hidden, weight, labels)
+    assert asked == [True, False]

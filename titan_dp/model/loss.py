@@ -41,6 +41,8 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         weight: [V, D] in hidden's dtype.
         labels: [N] int64, -100 where there is none.
     """
+    if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same, and both ways would compute it
+        hidden, weight = hidden.detach(), weight.detach()
     if hidden.dtype == torch.float32 and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
         return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", ignore_index=IGNORE, options=options)
