@@ -32,10 +32,12 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 # Two at a time, a file each: much of a test that starts processes is waiting. One thread each: on few cores torch's threads
-# wait for each other by spinning.
+# wait for each other by spinning. No test sees a GPU; where there is one
+# the kernels' tests then run again, on it.
 test: export OMP_NUM_THREADS = 1
 test: lint
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python -m pytest tests/kernels; fi
 
 bench: $(INSTALLED)
 	for script in op loader checkpoint trainer kernel_costs export generation length_extrapolation scaling report state_tracking estimate; do $(BIN)/python benchmarks/$$script.py || exit 1; done

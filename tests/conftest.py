@@ -19,9 +19,20 @@ torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("tests")
-# Triton kernels run on the CPU where there is no GPU; this must be set before triton is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def sees_gpus(paths: list[str]) -> bool:
+    """Whether tests under `paths` may use the machine's GPUs: those of kernels alone. Others start several ranks over gloo."""
+    kernels = ROOT / "tests" / "kernels"
+    return bool(paths) and all(Path(path.split("::")[0]).resolve().is_relative_to(kernels) for path in paths)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not sees_gpus(config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for processes to come as well
+    # Triton kernels run on the CPU where there is no GPU; this must be set before triton is imported.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 # What takes longest begins first, so that the workers end together; the fault tests share runs, so one worker has them all.

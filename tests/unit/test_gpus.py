@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import sees_gpus
 from titan_dp import config
 from titan_dp.distributed import distributed
 from titan_dp.errors import UserError
@@ -89,3 +90,12 @@ def test_more_processes_than_gpus_are_refused_with_the_number_that_works(monkeyp
         "this machine has 1 GPU to use (CUDA_VISIBLE_DEVICES=3), and 2 processes were started on it; start one a GPU "
         "(--nproc_per_node=1), or train on CPUs (CUDA_VISIBLE_DEVICES= before the command)"
     )
+
+
+def test_only_the_kernels_tests_run_on_a_gpu() -> None:
+    """Other tests start as many ranks as they like; this one is run among them."""
+    assert not torch.cuda.is_available()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert sees_gpus(["tests/kernels/test_triton.py::test_x", "tests/kernels"])
+    assert not sees_gpus(["tests/kernels", "tests/unit"])
+    assert not sees_gpus([])
