@@ -570,7 +570,8 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def _not_finite_anywhere(tensors: Mapping[str, Tensor]) -> list[str]:
     """A clause for weights and one for moments that are not finite on some rank, naming the first; one reduction for all."""
     names, flags = _finite_flags(tensors)
-    dist.all_reduce(flags, dist.ReduceOp.MIN)
+    if dist.is_initialized():
+        dist.all_reduce(flags, dist.ReduceOp.MIN)
     wrong = [name for name, finite in zip(names, flags.tolist(), strict=True) if not finite]
     clauses = []
     for prefix, what in (("model.", "the weights"), ("optimizer.", "the optimizer's moments")):
