@@ -3,8 +3,8 @@
 One invariant carries the rest: everything that decides step s (samples, learning rate, initial weights) is a pure
 function of the configuration, the data and s. What is not (weights, moments, random-number states) is in the checkpoint.
 So stopping and resuming changes nothing, on the same ranks bit for bit; SIGTERM and SIGUSR1 stop a run at the end of a step,
-saved. The loop never waits for the device except at log steps; the loss is a sum over tokens divided by the global count of
-valid ones, accumulation included.
+saved. The loop waits for the device at log steps, validations and saves only; the loss is a sum over tokens divided by the
+global count of valid ones, accumulation included.
 """
 
 from __future__ import annotations

@@ -84,6 +84,17 @@ def test_the_gpu_estimate_counts_what_the_kernels_save() -> None:
     assert more == cost.saved(size)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_softmax_attention_has_the_flops_of_its_products(causal: bool) -> None:
+    B, H, T, d = 2, 3, 64, 32
+    with FakeTensorMode(), Ledger() as record:
+        q, k, v = (torch.zeros(B, H, T, d, requires_grad=True) for _ in range(3))
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).sum().backward()
+    pairs = T * T // 2 if causal else T * T
+    assert sum(w.flops for w in record.work) == (2 + 5) * 2 * B * H * pairs * d, "two products forward, five backward"
+    assert {w.kind for w in record.work if w.flops} == {"matmul"}
+
+
 def test_checkpointing_trades_activations_for_flops() -> None:
     results = {
         mode: estimate(run_of(activation_checkpoint=config.ActivationCheckpoint(mode=mode)), 4, H200, IB, search=False)  # type: ignore[arg-type]

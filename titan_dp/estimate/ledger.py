@@ -33,6 +33,12 @@ _SILENT = frozenset({"prim", "profiler"})
 _OURS = frozenset({"deltaproduct", "titan_dp"})
 _NO_TRAFFIC = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"})
 
+# Operators that a softmax layer runs as: which argument the queries are, and how many products of pairs there are.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: (0, 2),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (1, 5),  # one of them computed again
+}
+
 
 @dataclass(frozen=True)
 class Work:
@@ -187,7 +193,10 @@ class Ledger(TorchDispatchMode):
 
     def _add_work(self, func: Any, args: Any, kwargs: Any, out: Any, touched: list[Tensor]) -> None:
         formula = flop_registry.get(func._overloadpacket)
-        flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+        if func in _ATTENTION:
+            flops = _attention_flops(func, args)
+        else:
+            flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
         kind = "recurrence" if func.namespace in _OURS else "matmul" if flops else "other"
         moved = sum(t.numel() * t.element_size() for t in touched)
         self.work.append(Work(self.phase, kind, flops, moved, self.micro))
@@ -209,6 +218,19 @@ class Ledger(TorchDispatchMode):
         for number, change, _ in self._events[: at + 1]:
             parts[self._parts[number]] += change
         return Peak(most, self._events[at][2] if self._events else "", parts)
+
+
+def _attention_flops(func: Any, args: Any) -> int:
+    """Of softmax attention on fake CPU tensors, which torch's registry leaves out; under a causal mask half of the pairs.
+
+    Args:
+        args: begin with query [B, H, T, d], key and value; in the backward pass after the gradient of the output.
+    """
+    first, products = _ATTENTION[func]
+    query, key = args[first : first + 2]
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+    pairs = query.shape[-2] * key.shape[-2] // (2 if named.get("is_causal") else 1)
+    return products * 2 * query.shape[0] * query.shape[1] * pairs * query.shape[-1]  # type: ignore[no-any-return]
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -2,8 +2,9 @@
 
 What training runs is run here: `build_model`, `parallelize`, `build_optimizer`, clipping, the guard, and a step as
 `Trainer._train_step` takes it. So checkpointing policies, FSDP2's prefetching and the shapes that our operators save are not
-modelled but observed. A step after the first is what is recorded: optimizer state exists. For a GPU, the operators of its
-backend run their own code with kernels that are not launched. Compilation is left out: what it saves is unknown here.
+modelled but observed. A step after the first is what is recorded: optimizer state exists. For a GPU, the recurrence's
+operators run the code of its backend with kernels that are not launched; softmax attention stays a CPU's operator. Compilation
+is left out: what it saves is unknown here.
 """
 
 from __future__ import annotations
