@@ -42,6 +42,12 @@ FORMAT_VERSION = 2
 """Version 1 had sha256 where 2 has xxh3_128, and no checksum of itself; it is still read."""
 
 
+_SAVED = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|(\.manifest\.json\.tmp|manifest\.json)")
+"""Names of the files that a save writes."""
+_ASIDE = re.compile(r"step-\d+\.(damaged|abandoned|unhealthy)(-\d+)?")
+"""Names that `set_aside` gives."""
+
+
 class DamagedError(UserError):
     """A checkpoint that is not as it was saved."""
 
@@ -219,13 +225,14 @@ def _configured_folder(run_folder: Path) -> str:
 
 
 def _copies(folder: Path) -> list[Path]:
-    """Checkpoints in `folder` under names of their own, such as best/."""
-    return sorted(path.parent for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith("step-"))
+    """Checkpoints in `folder` under names of their own, such as best/ or step-00001000.keep."""
+    found = (path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    return sorted(path for path in found if not re.fullmatch(r"step-\d+", path.name) and not _ASIDE.fullmatch(path.name))
 
 
 def set_aside_folders(folder: Path) -> list[Path]:
     """What `set_aside` has left in a checkpoint folder."""
-    return sorted(path for path in folder.glob("step-*.*") if path.is_dir())
+    return sorted(path for path in folder.glob("step-*.*") if path.is_dir() and _ASIDE.fullmatch(path.name))
 
 
 def size_problems(checkpoint: Path) -> list[str]:
@@ -285,7 +292,7 @@ def delete_checkpoint(checkpoint: Path) -> None:
     """
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     for path in checkpoint.iterdir():
-        if re.fullmatch(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|\.manifest\.json\.tmp", path.name):
+        if _SAVED.fullmatch(path.name):
             path.unlink()
     with suppress(OSError):  # it holds what no save wrote
         checkpoint.rmdir()
@@ -415,16 +422,23 @@ def _list(path: Path) -> int:
     print(*remarks, sep="\n", end="\n" if remarks else "")
     if aside:
         size = decimal(sum(map(_bytes_in, aside)))
-        print(f"{len(aside)} set aside, {size} in all: no run reads, counts or deletes them. Delete them with")
-        print(f"  rm -r {shlex.join(map(str, aside))}")
+        print(f"{len(aside)} set aside, {size} in all: no run reads, counts or deletes them.")
+        ours = [path for path in aside if all(_SAVED.fullmatch(file.name) for file in path.iterdir())]
+        for path in aside:
+            if path not in ours:
+                print(f"{path} holds files that no save wrote: move them away if you delete it")
+        if ours:
+            print(f"Delete {'the others' if len(ours) < len(aside) else 'them'} with")
+            print(f"  rm -r {shlex.join(map(str, ours))}")
     if newer is not None:
         raise newer
     return 0
 
 
 def _step_of(checkpoint: Path) -> str:
-    """The step in its name, '1000' of step-00001000.damaged; empty for a name without one."""
-    match = re.fullmatch(r"step-0*(\d+)(\..*)?", checkpoint.name)
+    """The step in its name, '1000' of step-00001000 and step-00001000.damaged; empty for a name of its own."""
+    name = checkpoint.name.partition(".")[0] if _ASIDE.fullmatch(checkpoint.name) else checkpoint.name
+    match = re.fullmatch(r"step-0*(\d+)", name)
     return match[1] if match else ""
 
 

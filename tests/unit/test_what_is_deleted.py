@@ -216,6 +216,22 @@ def test_a_checkpoint_is_set_aside_beside_an_earlier_one_of_its_step(tmp_path: P
     assert all((tmp_path / name / "__0_0.distcp").exists() for name in names)
 
 
+def test_only_what_was_set_aside_and_holds_nothing_else_is_advised_to_be_deleted(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for _ in range(2):
+        ckpt.set_aside(make_checkpoint(tmp_path, 1))
+    (tmp_path / "step-00000001.damaged-2/notes.md").write_text("mine")
+    make_checkpoint(tmp_path, 1).rename(tmp_path / "step-00000001.keep")
+    make_checkpoint(tmp_path, 2)
+    dispatch(["checkpoint", "list", str(tmp_path)])
+    said = capsys.readouterr().out
+    (advice,) = [line.strip() for line in said.splitlines() if line.startswith("  rm -r ")]
+    assert shlex.split(advice) == ["rm", "-r", str(tmp_path / "step-00000001.damaged")]
+    assert f"{tmp_path / 'step-00000001.damaged-2'} holds files that no save wrote" in said
+    assert "step-00000001.keep" in said, "a checkpoint under a name of its own is listed as one"
+
+
 def test_a_configuration_written_by_hand_is_not_written_over_by_a_run(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("# the settings of my thesis\n[optimizer]\nlr = 1e-3\n")
     c = load_config(["--config", "debug.toml"])
