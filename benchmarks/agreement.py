@@ -50,7 +50,7 @@ def main() -> None:
         shared.mkdir()
         results = f"{folder}/results"
         torch.multiprocessing.spawn(work, (f"{folder}/rendezvous", str(shared), results), nprocs=RANKS)
-        wall, cpu = torch.load(results)
+        wall, cpu = torch.load(results, weights_only=True)
     for name, rounds in (("on the clock", wall), ("of a processor, per rank", cpu)):
         report.add({"time": name, "median ms": 1e3 * statistics.median(rounds), "fastest ms": 1e3 * min(rounds)})
     report.write()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import platform
 import secrets
 import socket
@@ -320,23 +319,25 @@ def _raise_alike(own: Exception | None, every: Sequence[Exception | None], hosts
         return
     first = next((i for i in failed if isinstance(every[i], UserError)), failed[0])  # it decides the exit code
     cause = every[first]
-    if own is not None and type(own) is type(cause) and (first == dist.get_rank() or str(own) == str(cause)):
+    if own is not None and (first == dist.get_rank() or (type(own) is type(cause) and str(own) == str(cause))):
         raise own
     where = _named([first], hosts)
     if isinstance(cause, UserError):
         raise UserError(f"{where}: {cause}")
     if isinstance(cause, OSError) and cause.errno is not None:
         raise OSError(cause.errno, f"{where}: {cause.strerror}", cause.filename)
-    raise RunError(f"{where}: {cause}" if isinstance(cause, RunError) else f"{where}: {type(cause).__name__}: {cause}")
+    raise RunError(f"{where}: {cause}")
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """`error` as other ranks can read it."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RunError(f"{type(error).__name__}: {error}")
-    return error
+    """`error` as other ranks can read it, whatever class it is of and whatever it holds."""
+    if error is None:
+        return None
+    if isinstance(error, UserError):
+        return UserError(str(error))
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, error.filename)
+    return RunError(str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}")
 
 
 def _is_alone() -> bool:
@@ -344,7 +345,7 @@ def _is_alone() -> bool:
 
 
 def gather(own: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """`own` of every rank, in their order; of any type that pickle knows."""
+    """`own` of every rank, in their order; of any type that torch.distributed sends."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own, group=group)
     return every
