@@ -1,4 +1,7 @@
-"""What every benchmark shares: medians, a table on the screen, and a Markdown and JSON file that say on what it was run."""
+"""What every benchmark shares: medians, a table on the screen, and a Markdown and JSON file that say on what it was run.
+
+The files go to benchmarks/results/, or to the folder that the environment variable BENCHMARK_RESULTS names.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from titan_dp.files import to_json
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def median_seconds(function: Callable[[], object], repeats: int = 5, warmup: int = 1) -> float:
@@ -37,9 +41,17 @@ def machine() -> dict[str, object]:
         "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "python": platform.python_version(),
         "date": date.today().isoformat(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _cpuinfo() -> list[str]:
@@ -48,28 +60,37 @@ def _cpuinfo() -> list[str]:
 
 
 class Report:
-    """Rows of one benchmark; `write` prints them and keeps them under benchmarks/results/."""
+    """Rows of one benchmark; `write` keeps them in RESULTS. With `live` every new row is written at once.
 
-    def __init__(self, name: str, title: str) -> None:
-        self.name, self.title, self.rows = name, title, list[dict[str, object]]()
+    `command` is what a reader types to repeat it; by default the script named like the report.
+    """
+
+    def __init__(self, name: str, title: str, *, live: bool = False, command: str | None = None) -> None:
+        self.name, self.title, self.live, self.rows = name, title, live, list[dict[str, object]]()
+        self.command = command or f"python benchmarks/{name}.py"
 
     def add(self, row: dict[str, object]) -> None:
         self.rows.append(row)
         print("  ".join(f"{key} {_show(value)}" for key, value in row.items()), flush=True)
+        if self.live:
+            self._keep()
 
     def write(self) -> None:
+        self._keep()
+        print(f"written to {RESULTS / self.name}.md and .json")
+
+    def _keep(self) -> None:
         facts = machine()
         where = ", ".join(f"{key} {value}" for key, value in facts.items())
-        keys = list(self.rows[0])
-        lines = [f"# {self.title}", "", f"`python benchmarks/{self.name}.py` on {where}", ""]
+        keys = list(dict.fromkeys(key for row in self.rows for key in row))
+        lines = [f"# {self.title}", "", f"`{self.command}` on {where}", ""]
         lines += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-        lines += ["| " + " | ".join(_show(row[key]) for key in keys) + " |" for row in self.rows]
-        RESULTS.mkdir(exist_ok=True)
+        lines += ["| " + " | ".join(_show(row.get(key, "-")) for key in keys) + " |" for row in self.rows]
+        RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{self.name}.md").write_text("\n".join(lines) + "\n")
         (RESULTS / f"{self.name}.json").write_text(
             to_json({"title": self.title, "machine": facts, "rows": self.rows}, indent=1) + "\n"
         )
-        print(f"written to {RESULTS / self.name}.md and .json")
 
 
 def _show(value: object) -> str:
