@@ -24,6 +24,7 @@ CPUs and for checking others.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,7 +89,9 @@ class Layout:
         """[M, C, ...] -> [B, T, ...]: the inverse of gather."""
         if self.index is None:
             x = x.view(len(self.active), B, self.C, *x.shape[2:]).transpose(0, 1)
-            return x.reshape(B, -1, *x.shape[3:])[:, :T].to(dtype, memory_format=torch.contiguous_format, copy=True)
+            return x.reshape(B, len(self.active) * self.C, *x.shape[3:])[:, :T].to(
+                dtype, memory_format=torch.contiguous_format, copy=True
+            )
         assert self.padding is not None
         out = x.new_zeros(B * T, *x.shape[2:], dtype=dtype)
         valid = ~self.padding
@@ -136,7 +139,9 @@ def _prepare(
     gamma = eG = eGr = rev = last = None
     D = sees.to(dtype)
     if g is not None:
-        G = lay.gather(g, dtype).transpose(1, 2).cumsum(-1)  # [M, H, C]
+        # No decay is below the dtype's smallest number: -inf - -inf would be NaN, and a large sum loses small ones.
+        least = math.log(torch.finfo(dtype).tiny)
+        G = lay.gather(g, dtype).clamp_min(least).transpose(1, 2).cumsum(-1)  # [M, H, C]
         Gr = G.repeat_interleave(n, -1)
         lower = torch.ones(R, R, dtype=torch.bool, device=k.device).tril()
         if erase:

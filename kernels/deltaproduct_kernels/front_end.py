@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaproduct_kernels.interface import resolve_backend
+from deltaproduct_kernels.transforms import refuse_forward_mode
 from deltaproduct_kernels.triton_backend import front_end_ops
 from deltaproduct_kernels.triton_backend.ops import check_one_dtype
 
@@ -76,6 +77,7 @@ def front_end(
     chosen = resolve_backend(backend, q.device, q.dtype, dk, dv)
     if chosen == "triton":
         _check_triton(q, k, v, b, a, weights, A_log, dt_bias, before)
+        refuse_forward_mode("front_end's backend 'triton'", q, k, v, b, a, *weights, A_log, dt_bias)
         taps = weights or (None, None, None)
         *out, g = front_end_ops.front_end(q, k, v, b, a, *taps, A_log, dt_bias, position, heads, max_beta)
         q, k, v, beta = out

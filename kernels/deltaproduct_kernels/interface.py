@@ -9,6 +9,8 @@ from torch import Tensor
 
 from deltaproduct_kernels import ops
 from deltaproduct_kernels.recurrent import read_offsets, recurrent_forward
+from deltaproduct_kernels.transforms import refuse_forward_mode
+from deltaproduct_kernels.triton_backend import assembler
 from deltaproduct_kernels.triton_backend import ops as triton_ops
 from deltaproduct_kernels.triton_backend.ops import why_not
 
@@ -26,10 +28,14 @@ def resolve_backend(
     'auto' is 'triton' on a GPU that it supports, and 'torch' elsewhere.
 
     Raises:
-        ValueError: for a name that is unknown, or 'triton' where it cannot run.
+        ValueError: for a name that is unknown, or 'triton' where it cannot run; on a Hopper without an assembler that is right
+            for 'auto' too, because 'torch' would be many times slower and a package is all that is missing.
     """
     if name == "auto":
-        return "triton" if device.type == "cuda" and why_not(device, dtype, dk, dv) is None else "torch"
+        reason = why_not(device, dtype, dk, dv)
+        if reason and reason.startswith(assembler.MISSING):
+            raise ValueError(f"backend = 'auto' cannot be 'triton': {reason}; or choose 'torch'")
+        return "triton" if device.type == "cuda" and reason is None else "torch"
     if name not in BACKENDS:
         raise ValueError(f"backend = {name!r} is not available; choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
     if name == "triton" and (reason := why_not(device, dtype, dk, dv)):
@@ -84,6 +90,7 @@ def gated_delta_product(
 
     Raises:
         ValueError: for shapes, dtypes, devices or a backend that do not fit; names the argument.
+        NotImplementedError: in forward mode and under torch.vmap, but for backend 'recurrent'.
     """
     check_shapes(q, k, v, beta, g, initial_state, cu_seqlens)
     if validate or (validate is None and os.environ.get("DELTAPRODUCT_VALIDATE") == "1"):
@@ -91,6 +98,8 @@ def gated_delta_product(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = resolve_backend(backend, q.device, q.dtype, q.shape[-1], v.shape[-1])
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, initial_state))
+    if chosen != "recurrent":
+        refuse_forward_mode(f"gated_delta_product's backend {chosen!r}", q, k, v, beta, g, initial_state)
     decode = not trained and cu_seqlens is None and q.shape[1] <= DECODE_TOKENS
     if chosen == "triton":
         triton_ops.check_one_dtype(q, k, v)
@@ -146,6 +155,8 @@ def check_shapes(
             raise ValueError(
                 f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; expected [N + 1] int32 or int64"
             )
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but q is on {q.device}")
         N = len(cu_seqlens) - 1
     expected = {
         "k": (k, (B, T, n, H, dk)),

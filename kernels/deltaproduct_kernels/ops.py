@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from deltaproduct_kernels.chunked import chunk_tokens, chunked_backward, chunked_forward
 from deltaproduct_kernels.recurrent import compute_dtype
+from deltaproduct_kernels.transforms import refuse_vmap
 
 
 def max_chunks(B: int, T: int, n: int, dk: int, sequences: int | None) -> int:
@@ -96,6 +97,8 @@ def _backward(ctx: Any, do: Tensor, dfinal: Tensor, dstates: Tensor) -> tuple:
 
 
 chunk.register_autograd(_backward, setup_context=_setup_context)
+refuse_vmap(chunk, "gated_delta_product")
+refuse_vmap(chunk_backward, "gated_delta_product")
 
 
 def executed_flops(k: torch.Size, v: torch.Size, chunks: int, *, erase: bool, backward: bool) -> int:

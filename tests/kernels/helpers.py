@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from deltaproduct_kernels import gated_delta_product
 from torch import Tensor
+
+Forgetful = Callable[[dict[str, Tensor]], None]
+"""Gives inputs log decays that underflow."""
 
 
 def make(
@@ -48,8 +53,8 @@ def results(inputs: dict[str, Tensor], backend: str, seed: int = 0, **options: o
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     o, state = run(leaves, backend, **options)
     generator = torch.Generator().manual_seed(seed)
-    do = torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)
-    dstate = torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state.dtype)
+    do = torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o)
+    dstate = torch.randn(state.shape, generator=generator, dtype=torch.float64).to(state)
     torch.autograd.backward([o, state], [do, dstate])
     gradients = {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
     assert set(gradients) == {f"d{name}" for name in leaves}

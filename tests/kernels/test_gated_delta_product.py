@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.kernels.helpers import assert_same, in_float64, make, results, run
+from tests.kernels.helpers import Forgetful, assert_same, in_float64, make, results, run
 
 INPUTS = ("q", "k", "v", "beta", "g", "initial_state")
 
@@ -51,6 +51,15 @@ def test_chunked_equals_the_recurrence_at_every_edge_of_a_chunk(T: int, dk: int)
 def test_chunked_equals_the_recurrence_in_the_ranges_that_hurt(ranges: dict, erase: bool) -> None:
     inputs = make(70, n=3, **ranges)
     assert_same(results(inputs, "torch", erase=erase), results(inputs, "recurrent", erase=erase), 1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_decays_that_underflow_are_forgotten_and_nothing_else(
+    forgetful: Forgetful, dtype: torch.dtype, tolerance: float
+) -> None:
+    x = make(70, n=1, dtype=dtype)
+    forgetful(x)
+    assert_same(results(x, "torch"), results(in_float64(x), "recurrent"), tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 8e-3), (torch.float16, 2e-3)])
@@ -263,6 +272,39 @@ def test_chunks_hold_at_most_64_rows_and_16_for_small_heads() -> None:
 def test_wrong_arguments_are_named(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gated_delta_product(**{**{name: x.float() for name, x in make(5).items()}, **change})
+
+
+@pytest.mark.parametrize(("B", "H"), [(0, 2), (2, 0)])
+def test_no_rows_and_no_heads_are_as_empty_as_their_results(B: int, H: int) -> None:
+    x = make(20, B=B, H=H)
+    got = results(x, "torch")
+    assert {name: y.shape for name, y in got.items()} == {name: y.shape for name, y in results(x, "recurrent").items()}
+
+
+def test_compiles_with_every_size_dynamic() -> None:
+    x, longer = make(20, dtype=torch.float32), make(33, B=3, dtype=torch.float32)
+    compiled = torch.compile(lambda x: run(x, "auto"), dynamic=True, fullgraph=True, backend="aot_eager")
+    for inputs in (x, longer):
+        assert all(torch.equal(a, b) for a, b in zip(compiled(inputs), run(inputs, "auto"), strict=True))
+
+
+def test_forward_mode_is_refused_by_name_and_had_from_the_definition() -> None:
+    x = {name: y.detach() for name, y in make(5).items()}
+    read = lambda q, backend: run({**x, "q": q}, backend)[0]  # noqa: E731
+    with pytest.raises(NotImplementedError, match="backend 'torch' has no forward-mode derivative; .* backend 'recurrent'"):
+        torch.func.jvp(lambda q: read(q, "torch"), (x["q"],), (x["q"],))
+    o, tangent = torch.func.jvp(lambda q: read(q, "recurrent"), (x["q"],), (x["q"],))
+    torch.testing.assert_close(tangent, o)  # linear in q
+
+
+def test_vmap_is_refused_by_name_and_had_from_the_definition() -> None:
+    x = {name: y.detach() for name, y in make(5).items()}
+    queries = torch.stack([x["q"], 2 * x["q"]])
+    read = lambda q, backend: run({**x, "q": q}, backend)[0]  # noqa: E731
+    with pytest.raises(NotImplementedError, match="gated_delta_product has no batching rule for torch.vmap"):
+        torch.vmap(lambda q: read(q, "torch"))(queries)
+    once, twice = torch.vmap(lambda q: read(q, "recurrent"))(queries)
+    torch.testing.assert_close(2 * once, twice)
 
 
 def test_auto_is_the_chunked_backend() -> None:

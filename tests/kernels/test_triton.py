@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.kernels.helpers import assert_same, error, in_float64, make, results, run
+from tests.kernels.helpers import Forgetful, assert_same, error, in_float64, make, results, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 5e-6
@@ -81,6 +81,12 @@ def test_beta_near_two_and_all_but_parallel_keys() -> None:
     assert_equals_the_recurrence(inputs(70, gate=None, beta=(1.99, 2.0), correlation=0.95), tolerance=2e-3)
 
 
+def test_decays_that_underflow_are_forgotten_and_nothing_else(forgetful: Forgetful) -> None:
+    x = inputs(70, n=1)
+    forgetful(x)
+    assert_equals_the_recurrence(x, tolerance=1e-4)
+
+
 def test_step_sizes_of_zero_keep_their_gradient() -> None:
     x = inputs()
     x["beta"].data[:, ::3, 1] = 0
@@ -101,10 +107,12 @@ def test_heads_of_256_in_half_precision() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("gate", [None, 0.1, 10.0])
 def test_half_precision_is_as_near_as_its_rounding(dtype: torch.dtype, tolerance: float, gate: float | None) -> None:
+    """The state in float32, as a layer keeps it: after strong gates its gradient is below float16's smallest numbers."""
     x = inputs(70, gate=gate, dtype=dtype)
+    x["initial_state"] = x["initial_state"].detach().float().requires_grad_()
     assert_equals_the_recurrence(x, tolerance)
     assert {name: y.dtype for name, y in results(x, "triton").items() if name != "state"} == {
-        "o": dtype, **{f"d{name}": dtype for name in x},
+        "o": dtype, **{f"d{name}": y.dtype for name, y in x.items()},
     }  # fmt: skip
 
 
@@ -222,11 +230,11 @@ def test_token_by_token_equals_all_at_once() -> None:
 def test_inference_keeps_nothing_and_training_less_than_a_kilobyte_a_token_and_head() -> None:
     from deltaproduct_kernels.triton_backend.ops import triton_chunk
 
-    x = {name: y.detach() for name, y in inputs(64).items()}
+    x = {name: y.detach() for name, y in inputs(64, dtype=torch.float16).items()}
     arguments = (x["q"], x["k"], x["v"], x["beta"], x["g"], None, None, 1.0, True)
     assert [kept.numel() for kept in triton_chunk(*arguments, False)[2:]] == [0, 0, 0]
     size = Size(1, 128, 2, 2, 16, 32)
-    x = {name: y.detach() for name, y in inputs(128).items()}
+    x = {name: y.detach() for name, y in inputs(128, dtype=torch.float16).items()}
     arguments = (x["q"], x["k"], x["v"], x["beta"], x["g"], None, None, 1.0, True)
     y, gates, states = triton_chunk(*arguments, True)[2:]
     assert 2 * (y.numel() + states.numel()) + gates.nbytes == cost.saved(size)
@@ -236,7 +244,7 @@ def test_inference_keeps_nothing_and_training_less_than_a_kilobyte_a_token_and_h
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_operators_pass_torchs_own_checks(packed: bool) -> None:
     x = inputs(20, states=3 if packed else 1)
-    cu_seqlens = torch.tensor([0, 4, 9, 20], device=DEVICE) if packed else None  # no slot stays unwritten
+    cu_seqlens = torch.tensor([0, 9, 18, 20], device=DEVICE) if packed else None  # no slot stays unwritten
     arguments = tuple(x[name] for name in ("q", "k", "v", "beta", "g", "initial_state"))
     torch.library.opcheck(torch.ops.deltaproduct.triton_chunk, (*arguments, cu_seqlens, 0.3, True, True))
     plain = tuple(y.detach() for y in arguments)
@@ -317,6 +325,15 @@ class Counter(launch.Runner):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counted by the interpreter")
+@pytest.mark.parametrize("part", [512, -84, 0])
+def test_a_span_that_two_programs_would_share_a_chunk_of_is_refused(part: int) -> None:
+    """n = 3: chunks of 21 tokens, a state kept in every fourth."""
+    x = {name: y.detach() for name, y in inputs(600, n=3).items()}
+    arguments = (x["q"], x["k"], x["v"], x["beta"], x["g"], None, None, 1.0, True, True, 16)
+    with pytest.raises(ValueError, match=f"part = {part}; with n = 3 steps a token it must be a multiple of 84 tokens"):
+        launch.forward(*arguments, part=part)
+
+
 @pytest.mark.parametrize(("n", "bits"), [(1, 32), (2, 32), (2, 16)])
 @pytest.mark.parametrize(("gate", "erase"), [(0.1, True), (None, True), (0.1, False)])
 def test_the_cost_model_counts_what_the_kernels_move_and_multiply(
@@ -366,7 +383,7 @@ def test_what_the_kernels_cannot_do_is_refused_by_name(change: dict, message: st
     sizes = {name: change.pop(name) for name in ("dk", "dv") if name in change}
     x: dict[str, Any] = {name: y.detach() for name, y in inputs(5, **sizes).items() if name != "initial_state"}
     for name, value in change.items():
-        x[name] = x[name].double() if value is None else torch.tensor(value) if isinstance(value, list) else value
+        x[name] = x[name].double() if value is None else torch.as_tensor(value, device=DEVICE)
     with pytest.raises(ValueError, match=message):
         gated_delta_product(**x, backend="triton", validate=True)
 

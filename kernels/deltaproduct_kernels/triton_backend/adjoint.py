@@ -24,7 +24,7 @@ from deltaproduct_kernels.triton_backend.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "sequences", "span"])
 def adjoint_kernel(
     do,
     q,

@@ -1,8 +1,10 @@
 """Block sizes, warps and pipeline stages of every kernel: a table, read from top to bottom, first match wins.
 
-Nothing is tuned while a program runs, so a run starts at once and two runs compute the same bits. `python
-benchmarks/tune.py` times candidates on a GPU and prints lines for this table. Until a GPU was had, the lines are those of
-the widest blocks that compile without spilling a register (benchmarks/results/compile.md), for every architecture.
+Nothing is tuned while a program runs, so a run starts at once and two runs compute the same bits. `python benchmarks/gpu.py
+tune` times candidates on a GPU and prints lines for this table. On sm_90 the lines for dk = dv = 128 are as timed on an H100
+(benchmarks/results/gpu_tune.md; n = 4 and ungated by analogy); the others are the widest blocks that compile without
+spilling a register, which is a poor rule: where both were timed, narrower blocks of 4 warps, two on a multiprocessor, won even
+with some spills. `gradients` has one stage on sm_90: with more, copies race with unfinished products (races.py).
 
 Columns: `bits` of the inputs' dtype; `arch` 80, 90 or 100; `dk` and `dv` rounded up to 32, 64, 128 or 256, columns past the
 real size reading as zero (dv: >127 is 128 and 256); `n` steps a token, 4 for more; `gate` y or n. `block_k`: columns of dk a
@@ -32,7 +34,6 @@ solve          32    *   32    *   *    *       32       0     4      1
 solve          32    *    *    *   *    *       64       0     4      1
 states         16   80   64   64   1    n        0      64     4      1
 states         16   80   64   64   4    n        0      64     4      2
-states         16   90  128 >127   1    n        0      64     8      1
 states         16  100   64   64   1    n        0      64     8      2
 states         16  100   64   64   2    n        0      64     4      3
 states         16  100   64   64   3    n        0      64     4      3
@@ -50,8 +51,7 @@ states         16   90   32   32   *    *        0      32     4      2
 states         16   90   64   32   *    *        0      32     4      3
 states         16   90  128   32   1    *        0      32     8      1
 states         16   90  128   32   *    *        0      32     8      2
-states         16   90  128 >127   2    *        0     128     8      2
-states         16   90  128 >127   4    *        0     128     8      2
+states         16   90  128 >127   *    *        0      64     4      2
 states         16   90  128    *   *    *        0      64     8      2
 states         16   90  256    *   *    *        0      32     8      1
 states         16  100   32   32   1    *        0      32     8      2
@@ -69,13 +69,10 @@ states         32  100   64 >127   1    *        0      32     4      1
 states         32    *    *    *   *    *        0      32     8      1
 states_again   16  100  256  256   3    *        0      64     8      2
 states_cut     16   80   64   64   4    n        0      64     4      2
-states_cut     16   90  128 >127   1    n        0      64     8      1
-states_cut     16   90  128 >127   2    y        0      64     8      2
 states_cut     16  100   64   64   1    n        0      64     4      3
 adjoint        16  100  128  256   4    *        0      64     8      2
-adjoint        16   90  128 >127   1    n        0      32     8      1
-adjoint        16   90  128 >127   2    n        0      64     4      3
-adjoint        16   90  128 >127   2    y        0     128     8      3
+adjoint        16   90  128 >127   1    *        0      64     4      2
+adjoint        16   90  128 >127   *    *        0      64     4      3
 adjoint        16  100  128 >127   2    y        0      64     8      1
 adjoint        16   80   32   32   *    *        0      32     4      2
 adjoint        16   80   64   32   *    *        0      32     4      2
@@ -95,8 +92,6 @@ adjoint        16   90  128   32   4    *        0      32     4      2
 adjoint        16   90  128   64   1    *        0      64     4      2
 adjoint        16   90  128   64   4    *        0      64     4      3
 adjoint        16   90  128   64   *    *        0      64     8      1
-adjoint        16   90  128 >127   3    *        0      64     8      1
-adjoint        16   90  128 >127   *    *        0     128     8      2
 adjoint        16   90  128    *   *    *        0      32     8      2
 adjoint        16   90  256   32   4    *        0      32     8      2
 adjoint        16   90  256   64   4    *        0      32     8      2
@@ -124,9 +119,6 @@ adjoint        16  100  256 >127   1    *        0      32     8      1
 adjoint        16  100  256    *   *    *        0      64     8      1
 adjoint        16    *    *    *   *    *        0      64     4      2
 adjoint        32    *    *    *   *    *        0      32     8      1
-adjoint_cut    16   90  128 >127   1    n        0      32     8      1
-adjoint_cut    16   90  128 >127   2    n        0      64     4      3
-adjoint_cut    16   90  128 >127   2    y        0     128     8      3
 adjoint_cut    16  100  128 >127   2    *        0      64     8      1
 adjoint_cut    16  100  128 >127   4    y        0      64     8      2
 gradients      16   80  128  256   2    *       32      16     8      2
@@ -149,16 +141,18 @@ gradients      16   80  256   64   1    *       32      16     8      2
 gradients      16   80  256   64   *    *       32      64     8      2
 gradients      16   80  256 >127   2    *       32      64     8      2
 gradients      16   80  256 >127   4    *       32      64     8      2
-gradients      16   90   32   32   *    *       32      16     8      2
-gradients      16   90   32    *   *    *       32      64     8      2
-gradients      16   90   64   32   1    *       32      16     8      2
-gradients      16   90   64   32   *    *       64      32     8      2
-gradients      16   90   64   64   1    *       64      32     8      2
-gradients      16   90   64    *   *    *       64      64     8      2
-gradients      16   90  128   64   *    *       64      32     8      2
-gradients      16   90  128 >127   *    *       64      64     8      2
-gradients      16   90  256   64   *    *       64      32     8      2
-gradients      16   90  256 >127   *    *       64      64     8      2
+gradients      16   90   32   32   *    *       32      16     8      1
+gradients      16   90   32    *   *    *       32      64     8      1
+gradients      16   90   64   32   1    *       32      16     8      1
+gradients      16   90   64   32   *    *       64      32     8      1
+gradients      16   90   64   64   1    *       64      32     8      1
+gradients      16   90   64    *   1    *       64      64     8      1
+gradients      16   90   64    *   *    *       64      64     4      1
+gradients      16   90  128   64   *    *       64      32     8      1
+gradients      16   90  128 >127   1    *      128      64     8      1
+gradients      16   90  128 >127   *    *       64      64     4      1
+gradients      16   90  256   64   *    *       64      32     8      1
+gradients      16   90  256 >127   *    *       64      64     8      1
 gradients      16  100   32   32   *    *       32      16     8      2
 gradients      16  100   32    *   *    *       32      64     8      2
 gradients      16  100   64   32   *    *       64      32     8      2
@@ -210,8 +204,13 @@ def _covers(have: str, want: str) -> bool:
     return have in ("*", want) or (have == ">127" and want in ("128", "256"))
 
 
-def config(kernel: str, *, dk: int, dv: int, n: int, bits: int, arch: int, gated: bool) -> Config:
-    """The table's line for a kernel; blocks are no wider than the padded head."""
+def line(kernel: str, *, dk: int, dv: int, n: int, bits: int, arch: int, gated: bool) -> tuple[int, Config]:
+    """The table's line for a kernel at these sizes: its number among the kernel's, and what it says."""
     wanted = (str(bits), str(arch), str(padded(dk)), str(padded(dv)), str(min(n, 4)), "y" if gated else "n")
-    c = next(c for words, c in _lines()[kernel] if all(map(_covers, words, wanted)))
+    return next((i, c) for i, (words, c) in enumerate(_lines()[kernel]) if all(map(_covers, words, wanted)))
+
+
+def config(kernel: str, *, dk: int, dv: int, n: int, bits: int, arch: int, gated: bool) -> Config:
+    """What a kernel is launched with; blocks are no wider than the padded head."""
+    _, c = line(kernel, dk=dk, dv=dv, n=n, bits=bits, arch=arch, gated=gated)
     return c._replace(block_k=min(c.block_k, padded(dk)), block_v=min(c.block_v, padded(dv)))

@@ -133,7 +133,7 @@ def _scalars_backward(
         tl.store(dbias + at, tl.sum(dx, axis=0), mask=c < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "blocks"])
 def front_end_kernel(
     q,
     k,
@@ -186,7 +186,7 @@ def front_end_kernel(
         tl.store(pointers, z.to(y.dtype.element_ty), mask=(t < T)[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "blocks"])
 def front_end_backward_kernel(
     q,
     k,
@@ -304,10 +304,12 @@ def forward(
     beta = q.new_empty(B, T, n, heads, dtype=torch.float32)
     g = None if a is None else q.new_empty(B, T, heads, dtype=torch.float32)
     blocks = triton.cdiv(T, sizes["ROWS"])
+    conv = wq is not None
+    wq, wk, wv = _or_unread(q, wq, wk, wv)
     run(
         front_end_kernel, B * blocks * (heads * (1 + 2 * n) + 1), config(sizes["D"]),
         q=q, k=k, v=v, b=b, a=a, wq=wq, wk=wk, wv=wv, A_log=A_log, dt_bias=dt_bias, position=position, q_out=q_out,
-        k_out=k_out, v_out=v_out, beta=beta, g=g, max_beta=max_beta, T=T, blocks=blocks, CONV=wq is not None,
+        k_out=k_out, v_out=v_out, beta=beta, g=g, max_beta=max_beta, T=T, blocks=blocks, CONV=conv,
         GATED=a is not None, PACKED=position is not None, **sizes,
     )  # fmt: skip
     return q_out, k_out, v_out, beta, g
@@ -342,18 +344,25 @@ def backward(
         None if w is None else q.new_empty(B, blocks, *w.shape, dtype=torch.float32) for w in (wq, wk, wv)
     ] + [None if x is None else q.new_empty(B, blocks, heads, dtype=torch.float32) for x in (A_log, dt_bias)]
     outputs = dict(zip(("dq_out", "dk_out", "dv_out", "dbeta", "dg"), grads, strict=True))
-    sums = dict(zip(("dwq", "dwk", "dwv", "drate", "dbias"), partials, strict=True))
+    sums: dict[str, Tensor | None] = dict(zip(("dwq", "dwk", "dwv"), _or_unread(q, *partials[:3]), strict=True))
+    sums |= dict(zip(("drate", "dbias"), partials[3:], strict=True))
+    taps = dict(zip(("wq", "wk", "wv"), _or_unread(q, wq, wk, wv), strict=True))
     run(
         front_end_backward_kernel, B * blocks * (heads * (1 + 2 * n) + 1), config(sizes["D"]),
-        q=q, k=k, v=v, b=b, a=a, wq=wq, wk=wk, wv=wv, A_log=A_log, dt_bias=dt_bias, position=position,
+        q=q, k=k, v=v, b=b, a=a, A_log=A_log, dt_bias=dt_bias, position=position,
         dq=dx[0], dk=dx[1], dv=dx[2], db=dx[3], da=da, max_beta=max_beta, T=T, blocks=blocks, CONV=wq is not None,
-        GATED=a is not None, PACKED=position is not None, **outputs, **sums, **sizes,
+        GATED=a is not None, PACKED=position is not None, **outputs, **sums, **taps, **sizes,
     )  # fmt: skip
     weights = [
         None if p is None or w is None else p.sum((0, 1)).to(w.dtype)
         for p, w in zip(partials, (wq, wk, wv, A_log, dt_bias), strict=True)
     ]
     return [*dx, da, *weights]
+
+
+def _or_unread(instead: Tensor, *weights: Tensor | None) -> list[Tensor]:
+    """Weights for the kernels: without a convolution nobody reads them, but a kernel's function cannot return None."""
+    return [instead if w is None else w for w in weights]
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, heads: int) -> dict[str, int]:

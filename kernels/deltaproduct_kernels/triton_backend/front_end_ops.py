@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaproduct_kernels.transforms import refuse_vmap
 from deltaproduct_kernels.triton_backend.ops import computable
 
 
@@ -38,6 +39,9 @@ def front_end(
     *out, beta, g = _kernels().forward(*tensors, heads, max_beta)
     q_out, k_out, v_out = (y.to(x.dtype) for y, x in zip(out, (q, k, v), strict=True))
     return q_out, k_out, v_out, beta, beta.new_empty(0) if g is None else g
+
+
+refuse_vmap(front_end, "front_end")
 
 
 @front_end.register_fake

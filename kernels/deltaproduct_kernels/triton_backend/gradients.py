@@ -31,7 +31,7 @@ from deltaproduct_kernels.triton_backend.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "sequences"])
 def gradients_kernel(
     do,
     q,

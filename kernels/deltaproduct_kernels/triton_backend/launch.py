@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from deltaproduct_kernels.triton_backend import configs
+from deltaproduct_kernels.triton_backend import assembler, configs
 from deltaproduct_kernels.triton_backend.adjoint import adjoint_kernel
 from deltaproduct_kernels.triton_backend.configs import Config
 from deltaproduct_kernels.triton_backend.decode import decode_kernel
@@ -49,6 +49,8 @@ def runner(device: torch.device) -> Runner:
     if device.type != "cuda":
         return Runner(90, 132)
     properties = torch.cuda.get_device_properties(device)
+    if properties.major == 9 and (reason := assembler.choose()):
+        raise ValueError(f"Triton cannot compile these kernels: {reason}")
     arch = max((a for a in configs.ARCHITECTURES if a <= properties.major * 10), default=configs.ARCHITECTURES[0])
     return Runner(arch, properties.multi_processor_count)
 
@@ -79,10 +81,20 @@ class Shape(Size):
         )
 
     @property
+    def unit(self) -> int:
+        """Spans are multiples of so many tokens: one state is saved in each."""
+        return self.chunk * EVERY
+
+    @property
     def whole(self) -> int:
         """A span that no sequence exceeds."""
-        unit = self.chunk * EVERY
-        return max(1, -(-self.T // unit)) * unit
+        return max(1, -(-self.T // self.unit)) * self.unit
+
+    def check_span(self, part: int, unit: int) -> int:
+        """`part`. Raises ValueError for a span that is no multiple of `unit` tokens: two programs would share a chunk."""
+        if part <= 0 or part % unit:
+            raise ValueError(f"part = {part}; with n = {self.n} steps a token it must be a multiple of {unit} tokens")
+        return part
 
     @property
     def part(self) -> int:
@@ -93,9 +105,8 @@ class Shape(Size):
         """
         blocks = triton.cdiv(self.dv, self.config("states").block_v)
         programs = (1 if self.sequences is not None else self.B) * self.H * blocks
-        unit = self.chunk * EVERY
-        parts = min(self.processors // max(programs, 1), self.T // (2 * unit))
-        return self.whole if parts < 4 else -(-self.T // (parts * unit)) * unit
+        parts = min(self.processors // max(programs, 1), self.T // (2 * self.unit))
+        return self.whole if parts < 4 else -(-self.T // (parts * self.unit)) * self.unit
 
     def config(self, kernel: str) -> Config:
         return configs.config(kernel, dk=self.dk, dv=self.dv, n=self.n, bits=self.bits, arch=self.arch, gated=self.gated)
@@ -152,10 +163,13 @@ def forward(
 
     Returns o, the final state [N, H, dk, dv] in float32, and what the backward pass needs; `save` wants its states.
     `bits` is the width of the dtype that decides the chunks (layout.ROWS). `part` overrides `Shape.part`.
+
+    Raises:
+        ValueError: for a `part` that is no multiple of `Shape.unit`.
     """
     run = run or runner(k.device)
     shape = Shape.of(k, v, g, cu_seqlens, erase, bits, run)
-    part = part or shape.part
+    part = shape.check_span(shape.part if part is None else part, shape.unit)
     y, gates = solve(shape, k, beta, g, cu_seqlens, run)
     initial, kind = initial_state, 0 if initial_state is None else 1
     if part < shape.whole:
@@ -192,7 +206,7 @@ def backward(
     y, gates, states = saved
     run = run or runner(k.device)
     shape = Shape.of(k, v, g, cu_seqlens, erase, bits, run)
-    part = part or shape.part
+    part = shape.check_span(shape.part if part is None else part, shape.unit)
     chunks = shape.slots(shape.chunk)
     adjoint = shape.config("adjoint" if part >= shape.whole else "adjoint_cut")
     blocks = triton.cdiv(shape.dv, adjoint.block_v)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from deltaproduct_kernels.recurrent import read_offsets
-from deltaproduct_kernels.triton_backend import configs, cost
+from deltaproduct_kernels.transforms import refuse_vmap
+from deltaproduct_kernels.triton_backend import assembler, configs, cost
 from deltaproduct_kernels.triton_backend.layout import EVERY, Size
 
 
@@ -122,6 +123,8 @@ def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Tensor | N
 
 
 triton_chunk.register_autograd(_backward, setup_context=_setup_context)
+refuse_vmap(triton_chunk, "gated_delta_product")
+refuse_vmap(triton_chunk_backward, "gated_delta_product")
 
 
 @torch.library.custom_op("deltaproduct::triton_decode", mutates_args=())
@@ -132,6 +135,9 @@ def triton_decode(
     c = computable
     o, after = _launch().decode(c(q), c(k), c(v), c(beta), c(g), c(state), scale, erase, bits(k))
     return o.to(q.dtype), after
+
+
+refuse_vmap(triton_decode, "gated_delta_product")
 
 
 @triton_decode.register_fake
@@ -173,21 +179,10 @@ def check_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} has dtype {x.dtype}, but q {q.dtype}; backend 'triton' takes one dtype for q, k and v")
 
 
-@torch.compiler.assume_constant_result  # asked in every layer: the compiler takes the answer and does not look inside
 def why_not(device: torch.device, dtype: torch.dtype | None = None, dk: int | None = None, dv: int | None = None) -> str | None:
     """Why these kernels cannot run this, as the end of a sentence; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return f"{torch.cuda.get_device_name(device)} is older than Ampere"
-        wanted = configs.SHARED_MEMORY[_launch().runner(device).arch]
-        shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", wanted)
-        if shared < wanted:  # consumer chips of the same generations
-            name = torch.cuda.get_device_name(device)
-            return f"{name} has {shared:,} bytes of shared memory a program; the kernels are set up for {wanted:,}"
-    elif not _launch().INTERPRETED:
-        return f"it needs a CUDA device, not {device.type!r}"
+    if (reason := _why_not_on(device)) is not None:
+        return reason
     if dtype == torch.float64:
         return "q has dtype torch.float64; allowed are float32, bfloat16 and float16"
     if dtype == torch.float32 and dk is not None and dk > 128:
@@ -195,6 +190,26 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None, dk: int | No
     for name, size in (("dk", dk), ("dv", dv)):
         if size is not None and not 16 <= size <= configs.SIZES[-1]:
             return f"{name} = {size}; heads of 16 to {configs.SIZES[-1]} are allowed"
+    return None
+
+
+@torch.compiler.assume_constant_result  # asked in every layer: the compiler takes the answer and does not look inside
+def _why_not_on(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"{torch.cuda.get_device_name(device)} is older than Ampere"
+        if capability[0] == 9 and (reason := assembler.choose()):
+            return reason
+        wanted = configs.SHARED_MEMORY[_launch().runner(device).arch]
+        shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", wanted)
+        if shared < wanted:  # consumer chips of the same generations
+            name = torch.cuda.get_device_name(device)
+            return f"{name} has {shared:,} bytes of shared memory a program; the kernels are set up for {wanted:,}"
+    elif not _launch().INTERPRETED:
+        return f"it needs a CUDA device, not {device.type!r}"
     return None
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from deltaproduct_kernels.triton_backend.tiles import first_slot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "span"])
 def scan_kernel(
     maps,  # N^T and M^T [slots of spans, H, DV + DK, DK]
     local,  # REVERSE: the adjoint at a span's start for a zero one at its end [slots of spans, H, DV, DK]

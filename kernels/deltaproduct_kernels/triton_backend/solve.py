@@ -50,7 +50,7 @@ def unit_lower_inverse(A, ROWS: tl.constexpr, PRECISION: tl.constexpr):
     return X
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "sequences"])
 def solve_kernel(
     k,
     beta,
@@ -86,7 +86,8 @@ def solve_kernel(
     r = tl.arange(0, ROWS)
     if GATED:
         steps = tl.load(g + (token + r // N) * H + head, mask=(r % N == 0) & (r < rows), other=0.0).to(tl.float32)
-        G = tl.cumsum(steps * 1.4426950408889634, 0)
+        # No decay is below float32's smallest number: -inf - -inf would be NaN, and a large sum loses small ones.
+        G = tl.cumsum(tl.maximum(steps * 1.4426950408889634, -126.0), 0)
         tl.store(gates + out * ROWS + r, G)
     if ERASE:
         keys = k + (token * N * H + head) * DK

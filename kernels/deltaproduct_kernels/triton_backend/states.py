@@ -29,7 +29,7 @@ from deltaproduct_kernels.triton_backend.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "sequences", "span", "first_block"])
 def states_kernel(
     q,
     k,
