@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from titan_dp import config
-from titan_dp.errors import UserError
+from titan_dp.errors import StoppedError, UserError, leave
 from titan_dp.interrupt import end_with_launcher
 from titan_dp.watchdog import FLIGHT_RECORDER_ENTRIES
 
@@ -49,7 +49,11 @@ def rank_from_env() -> int:
 
 @contextmanager
 def distributed(comm: config.Comm) -> Iterator[World]:
-    """Initialise the process group and tear it down, even after an exception."""
+    """Initialise the process group, and tear it down where all ranks leave together.
+
+    A rank that fails ends here, reported: tearing down may wait for ranks that wait for this one, on NCCL above all, and what
+    then kills it takes its reason and its exit code away.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_launcher()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_ENTRIES)
@@ -65,8 +69,12 @@ def distributed(comm: config.Comm) -> Iterator[World]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield current_world()
-    finally:
+    except BaseException as error:
+        if dist.get_world_size() > 1 and not isinstance(error, StoppedError | SystemExit):
+            leave(error)
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _own_gpu() -> int:

@@ -1,19 +1,22 @@
 """The one exception for a user's mistake, and how a command turns exceptions into exit codes.
 
-Exit codes: 0 done, 2 the user's mistake (one message, no traceback), 75 stopped by a signal with everything saved (the same
-command goes on), 1 anything else: the machine's faults with one message, our own with a traceback. 130 after Ctrl-C. Asserts
-are for ours. Nothing here imports torch.
+Exit codes are what a scheduler acts on (docs/reliability.md has the table of causes, each with its test): 0 done, 2 the user's
+mistake (one message, no traceback), 75 stopped by a signal with everything saved (the same command goes on), 1 anything else:
+worth another try. The machine's and the network's faults are one message, our own a traceback. 130 after Ctrl-C. Asserts are
+for ours. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import NoReturn
 
 # What a machine may lack, whoever wrote the program, and what to say beyond the operating system's own words.
 _MACHINE_FAULTS = {
@@ -24,11 +27,26 @@ _MACHINE_FAULTS = {
     errno.EPERM: "choose a folder you may use, or change its permissions",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EIO: "the disk or the network file system failed",
+    errno.ESTALE: "the network file system failed",
+    errno.ENOMEM: "the machine has too little memory",
 }
 
+# What may be over at the next try, whatever file or name it is about.
+_PASSING = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.EINTR),
+    *(errno.EIO, errno.ESTALE, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN),
+}
+# Base classes of a connection's faults in Python, requests, urllib3, httpx and aiohttp, by name: none is imported for it.
+_NETWORK_FAULTS = {
+    *("ConnectionError", "TimeoutError", "gaierror", "SSLError", "IncompleteRead"),
+    *("Timeout", "ChunkedEncodingError", "ProtocolError", "TransportError", "ClientConnectionError", "ClientPayloadError"),
+}
+# The Hub's clients raise these for what no further try changes.
+_REFUSALS = {"OfflineModeIsEnabled", "DatasetNotFoundError"}
 
-# What gloo and NCCL say when a process they talk to has ended.
-_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+# What gloo, NCCL and torch's store say when a process they talk to has ended. Others' connections fail with the same words.
+_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe", "got 0 bytes")
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid.*|Pin memory thread exited unexpectedly")
 
 
 class UserError(ValueError):
@@ -61,45 +79,112 @@ def run_main(command: Callable[[], int]) -> int:
             return command()
         finally:
             sys.stdout.flush()  # here, where a closed pipe or a full disk is still ours to report
-    except UserError as error:
-        _report(str(error))
-        return 2
-    except RunError as error:
-        _report(str(error))
-        return 1
-    except StoppedError as stopped:
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error)
+
+
+def report(error: Exception | KeyboardInterrupt) -> int:
+    """Print what ended a command; returns the exit code."""
+    if isinstance(error, StoppedError):
         if os.environ.get("RANK", "0") == "0":
-            print(stopped, flush=True)
+            print(error, flush=True)
         if path := os.environ.get(STOPPED_FILE):
             open(path, "w").close()
         return EXIT_STOPPED
-    except KeyboardInterrupt:
-        _report("interrupted")
+    if isinstance(error, KeyboardInterrupt):
+        _say("interrupted")
         return 130
-    except BrokenPipeError:  # `... | head`: the reader has seen enough, and flushing at exit must not complain again
+    if isinstance(error, BrokenPipeError):  # `... | head`: the reader has seen enough, and flushing at exit must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
-        if (fault := machine_fault(error)) is not None:
-            _report(fault)
-        elif any(sign in str(error) for sign in _LOST_RANK):
-            time.sleep(2)  # the rank that left knows why
-            _report("the connection to another rank is lost; that one says why, or was killed")
-        else:
-            traceback.print_exc()
+    if _is_lost_rank(error):
+        time.sleep(2)  # the rank that left knows why
+    if (known := explained(error)) is None:
+        traceback.print_exception(error)
         return 1
+    _say(str(known))
+    return 2 if isinstance(known, UserError) else 1
+
+
+def explained(error: Exception) -> UserError | RunError | None:
+    """`error` as one message, with nothing hanging on it that another process could not be sent; None where only a traceback
+    tells what happened. A UserError that was raised from what may pass is none: another try may succeed.
+    """
+    if isinstance(error, UserError) and (fault := passing_fault(error.__cause__)) is not None:
+        reason = "" if _first_line(fault) in str(error) else f"; {_first_line(fault)}"
+        return RunError(f"{error}{reason}; this may pass: try the same command again")
+    if isinstance(error, UserError | RunError):
+        return error
+    if _is_lost_rank(error):
+        return RunError(f"the connection to another rank is lost; that one says why, or was killed ({_first_line(error)})")
+    fault_text = machine_fault(error)
+    return None if fault_text is None else RunError(fault_text)
+
+
+def leave(error: BaseException) -> NoReturn:
+    """Report `error` and end this process at once, with its exit code and without cleaning up.
+
+    For a rank that fails alone: what is torn down on the way out (a process group, atexit's functions) may wait for ranks that
+    wait for this one, until somebody kills it, and with it goes the reason.
+    """
+    code = report(error) if isinstance(error, Exception | KeyboardInterrupt) else 1
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def machine_fault(error: BaseException | None) -> str | None:
-    """One sentence if `error`, or one it was raised from, is the machine's fault (a full disk, a missing permission)."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _MACHINE_FAULTS:
-            return f"{error}; {_MACHINE_FAULTS[error.errno]}"
-        error = error.__cause__ or error.__context__
+    """One sentence if `error`, or one it was raised from, is the machine's or the network's fault, such as a full disk."""
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in _MACHINE_FAULTS:
+            return f"{cause}; {_MACHINE_FAULTS[cause.errno]}"
+        if isinstance(cause, RuntimeError) and (found := _LOST_WORKER.search(str(cause))):
+            return (
+                f"{found[0].strip()}: a process that reads data was killed, often for want of memory; lower "
+                "training.dataloader.num_workers or prefetch_factor, or start the same command again"
+            )
+    if (fault := passing_fault(error)) is not None:
+        return f"{_first_line(fault)}; a connection or the server at its other end failed: try the same command again"
     return None
 
 
-def _report(message: str) -> None:
+def passing_fault(error: BaseException | None) -> BaseException | None:
+    """What another try may not meet again (a server that answers 503, a connection that broke, a disk that failed): `error`
+    itself or what it was raised from. None for anything else, such as a server's answer that there is no such name.
+    """
+    for cause in _chain(error):
+        status = getattr(getattr(cause, "response", None), "status_code", getattr(cause, "status", None))
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        if isinstance(status, int) and status >= 400:
+            return cause if status >= 500 or status in (408, 425, 429) else None
+        if names & _REFUSALS:
+            return None
+        if names & _NETWORK_FAULTS or (isinstance(cause, OSError) and cause.errno in _PASSING):
+            return cause
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, what it was raised from or while handling, and so on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_lost_rank(error: BaseException) -> bool:
+    names, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
+    collective = "gloo/transport" in text or names & {"DistNetworkError", "DistBackendError"}
+    return bool(collective) and any(sign in text for sign in _LOST_RANK)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _say(message: str) -> None:
     """Print to stderr, once for all ranks where they all say the same.
 
     torchrun ends the other ranks as soon as the first has left, so those wait a moment: they are heard only if rank 0

@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_dp import config
+from titan_dp.errors import RunError, UserError, explained
 
 IGNORE = -100
 """The label of a position that predicts nothing."""
@@ -78,16 +80,53 @@ def _leave_signals_to_the_rank(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def stateful_loader(dataset: Any, workers: config.Dataloader, **options: Any) -> StatefulDataLoader:
+class _Reading(Dataset[Any]):
+    """`dataset` in a worker: an error that one message explains travels as an item.
+
+    Raised there, torch would put the worker's traceback into its message, and lose what it was raised from.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            return _explained_or_raise(error)
+
+
+class _ReadingStream(IterableDataset[Any]):
+    """The same for a stream."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.dataset
+        except Exception as error:
+            yield _explained_or_raise(error)
+
+
+def _explained_or_raise(error: Exception) -> UserError | RunError:
+    if (known := explained(error)) is None:
+        raise error
+    return known
+
+
+def stateful_loader(dataset: Any, workers: config.Dataloader, **options: Any) -> Iterator[Any]:
+    """The items of `dataset`, read by `workers`. Raises UserError and RunError as it does."""
     if workers.num_workers:
         options["prefetch_factor"] = workers.prefetch_factor
         options["worker_init_fn"] = _leave_signals_to_the_rank
+        dataset = _ReadingStream(dataset) if isinstance(dataset, IterableDataset) else _Reading(dataset)
     # Items are whole micro-batches, so there is nothing to collate; our own integer is the state, not torchdata's.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
     # A generator of its own: an iterator draws a seed for its workers, and a resumed run would draw it once more from the
     # global generator that its checkpoint has just restored.
     options["generator"] = torch.Generator().manual_seed(0)
-    return StatefulDataLoader(
+    loader = StatefulDataLoader(
         dataset,
         batch_size=None,
         num_workers=workers.num_workers,
@@ -95,3 +134,7 @@ def stateful_loader(dataset: Any, workers: config.Dataloader, **options: Any) ->
         snapshot_every_n_steps=2**31,
         **options,
     )
+    for item in loader:
+        if isinstance(item, UserError | RunError):
+            raise item
+        yield item

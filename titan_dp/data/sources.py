@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from titan_dp.data.unicode import Replaced
-from titan_dp.errors import UserError
+from titan_dp.errors import RunError, UserError, passing_fault
+from titan_dp.files import shorten
 
 _JSON = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _TEXT = (".txt", ".md", ".text")
@@ -68,11 +69,18 @@ def hugging_face_documents(
 
 
 def rows_of(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
-    """The rows of dataset `name`. Raises UserError where one is not UTF-8."""
+    """The rows of dataset `name`. Raises UserError where one is not UTF-8, RunError where the connection to it breaks."""
     try:
         yield from rows
     except UnicodeDecodeError as error:
         raise UserError(f"Hugging Face dataset {name!r} holds bytes that are not UTF-8 ({error}); convert it") from error
+    except Exception as error:
+        if (fault := passing_fault(error)) is None:
+            raise
+        raise RunError(
+            f"Hugging Face dataset {name!r} cannot be read on ({type(fault).__name__}: {shorten(str(fault))}); the same "
+            "command goes on once it can"
+        ) from error
 
 
 def load_hugging_face(name: str, config: str, split: str, column: str, streaming: bool):  # type: ignore[no-untyped-def]

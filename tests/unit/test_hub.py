@@ -1,0 +1,172 @@
+"""A Hub that is down, or has no such name: what is said, and the exit code that a scheduler acts on."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import tiktoken
+from torch.utils.data import IterableDataset
+
+from titan_dp import config
+from titan_dp.data.batches import stateful_loader
+from titan_dp.data.sources import load_hugging_face, rows_of
+from titan_dp.data.tokenizer import load_tokenizer
+from titan_dp.errors import RunError, UserError, run_main
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers every request with `status`; 0 resets the connection."""
+
+    status = 503
+
+    def do_GET(self) -> None:
+        if not self.status:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            return
+        self.send_response(self.status)
+        if self.status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a `Hub`, which Hugging Face's clients and tiktoken take for theirs; nobody waits between two tries."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: tiktoken.load.read_file(f"{address}/{name}"))
+    huggingface_hub.close_session()
+    yield address
+    huggingface_hub.close_session()
+    server.shutdown()
+    server.server_close()
+
+
+NAMES: dict[str, Callable[[], Any]] = {
+    "a tokenizer of the Hub": lambda: load_tokenizer("nobody/has-this"),
+    "a tiktoken encoding": lambda: load_tokenizer("gpt2"),
+    "a dataset": lambda: load_hugging_face("nobody/has-this", "", "train", "text", False),
+    "a dataset as a stream": lambda: load_hugging_face("nobody/has-this", "", "train", "text", True),
+}
+
+
+def code_of(what: str) -> int:
+    return run_main(NAMES[what])
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_a_hub_that_answers_503_is_worth_another_try(
+    hub: str, what: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Hub, "status", 503)
+    assert code_of(what) == 1
+    said = capfd.readouterr().err
+    assert "503" in said
+    assert said.endswith("this may pass: try the same command again\n")
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_a_name_that_the_hub_does_not_have_is_the_users_mistake(
+    hub: str, what: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Hub, "status", 404)
+    assert code_of(what) == 2
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_a_connection_that_the_hub_resets_is_no_lost_rank(
+    hub: str, what: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Hub, "status", 0)
+    assert code_of(what) == 1
+    said = capfd.readouterr().err
+    assert "Connection reset by peer" in said
+    assert "another rank" not in said
+    assert "Traceback" not in said
+
+
+def test_working_offline_is_a_choice_that_no_other_try_changes(
+    hub: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert code_of("a tokenizer of the Hub") == 2
+    assert "another try" not in capfd.readouterr().err
+
+
+class Cut(IterableDataset[int]):
+    """One item, then the connection is gone."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield 7
+        yield from rows_of(self._rows(), "some/dataset")
+
+    def _rows(self) -> Iterator[int]:
+        yield 8
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_breaks_off_says_which_and_why_from_a_worker_too(workers: int) -> None:
+    items = stateful_loader(Cut(), config.Dataloader(num_workers=workers))
+    assert [next(items), next(items)] == [7, 8]
+    with pytest.raises(RunError) as raised:
+        next(items)
+    assert str(raised.value) == (
+        "Hugging Face dataset 'some/dataset' cannot be read on (ConnectionResetError: [Errno 104] Connection reset by peer); "
+        "the same command goes on once it can"
+    )
+
+
+class Mistaken(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        yield 0
+        raise UserError("data.hf_dataset 'x' holds no documents in split 'train'")
+
+
+def test_a_users_mistake_found_by_a_worker_stays_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_main(lambda: sum(stateful_loader(Mistaken(), config.Dataloader(num_workers=1)))) == 2
+    assert capfd.readouterr().err == "error: data.hf_dataset 'x' holds no documents in split 'train'\n"
+
+
+def test_a_connection_that_breaks_anywhere_else_is_one_sentence_too(capfd: pytest.CaptureFixture[str]) -> None:
+    def command() -> int:
+        try:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        except ConnectionResetError as error:
+            raise RuntimeError("the client gave up") from error
+
+    assert run_main(command) == 1
+    assert capfd.readouterr().err == (
+        "error: ConnectionResetError: [Errno 104] Connection reset by peer; a connection or the server at its other end "
+        "failed: try the same command again\n"
+    )
