@@ -20,7 +20,7 @@ data/corpus/train/manifest.json: $(INSTALLED) $(wildcard corpus/*.jsonl)
 	$(BIN)/titan-dp prepare corpus/*.jsonl --out data/corpus --tokenizer bytes --validation-fraction 0.05
 
 train: data/corpus/train/manifest.json
-	$(BIN)/torchrun --nproc_per_node="$(NPROC)" train.py --config debug.toml
+	$(BIN)/python launch/torchrun.py --standalone --nproc-per-node="$(NPROC)" train.py --config debug.toml
 
 study: data/corpus/train/manifest.json
 	$(BIN)/titan-dp sweep train_configs/sweeps/cpu_study.toml --launch local --at-once 2

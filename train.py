@@ -8,11 +8,12 @@ again), 1 anything else.
 import os
 import sys
 
-from titan_dp.config_loader import load_config
 from titan_dp.errors import UserError, run_main
 
 
 def main() -> int:
+    from titan_dp.config_loader import load_config  # from here on an error or a Ctrl-C is one sentence
+
     try:
         loaded = load_config(sys.argv[1:])  # answers --help by itself
     except UserError as mistake:

@@ -34,7 +34,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from titan_dp import config
 from titan_dp.config_docs import all_keys
-from titan_dp.errors import RunError, UserError
+from titan_dp.errors import RunError, UserError, explained
 from titan_dp.files import shorten, to_json
 
 T = TypeVar("T")
@@ -330,10 +330,10 @@ def _raise_alike(own: Exception | None, every: Sequence[Exception | None], hosts
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """`error` as other ranks can read it, whatever class it is of and whatever it holds."""
+    """`error` as other ranks can read it and leave with the same code, whatever class it is of and whatever it holds."""
     if error is None:
         return None
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) and not isinstance(error := explained(error) or error, RunError):
         return UserError(str(error))
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror, error.filename)

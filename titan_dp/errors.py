@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -84,7 +85,9 @@ def run_main(command: Callable[[], int]) -> int:
 
 
 def report(error: Exception | KeyboardInterrupt) -> int:
-    """Print what ended a command; returns the exit code."""
+    """Print what ended a command; returns the exit code. After one Ctrl-C the next ends the process at once."""
+    if isinstance(error, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if isinstance(error, StoppedError):
         if os.environ.get("RANK", "0") == "0":
             print(error, flush=True)
@@ -106,7 +109,7 @@ def report(error: Exception | KeyboardInterrupt) -> int:
     return 2 if isinstance(known, UserError) else 1
 
 
-def explained(error: Exception) -> UserError | RunError | None:
+def explained(error: BaseException) -> UserError | RunError | None:
     """`error` as one message, with nothing hanging on it that another process could not be sent; None where only a traceback
     tells what happened. A UserError that was raised from what may pass is none: another try may succeed.
     """
@@ -140,13 +143,18 @@ def machine_fault(error: BaseException | None) -> str | None:
         if isinstance(cause, OSError) and cause.errno in _MACHINE_FAULTS:
             return f"{cause}; {_MACHINE_FAULTS[cause.errno]}"
         if isinstance(cause, RuntimeError) and (found := _LOST_WORKER.search(str(cause))):
-            return (
-                f"{found[0].strip()}: a process that reads data was killed, often for want of memory; lower "
-                "training.dataloader.num_workers or prefetch_factor, or start the same command again"
-            )
+            return lost_worker(found[0])
     if (fault := passing_fault(error)) is not None:
         return f"{_first_line(fault)}; a connection or the server at its other end failed: try the same command again"
     return None
+
+
+def lost_worker(reason: str) -> str:
+    """The sentence for a process of the data loader that ended by itself."""
+    return (
+        f"a process that reads data has ended, often killed for want of memory ({reason.rstrip(' .')}); start the same command "
+        "again, with a lower training.dataloader.num_workers or prefetch_factor if it was memory"
+    )
 
 
 def passing_fault(error: BaseException | None) -> BaseException | None:

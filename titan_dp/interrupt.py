@@ -1,9 +1,10 @@
-"""SIGTERM and SIGUSR1 as a wish: at the end of a step all ranks agree to stop, save, and leave.
+"""SIGTERM, SIGUSR1 and Ctrl-C as a wish: at the end of a step all ranks agree to stop, save, and leave.
 
 A signal may reach one rank or all, at any moment, so it sets a flag, and the flags are summed with the count of valid
 tokens that every step reduces anyway: no collective of its own. Every rank reads the same sum, so all stop after the same
-step. On a GPU the sum is read one step later, when it has long arrived: nothing waits for the device. Ctrl-C is left
-alone. A rank whose launcher dies is told by the kernel, with SIGTERM: no orphan trains on.
+step. On a GPU the sum is read one step later, when it has long arrived: nothing waits for the device. After a Ctrl-C the next
+one ends the process at once, and so does the SIGTERM by which torchrun hands on a second one. A rank whose launcher dies is
+told by the kernel, with SIGTERM: no orphan trains on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor
 
 LAUNCHER_PID = "TITAN_DP_LAUNCHER_PID"
 """Environment variable that launch/torchrun.py sets."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_CTRL_C = b"\nCtrl-C: the step is finished and saved; a second Ctrl-C leaves at once, back to the last save\n"
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -45,18 +47,26 @@ class Interrupt:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        # A SIGINT that is ignored stays so: the shell means it for what runs in the background.
+        taken = [n for n in SIGNALS if n != signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._receive) for number in taken}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        if not self._received[SIGNALS.index(signal.SIGINT)]:  # else a second Ctrl-C still leaves at once
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received[SIGNALS.index(signal.Signals(number))] = 1
+        if number == signal.SIGINT:
+            for at_once in (signal.SIGINT, signal.SIGTERM):  # C's default action: it needs no Python, whatever is waited for
+                signal.signal(at_once, signal.SIG_DFL)
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, _CTRL_C)  # print is not for signal handlers
 
     def flags(self) -> Tensor:
-        """This rank's part of the sum, [2] int64 on the device: which of `SIGNALS` have come."""
+        """This rank's part of the sum, [3] int64 on the device: which of `SIGNALS` have come."""
         if not any(self._received):
             return torch.zeros(len(SIGNALS), dtype=torch.int64, device=self.device)
         return torch.tensor(self._received, device=self.device)
@@ -65,7 +75,7 @@ class Interrupt:
         """The signal to stop for, the same on every rank; None to go on.
 
         Args:
-            sums: [2] int64, `flags` of this step summed over all ranks.
+            sums: [3] int64, `flags` of this step summed over all ranks.
         """
         if sums.is_cuda:
             arriving = torch.empty_like(sums, device="cpu", pin_memory=True).copy_(sums, non_blocking=True)

@@ -2,7 +2,8 @@
 
 Every cell is a process of its own (train.py, under torchrun for several ranks) in a process group of its own, with
 its output in `attempt-N.log` of its run folder. A cell another process trains already, such as one that outlived a
-killed launch, is waited for. Ctrl-C and SIGTERM end the cells; starting again resumes them from their checkpoints.
+killed launch, is waited for. Ctrl-C and SIGTERM end the cells, which save, a second one kills them; starting again resumes them
+from their checkpoints.
 """
 
 from __future__ import annotations
@@ -84,8 +85,10 @@ def launch_local(cells: Sequence[Cell], *, at_once: int, nproc: int, retries: in
                 show()
                 time.sleep(_POLL_SECONDS)
             show()
+            if ended.is_set():
+                print("the cells save and end; a second Ctrl-C kills them", flush=True)
         finally:
-            launcher.stop()
+            launcher.stop(ended)
     if ended.is_set():
         finished = sum(attempt.state == "finished" for attempt in attempts)
         print(f"{finished} of {len(attempts)} cells are finished; the same command goes on from here")
@@ -207,16 +210,16 @@ class _Launcher:
             attempt.state = "waiting"
             self.queue.append(attempt)
 
-    def stop(self) -> None:
-        """End what still runs: SIGTERM, and SIGKILL for what does not listen."""
+    def stop(self, ended: _Ended) -> None:
+        """End what still runs: SIGTERM, and SIGKILL for what does not listen, or after a second Ctrl-C."""
         running = [attempt.process for attempt in self.attempts if attempt.process is not None]
         for process in running:
             _signal_group(process, signal.SIGTERM)
         deadline = time.monotonic() + _GRACE_SECONDS
+        while any(process.poll() is None for process in running) and ended.interrupts < 2 and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS / 5)
         for process in running:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            if process.poll() is None:
                 _signal_group(process, signal.SIGKILL)
                 process.wait()
 
@@ -226,15 +229,27 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(process.pid, number)
 
 
+class _Ended(threading.Event):
+    """Set once somebody asks for the end."""
+
+    interrupts = 0
+    """Ctrl-Cs so far."""
+
+
 @contextmanager
-def _told_to_end() -> Iterator[threading.Event]:
+def _told_to_end() -> Iterator[_Ended]:
     """Set by Ctrl-C, SIGTERM and a closed terminal, as often as they come: no cell is left behind by a second one.
 
     A signal that is ignored stays so: `nohup` means it.
     """
-    ended = threading.Event()
+    ended = _Ended()
+
+    def told(number: int, frame: object) -> None:
+        ended.interrupts += number == signal.SIGINT
+        ended.set()
+
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda *_: ended.set()) for number in numbers}
+    before = {number: signal.signal(number, told) for number in numbers}
     try:
         yield ended
     finally:

@@ -20,7 +20,7 @@ from titan_dp.data.segment import Segment
 from titan_dp.data.shard_check import RECORD, ShardCheck, copy_of
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
 from titan_dp.distributed import World, all_reduce_sum, data_world
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, explained
 from titan_dp.length_test import run_length_test
 from titan_dp.model.transformer import Transformer
 from titan_dp.pretrained import load_pretrained
@@ -131,8 +131,10 @@ class TextTask:
                 loaded.model, loaded.tokenizer, c.prompt, max_new_tokens=c.max_new_tokens, sampling=sampling, seed=self.seed
             )
             return "sample", c.prompt + text
-        except (UserError, torch.OutOfMemoryError) as error:  # the run is done and saved: no reason to fail it now
-            return "no sample", str(error)
+        except BaseException as error:  # the run is done and saved: nothing is a reason to fail it now; tokenizers panics so
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            return "no sample", str(explained(error) or f"{type(error).__name__}: {error}")
 
 
 class AnswerTask:

@@ -2,9 +2,9 @@
 
 One invariant carries the rest: everything that decides step s (samples, learning rate, initial weights) is a pure
 function of the configuration, the data and s. What is not (weights, moments, random-number states) is in the checkpoint.
-So stopping and resuming changes nothing, on the same ranks bit for bit; SIGTERM and SIGUSR1 stop a run at the end of a step,
-saved. The loop waits for the device at log steps, validations and saves only; the loss is a sum over tokens divided by the
-global count of valid ones, accumulation included.
+So stopping and resuming changes nothing, on the same ranks bit for bit; SIGTERM, SIGUSR1 and Ctrl-C stop a run at the end of a
+step, saved. The loop waits for the device at log steps, validations and saves only; the loss is a sum over tokens divided by
+the global count of valid ones, accumulation included.
 """
 
 from __future__ import annotations
@@ -275,8 +275,11 @@ class Trainer:
             if self.stop_for is not None:
                 raise self._farewell(self.stop_for)
             distributed.set_timeout(c.comm.init_timeout_seconds)  # the other ranks wait while rank 0 writes a sample
-            self._show_result(metrics)
+            # Rank 0 alone looks: another may not see the last commit yet.
+            newest = self.checkpointer.newest() if c.checkpoint.enable and self.world.is_main else None
+            shown = self.task.finish(self.model, self.run_folder, newest)
             together(lambda: self._write_run("finished"))
+            self._show_result(metrics, newest, shown)
         finally:
             gc.enable()
             self.checkpointer.close()
@@ -398,12 +401,9 @@ class Trainer:
             }
             write_run(self.run_folder, facts)
 
-    def _show_result(self, metrics: Metrics) -> None:
+    def _show_result(self, metrics: Metrics, newest: Path | None, shown: tuple[str, str] | None) -> None:
         """What the model can do now, and where everything is."""
         say, c = self.console.print, self.config
-        # Rank 0 alone looks: another may not see the last commit yet.
-        newest = self.checkpointer.newest() if c.checkpoint.enable and self.world.is_main else None
-        shown = self.task.finish(self.model, self.run_folder, newest)
         if shown is not None:
             say(f"\n{shown[0]}", style="bold")
             say(shown[1])

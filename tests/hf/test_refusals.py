@@ -118,6 +118,21 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(what: str, tmp_path: Path) -
     assert {path.name for path in tmp_path.iterdir()} == {"run", "exported"}
 
 
+@pytest.mark.parametrize("what", ["export", "import"])
+def test_ctrl_c_leaves_nothing_behind(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    _, folder = exported(tmp_path, {})
+    # by what comes after the weights are written
+    monkeypatch.setattr(
+        "titan_dp.hf.export.write_json" if what == "export" else "titan_dp.checkpointer.write_manifest", interrupted
+    )
+    with pytest.raises(KeyboardInterrupt):
+        export(open_source(tmp_path / "run"), tmp_path / "out") if what == "export" else import_folder(folder, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "exported"}
+
+
 def no_checkpoint(folder: Path) -> Path:
     (folder / "empty").mkdir()
     return folder / "empty"

@@ -61,6 +61,14 @@ def test_without_torchrun_one_process_trains(tiny_config: Path, root: Path) -> N
     assert {p.name for p in run.iterdir()} == files
 
 
+def test_the_closing_sample_cannot_fail_a_run_that_is_done_and_saved(tiny_config: Path, root: Path) -> None:
+    result = train(root, "--config", tiny_config, "--training.steps", "2", "--generate.temperature", "1e-40")
+    assert result.returncode == 0, result.stderr
+    assert "no sample\n" in result.stdout
+    assert "not finite" in result.stdout
+    assert json.loads((tiny_config.parent / "outputs/tiny/run.json").read_text())["state"] == "finished"
+
+
 def test_changed_architecture_or_data_is_refused_on_resume_and_harms_nothing(tiny_config: Path, root: Path) -> None:
     assert train(root, "--config", tiny_config, "--training.steps", "2").returncode == 0
     for change, key in ((["--model.num_heads", "1"], "model.num_heads"), (["--data.seed", "7"], "data.seed")):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import io
+import os
 import subprocess
 import sys
 import time
@@ -88,6 +90,43 @@ def test_our_own_mistakes_show_a_traceback_and_exit_with_1(capfd: pytest.Capture
     assert failing(AssertionError("impossible")) == failing(FileNotFoundError("lost")) == 1
     assert capfd.readouterr().err.count("Traceback") == 2
     assert machine_fault(ValueError("no fault of the machine")) is None
+
+
+def test_a_lost_rank_is_told_from_any_other_lost_connection(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    gloo = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1421")
+    assert failing(gloo) == 1
+    assert failing(RuntimeError("wandb: Connection reset by peer")) == 1
+    said = capfd.readouterr().err
+    assert said.startswith(
+        "error: the connection to another rank is lost; that one says why, or was killed (RuntimeError: [/py"
+    )
+    assert said.count("another rank") == 1
+    assert "Traceback" in said
+
+
+def test_a_file_that_a_failing_disk_keeps_from_being_read_is_worth_another_try(capfd: pytest.CaptureFixture[str]) -> None:
+    def read(number: int) -> int:
+        try:
+            raise OSError(number, os.strerror(number), "shard-00000.npy")
+        except OSError as error:
+            raise UserError("token shard shard-00000.npy cannot be read; prepare it again") from error
+
+    assert run_main(lambda: read(errno.EIO)) == 1
+    assert capfd.readouterr().err == (
+        "error: token shard shard-00000.npy cannot be read; prepare it again; OSError: [Errno 5] Input/output error: "
+        "'shard-00000.npy'; this may pass: try the same command again\n"
+    )
+    assert run_main(lambda: read(errno.ENOENT)) == 2
+
+
+def test_a_terminal_without_a_sign_for_a_letter_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert run_main(lambda: print("caf\u00e9 \ufffd") or 0) == 0  # type: ignore[func-returns-value]
+    assert shown.getvalue() == b"caf\\xe9 \\ufffd\n"
 
 
 def test_other_ranks_name_themselves(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

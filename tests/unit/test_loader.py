@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from tests.processes import run_script
 from titan_dp import config
-from titan_dp.data.batches import Loader
+from titan_dp.data.batches import Loader, stateful_loader
 from titan_dp.data.loader import ValidationLoader, build_dataloader, build_validation_loader
 from titan_dp.data.shards import TokenShards
-from titan_dp.errors import UserError
+from titan_dp.errors import RunError, UserError
 
 T, G = 32, 8
 
@@ -220,3 +223,54 @@ def test_validation_on_the_training_tokens_is_refused(shards: Path) -> None:
 def test_validation_held_out_by_a_larger_fraction_than_training_is_refused(shards: Path, broken: Path) -> None:
     edit(broken, validation_fraction=0.01)
     refused_validation(broken, shards / "validation")
+
+
+KILLED = """
+import os, sys
+import torch.utils.data._utils
+from torch.utils.data import Dataset
+from titan_dp import config
+from titan_dp.data.batches import stateful_loader
+from titan_dp.errors import run_main
+
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # seconds between two looks for workers that have ended
+
+class Killed(Dataset):
+    def __getitem__(self, index):
+        if index == 3:
+            os.kill(os.getpid(), 9)
+        return index
+
+sys.exit(run_main(lambda: sum(stateful_loader(Killed(), config.Dataloader(num_workers=2), sampler=range(9)))))
+"""
+
+
+def test_a_killed_worker_is_one_sentence_and_worth_another_try(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    result = run_script(tmp_path / "killed.py")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: a process that reads data has ended, often killed for want of memory (")
+    assert "training.dataloader.num_workers" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def broken_pipe() -> None:
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+class OfAKilledWorker:
+    """What a worker had sent but not yet handed over when it was killed."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return broken_pipe, ()
+
+
+class Sent(Dataset[OfAKilledWorker]):
+    def __getitem__(self, index: int) -> OfAKilledWorker:
+        return OfAKilledWorker()
+
+
+def test_a_pipe_that_a_killed_worker_leaves_is_no_lost_rank() -> None:
+    items = stateful_loader(Sent(), config.Dataloader(num_workers=1), sampler=range(1))
+    with pytest.raises(RunError, match=r"a process that reads data has ended.*ConnectionResetError"):
+        next(items)

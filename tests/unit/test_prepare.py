@@ -7,6 +7,9 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.processes import SERVER
+from tests.conftest import ROOT
+from tests.processes import SERVER, TIMEOUT_SECONDS
 from titan_dp.cli import dispatch
 from titan_dp.data import shards
 from titan_dp.data.shards import TokenShards
@@ -147,6 +151,24 @@ def test_a_run_killed_with_sigkill_goes_on_to_the_same_bytes(tmp_path: Path) -> 
     assert not (tmp_path / "killed/train/shard-00005.npy").exists()
     prepare(source, "--out", tmp_path / "killed", *arguments)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    arguments = [write_jsonl(tmp_path / "texts.jsonl", TEXTS * 200), "--shard-tokens", "50K", "--workers", "2"]
+    command = [sys.executable, "-m", "titan_dp.cli", "prepare", *map(str, arguments), "--out", str(tmp_path / "cut")]
+    # In a session of its own: a terminal tells every process of a command, the tokenising ones too.
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not list(tmp_path.glob("cut/train/shard-*.npy")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=TIMEOUT_SECONDS)[1] == "error: interrupted\n"
+    assert process.returncode == 130
+    prepare(*arguments, "--out", tmp_path / "cut")
+    prepare(*arguments, "--out", tmp_path / "whole")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 def test_a_finished_folder_is_left_alone(tmp_path: Path, jsonl: Path, capsys: pytest.CaptureFixture) -> None:

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_dp import config
-from titan_dp.errors import RunError, UserError, explained
+from titan_dp.errors import RunError, UserError, explained, lost_worker
+from titan_dp.interrupt import SIGNALS
 
 IGNORE = -100
 """The label of a position that predicts nothing."""
@@ -76,7 +77,7 @@ def pack_boundaries(starts: list[np.ndarray], T: int) -> Tensor:
 
 def _leave_signals_to_the_rank(worker: int) -> None:
     """A signal to the whole process group must not take the data away from the step that is to be finished."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -134,7 +135,19 @@ def stateful_loader(dataset: Any, workers: config.Dataloader, **options: Any) ->
         snapshot_every_n_steps=2**31,
         **options,
     )
-    for item in loader:
-        if isinstance(item, UserError | RunError):
-            raise item
-        yield item
+    handler = signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if workers.num_workers:
+        # torch's handler would raise wherever the main thread is when a worker dies, in a collective too, or while another
+        # error is told; that the worker is gone is seen when its next item is waited for.
+        signal.signal(signal.SIGCHLD, handler)
+    try:
+        for item in items:
+            if isinstance(item, UserError | RunError):
+                raise item
+            yield item
+    except (OSError, EOFError) as error:
+        # What a worker raised itself begins so; the rest is its pipe, which breaks when it is killed.
+        if workers.num_workers and not str(error).startswith("Caught "):
+            raise RunError(lost_worker(f"{type(error).__name__}: {error}")) from error
+        raise

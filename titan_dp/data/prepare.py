@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -286,11 +287,15 @@ def _tokenise(texts: Iterator[str], args: argparse.Namespace, plan: dict[str, An
         _start_worker(args.tokenizer, plan)
         yield from map(_encode, batches)
         return
-    with ProcessPoolExecutor(args.workers, initializer=_start_worker, initargs=(args.tokenizer, plan)) as pool:
-        flying: deque[Future[_Tokenised]] = deque(pool.submit(_encode, b) for b in islice(batches, 4 * args.workers))
-        while flying:
-            yield flying.popleft().result()
-            flying.extend(pool.submit(_encode, b) for b in islice(batches, 1))
+    with ProcessPoolExecutor(args.workers, initializer=_start_process, initargs=(args.tokenizer, plan)) as pool:
+        try:
+            flying: deque[Future[_Tokenised]] = deque(pool.submit(_encode, b) for b in islice(batches, 4 * args.workers))
+            while flying:
+                yield flying.popleft().result()
+                flying.extend(pool.submit(_encode, b) for b in islice(batches, 1))
+        except BaseException:  # a Ctrl-C, too: nobody reads what is in flight any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -307,6 +312,11 @@ def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 _worker: tuple[Tokenizer, dict[str, Any]]
+
+
+def _start_process(tokenizer: str, plan: dict[str, Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells all of them; the one that reads ends the others
+    _start_worker(tokenizer, plan)
 
 
 def _start_worker(tokenizer: str, plan: dict[str, Any]) -> None:
