@@ -20,7 +20,7 @@ from titan_dp.data.segment import Segment
 from titan_dp.data.shard_check import RECORD, ShardCheck, copy_of
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
 from titan_dp.distributed import World, all_reduce_sum, data_world
-from titan_dp.errors import UserError, explained
+from titan_dp.errors import explained
 from titan_dp.length_test import run_length_test
 from titan_dp.model.transformer import Transformer
 from titan_dp.pretrained import load_pretrained

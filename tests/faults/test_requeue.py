@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,7 @@ def tell(story: Story) -> None:
     story.step("SIGKILL to the launcher", step=12, deed="SIGKILL", to="launcher")
     story.step("SIGUSR1 to a rank", step=17, deed="SIGUSR1")
     story.step("SIGTERM to the launcher", step=22, deed="SIGTERM", to="launcher")
+    story.step("SIGINT to the launcher", step=25, deed="SIGINT", to="launcher")
     story.step("SIGUSR1 to the launcher", step=28, deed="SIGUSR1", to="launcher")
     story.damage_checkpoints()
     if story.mounted:
@@ -119,13 +121,15 @@ def successor(story: Story, name: str) -> Life:
     return story.lives[names[names.index(name) + 1]]
 
 
-@pytest.mark.parametrize("whom", ["a rank", "the launcher"])
-@pytest.mark.parametrize("signal", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize(
+    ("signal", "whom"),
+    [*product(["SIGTERM", "SIGUSR1"], ["a rank", "the launcher"]), ("SIGINT", "the launcher")],  # SIGINT: Ctrl-C
+)
 def test_a_signal_saves_and_leaves_with_75_and_no_step_is_repeated(story: Story, signal: str, whom: str) -> None:
     name = f"{signal} to {whom}"
     life = story.lives[name]
     assert life.code == 75, life.text
-    stopped = re.search(r"stopped by (SIGTERM|SIGUSR1) after step (\d+); saved; the same command resumes", life.text)
+    stopped = re.search(r"stopped by (SIGTERM|SIGUSR1|SIGINT) after step (\d+); saved; the same command resumes", life.text)
     assert stopped is not None, life.text
     step = int(stopped[2])
     assert life.last == step

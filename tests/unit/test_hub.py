@@ -18,7 +18,7 @@ from titan_dp import config
 from titan_dp.data.batches import stateful_loader
 from titan_dp.data.sources import load_hugging_face, rows_of
 from titan_dp.data.tokenizer import load_tokenizer
-from titan_dp.errors import RunError, UserError, run_main
+from titan_dp.errors import RunError, UserError, report, run_main
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -141,6 +141,7 @@ def test_a_stream_that_breaks_off_says_which_and_why_from_a_worker_too(workers: 
     assert [next(items), next(items)] == [7, 8]
     with pytest.raises(RunError) as raised:
         next(items)
+    assert report(raised.value) == 1
     assert str(raised.value) == (
         "Hugging Face dataset 'some/dataset' cannot be read on (ConnectionResetError: [Errno 104] Connection reset by peer); "
         "the same command goes on once it can"

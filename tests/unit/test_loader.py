@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -14,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tests.processes import run_script
 from titan_dp import config
 from titan_dp.data.batches import Loader, stateful_loader
 from titan_dp.data.loader import ValidationLoader, build_dataloader, build_validation_loader
@@ -245,9 +246,8 @@ sys.exit(run_main(lambda: sum(stateful_loader(Killed(), config.Dataloader(num_wo
 """
 
 
-def test_a_killed_worker_is_one_sentence_and_worth_another_try(tmp_path: Path) -> None:
-    (tmp_path / "killed.py").write_text(KILLED)
-    result = run_script(tmp_path / "killed.py")
+def test_a_killed_worker_is_one_sentence_and_worth_another_try(root: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", KILLED], cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.startswith("error: a process that reads data has ended, often killed for want of memory (")
     assert "training.dataloader.num_workers" in result.stderr
