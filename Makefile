@@ -19,8 +19,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 data/corpus/train/manifest.json: $(INSTALLED) $(wildcard corpus/*.jsonl)
 	$(BIN)/titan-dp prepare corpus/*.jsonl --out data/corpus --tokenizer bytes --validation-fraction 0.05
 
+# exec: a shell in between would end at a Ctrl-C, while the ranks still save.
 train: data/corpus/train/manifest.json
-	$(BIN)/python launch/torchrun.py --standalone --nproc-per-node="$(NPROC)" train.py --config debug.toml
+	exec $(BIN)/python launch/torchrun.py --standalone --nproc-per-node="$(NPROC)" train.py --config debug.toml
 
 study: data/corpus/train/manifest.json
 	$(BIN)/titan-dp sweep train_configs/sweeps/cpu_study.toml --launch local --at-once 2
