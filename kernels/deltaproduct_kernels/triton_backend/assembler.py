@@ -2,7 +2,7 @@
 
 Triton 3.6 and 3.7 bring ptxas 12.8.93 for it, which gives some kernels that use two kinds of matrix instructions wrong
 addresses in shared memory. On an H100 `gradients_kernel` for dk = 32, dv = 64, n = 4 read outside shared memory, always, and
-with ptxas 13.0.88 was right (benchmarks/results/gpu_check.md); in flash-linear-attention's pull request 1262 the same PTX gave
+with ptxas 13.0.88 was right (benchmarks/results/gpu_ptxas.md); in flash-linear-attention's pull request 1262 the same PTX gave
 wrong numbers with 12.8.93, an invalid write with 13.0.88 too, and was right with 13.1.80. Triton took CUDA 13's for Hopper in
 pull request 11854. Machine code of CUDA 13 needs a driver of CUDA 13.
 """
