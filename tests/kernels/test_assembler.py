@@ -53,6 +53,15 @@ def test_none_that_is_right_is_refused_with_what_was_found_and_the_way_out(
     assert assembler.VARIABLE not in os.environ
 
 
+def test_a_driver_too_old_for_the_right_ones_code_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    have(monkeypatch, tmp_path, "13.1")
+    monkeypatch.setattr(assembler, "_driver", lambda: 12080)
+    reason = assembler.choose()
+    assert reason is not None
+    assert "the driver is of CUDA 12.8" in reason
+    assert assembler.VARIABLE not in os.environ
+
+
 @pytest.mark.parametrize("name", ["auto", "triton"])
 def test_a_hopper_without_one_is_no_reason_to_train_slowly_in_silence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str

@@ -18,12 +18,15 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 VARIABLE = "TRITON_PTXAS_PATH"
 """Triton's own: set by a user, it is taken whatever it names."""
 RIGHT = (13, 1)
 """The oldest release that is known to be right."""
-MISSING = "on Hopper it needs the assembler ptxas"
-REMEDY = f"pip install nvidia-cuda-nvcc, or name an assembler in {VARIABLE}"
+MISSING = "on Hopper it needs"
+"""How a reason begins that says what must be installed."""
+REMEDY = f"to take an older one all the same, name it in {VARIABLE}"
 
 
 @cache
@@ -36,9 +39,18 @@ def choose() -> str | None:
         return None
     found = {path: version for path in _candidates() if (version := _release(path))}
     right = {path: version for path, version in found.items() if version >= RIGHT}
+    release = ".".join(map(str, RIGHT))
     if not right:
         seen = ", ".join(f"{path} ({major}.{minor})" for path, (major, minor) in found.items()) or "none"
-        return f"{MISSING} of release {RIGHT[0]}.{RIGHT[1]} or later, older ones make wrong code; found: {seen}: {REMEDY}"
+        return (
+            f"{MISSING} the assembler ptxas of release {release} or later, because older ones make wrong code; found: {seen}. "
+            f"pip install nvidia-cuda-nvcc brings one; {REMEDY}"
+        )
+    if (driver := _driver()) is not None and driver < 1000 * RIGHT[0]:
+        return (
+            f"{MISSING} a driver of CUDA {RIGHT[0]} (580 or later) for the code of ptxas {release}, because older assemblers "
+            f"make wrong code; the driver is of CUDA {driver // 1000}.{driver % 1000 // 10}. Update it; {REMEDY}"
+        )
     path = next(iter(right))
     if path != str(_BUNDLED / "ptxas"):
         os.environ[VARIABLE] = path
@@ -70,6 +82,11 @@ def _release(path: str) -> tuple[int, int] | None:
         return None
     found = re.search(r"release (\d+)\.(\d+)", printed)
     return (int(found[1]), int(found[2])) if found else None
+
+
+def _driver() -> int | None:
+    """13000 of a driver of CUDA 13.0; None without one."""
+    return torch._C._cuda_getDriverVersion() if torch.cuda.is_available() else None  # type: ignore[attr-defined, no-any-return]
 
 
 def _forget_version() -> None:
