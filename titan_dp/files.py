@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,6 +67,25 @@ def finite(value: Any) -> Any:
 
 def write_json(path: Path, value: object) -> str:
     return write_atomically(path, lambda file: file.write((to_json(value, indent=1) + "\n").encode()))
+
+
+def check_own(folder: Path, record: str, keys: set[str], others: Iterable[str] = ()) -> None:
+    """Raises UserError where a command would write over a file that it did not write, or `folder` is none.
+
+    Its own are `record`, JSON with at least `keys`, which it writes before all else, and where that is there, the `others`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder")
+    try:
+        own = keys <= json.loads((folder / record).read_bytes()).keys()
+    except FileNotFoundError:
+        found = next((folder / name for name in others if (folder / name).exists()), None)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        found = folder / record
+    else:
+        found = None if own else folder / record
+    if found is not None:
+        raise UserError(f"{found} is no file of this command, which would overwrite it; move it away, or choose another --out")
 
 
 def stays_inside(name: object, nested: bool = False) -> bool:

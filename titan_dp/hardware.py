@@ -57,9 +57,9 @@ def _gpu(
     return name, GPU(name, tflops, float32_tflops, terabytes * 1e12, gigabytes * 1e9, link_gigabytes * 1e9, arch, processors)
 
 
-# NVIDIA's data sheets (H200, H100, GH200, DGX B200, GB200 NVL72, A100, L40S, L40, A10G, and the Ada and Ampere architecture
-# papers of the RTX cards): dense bfloat16 and float32 TFLOP/s, memory TB/s and GB, NVLink or PCIe GB/s in one direction (data
-# sheets add up both).
+# NVIDIA's data sheets (H200, H100, GH200, DGX B200, GB200 NVL72, A100, L40S, L40, L4, A10, A10G, and the Ada and Ampere
+# architecture papers of the RTX cards): dense bfloat16 and float32 TFLOP/s, memory TB/s and GB, NVLink or PCIe GB/s in one
+# direction (data sheets add up both).
 GPUS: dict[str, GPU] = dict(
     (
         _gpu("H200", 989.4, 66.9, 4.8, 141, 450, 90, 132),
@@ -77,6 +77,8 @@ GPUS: dict[str, GPU] = dict(
         _gpu("A100 PCIe 40GB", 312.0, 19.5, 1.555, 40, 32, 80, 108),
         _gpu("L40S", 362.0, 91.6, 0.864, 48, 32, 89, 142),
         _gpu("L40", 181.0, 90.5, 0.864, 48, 32, 89, 142),
+        _gpu("L4", 121.0, 30.3, 0.3, 24, 32, 89, 58),
+        _gpu("A10", 125.0, 31.2, 0.6, 24, 32, 86, 72),
         _gpu("A10G", 70.0, 35.0, 0.6, 24, 32, 86, 80),
         _gpu("RTX 4090", 165.2, 82.6, 1.008, 24, 32, 89, 128),
         _gpu("RTX 3090", 71.0, 35.6, 0.936, 24, 32, 86, 82),

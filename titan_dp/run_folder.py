@@ -46,14 +46,19 @@ def write_config(folder: Path, text: str) -> None:
 
 
 def check_config_is_ours(folder: Path, remedy: str) -> None:
-    """Raises UserError, ending with `remedy`, where a run would write its config.toml over one that somebody wrote by hand.
+    """Raises UserError, ending with `remedy`, where a run would write its config.toml over one that somebody wrote by hand, or
+    its other files over those of another program.
 
-    Runs and sweeps write every section there is, and a run that has begun has a run.json.
+    Runs and sweeps write every section there is, and a run that has begun has a run.json, which is written after config.toml
+    and before metrics.jsonl.
     """
     path = folder / "config.toml"
     try:
         ours = Config.model_fields.keys() <= tomli.loads(path.read_text(encoding="utf-8", errors="replace")).keys()
     except FileNotFoundError:
+        names = [name for name in ("run.json", "metrics.jsonl") if (folder / name).exists()]
+        if names and "state" not in (read_run(folder) or {}):
+            raise UserError(f"{folder / names[0]} was not written by a run, which would overwrite it; {remedy}") from None
         return
     except (ValueError, RecursionError):
         ours = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.pretrained import save_checkpoint
+from tests.unit.test_state_tracking_report import write_run as write_state_tracking_run
 from titan_dp import checkpoint as ckpt
 from titan_dp.checkpointer import save_model_weights
 from titan_dp.cli import dispatch
 from titan_dp.config_loader import load_config
 from titan_dp.data.shards import TokenShards
 from titan_dp.errors import UserError, run_main
+from titan_dp.files import check_own
 from titan_dp.run_folder import check_config_is_ours, holds_config, read_run, write_run
 
 SHARD = ("shard-00000.npy", "shard-00000.starts.npy")
@@ -240,6 +243,15 @@ def test_a_configuration_written_by_hand_is_not_written_over_by_a_run(tmp_path: 
             check(tmp_path, "rename it")
 
 
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
+def test_files_of_another_program_are_not_written_over_by_a_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"loss": 1.0}\n')
+    with pytest.raises(UserError, match=f"{name} was not written by a run, which would overwrite it; rename it"):
+        check_config_is_ours(tmp_path, "rename it")
+    (tmp_path / name).rename(tmp_path / "elsewhere")  # the advice
+    check_config_is_ours(tmp_path, "rename it")
+
+
 def test_a_configuration_that_a_run_wrote_is(tmp_path: Path) -> None:
     check_config_is_ours(tmp_path, "rename it")
     (tmp_path / "config.toml").write_text(load_config(["--config", "debug.toml"]).annotated_toml())
@@ -321,3 +333,45 @@ def test_an_evaluation_that_begins_again_refuses_a_file_that_is_none(tmp_path: P
     with pytest.raises(UserError, match="is no result of an evaluation .* choose another --out"):
         dispatch([*command, "--overwrite"])
     assert result.read_text() == '{"mine": true}'
+
+
+@pytest.mark.parametrize("name", ["summary.json", "summary.md", "curves.png"])
+def test_a_state_tracking_report_refuses_files_that_are_none(tmp_path: Path, name: str) -> None:
+    run, out = write_state_tracking_run(tmp_path / "run", [0.5, 1.0]), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("[]")
+    command = ["state-tracking", "report", str(run), "--out", str(out)]
+    with pytest.raises(UserError, match=f"{name} is no file of this command, .* move it away, or choose another --out"):
+        dispatch(command)
+    assert (out / name).read_text() == "[]"
+    (out / name).rename(tmp_path / "elsewhere")  # the advice
+    assert dispatch(command) == dispatch(command) == 0
+
+
+def test_a_state_tracking_study_refuses_them_before_it_trains(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"mine": true}')
+    with pytest.raises(UserError, match="summary.json is no file of this command"):
+        dispatch(["state-tracking", "train", "--task", "S3", "--launch", "print", "--out", str(tmp_path)])
+    assert files(tmp_path) == {"summary.json"}
+
+
+def test_what_is_found_in_a_models_heads_is_not_written_over_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "layer-0.png").write_bytes(b"mine")
+    keys = {"task", "run", "heads"}
+    with pytest.raises(UserError, match="layer-0.png is no file of this command"):
+        check_own(tmp_path, "inspect.json", keys, ("layer-0.png",))
+    (tmp_path / "inspect.json").write_text(json.dumps(dict.fromkeys(keys)))
+    check_own(tmp_path, "inspect.json", keys, ("layer-0.png",))
+
+
+@pytest.mark.parametrize("name", ["recall.png", "recall-run-step-00000007.csv"])
+def test_an_evaluation_refuses_a_file_beside_its_result_that_is_none(tmp_path: Path, name: str) -> None:
+    run, out = save_checkpoint(tmp_path / "run"), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    command = ["evaluate", "recall", str(run), "--out", str(out), "--pairs", "2", "--sequences", "2"]
+    with pytest.raises(UserError, match=f"{name} was not written by an evaluation, .* move it away, or choose another --out"):
+        dispatch(command)
+    assert files(out) == {name}
+    (out / name).rename(tmp_path / "elsewhere")  # the advice
+    assert dispatch(command) == dispatch([*command, "--overwrite"]) == 0

@@ -76,7 +76,7 @@ def evaluate(s: Session) -> Report:
         "micro_steps": args.micro_steps,
         "segment": args.segment,
     }
-    report = s.report("effective-rank", pretrained.source, settings)
+    report = s.report("effective-rank", pretrained.source, settings, beside=output.BESIDE)
     if report.finished is None:
         positions = looked_at(len(ids), starts, every)
         arrays = measure(s, pretrained.model, ids, positions, report)

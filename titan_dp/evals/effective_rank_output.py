@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from titan_dp.evals.effective_rank import Arrays
 
+BESIDE = (".csv.gz", ".png", "-norm.png", "-steps.png")
+"""Endings of the names of what is written beside the JSON file."""
 _STRETCHES = 250  # points a line in a figure has at most
 _PALETTE = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#8C6D31")  # no red, no green: those mark positions
 
@@ -244,6 +246,5 @@ def show(report: Report) -> None:
     )
     if results["skipped_layers"]:
         print(f"skipped, softmax layers have no state: {', '.join(map(str, results['skipped_layers']))}")
-    endings = (".json", ".csv.gz", ".png", "-norm.png", "-steps.png")
-    written = ", ".join(report.path.stem + ending for ending in endings)
+    written = ", ".join(report.path.stem + ending for ending in (".json", *BESIDE))
     print(f"written to {report.folder}: {written}")

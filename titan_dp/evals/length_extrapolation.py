@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     with session(args) as s:
         check_matplotlib()
         s.check_labels()
+        s.check_comparison(NAME, (f"{NAME}.csv", f"{NAME}.png"))
         reports = [_evaluate(s, path) for path in args.checkpoints]
         if len({str(report.head["settings"]["texts"]) for report in reports}) > 1:
             s.console.print("the checkpoints have different tokenizers: losses a token cannot be compared")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from titan_dp.evals.lm_eval_model import TitanDPLM
 
 PRESETS = {"paper": PAPER}
+_SAMPLES = "-samples.jsonl"  # beside the result
 _DEFINITIONS = {".yaml", ".yml", ".py", ".json", ".jsonl"}
 
 
@@ -93,7 +94,8 @@ def evaluate(s: Session) -> int:
         stock_bos=args.stock_bos,
         seed=args.seed,
     )
-    report = s.report(_kind(args, names), pretrained.source, _settings(args, names, lm))
+    samples = (_SAMPLES,) if args.log_samples else ()
+    report = s.report(_kind(args, names), pretrained.source, _settings(args, names, lm), beside=samples)
     if report.finished is None:
         lm.answers = Answers(s, report)
         report.finish(_measure(s, lm, names, manager, report))
@@ -247,7 +249,7 @@ def _write_samples(samples: dict[str, list[dict[str, Any]]], report: Report) -> 
     from titan_dp.data.unicode import as_unicode
     from titan_dp.files import write_atomically
 
-    path = report.path.with_name(f"{report.path.stem}-samples.jsonl")
+    path = report.path.with_name(report.path.stem + _SAMPLES)
     lines = [
         to_json({"task": task, **sample}, default=handle_non_serializable, ensure_ascii=False)
         for task, of_task in samples.items()

@@ -83,6 +83,7 @@ def evaluate(s: Session) -> list[Report]:
         raise UserError(f"--pairs {args.pairs[0]} and --seed {args.seed}: give at least 1 pair and a seed of at least 0")
     check_matplotlib()
     s.check_labels()
+    s.check_comparison("recall", ("recall.png",))
     reports = []
     for path in args.checkpoints:
         pretrained = s.load(path)
@@ -90,7 +91,7 @@ def evaluate(s: Session) -> list[Report]:
         _check_sizes(args, pretrained.tokenizer, vocabulary)
         names = ("pairs", "queries", "length", "sequences", "seed", "batch_size")
         settings = {name: getattr(args, name) for name in names} | {"tokenizer": pretrained.tokenizer.hash}
-        report = s.report("recall", pretrained.source, settings)
+        report = s.report("recall", pretrained.source, settings, beside=(".csv",))
         if report.finished is None:
             counts = measure(s, pretrained, vocabulary, report)
             results = output.summary(args.pairs, counts, pretrained.tokenizer.vocab_size, args.queries)

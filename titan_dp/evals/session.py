@@ -9,6 +9,7 @@ command; a result that is there already is not computed again, and one made with
 from __future__ import annotations
 
 import argparse
+import glob
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ import os
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,9 +117,23 @@ class Session:
         bar = (progress.TextColumn("{task.description}"), progress.BarColumn())
         return progress.Progress(*bar, *columns, console=self.console, transient=True, disable=not self.world.is_main)
 
-    def report(self, kind: str, source: Source, settings: dict[str, Any]) -> Report:
-        """The result file of `kind` for `source`; see `Report`."""
-        return Report(self, kind, source, {**settings, "dtype": self.args.dtype, "backend": self.args.backend})
+    def report(self, kind: str, source: Source, settings: dict[str, Any], beside: tuple[str, ...] = ()) -> Report:
+        """The result file of `kind` for `source`, and the endings of what is written `beside` it; see `Report`."""
+        return Report(self, kind, source, {**settings, "dtype": self.args.dtype, "backend": self.args.backend}, beside)
+
+    def check_comparison(self, kind: str, names: tuple[str, ...]) -> None:
+        """Raises UserError where a file of `names`, which compare results, is in --out without a result of `kind`: not ours."""
+        from titan_dp.agreement import on_main
+
+        def check() -> None:
+            folder: Path = self.args.out
+            for path in folder.glob(f"{kind}-*.json"):
+                with suppress(OSError, ValueError, AttributeError, RecursionError):
+                    if json.loads(path.read_bytes()).get("evaluation") == kind:
+                        return
+            _refuse_others([folder / name for name in names])
+
+        on_main(check)
 
 
 @contextmanager
@@ -143,10 +158,13 @@ def _is_path(value: object) -> bool:
 class Report:
     """`<out>/<kind>-<label>.json` to be: finished already, begun, or to begin with.
 
-    Raises UserError where that file was made with other settings or from another checkpoint, or --out is a file.
+    Raises UserError where that file was made with other settings or from another checkpoint, or --out is a file, or where
+    files that are not ours have the name with one of the endings `beside`.
     """
 
-    def __init__(self, session: Session, kind: str, source: Source, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, session: Session, kind: str, source: Source, settings: dict[str, Any], beside: tuple[str, ...] = ()
+    ) -> None:
         from titan_dp.agreement import agree, on_main
 
         self._session, self.source = session, source
@@ -159,6 +177,7 @@ class Report:
         agree({f"{name} of what is evaluated": entry for name, entry in _without_paths(self.head).items()})
         self.folder: Path = session.args.out
         self.path = self.folder / f"{kind}-{source.label}.json"
+        self._beside = [self.path.with_name(self.path.stem + ending) for ending in beside]
         self.finished: dict[str, Any] | None = on_main(self._read)  # one rank looks: another may not see the file yet
         """The results of this very evaluation, where it has been done before."""
         key = hashlib.sha256(to_json(_without_paths(self.head), sort_keys=True).encode()).hexdigest()[:16]
@@ -170,6 +189,8 @@ class Report:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out {self.folder} is a file; name a folder")
         if not self.path.exists():
+            if not any(self.folder.glob(f".{glob.escape(self.path.stem)}.*.npz")):  # nor begun
+                _refuse_others(self._beside)
             return None
         try:
             found = json.loads(self.path.read_text())
@@ -228,6 +249,15 @@ class Report:
 
         on_main(write)
         self._partial.unlink(missing_ok=True)
+
+
+def _refuse_others(paths: list[Path]) -> None:
+    """Raises UserError where there is one of `paths`, which no earlier evaluation can have written."""
+    for path in paths:
+        if path.exists():
+            raise UserError(
+                f"{path} was not written by an evaluation, which would overwrite it; move it away, or choose another --out"
+            )
 
 
 _PATHS = frozenset({"path", "shards", "file", "include_path"})

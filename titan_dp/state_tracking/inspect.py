@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from titan_dp.console import print_table
 from titan_dp.errors import UserError
-from titan_dp.files import write_json
+from titan_dp.files import check_own, write_json
 from titan_dp.plots import check_matplotlib, save_figure, subplots
 from titan_dp.run_folder import run_of
 
@@ -81,11 +81,12 @@ def run(args: argparse.Namespace) -> int:
     problem = build_problem(c.state_tracking) if c.data.source == "state_tracking" else None
     if not isinstance(problem, WordProblem):
         raise UserError(f"{args.path} was not trained on a group's word problem; name a run that was")
+    out = args.out or (run_of(args.path) or args.path) / "inspect"
+    check_own(out, "inspect.json", {"task", "run", "heads"}, (f"layer-{i}.png" for i in range(c.model.num_hidden_layers)))
     model = load_model(source, torch.device("cpu"))
     traces = trace(model, problem, args.words, args.length)
     if not traces:
         raise UserError(f"{args.path} has no DeltaProduct layer to look into; name a run of one that has")
-    out = args.out or (run_of(args.path) or args.path) / "inspect"
     heads = [describe(layer, head, t) for layer, t in traces.items() for head in range(t.beta.shape[-1])]
     _print(heads, problem.name)
     out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from titan_dp.console import print_table
 from titan_dp.errors import UserError
-from titan_dp.files import write_atomically, write_json
+from titan_dp.files import check_own, write_atomically, write_json
 from titan_dp.plots import save_figure, subplots
 from titan_dp.state_tracking.results import Outcome, Summary, read_config, read_outcome, summarise
 
@@ -36,11 +36,17 @@ def check_packages() -> None:
         raise UserError(f"titan-dp state-tracking needs {' and '.join(missing)}: pip install 'titan_dp[scaling]'")
 
 
+def check_out(out: Path) -> None:
+    """Raises UserError where a report would write over a file of somebody else; to be called before hours are spent."""
+    check_own(out, "summary.json", {"task", "train_length", "models"}, ("summary.md", "curves.png"))
+
+
 def report(folders: list[Path], out: Path) -> list[Summary]:
-    """Read, print and write. Raises UserError where there is no finished run."""
+    """Read, print and write. Raises UserError where there is no finished run, or a file of somebody else in the way."""
     from rich.table import Table
 
     check_packages()
+    check_out(out)
     runs = [run for folder in folders for run in ([folder] if (folder / "config.toml").exists() else _runs_in(folder))]
     outcomes = {run: read_outcome(run) for run in runs}
     finished = [outcome for outcome in outcomes.values() if outcome is not None]

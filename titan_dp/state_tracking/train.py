@@ -101,11 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from titan_dp.launch_local import command, launch_local
-    from titan_dp.state_tracking.report import check_packages, report
+    from titan_dp.state_tracking.report import check_out, check_packages, report
 
     check_packages()
     cells = plan(args)
     folders, out = [cell.folder for cell in cells], cells[0].folder.parent
+    check_out(out)
     lock = RunLock(out)  # whoever writes run folders or starts runs is alone
     try:
         write_folders(cells)
