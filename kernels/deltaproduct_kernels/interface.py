@@ -146,6 +146,8 @@ def check_shapes(
     B, T, H, dk = q.shape
     n, dv = k.shape[2], v.shape[-1]
     N = B
+    if q.shape[-1] == 0:
+        raise ValueError("q has dk = 0: a key needs a number at least")
     if not 1 <= n <= 8:
         raise ValueError(f"k has n = {n} steps a token; from 1 to 8 are allowed")
     if cu_seqlens is not None:

@@ -220,6 +220,10 @@ def lay_out(shape, seen, attention_mask, position_ids, cu_seqlens, seq_idx):
     if seen.shape[1] and (cu_seqlens is not None or seq_idx is not None):
         raise ValueError("cu_seqlens and seq_idx delimit the documents of a whole row, which cannot go on from past_key_values")
     if attention_mask is not None:
+        if not isinstance(attention_mask, torch.Tensor):
+            raise ValueError(
+                f"attention_mask is a {type(attention_mask).__name__}; a titan_dp model takes a tensor [batch, tokens]"
+            )
         attention_mask = checked_mask(attention_mask.to(seen.device), seen, new)
         real = attention_mask[:, -new:] != 0
     starts = document_starts(real, attention_mask, position_ids, cu_seqlens, seq_idx)
@@ -473,6 +477,10 @@ def refuse_others(arguments, columns):
 def boundaries(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k):
     """The one of three names for the same thing that is given, or None."""
     given = [x for x in (cu_seqlens, cu_seq_lens_q, cu_seq_lens_k) if x is not None]
+    if any(not isinstance(x, torch.Tensor) or x.dim() != 1 or bool((x.diff() < 0).any()) for x in given):
+        raise ValueError(
+            "cu_seqlens has to be a tensor [documents + 1] of where documents begin, ascending, and the row's length"
+        )
     if any(not torch.equal(x.to(given[0]), given[0]) for x in given[1:]):
         raise ValueError("cu_seqlens, cu_seq_lens_q and cu_seq_lens_k differ; give one of them")
     return given[0] if given else None
