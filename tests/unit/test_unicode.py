@@ -139,3 +139,16 @@ def test_printing_what_is_no_unicode_does_not_fail(capsys: pytest.CaptureFixture
 def test_text_that_is_unicode_comes_back_as_it_is() -> None:
     text = "é" * 1000
     assert as_unicode(text) is text
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["whole", "streamed"])
+def test_a_dataset_whose_reader_refuses_surrogates_is_named_and_read_by_the_advice(
+    tmp_path: Path, streaming: list[str]
+) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/train.jsonl").write_text('{"text": "a \\ud800"}\n')
+    command = ["prepare", "--tokenizer", "bytes", "--workers", "1", "--out"]
+    source = ["--hf-dataset", str(tmp_path / "made"), *streaming]
+    with pytest.raises(UserError, match="The surrogate pair in string is invalid"):
+        dispatch([*command, str(tmp_path / "refused"), *source])
+    assert dispatch([*command, str(tmp_path / "read"), str(tmp_path / "made")]) == 0  # the advice

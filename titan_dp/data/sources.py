@@ -69,13 +69,21 @@ def hugging_face_documents(
 
 
 def rows_of(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
-    """The rows of dataset `name`. Raises UserError where one is not UTF-8, RunError where the connection to it breaks."""
+    """The rows of dataset `name`.
+
+    Raises UserError where one is not UTF-8 or cannot be parsed, RunError where the connection to it breaks.
+    """
     try:
         yield from rows
     except UnicodeDecodeError as error:
         raise UserError(f"Hugging Face dataset {name!r} holds bytes that are not UTF-8 ({error}); convert it") from error
     except Exception as error:
         if (fault := passing_fault(error)) is None:
+            if type(error).__name__ == "ArrowInvalid":  # what a file of the dataset holds, such as a lone surrogate in JSON
+                raise UserError(
+                    f"Hugging Face dataset {name!r} holds what its reader refuses: {_reason(error)}; mend it, or give its "
+                    "files to `titan-dp prepare` as INPUT"
+                ) from error
             raise
         raise RunError(
             f"Hugging Face dataset {name!r} cannot be read on ({type(fault).__name__}: {shorten(str(fault))}); the same "
@@ -95,7 +103,7 @@ def load_hugging_face(name: str, config: str, split: str, column: str, streaming
     try:
         dataset = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
     except Exception as error:
-        message = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        message = _reason(error)
         hint = "; code of a dataset is never run: where it loads, save it as .jsonl or .parquet" if "script" in message else ""
         raise UserError(
             f"Hugging Face dataset {name!r} (name {config!r}, split {split!r}) cannot be loaded: {message}{hint}"
@@ -103,6 +111,13 @@ def load_hugging_face(name: str, config: str, split: str, column: str, streaming
     if dataset.column_names is not None and column not in dataset.column_names:
         raise UserError(f"Hugging Face dataset {name!r} has no column {column!r}; it has {', '.join(dataset.column_names)}")
     return dataset
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what is wrong, which `datasets` keeps behind a sentence that says nothing."""
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def _kind(path: Path) -> str | None:
