@@ -160,18 +160,19 @@ def resolve_checkpoint(path: Path) -> Path:
             say(f"WARNING: checkpoint {path} is not healthy ({why}); it is read because it was named itself")
         return path
     folder, passed = checkpoint_folder(path), list[str]()
-    for step in reversed(all_steps(folder)):
-        if not (why := _why_not(step_folder(folder, step))):
+    candidates = [step_folder(folder, step) for step in reversed(all_steps(folder))] or _copies(folder)
+    for checkpoint in candidates:
+        name = f"step {step}" if (step := _step_of(checkpoint)) else checkpoint.name
+        if not (why := _why_not(checkpoint)):
             if passed:
-                say(f"{folder}: {shorten('; '.join(passed), 600)}; taking step {step}, the newest healthy checkpoint")
-            return step_folder(folder, step)
-        passed.append(f"step {step} {why}")
-    if not committed_steps(folder):
+                say(f"{folder}: {shorten('; '.join(passed), 600)}; taking {name}, the newest healthy checkpoint")
+            return checkpoint
+        passed.append(f"{name} {why}")
+    if not (committed := [checkpoint for checkpoint in candidates if (checkpoint / MANIFEST).exists()]):
         raise UserError(f"{path} holds no committed checkpoint: every save was cut off")
-    newest = step_folder(folder, committed_steps(folder)[-1])
     raise UserError(
         f"{path} holds no healthy checkpoint: {shorten('; '.join(passed), 600)}; take another run, or name one itself to have "
-        f"it read all the same: {newest}"
+        f"it read all the same: {committed[0]}"
     )
 
 
@@ -203,14 +204,20 @@ def checkpoint_folder(path: Path) -> Path:
 
     Raises UserError where there is none, or it cannot be told which.
     """
-    for folder in (path, path / _configured_folder(path)):
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a run folder, its checkpoint folder, or one checkpoint")
+    folders = (path, path / _configured_folder(path))
+    for folder in folders:
         if all_steps(folder):
             return folder
     inner = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
     holding = [child for child in inner if all_steps(child)]
     if len(holding) == 1:
         return holding[0]
-    if several := holding or _copies(path):
+    several = holding or [copy for folder in folders for copy in _copies(folder)]
+    if len(several) == 1:  # such as best/ alone, all that was kept of a run
+        return several[0].parent
+    if several:
         raise UserError(f"{path} holds several folders of checkpoints or checkpoints; name one: {', '.join(map(str, several))}")
     raise UserError(f"{path} holds no committed checkpoint; give a run folder, its checkpoint folder, or one step-... of it")
 
@@ -332,10 +339,10 @@ def saved_sections(config: str) -> dict[str, Any]:
 
 
 def _refuse_newer(config: str, where: Path) -> None:
-    """Raise NewerError where [model] has a key that this version does not know.
+    """Raise NewerError where [model] has a key, or a word for a value, that this version does not know.
 
-    The one rule for keys of a newer version, whoever reads the manifest: in [model] they may change what the weights compute,
-    anywhere else they do not, and are passed over (a resume names them as it names every changed setting).
+    The one rule for what a newer version added, whoever reads the manifest: in [model] it may change what the weights compute,
+    anywhere else it does not, and is passed over (a resume names it as it names every changed setting).
     """
     try:
         model = saved_sections(config)["model"]
@@ -346,6 +353,12 @@ def _refuse_newer(config: str, where: Path) -> None:
         raise NewerError(
             f"{where} has {listed}, which this version of titan_dp does not know: a newer one saved it; read it with that"
         )
+    for name, value in model.items():
+        if isinstance(value, str) and not (key := all_keys()[f"model.{name}"]).accepts(value):
+            raise NewerError(
+                f"{where} has model.{name} = {shown(value)}, and this version of titan_dp knows {key.expected}: a newer one "
+                "saved it; read it with that"
+            )
 
 
 def loaded_step(checkpoint: Path) -> object:

@@ -297,6 +297,16 @@ def test_a_newer_versions_model_key_stops_every_reader_by_name(tmp_path: Path) -
             reader()
 
 
+def test_a_newer_versions_word_for_the_model_stops_every_reader_by_name(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "run")
+    manifest = read_manifest(checkpoint)
+    manifest["config"] = manifest["config"].replace('mixer = "deltaproduct"', 'mixer = "sparkle"')
+    write_manifest(checkpoint, manifest, manifest["files"])
+    for reader in readers(checkpoint, tmp_path / "out").values():
+        with pytest.raises(UserError, match=r"model\.mixer = 'sparkle', and this version .* knows .*a newer one saved it"):
+            reader()
+
+
 def test_a_resume_names_a_key_that_only_a_newer_version_knows() -> None:
     saved = entries({"optimizer": {"sparkle": "3"}})
     assert describe_changes(changed_since(saved, entries())) == "optimizer.sparkle (was 3, now unknown to this version)"

@@ -185,6 +185,25 @@ def test_a_copied_checkpoint_is_one(tmp_path: Path, place: str, capsys: pytest.C
     assert ckpt.resolve_checkpoint(tmp_path / "run") == original, "a copy is not the newest of a run"
 
 
+@pytest.mark.parametrize("place", ["best", "ckpt/best"])
+def test_the_one_copy_that_was_kept_of_a_run_is_what_the_run_means(
+    tmp_path: Path, place: str, capsys: pytest.CaptureFixture
+) -> None:
+    run = run_folder(tmp_path / "run")
+    (run / "ckpt").mkdir()
+    best = make(tmp_path, 7).rename(run / place)
+    assert ckpt.resolve_checkpoint(run) == best
+    assert listed(run, capsys)[0][:2] == ["7 (best)", "healthy"]
+    shutil.copytree(best, run / "second")
+    with pytest.raises(UserError, match=r"holds several .*name one: .*"):
+        ckpt.resolve_checkpoint(run)
+
+
+def test_a_path_that_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="typo does not exist; give a run folder"):
+        ckpt.resolve_checkpoint(tmp_path / "typo")
+
+
 def test_copies_in_a_run_are_listed_and_verified_with_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     original = make(run_folder(tmp_path / "run") / "ckpt", 7)
     shutil.copytree(original, tmp_path / "run/ckpt/best")
