@@ -48,7 +48,9 @@ class Sampling:
         if self.temperature == 0:
             check_finite(logits, "the model's logits")
             return logits.argmax(-1)
-        probabilities = torch.softmax(logits.float() / self.temperature, -1)
+        # From the largest, so that any temperature above 0 is one: the quotients then overflow to probability 0 only.
+        logits = logits.float() - logits.amax(-1, keepdim=True).float()
+        probabilities = torch.softmax(logits / max(self.temperature, 1e-30), -1)
         check_finite(probabilities, "the model's logits")
         if self.top_k or self.top_p < 1:
             # Rarer ids are cut off in falling order; top_k alone needs no more of that order than its beginning.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from tests.pretrained import random_model, save_checkpoint
 from titan_dp.cli import dispatch
 from titan_dp.data.tokenizer import load_tokenizer
-from titan_dp.errors import UserError
+from titan_dp.errors import RunError, UserError
 from titan_dp.model import Transformer
 from titan_dp.sampling import Sampling, TextStream, continue_text, encode_prompt, generate_ids
 
@@ -132,8 +133,16 @@ def test_top_p_keeps_the_fewest_ids_that_reach_it(top_p: float, kept: list[int])
     assert drawn(Sampling(1.0, top_p=top_p)).nonzero().flatten().tolist() == kept
 
 
-def test_temperature_0_takes_the_likeliest() -> None:
-    assert drawn(Sampling(0.0), 3)[1] == 1
+@pytest.mark.parametrize("temperature", [0.0, 1e-3, 1e-40, 5e-324])
+def test_temperature_0_and_near_it_take_the_likeliest(temperature: float) -> None:
+    assert drawn(Sampling(temperature), 3)[1] == 1
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1.0])
+def test_logits_that_are_not_finite_draw_nothing(temperature: float, wrong: float) -> None:
+    with pytest.raises(RunError, match="the model's logits are not finite"):
+        Sampling(temperature).choose(torch.tensor([[0.0, wrong, 1.0]]), [torch.Generator()])
 
 
 # -- text ---------------------------------------------------------------------------------------------------------------
