@@ -32,6 +32,15 @@ _MACHINE_FAULTS = {
     errno.ENOMEM: "the machine has too little memory",
 }
 
+# What a path may be other than the file or folder that is needed there: no further try changes it.
+_WRONG_PATHS = {
+    errno.ENOTDIR: "a file lies where a folder is needed; move it away, or choose another path",
+    errno.EEXIST: "something else lies there; move it away, or choose another path",
+    errno.EISDIR: "a folder lies where a file is needed; move it away, or choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "symbolic links lead in a circle; choose another path",
+}
+
 # What may be over at the next try, whatever file or name it is about.
 _PASSING = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.EINTR),
@@ -120,6 +129,8 @@ def explained(error: BaseException) -> UserError | RunError | None:
         return error
     if _is_lost_rank(error):
         return RunError(f"the connection to another rank is lost; that one says why, or was killed ({_first_line(error)})")
+    if isinstance(error, OSError) and error.errno in _WRONG_PATHS:
+        return UserError(f"{error}; {_WRONG_PATHS[error.errno]}")
     fault_text = machine_fault(error)
     return None if fault_text is None else RunError(fault_text)
 

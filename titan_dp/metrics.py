@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import resource
 import secrets
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -185,11 +186,18 @@ class Metrics:
             self._wandb.log(record, step=step)
 
     def close(self) -> None:
-        for sink in (self._file, self._tensorboard):
-            if sink is not None:
-                sink.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        """End the log. What cannot be ended, such as W&B's upload, is said: it neither fails a run nor hides why one failed."""
+        ends = {
+            "metrics.jsonl": (self._file, "close"),
+            "TensorBoard": (self._tensorboard, "close"),
+            "W&B": (self._wandb, "finish"),
+        }
+        for name, (sink, end) in ends.items():
+            try:
+                if sink is not None:
+                    getattr(sink, end)()
+            except Exception as error:
+                print(f"WARNING: the log of {name} may lack its end ({error})", file=sys.stderr, flush=True)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -122,6 +122,25 @@ def test_a_file_that_a_failing_disk_keeps_from_being_read_is_worth_another_try(c
     assert run_main(lambda: read(errno.ENOENT)) == 2
 
 
+def test_a_path_that_is_something_else_is_the_users_mistake(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.touch()
+    link.symlink_to(link)
+    wrong = {
+        "a file lies where a folder is needed": lambda: (file / "config.toml").read_text(),
+        "something else lies there": lambda: file.mkdir(exist_ok=True),
+        "a folder lies where a file is needed": lambda: tmp_path.open("a"),
+        "choose a shorter name": lambda: (tmp_path / ("x" * 300)).mkdir(),
+        "symbolic links lead in a circle": lambda: link.read_text(),
+    }
+    for reason, use in wrong.items():
+        assert run_main(use) == 2  # type: ignore[arg-type]
+        said = capfd.readouterr().err
+        assert str(tmp_path) in said
+        assert f"; {reason}" in said
+        assert "Traceback" not in said
+
+
 def test_a_terminal_without_a_sign_for_a_letter_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))

@@ -234,3 +234,15 @@ def test_a_missing_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_dropping_from_a_file_that_is_not_there_does_nothing(tmp_path: Path) -> None:
     drop_repeated_steps(tmp_path / "metrics.jsonl", 5)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_log_that_cannot_be_ended_is_said_and_fails_no_run(
+    tmp_path: Path, fake_wandb: FakeWandb, capsys: pytest.CaptureFixture
+) -> None:
+    def finish() -> None:
+        raise ConnectionError("the server is gone")
+
+    m = metrics(tmp_path, enable_wandb=True)
+    m._wandb.finish = finish
+    m.close()
+    assert capsys.readouterr().err == "WARNING: the log of W&B may lack its end (the server is gone)\n"
