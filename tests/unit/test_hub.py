@@ -6,6 +6,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import active_children
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -146,6 +147,7 @@ def test_a_stream_that_breaks_off_says_which_and_why_from_a_worker_too(workers: 
         "Hugging Face dataset 'some/dataset' cannot be read on (ConnectionResetError: [Errno 104] Connection reset by peer); "
         "the same command goes on once it can"
     )
+    assert not active_children(), "the end of the process would wait for a worker"
 
 
 class Mistaken(IterableDataset[int]):

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -116,6 +118,18 @@ def _explained_or_raise(error: Exception) -> UserError | RunError:
     return known
 
 
+def _end_workers(items: Any) -> None:
+    """End the processes that read `items`, if there are any.
+
+    They ignore SIGTERM, by which Python would end them at its own end, and would wait for them without end.
+    """
+    if hasattr(items, "_shutdown_workers"):
+        items._shutdown_workers()
+        for worker in items._workers:
+            if worker.is_alive():  # in a read that does not return
+                worker.kill()
+
+
 def stateful_loader(dataset: Any, workers: config.Dataloader, **options: Any) -> Iterator[Any]:
     """The items of `dataset`, read by `workers`. Raises UserError and RunError as it does."""
     if workers.num_workers:
@@ -141,6 +155,8 @@ def stateful_loader(dataset: Any, workers: config.Dataloader, **options: Any) ->
         # torch's handler would raise wherever the main thread is when a worker dies, in a collective too, or while another
         # error is told; that the worker is gone is seen when its next item is waited for.
         signal.signal(signal.SIGCHLD, handler)
+    end = partial(_end_workers, items)
+    atexit.register(end)
     try:
         for item in items:
             if isinstance(item, UserError | RunError):
@@ -151,3 +167,6 @@ def stateful_loader(dataset: Any, workers: config.Dataloader, **options: Any) ->
         if workers.num_workers and not str(error).startswith("Caught "):
             raise RunError(lost_worker(f"{type(error).__name__}: {error}")) from error
         raise
+    finally:
+        end()
+        atexit.unregister(end)
