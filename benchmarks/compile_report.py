@@ -110,6 +110,7 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
     import torch
     from deltaproduct_kernels.triton_backend import front_end, launch
     from deltaproduct_kernels.triton_backend.aot import Compiler
+    from deltaproduct_kernels.triton_backend.layout import EVERY, ROWS
 
     def empty(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype or getattr(torch, case.dtype), device="meta")
@@ -121,7 +122,7 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
     g = empty(B, T, H, dtype=single) if case.gated else None
     cu_seqlens = empty(9, dtype=torch.int32) if case.packed else None
     state = empty(8 if case.packed else B, H, dk, dv, dtype=single) if case.part else None
-    part = 1024 if case.part else None
+    part = 16 * EVERY * (ROWS[bits] // n) if case.part else None
     run = Compiler.of(arch)
     o, final, saved = launch.forward(q, k, v, beta, g, state, cu_seqlens, 1.0, True, True, bits, part=part, run=run)
     dfinal = final if case.part else None

@@ -164,6 +164,7 @@ gradients      16  100  256   32   *    *       32      16     8      2
 gradients      16  100  256 >127   1    *       64      32     8      2
 gradients      16  100  256 >127   *    *       64      64     8      2
 gradients      16  100  256    *   *    *       64      32     8      2
+gradients      16   90    *    *   *    *       32      16     8      1
 gradients      16    *    *    *   *    *       32      16     8      2
 gradients      32   80   64   32   2    *       32      32     4      1
 gradients      32   90   32 >127   1    *       32      32     8      1
