@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from deltaproduct_kernels.triton_backend import assembler
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(assembler.VARIABLE, raising=False)
-    monkeypatch.setattr(assembler, "choose", assembler.choose.__wrapped__)
+    assembler._right.cache_clear()
+    yield
+    assembler._right.cache_clear()
 
 
 def have(monkeypatch: pytest.MonkeyPatch, folder: Path, *releases: str) -> list[str]:
@@ -33,6 +36,14 @@ def test_the_first_that_is_right_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_p
     _, _, right, _ = have(monkeypatch, tmp_path, "12.8", "13.0", "13.1", "13.5")
     assert assembler.choose() is None
     assert os.environ[assembler.VARIABLE] == right
+
+
+def test_kernels_compiled_for_other_gpus_keep_tritons_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (right,) = have(monkeypatch, tmp_path, "13.1")
+    for arch, expected in ((90, right), (80, None), (90, right), (100, None)):
+        with assembler.chosen_for(arch):
+            assert os.environ.get(assembler.VARIABLE) == expected
+    assert assembler.VARIABLE not in os.environ
 
 
 def test_what_the_user_names_is_taken_whatever_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

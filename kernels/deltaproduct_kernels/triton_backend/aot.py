@@ -68,10 +68,8 @@ class Compiler(Runner):
 
     def build(self, kernel: Any, grid: int, config: Config, **arguments: Any) -> Any:
         """Triton's CompiledKernel, as the JIT would build it for these arguments on this chip."""
-        if self.arch == 90:
-            assembler.choose()
         plain = {n: MockTensor(x.dtype) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
-        with _chip(self.arch):
+        with _chip(self.arch), assembler.chosen_for(self.arch):
             return kernel.run(grid=(grid,), warmup=True, num_warps=config.warps, num_stages=config.stages, **plain)
 
 

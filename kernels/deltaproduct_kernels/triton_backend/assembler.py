@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,6 @@ MISSING = "on Hopper it needs"
 REMEDY = f"to take an older one all the same, name it in {VARIABLE}"
 
 
-@cache
 def choose() -> str | None:
     """Make Triton use an assembler for Hopper that is right, for this process and those it starts.
 
@@ -37,25 +37,44 @@ def choose() -> str | None:
     """
     if os.environ.get(VARIABLE):
         return None
+    path, reason = _right()
+    if path is not None and path != str(_BUNDLED / "ptxas"):
+        os.environ[VARIABLE] = path
+        _forget_version()
+    return reason
+
+
+@contextmanager
+def chosen_for(arch: int) -> Iterator[None]:
+    """Within it kernels for `arch` get the assembler that they would get on such a GPU; none is chosen but for Hopper."""
+    before = os.environ.get(VARIABLE)
+    if arch == 90:
+        choose()
+    try:
+        yield
+    finally:
+        if before is None and os.environ.pop(VARIABLE, None) is not None:
+            _forget_version()
+
+
+@cache
+def _right() -> tuple[str | None, str | None]:
+    """The first that is right, or why there is none."""
     found = {path: version for path in _candidates() if (version := _release(path))}
     right = {path: version for path, version in found.items() if version >= RIGHT}
     release = ".".join(map(str, RIGHT))
     if not right:
         seen = ", ".join(f"{path} ({major}.{minor})" for path, (major, minor) in found.items()) or "none"
-        return (
+        return None, (
             f"{MISSING} the assembler ptxas of release {release} or later, because older ones make wrong code; found: {seen}. "
             f"pip install nvidia-cuda-nvcc brings one; {REMEDY}"
         )
     if (driver := _driver()) is not None and driver < 1000 * RIGHT[0]:
-        return (
+        return None, (
             f"{MISSING} a driver of CUDA {RIGHT[0]} (580 or later) for the code of ptxas {release}, because older assemblers "
             f"make wrong code; the driver is of CUDA {driver // 1000}.{driver % 1000 // 10}. Update it; {REMEDY}"
         )
-    path = next(iter(right))
-    if path != str(_BUNDLED / "ptxas"):
-        os.environ[VARIABLE] = path
-        _forget_version()
-    return None
+    return next(iter(right)), None
 
 
 _BUNDLED = Path((find_spec("triton") and find_spec("triton").origin) or "triton/__init__.py").parent / "backends/nvidia/bin"  # type: ignore[union-attr]
