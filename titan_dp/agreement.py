@@ -333,11 +333,15 @@ def _portable(error: Exception | None) -> Exception | None:
     """`error` as other ranks can read it and leave with the same code, whatever class it is of and whatever it holds."""
     if error is None:
         return None
-    if isinstance(error, UserError) and not isinstance(error := explained(error) or error, RunError):
+    if isinstance(error, UserError):
+        error = explained(error) or error
+    if isinstance(error, UserError | RunError) and type(error).__module__.startswith("titan_dp."):
+        return type(error)(str(error))  # callers tell our kinds apart, and each takes a message
+    if isinstance(error, UserError):
         return UserError(str(error))
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror, error.filename)
-    return RunError(str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}")
+    return RunError(f"{type(error).__name__}: {error}")
 
 
 def _is_alone() -> bool:

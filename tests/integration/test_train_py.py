@@ -32,7 +32,10 @@ def train(root: Path, *arguments: str | Path, **env: str) -> subprocess.Complete
             ["--model.backend", "triton"],
             "model.backend = 'triton' cannot run: it needs a CUDA device, not 'cpu'; choose 'torch'",
         ),
-        (["--checkpoint.initial_load_path", "nowhere"], "nowhere holds no committed checkpoint"),
+        (
+            ["--checkpoint.initial_load_path", "nowhere"],
+            "nowhere does not exist; give a run folder",
+        ),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(tiny_config: Path, root: Path, arguments: list[str], message: str) -> None:

@@ -64,7 +64,7 @@ def step(T, sequences):
     shape = launch.Shape.of(k, k, None, empty(sequences + 1, dtype=torch.int32), True, 16, run)
     launch.solve(shape, k, beta, None, empty(sequences + 1, dtype=torch.int32), run)
 
-kept, run = [], Kept.of(90)
+kept, run = [], Kept(90, 132)
 for T, sequences in ((4096, 16), (4095, 1), (1, 7)):
     step(T, sequences)
 print(json.dumps({"racing": racing, "binaries": len({id(built) for built in kept})}))

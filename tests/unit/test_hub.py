@@ -138,6 +138,7 @@ class Cut(IterableDataset[int]):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_that_breaks_off_says_which_and_why_from_a_worker_too(workers: int) -> None:
+    others = set(active_children())  # of other tests
     items = stateful_loader(Cut(), config.Dataloader(num_workers=workers))
     assert [next(items), next(items)] == [7, 8]
     with pytest.raises(RunError) as raised:
@@ -147,7 +148,7 @@ def test_a_stream_that_breaks_off_says_which_and_why_from_a_worker_too(workers: 
         "Hugging Face dataset 'some/dataset' cannot be read on (ConnectionResetError: [Errno 104] Connection reset by peer); "
         "the same command goes on once it can"
     )
-    assert not active_children(), "the end of the process would wait for a worker"
+    assert set(active_children()) <= others, "the end of the process would wait for a worker"
 
 
 class Mistaken(IterableDataset[int]):
