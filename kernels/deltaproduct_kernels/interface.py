@@ -31,15 +31,16 @@ def resolve_backend(
         ValueError: for a name that is unknown, or 'triton' where it cannot run; on a Hopper without an assembler that is right
             for 'auto' too, because 'torch' would be many times slower and a package is all that is missing.
     """
-    if name == "auto":
+    if name in ("auto", "triton"):
         reason = why_not(device, dtype, dk, dv)
         if reason and reason.startswith(assembler.MISSING):
-            raise ValueError(f"backend = 'auto' cannot be 'triton': {reason}; or choose 'torch'")
-        return "triton" if device.type == "cuda" and reason is None else "torch"
-    if name not in BACKENDS:
+            raise ValueError(f"backend = {name!r} cannot run: {reason}; or choose 'torch'")
+        if name == "auto":
+            return "triton" if device.type == "cuda" and reason is None else "torch"
+        if reason:
+            raise ValueError(f"backend = 'triton' cannot run: {reason}; choose 'torch' or 'auto'")
+    elif name not in BACKENDS:
         raise ValueError(f"backend = {name!r} is not available; choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
-    if name == "triton" and (reason := why_not(device, dtype, dk, dv)):
-        raise ValueError(f"backend = 'triton' cannot run: {reason}; choose 'torch' or 'auto'")
     return name
 
 
