@@ -1,8 +1,8 @@
 """Train a model: `torchrun --nproc_per_node=8 train.py --config 800m.toml [--section.key VALUE ...]`.
 
-Read on in titan_dp/trainer.py (the loop), titan_dp/config.py (every setting) and titan_dp/model/ (what is trained).
-One process without torchrun works too. Exit codes: 0 done, 2 the user's mistake, 75 stopped by a signal and saved (start it
-again), 1 anything else.
+Read on in titan_dp/train/trainer.py (the loop), titan_dp/config/schema.py (every setting) and titan_dp/model/ (what is
+trained). One process without torchrun works too. Exit codes: 0 done, 2 the user's mistake, 75 stopped by a signal and
+saved (start it again), 1 anything else.
 """
 
 import os
@@ -12,13 +12,13 @@ from titan_dp.errors import UserError, run_main
 
 
 def main() -> int:
-    from titan_dp.config_loader import load_config  # from here on an error or a Ctrl-C is one sentence
+    from titan_dp.config.load import load_config  # from here on an error or a Ctrl-C is one sentence
 
     try:
         loaded = load_config(sys.argv[1:])  # answers --help by itself
     except UserError as mistake:
         if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and not {"--dry-run", "--print-config"} & set(sys.argv):
-            from titan_dp.agreement import share_failure
+            from titan_dp.faults.agreement import share_failure
 
             share_failure(mistake)  # other nodes may have another command, or other files, and would wait for this one
         raise
@@ -28,12 +28,12 @@ def main() -> int:
         return 0
     # torch takes seconds to import: only from here on.
     if loaded.dry_run:
-        from titan_dp.plan import print_plan
+        from titan_dp.estimate.plan import print_plan
 
         print_plan(loaded)
         return 0
     from titan_dp.distributed import distributed
-    from titan_dp.trainer import Trainer
+    from titan_dp.train.trainer import Trainer
 
     with distributed(loaded.config.comm) as world:
         Trainer(loaded, world).train()

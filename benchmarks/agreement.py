@@ -20,7 +20,7 @@ import torch.distributed as dist
 from common import Report
 
 from titan_dp import config
-from titan_dp.agreement import agree, code, gather, settings_of
+from titan_dp.faults.agreement import agree, code, gather, settings_of
 
 RANKS, ROUNDS = 8, 20
 

@@ -23,14 +23,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from common import Report
 
-from titan_dp import checkpointer as checkpointer_module
 from titan_dp import config
-from titan_dp.checkpoint import verify
-from titan_dp.checkpointer import Checkpointer
+from titan_dp.checkpoint import saver as checkpointer_module
+from titan_dp.checkpoint.manifest import verify
+from titan_dp.checkpoint.saver import Checkpointer
 from titan_dp.distributed import build_mesh, current_world, distributed
-from titan_dp.model import build_model
 from titan_dp.model.parallelize import parallelize
-from titan_dp.optim import build_optimizer, clip_grad_norm
+from titan_dp.model.transformer import build_model
+from titan_dp.train.optim import build_optimizer, clip_grad_norm
 
 MODEL = config.Model(hidden_size=512, num_hidden_layers=12, num_heads=4, head_dim=128, vocab_size=16000)
 META = {

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.distributed.allocator import most_held
 from titan_dp.cli import dispatch
-from titan_dp.config_loader import PROJECT, load_config
+from titan_dp.config.load import PROJECT, load_config
 from titan_dp.hardware import NETWORKS
 
 MODEL = {
@@ -111,7 +111,7 @@ def give_back() -> None:
 def work(settings: list[str], scratch: Path) -> None:
     """A rank: a small run, then the real one; rank 0 writes what it measured."""
     from titan_dp.distributed import distributed
-    from titan_dp.trainer import Trainer
+    from titan_dp.train.trainer import Trainer
 
     def steps(argv: list[str], name: str) -> dict[str, Any]:
         loaded = load_config(

@@ -21,10 +21,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from common import Report
 
-from titan_dp.checkpoint import step_folder, write_manifest
-from titan_dp.checkpoint_files import Writer
-from titan_dp.config_loader import PROJECT, load_config
-from titan_dp.model import build_model
+from titan_dp.checkpoint.dcp_files import Writer
+from titan_dp.checkpoint.manifest import step_folder, write_manifest
+from titan_dp.config.load import PROJECT, load_config
+from titan_dp.model.transformer import build_model
 
 FORMATS = (("fla", "float32"), ("fla", "bfloat16"), ("remote-code", "bfloat16"))
 

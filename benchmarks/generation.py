@@ -15,9 +15,9 @@ import torch
 from common import Report
 
 from titan_dp.config import Model
-from titan_dp.config_loader import load_config
-from titan_dp.model import build_model
-from titan_dp.sampling import Sampling, generate_ids
+from titan_dp.config.load import load_config
+from titan_dp.inference.sampling import Sampling, generate_ids
+from titan_dp.model.transformer import build_model
 
 REPEATS, AROUND = 3, 100
 POSITIONS = (100, 4000)

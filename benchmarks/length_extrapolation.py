@@ -15,10 +15,10 @@ import time
 import torch
 from common import Report
 
-from titan_dp.config_loader import load_config
+from titan_dp.config.load import load_config
 from titan_dp.evals.length_extrapolation import default_segment
 from titan_dp.evals.scoring import segment_losses
-from titan_dp.model import Transformer, build_model
+from titan_dp.model.transformer import Transformer, build_model
 
 LENGTH, REPEATS = 32768, 3
 

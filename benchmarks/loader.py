@@ -16,7 +16,7 @@ import numpy as np
 from common import Report, median_seconds
 
 from titan_dp import config
-from titan_dp.data.batches import Loader
+from titan_dp.data.batch import Loader
 from titan_dp.data.loader import build_dataloader
 from titan_dp.data.shards import ShardWriter
 from titan_dp.data.tokenizer import Tokenizer

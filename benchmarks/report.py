@@ -22,8 +22,8 @@ from pathlib import Path
 
 from common import Report
 
-from titan_dp.config_loader import PROJECT, config_from_toml
-from titan_dp.model_size import embedding_parameters, model_size
+from titan_dp.config.load import PROJECT, config_from_toml
+from titan_dp.model.size import embedding_parameters, model_size
 
 RUNS, RECORDS = 500, 10_000
 SIZES = ((256, 4), (320, 5), (384, 6), (512, 8), (640, 10), (768, 12))

@@ -19,8 +19,8 @@ from pathlib import Path
 from common import Report, median_seconds
 
 from titan_dp.cli import dispatch
-from titan_dp.config_loader import PROJECT, config_folder
-from titan_dp.scaling.sweep_file import load_sweep
+from titan_dp.config.load import PROJECT, config_folder
+from titan_dp.studies.sweep_file import load_sweep
 
 STEPS = "1,2,3,4"
 TARGETS = ("1M", "10M", "100M", "1B", "10B")  # below 3 M with a small vocabulary: the paper's embedding is larger

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from common import Report
 
-from titan_dp.checkpoint import all_steps, committed_steps, step_folder, verify
-from titan_dp.run_folder import read_records
+from titan_dp.checkpoint.manifest import all_steps, committed_steps, step_folder, verify
+from titan_dp.train.run_folder import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVAL = 10

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from common import Report, median_seconds
 
-from titan_dp.config_loader import PROJECT, load_config
+from titan_dp.config.load import PROJECT, load_config
+from titan_dp.data.synthetic.counter_rng import Random
 from titan_dp.data.synthetic.loader import build_problem
-from titan_dp.data.synthetic.random import Random
-from titan_dp.model import build_model
-from titan_dp.run_folder import read_records
+from titan_dp.model.transformer import build_model
+from titan_dp.train.run_folder import read_records
 
 SEEDS = 2
 TASKS = ("S3", "S5", "S6", "parity", "modular-arithmetic", "modular-arithmetic-brackets-mult")

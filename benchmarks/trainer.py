@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from common import Report
 
-import titan_dp.trainer
+import titan_dp.train.trainer
 from titan_dp.cli import dispatch
-from titan_dp.config_loader import load_config
+from titan_dp.config.load import load_config
 from titan_dp.distributed import current_world, distributed
-from titan_dp.run_folder import read_records
+from titan_dp.train.run_folder import read_records
 
 STEPS, LOG = 60, 5
 
@@ -72,10 +72,10 @@ def main() -> None:
         ]
         loaded = load_config(["--config", "debug.toml", *settings, *off])
         with distributed(loaded.config.comm):
-            trainer = titan_dp.trainer.Trainer(loaded, current_world())
+            trainer = titan_dp.train.trainer.Trainer(loaded, current_world())
             trainer.model = TimedModel(trainer.model, watch)  # type: ignore[assignment]
             trainer.optimizers.step = watch.wrap(trainer.optimizers.step)  # type: ignore[method-assign]
-            titan_dp.trainer.clip_grad_norm = watch.wrap(titan_dp.trainer.clip_grad_norm)  # type: ignore[attr-defined]
+            titan_dp.train.trainer.clip_grad_norm = watch.wrap(titan_dp.train.trainer.clip_grad_norm)  # type: ignore[attr-defined]
             torch.Tensor.backward = watch.wrap(torch.Tensor.backward)  # type: ignore[method-assign]
             start = time.perf_counter()
             trainer.train()

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from titan_dp import config
-from titan_dp.checkpoint import step_folder
-from titan_dp.checkpointer import save_model_weights
-from titan_dp.config_docs import all_keys
-from titan_dp.config_loader import Loaded
-from titan_dp.model import Transformer, build_model
+from titan_dp.checkpoint.manifest import step_folder
+from titan_dp.checkpoint.saver import save_model_weights
+from titan_dp.config.describe import all_keys
+from titan_dp.config.load import Loaded
+from titan_dp.model.transformer import Transformer, build_model
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

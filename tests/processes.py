@@ -20,7 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 SERVER = mp.get_context("forkserver")
-SERVER.set_forkserver_preload(["titan_dp.trainer", "titan_dp.generate"])
+SERVER.set_forkserver_preload(["titan_dp.train.trainer", "titan_dp.inference.generate"])
 
 TIMEOUT_SECONDS = 600
 """Only a hang takes that long, however busy the machine is."""

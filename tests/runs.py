@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from titan_dp.config_docs import to_toml
-from titan_dp.config_loader import config_from_toml
-from titan_dp.model_size import embedding_parameters, model_size
-from titan_dp.run_folder import identity
+from titan_dp.config.describe import to_toml
+from titan_dp.config.load import config_from_toml
+from titan_dp.model.size import embedding_parameters, model_size
+from titan_dp.train.run_folder import identity
 
 SMALL: dict[str, Any] = {
     "model.hidden_size": 64,

@@ -16,16 +16,19 @@ from titan_dp.errors import UserError, run_main
 # name: (module, what it does)
 COMMANDS = {
     "prepare": ("titan_dp.data.prepare", "turn text files or a Hugging Face dataset into token shards"),
-    "checkpoint": ("titan_dp.checkpoint", "list the checkpoints of a run, or verify one"),
-    "export": ("titan_dp.hf.export", "write a trained model as a Hugging Face folder"),
-    "import": ("titan_dp.hf.importer", "make a checkpoint of a Hugging Face folder"),
+    "checkpoint": ("titan_dp.checkpoint.manifest", "list the checkpoints of a run, or verify one"),
+    "export": ("titan_dp.inference.hf.export", "write a trained model as a Hugging Face folder"),
+    "import": ("titan_dp.inference.hf.importer", "make a checkpoint of a Hugging Face folder"),
     "evaluate": ("titan_dp.evals.command", "measure a trained model: perplexity, lm-eval, length, effective rank, recall"),
-    "generate": ("titan_dp.generate", "continue a prompt with a trained model"),
-    "match": ("titan_dp.scaling.match", "find shapes of equal parameters or FLOPs for several n_h"),
-    "sweep": ("titan_dp.scaling.sweep", "expand a sweep file into runs, and launch them"),
-    "state-tracking": ("titan_dp.state_tracking.command", "word problems and formal languages: train, compare, inspect, prove"),
+    "generate": ("titan_dp.inference.generate", "continue a prompt with a trained model"),
+    "match": ("titan_dp.studies.match", "find shapes of equal parameters or FLOPs for several n_h"),
+    "sweep": ("titan_dp.studies.sweep", "expand a sweep file into runs, and launch them"),
+    "state-tracking": (
+        "titan_dp.studies.state_tracking.command",
+        "word problems and formal languages: train, compare, inspect, prove",
+    ),
     "estimate": ("titan_dp.estimate.command", "memory, communication and speed of a run, before there is a machine for it"),
-    "report": ("titan_dp.scaling.report.command", "tables, fits and plots of many runs"),
+    "report": ("titan_dp.studies.report.command", "tables, fits and plots of many runs"),
 }
 
 
@@ -46,7 +49,7 @@ def dispatch(argv: list[str]) -> int:
             subparser.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(argv)
     if rest and hasattr(args, "settings") and (unknown := re.match(r"--(\w+\.[\w.]+)", rest[0])):
-        from titan_dp.config_hints import explain_unknown
+        from titan_dp.config.hints import explain_unknown
 
         raise UserError(f"command line: unknown key {unknown[1]}; {explain_unknown(unknown[1])}")
     if rest:

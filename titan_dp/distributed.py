@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from titan_dp import config
 from titan_dp.errors import StoppedError, UserError, leave
-from titan_dp.interrupt import end_with_launcher
-from titan_dp.watchdog import FLIGHT_RECORDER_ENTRIES
+from titan_dp.faults.interrupt import end_with_launcher
+from titan_dp.faults.watchdog import FLIGHT_RECORDER_ENTRIES
 
 
 @dataclass(frozen=True)

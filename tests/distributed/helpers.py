@@ -6,9 +6,9 @@ import torch
 
 from titan_dp import config
 from titan_dp.distributed import build_mesh, current_world
-from titan_dp.model import Transformer, build_model
 from titan_dp.model.parallelize import parallelize
-from titan_dp.optim import Optimizers, build_optimizer
+from titan_dp.model.transformer import Transformer, build_model
+from titan_dp.train.optim import Optimizers, build_optimizer
 
 TINY = config.Model(
     hidden_size=32,

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.harness import run_ranks
 from tests.pretrained import save_checkpoint
-from titan_dp import agreement
-from titan_dp.agreement import agree, code, on_main, settings_of, together
-from titan_dp.config_loader import load_config
+from titan_dp.config.load import load_config
 from titan_dp.errors import RunError, UserError
+from titan_dp.faults import agreement
+from titan_dp.faults.agreement import agree, code, on_main, settings_of, together
 
 REMEDY = "every rank needs the same command, settings, code, libraries and data: make them equal and start all of them again"
 
@@ -164,7 +164,7 @@ def test_rank_0_speaks_for_all_and_all_fail_together() -> None:
 def test_versions_and_sources_are_compared() -> None:
     facts = code()
     assert {"python", "torch", "triton", "numpy"} <= facts.keys()
-    for file in ("titan_dp/optim.py", "titan_dp/data/order.py", "deltaproduct_kernels/triton_backend/__init__.py"):
+    for file in ("titan_dp/train/optim.py", "titan_dp/data/order.py", "deltaproduct_kernels/triton_backend/__init__.py"):
         assert f"the source file {file}" in facts
 
 
@@ -190,7 +190,7 @@ DIFFERENT = [
 def start_with_another(config: Path, keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """For each key: how a start ends whose second rank has another value."""
     from titan_dp.distributed import current_world
-    from titan_dp.trainer import Trainer
+    from titan_dp.train.trainer import Trainer
 
     ends = []
     for key, value in keys:
@@ -209,7 +209,7 @@ def test_a_setting_that_differs_is_refused_by_its_key_before_anything_is_built(t
 
 def start_on_other_data(config: Path, name: str, paths: list[str]) -> tuple[str, str]:
     from titan_dp.distributed import current_world
-    from titan_dp.trainer import Trainer
+    from titan_dp.train.trainer import Trainer
 
     path = paths[dist.get_rank()]
     settings = ["--config", str(config), "--job.run_name", name, "--data.path", path, "--validation.enable=false"]
@@ -238,7 +238,7 @@ def test_copies_of_the_data_may_lie_elsewhere_on_each_node_but_must_be_the_same(
 def check_the_data(config: Path, paths: list[str]) -> tuple[str, str]:
     """What the check of the data's contents ends with, once it has read everything."""
     from titan_dp.distributed import current_world
-    from titan_dp.trainer import Trainer
+    from titan_dp.train.trainer import Trainer
 
     path, name = paths[dist.get_rank()], Path(paths[1]).name
     settings = ["--config", str(config), "--job.run_name", name, "--data.path", path, "--validation.enable=false"]
@@ -306,8 +306,8 @@ def test_an_evaluation_is_of_the_checkpoint_that_rank_0_takes_and_done_when_rank
 
 def train_where_rank_0_fails(config: Path, when: str) -> tuple[str, str]:
     """Three steps; rank 0 alone opens the log, and writes run.json, and fails at one of them."""
-    from titan_dp import trainer
     from titan_dp.distributed import current_world
+    from titan_dp.train import trainer
 
     def full(folder: Path, facts: dict[str, Any]) -> None:
         if facts["state"] == "finished":

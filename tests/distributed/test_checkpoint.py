@@ -20,13 +20,14 @@ import torch
 from tests.distributed.harness import run_ranks
 from tests.distributed.helpers import backward, full_state, optimizer_of, sharded_model
 from tests.processes import SERVER
-from titan_dp import agreement, config
-from titan_dp import checkpointer as checkpointer_module
-from titan_dp.checkpoint import committed_steps, read_manifest, step_folder, verify, write_manifest
-from titan_dp.checkpoint_files import Reader
-from titan_dp.checkpointer import Checkpointer, load_model_weights
+from titan_dp import config
+from titan_dp.checkpoint import saver as checkpointer_module
+from titan_dp.checkpoint.dcp_files import Reader
+from titan_dp.checkpoint.manifest import committed_steps, read_manifest, step_folder, verify, write_manifest
+from titan_dp.checkpoint.saver import Checkpointer, load_model_weights
 from titan_dp.distributed import distributed, local_tensor
 from titan_dp.errors import UserError
+from titan_dp.faults import agreement
 
 META = {
     "config": "[model]\n",
@@ -224,7 +225,7 @@ def test_going_back_to_a_step_leaves_the_abandoned_ones_aside_and_the_same_comma
 
 
 def a_save_whose_retention_fails(folder: Path) -> None:
-    from titan_dp import checkpointer as module
+    from titan_dp.checkpoint import saver as module
 
     def fails(folder: Path, keep_latest_k: int) -> None:
         raise OSError(116, "Stale file handle")
@@ -331,7 +332,7 @@ def test_parameters_may_change_as_soon_as_they_are_copied(tmp_path: Path) -> Non
 
 def other_architecture(folder: Path, changes: dict, message: str) -> None:
     from tests.distributed.helpers import TINY
-    from titan_dp.model import build_model
+    from titan_dp.model.transformer import build_model
 
     model = build_model(TINY.model_copy(update=changes))
     with pytest.raises(UserError, match=rf"another architecture: {message}"):

@@ -16,11 +16,11 @@ from torch import nn
 
 from tests.distributed.harness import run_ranks
 from titan_dp import config
-from titan_dp.config_loader import load_config
+from titan_dp.config.load import load_config
 from titan_dp.distributed import build_mesh, current_world
-from titan_dp.model import Transformer, build_model
 from titan_dp.model.parallelize import parallelize
-from titan_dp.trainer import Trainer
+from titan_dp.model.transformer import Transformer, build_model
+from titan_dp.train.trainer import Trainer
 
 # Softmax layers with other heads than the mixer has, and fewer keys and values: a hybrid's blocks differ in every size.
 HYBRID = config.Model(

@@ -16,9 +16,9 @@ from tests.distributed.helpers import FLOAT32, clean
 from tests.distributed.test_trainer import losses_of
 from titan_dp import config
 from titan_dp.distributed import build_mesh, context_group, current_world, data_world
-from titan_dp.model import Transformer, build_model
 from titan_dp.model.context_parallel import ContextParallel
 from titan_dp.model.parallelize import apply_activation_checkpoint, parallelize
+from titan_dp.model.transformer import Transformer, build_model
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.harness import run_ranks
-from titan_dp.checkpoint import committed_steps, read_manifest, step_folder
+from titan_dp.checkpoint.manifest import committed_steps, read_manifest, step_folder
 
 STEPS, BATCH = 15, 24
 SETTINGS = [
@@ -31,9 +31,9 @@ HSDP: list[Part] = [(8, 2, 4), (4, 2, 8), (6, 3, 12), (8, 4, 15)]
 
 def train(config: Path, *overrides: str) -> list[tuple[int, str]]:
     """One rank of a run; returns (step, sha256) of every sequence it trained on."""
-    from titan_dp.config_loader import load_config
+    from titan_dp.config.load import load_config
     from titan_dp.distributed import current_world
-    from titan_dp.trainer import Trainer
+    from titan_dp.train.trainer import Trainer
 
     trainer = Trainer(load_config(["--config", str(config), *overrides]), current_world())
     seen: list[tuple[int, str]] = []

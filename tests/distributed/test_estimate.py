@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.allocator import most_held
 from tests.distributed.harness import run_ranks
-from titan_dp.config_loader import load_config
+from titan_dp.config.load import load_config
 from titan_dp.distributed import World, current_world, data_world, local_tensor
 from titan_dp.estimate.collectives import Collective, collective_of
 from titan_dp.estimate.trace import fake_run
-from titan_dp.schedule import plan_batches
-from titan_dp.trainer import Trainer
+from titan_dp.train.batch_plan import plan_batches
+from titan_dp.train.trainer import Trainer
 
 MODEL = [
     "--model.hidden_size=256", "--model.num_hidden_layers=3", "--model.num_heads=4", "--model.head_dim=64",

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.harness import run_ranks
-from titan_dp import health
-from titan_dp.health import Interval, StepTimes
+from titan_dp.faults import step_times as health
+from titan_dp.faults.step_times import Interval, StepTimes
 
 
 class Clock:
-    """Stands for the module `time` in titan_dp.health."""
+    """Stands for the module `time` in titan_dp.faults.step_times."""
 
     def __init__(self) -> None:
         self.now = 1000.0

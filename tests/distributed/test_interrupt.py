@@ -48,10 +48,10 @@ class Struck:
 
 def train(config: Path, name: str, struck: bool) -> str:
     """Train to the end, or to the signal; returns what is said then."""
-    from titan_dp.config_loader import load_config
+    from titan_dp.config.load import load_config
     from titan_dp.distributed import current_world
     from titan_dp.errors import StoppedError
-    from titan_dp.trainer import Trainer
+    from titan_dp.train.trainer import Trainer
 
     trainer = Trainer(load_config(["--config", str(config), *SETTINGS, "--job.run_name", name]), current_world())
     if struck:
@@ -81,7 +81,7 @@ ORPHAN = '''
 import os, subprocess, sys, time
 child = """
 import os, time
-from titan_dp.interrupt import end_with_launcher
+from titan_dp.faults.interrupt import end_with_launcher
 while os.getppid() == int(os.environ["TITAN_DP_LAUNCHER_PID"]):
     time.sleep(0.01)
 end_with_launcher()

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.distributed.harness import run_ranks
 from tests.distributed.helpers import backward, full_state, optimizer_of, optimizer_state, sharded_model
 from titan_dp import config
-from titan_dp.config_loader import load_config
+from titan_dp.config.load import load_config
 from titan_dp.distributed import build_mesh, current_world
-from titan_dp.muon import Muon
-from titan_dp.optim import NonFiniteGuard, clip_grad_norm
-from titan_dp.trainer import Trainer
+from titan_dp.train.muon import Muon
+from titan_dp.train.optim import NonFiniteGuard, clip_grad_norm
+from titan_dp.train.trainer import Trainer
 
 
 def poisoned_step(name: str, poison: float, replicate: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from tests.distributed.harness import run_ranks
 from tests.distributed.helpers import TINY, backward, clean, full_state, sharded_model
 from titan_dp import config
-from titan_dp.model import build_model
+from titan_dp.model.transformer import build_model
 
 
 def first_values(replicate: int) -> dict[str, torch.Tensor]:

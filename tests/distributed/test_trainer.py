@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.harness import run_ranks
-from titan_dp.checkpoint import read_manifest, resolve_checkpoint
+from titan_dp.checkpoint.manifest import read_manifest, resolve_checkpoint
 from titan_dp.errors import UserError
 
 
 def train(config: Path, *overrides: str) -> None:
     """One rank of a run; what `torchrun train.py --config ...` does in each process."""
-    from titan_dp.config_loader import load_config
+    from titan_dp.config.load import load_config
     from titan_dp.distributed import current_world
-    from titan_dp.trainer import Trainer
+    from titan_dp.train.trainer import Trainer
 
     Trainer(load_config(["--config", str(config), *overrides]), current_world()).train()
 

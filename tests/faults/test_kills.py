@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import INTERVAL, STEPS, Chain, Fault, Life
-from titan_dp.checkpoint import all_steps, committed_steps, step_folder, verify
+from titan_dp.checkpoint.manifest import all_steps, committed_steps, step_folder, verify
 
 pytestmark = pytest.mark.usefixtures("hung", "pair")  # they wait meanwhile
 

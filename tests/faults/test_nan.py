@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import STEPS, Chain, Life
-from titan_dp.checkpoint import committed_steps, read_manifest, step_folder
+from titan_dp.checkpoint.manifest import committed_steps, read_manifest, step_folder
 
 BAD = 14
 

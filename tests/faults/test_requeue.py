@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from tests.faults.runs import INTERVAL, STEPS, Chain, Life
-from titan_dp.checkpoint import all_steps, committed_steps, read_manifest, step_folder, verify
+from titan_dp.checkpoint.manifest import all_steps, committed_steps, read_manifest, step_folder, verify
 
 DAY = timedelta(days=1)
 FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), ctypes.util.find_library("faketime"))

@@ -36,8 +36,10 @@ sys.path.insert(0, str(ROOT))
 
 from torch.distributed.checkpoint import filesystem  # noqa: E402
 
-from titan_dp import checkpoint, checkpointer, trainer  # noqa: E402
+from titan_dp.checkpoint import manifest as checkpoint  # noqa: E402
+from titan_dp.checkpoint import saver as checkpointer  # noqa: E402
 from titan_dp.model.transformer import Transformer  # noqa: E402
+from titan_dp.train import trainer  # noqa: E402
 
 LIFE, RANK = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), int(os.environ.get("RANK", "0"))
 PLAN: list[dict[str, Any]] = json.loads(os.environ.get("FAULTS", "[]"))

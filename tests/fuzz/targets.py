@@ -16,8 +16,8 @@ import xxhash
 from hypothesis import strategies as st
 
 from tests.fuzz.harness import NAMES, Check, Target, mutated_bytes, mutated_json, scalars, values
-from titan_dp.config_docs import all_keys, to_toml
-from titan_dp.config_loader import config_from_toml, load_config
+from titan_dp.config.describe import all_keys, to_toml
+from titan_dp.config.load import config_from_toml, load_config
 from titan_dp.data.shards import ShardWriter, TokenShards
 from titan_dp.data.tokenizer import load_tokenizer
 from titan_dp.files import stays_inside
@@ -205,8 +205,8 @@ def _shard_files(folder: Path) -> Prepared:
 
 def _checkpoint_manifests(folder: Path) -> Prepared:
     from tests.pretrained import save_checkpoint
-    from titan_dp.changed_settings import check_resumable
-    from titan_dp.checkpoint import read_manifest, size_problems, verify
+    from titan_dp.checkpoint.changed_settings import check_resumable
+    from titan_dp.checkpoint.manifest import read_manifest, size_problems, verify
 
     checkpoint = save_checkpoint(folder / "run")
     original = json.loads((checkpoint / "manifest.json").read_text())
@@ -237,7 +237,7 @@ def _checkpoint_manifests(folder: Path) -> Prepared:
 
 def _checkpoint_indexes(folder: Path) -> Prepared:
     from tests.pretrained import save_checkpoint
-    from titan_dp.checkpointer import CheckpointTensors
+    from titan_dp.checkpoint.saver import CheckpointTensors
 
     checkpoint = save_checkpoint(folder / "run", num_hidden_layers=1)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -262,8 +262,8 @@ def _checkpoint_indexes(folder: Path) -> Prepared:
 
 def _exported(folder: Path, target: str, **how: Any) -> Path:
     from tests.pretrained import save_checkpoint
-    from titan_dp.hf.export import export
-    from titan_dp.pretrained import open_source
+    from titan_dp.inference.hf.export import export
+    from titan_dp.inference.pretrained import open_source
 
     checkpoint = save_checkpoint(
         folder / "run", hidden_size=16, head_dim=8, num_hidden_layers=1, vocab_size=258, attention_layers=[]
@@ -273,7 +273,7 @@ def _exported(folder: Path, target: str, **how: Any) -> Path:
 
 
 def _use_folder(folder: Path) -> None:
-    from titan_dp.hf.folder import FolderSource
+    from titan_dp.inference.hf.folder import FolderSource
 
     source = FolderSource(folder)
     tensors = source.read(source.shapes)
@@ -370,7 +370,7 @@ use_forget_gate = true
 
 
 def _sweep_files(folder: Path) -> Prepared:
-    from titan_dp.scaling.sweep_file import load_sweep
+    from titan_dp.studies.sweep_file import load_sweep
 
     path = folder / "study.toml"
     batch = {"training.global_batch_size": "8", "training.local_batch_size": "2", "model.attention_layers": "[]"}
@@ -393,8 +393,8 @@ def _sweep_files(folder: Path) -> Prepared:
 
 
 def _run_folders(folder: Path) -> Prepared:
-    from titan_dp.run_folder import last_record, last_step
-    from titan_dp.scaling.report.runs import find_runs, read_runs
+    from titan_dp.studies.report.runs import find_runs, read_runs
+    from titan_dp.train.run_folder import last_record, last_step
 
     run = folder / "sweep" / "a"
     run.mkdir(parents=True)

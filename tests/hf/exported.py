@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tests.pretrained import random_model, save_checkpoint
 from titan_dp import config
-from titan_dp.hf.export import export
-from titan_dp.model import Transformer
-from titan_dp.pretrained import open_source
+from titan_dp.inference.hf.export import export
+from titan_dp.inference.pretrained import open_source
+from titan_dp.model.transformer import Transformer
 
 
 def exported(folder: Path, changes: dict[str, Any], **how: Any) -> tuple[Transformer, Path]:

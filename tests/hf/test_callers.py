@@ -20,8 +20,8 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCa
 
 from tests.hf.exported import exported, greedy, tokens
 from tests.hf.test_remote_code import HARD, VARIANTS, assert_same, load
-from titan_dp.hf.modeling_titan_dp import delta_product
-from titan_dp.model import Transformer
+from titan_dp.inference.hf.modeling_titan_dp import delta_product
+from titan_dp.model.transformer import Transformer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),  # its name in transformers 4

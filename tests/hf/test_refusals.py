@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from tests.hf.exported import exported
 from tests.pretrained import save_checkpoint
 from titan_dp import config
-from titan_dp.checkpointer import save_model_weights
+from titan_dp.checkpoint.saver import save_model_weights
 from titan_dp.errors import UserError
-from titan_dp.hf.export import FORMATS, export
-from titan_dp.hf.importer import import_folder
-from titan_dp.hf.layout import MODEL_TYPES, to_hf
-from titan_dp.pretrained import load_model, open_source
+from titan_dp.inference.hf.export import FORMATS, export
+from titan_dp.inference.hf.importer import import_folder
+from titan_dp.inference.hf.layout import MODEL_TYPES, to_hf
+from titan_dp.inference.pretrained import load_model, open_source
 
 
 @contextmanager
@@ -126,7 +126,8 @@ def test_ctrl_c_leaves_nothing_behind(what: str, tmp_path: Path, monkeypatch: py
     _, folder = exported(tmp_path, {})
     # by what comes after the weights are written
     monkeypatch.setattr(
-        "titan_dp.hf.export.write_json" if what == "export" else "titan_dp.checkpointer.write_manifest", interrupted
+        "titan_dp.inference.hf.export.write_json" if what == "export" else "titan_dp.checkpoint.saver.write_manifest",
+        interrupted,
     )
     with pytest.raises(KeyboardInterrupt):
         export(open_source(tmp_path / "run"), tmp_path / "out") if what == "export" else import_folder(folder, tmp_path / "out")

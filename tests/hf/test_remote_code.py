@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.hf.exported import exported, greedy, tokens
-from titan_dp.model import Transformer
+from titan_dp.model.transformer import Transformer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "DeltaProduct_2": {},

@@ -18,12 +18,12 @@ from torch import Tensor
 from tests.distributed.test_trainer import losses_of
 from tests.hf.exported import exported, function_of, tokens
 from tests.pretrained import random_model, save_checkpoint
-from titan_dp.checkpoint import verify
-from titan_dp.checkpointer import load_model_weights
-from titan_dp.hf.export import export
-from titan_dp.hf.importer import import_folder
-from titan_dp.model import build_model
-from titan_dp.pretrained import load_pretrained, open_source
+from titan_dp.checkpoint.manifest import verify
+from titan_dp.checkpoint.saver import load_model_weights
+from titan_dp.inference.hf.export import export
+from titan_dp.inference.hf.importer import import_folder
+from titan_dp.inference.pretrained import load_pretrained, open_source
+from titan_dp.model.transformer import build_model
 
 GATED = {"num_householder": 1, "use_forget_gate": True}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -218,7 +218,7 @@ def test_a_published_configuration_of_another_name_is_imported(tmp_path: Path) -
 
 def test_twelve_steps_of_the_old_layout_would_be_joined_in_their_order(tmp_path: Path) -> None:
     """Numbers, not strings: step 10 comes after step 9."""
-    from titan_dp.hf.layout import our_names
+    from titan_dp.inference.hf.layout import our_names
 
     parts = [f"model.layers.0.attn.k_projs.{i}.weight" for i in (10, 2, 0, 1, 11, 9, 3, 4, 5, 6, 7, 8)]
     joined = our_names(parts)["layers.0.attn.k_proj.weight"]

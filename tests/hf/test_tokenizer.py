@@ -15,8 +15,8 @@ import pytest
 
 from tests.pretrained import save_checkpoint
 from titan_dp.data.tokenizer import ORIGIN, Tokenizer, load_tokenizer
-from titan_dp.hf.export import export
-from titan_dp.pretrained import open_source
+from titan_dp.inference.hf.export import export
+from titan_dp.inference.pretrained import open_source
 
 TEXTS = {
     "nothing": "",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from titan_dp import config
-from titan_dp.model import build_model
+from titan_dp.model.transformer import build_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_dp.config_loader import Loaded, load_config
+from titan_dp.config.load import Loaded, load_config
 from titan_dp.errors import UserError
 
 MINIMAL = "[training]\nsteps = 10\n"

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titan_dp.data.batches import Place
+from titan_dp.data.batch import Place
 from titan_dp.data.synthetic.groups import parse_group
 from titan_dp.data.synthetic.languages import LanguageProblem, find_language
 from titan_dp.data.synthetic.loader import SyntheticSet
 from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
-from titan_dp.length_test import FILE, LengthTest, read_length_test, run_length_test
-from titan_dp.validate import accuracy_by_position, evaluate_answers
+from titan_dp.train.length_test import FILE, LengthTest, read_length_test, run_length_test
+from titan_dp.train.validate import accuracy_by_position, evaluate_answers
 
 CPU = torch.device("cpu")
 V = 5
@@ -236,7 +236,7 @@ def test_a_result_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 def test_reading_needs_no_torch() -> None:
-    code = "import sys, titan_dp.length_test; assert 'torch' not in sys.modules"
+    code = "import sys, titan_dp.train.length_test; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 

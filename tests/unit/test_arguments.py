@@ -8,11 +8,11 @@ import pytest
 
 from titan_dp import config
 from titan_dp.cli import dispatch
-from titan_dp.config_loader import load_config
+from titan_dp.config.load import load_config
 from titan_dp.errors import UserError
 from titan_dp.estimate import command as estimate
-from titan_dp.scaling import match
-from titan_dp.state_tracking import train as state_tracking
+from titan_dp.studies import match
+from titan_dp.studies.state_tracking import train as state_tracking
 
 Read = Callable[..., config.Config]
 

@@ -11,14 +11,20 @@ import pytest
 import tomli
 
 from tests.pretrained import save_checkpoint
-from titan_dp.changed_settings import changed_since, check_initial, check_resumable, describe_changes, rate_jump
-from titan_dp.checkpoint import read_manifest, write_manifest
+from titan_dp.checkpoint.changed_settings import (
+    changed_since,
+    check_initial,
+    check_resumable,
+    describe_changes,
+    rate_jump,
+)
+from titan_dp.checkpoint.manifest import read_manifest, write_manifest
 from titan_dp.cli import dispatch
 from titan_dp.config import LRScheduler
-from titan_dp.config_loader import load_config
+from titan_dp.config.load import load_config
 from titan_dp.errors import UserError
-from titan_dp.lr_scheduler import build_lr_scheduler
-from titan_dp.pretrained import open_source
+from titan_dp.inference.pretrained import open_source
+from titan_dp.train.lr_scheduler import build_lr_scheduler
 
 MODEL = {
     "hidden_size": "64",

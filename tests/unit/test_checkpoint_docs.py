@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.pretrained import random_model, save_checkpoint
-from titan_dp.hf.export import export
-from titan_dp.pretrained import open_source
+from titan_dp.inference.hf.export import export
+from titan_dp.inference.pretrained import open_source
 
 MODEL = {"num_householder": 2, "use_forget_gate": True, "tie_word_embeddings": False}
 

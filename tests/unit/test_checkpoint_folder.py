@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from titan_dp import checkpoint as ckpt
-from titan_dp.changed_settings import check_resumable
+from titan_dp.checkpoint import manifest as ckpt
+from titan_dp.checkpoint.changed_settings import check_resumable
 from titan_dp.cli import dispatch
 from titan_dp.errors import UserError
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.unit.conftest import MINIMAL, Folder
-from titan_dp import config_docs, config_hints
 from titan_dp.config import Model, parse_count
-from titan_dp.config_loader import config_from_toml, load_config
+from titan_dp.config import describe as config_docs
+from titan_dp.config import hints as config_hints
+from titan_dp.config.load import config_from_toml, load_config
 from titan_dp.errors import UserError
 
 # -- precedence and inheritance ----------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import pytest
 import tomli
 
 from tests.unit.conftest import MINIMAL, Folder
-from titan_dp import config_docs, config_warnings
 from titan_dp.config import Config
-from titan_dp.config_loader import PROJECT, config_from_toml, load_config
+from titan_dp.config import describe as config_docs
+from titan_dp.config import warnings as config_warnings
+from titan_dp.config.load import PROJECT, config_from_toml, load_config
 
 # -- the resolved configuration ----------------------------------------------------------------------------------------
 
@@ -141,4 +142,6 @@ def test_help_is_printed_and_ends_the_program(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_committed_page_of_the_settings_is_current(root: Path) -> None:
-    assert (root / "docs/config.md").read_text() == config_docs.page(), "run: python -m titan_dp.config_docs > docs/config.md"
+    assert (root / "docs/config.md").read_text() == config_docs.page(), (
+        "run: python -m titan_dp.config.describe > docs/config.md"
+    )

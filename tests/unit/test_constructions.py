@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_dp.data.synthetic.groups import Group, parse_group
-from titan_dp.model import Transformer
 from titan_dp.model.deltaproduct import DeltaProduct
-from titan_dp.state_tracking import constructions, representations
-from titan_dp.state_tracking.theory import CONSTRUCTIONS
+from titan_dp.model.transformer import Transformer
+from titan_dp.studies.state_tracking import constructions, representations
+from titan_dp.studies.state_tracking.theory import CONSTRUCTIONS
 
 TOKENS = 4096
 # construction: layers and n_h of its theorem

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from titan_dp import cli
-from titan_dp.config_loader import load_config
+from titan_dp.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "launch/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]

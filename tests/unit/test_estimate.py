@@ -21,8 +21,8 @@ from titan_dp.estimate.result import ALLOWANCE, ALLOWANCE_SHARE, estimate
 from titan_dp.estimate.speed import Assumptions, links, predict, seconds_of
 from titan_dp.estimate.trace import fake_run
 from titan_dp.hardware import GPUS, NETWORKS, find_gpu, gpu_of, peak
-from titan_dp.model import build_model
-from titan_dp.optim import build_optimizer
+from titan_dp.model.transformer import build_model
+from titan_dp.train.optim import build_optimizer
 
 H200, IB = GPUS["H200"], NETWORKS["ib-400"]
 MODEL = config.Model(

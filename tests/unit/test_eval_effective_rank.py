@@ -22,8 +22,8 @@ from titan_dp.evals import effective_rank as module
 from titan_dp.evals import session as session_module
 from titan_dp.evals.effective_rank import add_arguments, effective_rank, evaluate, run
 from titan_dp.evals.session import Session
-from titan_dp.model import Transformer
 from titan_dp.model.deltaproduct import DeltaProduct
+from titan_dp.model.transformer import Transformer
 
 BOS = 256  # of the bytes tokenizer
 DOCUMENTS = ["a red fox", "", "sees the old green river and the dog that likes it", "runs"]

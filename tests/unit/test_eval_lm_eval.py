@@ -35,7 +35,7 @@ from titan_dp.evals.answers import Answers
 from titan_dp.evals.lm_eval_model import TitanDPLM, adds_bos_itself
 from titan_dp.evals.lm_eval_results import convention
 from titan_dp.evals.session import Session
-from titan_dp.pretrained import load_pretrained
+from titan_dp.inference.pretrained import load_pretrained
 
 ARCHITECTURE = {"num_householder": 2, "use_forget_gate": True, "allow_neg_eigval": True, "initializer_range": 0.1}
 BOS, EOS = 256, 257  # of the bytes tokenizer
@@ -143,8 +143,8 @@ def test_stock_bos_scores_as_the_harness_scores_the_exported_model(checkpoint: P
     pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM
 
-    from titan_dp.hf.export import export
-    from titan_dp.pretrained import open_source
+    from titan_dp.inference.hf.export import export
+    from titan_dp.inference.pretrained import open_source
 
     export(open_source(checkpoint), tmp_path / "exported", target="remote-code")
     stock = HFLM(pretrained=str(tmp_path / "exported"), trust_remote_code=True, device="cpu", batch_size=1, dtype="float32")

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from tests.pretrained import random_model, save_checkpoint, write_documents
 from tests.processes import run_script_in_ranks
-from titan_dp.data.batches import Place
+from titan_dp.data.batch import Place
 from titan_dp.data.loader import ValidationLoader
 from titan_dp.data.shards import TokenShards
 from titan_dp.errors import UserError
 from titan_dp.evals import perplexity
-from titan_dp.pretrained import load_pretrained
-from titan_dp.validate import bits_per_byte, evaluate_loss
+from titan_dp.inference.pretrained import load_pretrained
+from titan_dp.train.validate import bits_per_byte, evaluate_loss
 
 BOS = 256
 TEXTS = ["The fox sees the dog, and the dog sees the fox. " * 3, "Größe", "a", "", "one two three four five six seven " * 2]

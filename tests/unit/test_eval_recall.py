@@ -27,7 +27,7 @@ from titan_dp.evals import session as session_module
 from titan_dp.evals.recall import Example, add_arguments, evaluate, make_example, run, split_vocabulary
 from titan_dp.evals.recall_output import unpaired_guess, wilson
 from titan_dp.evals.session import Session
-from titan_dp.model import Transformer
+from titan_dp.model.transformer import Transformer
 
 BOS = 256  # of the bytes tokenizer
 

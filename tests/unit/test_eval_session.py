@@ -14,7 +14,7 @@ import pytest
 from tests.pretrained import save_checkpoint
 from titan_dp.errors import UserError
 from titan_dp.evals.session import Report, Session, session
-from titan_dp.pretrained import open_source
+from titan_dp.inference.pretrained import open_source
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from titan_dp.scaling.report.fits import fit_parabola, fit_power_law
+from titan_dp.studies.report.fits import fit_parabola, fit_power_law
 
 TRUTH = {"E": 1.7, "A": 400.0, "a": 0.34, "B": 410.0, "b": 0.28}  # near Hoffmann et al.'s
 

@@ -16,8 +16,8 @@ from tests.pretrained import random_model, save_checkpoint
 from titan_dp.cli import dispatch
 from titan_dp.data.tokenizer import load_tokenizer
 from titan_dp.errors import RunError, UserError
-from titan_dp.model import Transformer
-from titan_dp.sampling import Sampling, TextStream, continue_text, encode_prompt, generate_ids
+from titan_dp.inference.sampling import Sampling, TextStream, continue_text, encode_prompt, generate_ids
+from titan_dp.model.transformer import Transformer
 
 VARIANTS: dict[str, dict] = {
     "DeltaProduct_2": {},
@@ -82,7 +82,7 @@ def test_a_row_draws_the_same_whatever_else_is_in_the_batch() -> None:
 def test_a_prompt_longer_than_a_segment_is_read_in_pieces_to_the_same_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt = random_model(use_forget_gate=True)[1], ids_of(50, 1)
     whole = continued(model, [prompt], 10)
-    monkeypatch.setattr("titan_dp.sampling._SEGMENT", 7)
+    monkeypatch.setattr("titan_dp.inference.sampling._SEGMENT", 7)
     assert continued(model, [prompt], 10) == whole
 
 

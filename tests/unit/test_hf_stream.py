@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from titan_dp import config
-from titan_dp.data.batches import Loader
-from titan_dp.data.hf_stream import files_of_dataset
+from titan_dp.data.batch import Loader
 from titan_dp.data.loader import build_dataloader
+from titan_dp.data.stream import files_of_dataset
 from titan_dp.errors import UserError
 
 TEXTS = [f"Document {i}: " + "tale " * (i % 7) for i in range(60)]

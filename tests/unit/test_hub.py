@@ -16,7 +16,7 @@ import tiktoken
 from torch.utils.data import IterableDataset
 
 from titan_dp import config
-from titan_dp.data.batches import stateful_loader
+from titan_dp.data.batch import stateful_loader
 from titan_dp.data.sources import load_hugging_face, rows_of
 from titan_dp.data.tokenizer import load_tokenizer
 from titan_dp.errors import RunError, UserError, report, run_main

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.processes import SERVER, TIMEOUT_SECONDS
-from titan_dp.interrupt import SIGNALS, Interrupt
-from titan_dp.launch_local import _Ended, _Launcher
+from titan_dp.faults.interrupt import SIGNALS, Interrupt
+from titan_dp.studies.launch_local import _Ended, _Launcher
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import pytest
 import torch
 
+from titan_dp.data.synthetic.counter_rng import Random
 from titan_dp.data.synthetic.languages import LANGUAGES, LanguageProblem, find_language
-from titan_dp.data.synthetic.random import Random
 from titan_dp.errors import UserError
 
 NAMES = [

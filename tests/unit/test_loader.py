@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from titan_dp import config
-from titan_dp.data.batches import Loader, stateful_loader
+from titan_dp.data.batch import Loader, stateful_loader
 from titan_dp.data.loader import ValidationLoader, build_dataloader, build_validation_loader
 from titan_dp.data.shards import TokenShards
 from titan_dp.errors import RunError, UserError
@@ -231,7 +231,7 @@ import os, sys
 import torch.utils.data._utils
 from torch.utils.data import Dataset
 from titan_dp import config
-from titan_dp.data.batches import stateful_loader
+from titan_dp.data.batch import stateful_loader
 from titan_dp.errors import run_main
 
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # seconds between two looks for workers that have ended

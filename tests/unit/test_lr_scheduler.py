@@ -8,7 +8,7 @@ import pytest
 
 from titan_dp import config
 from titan_dp.errors import UserError
-from titan_dp.lr_scheduler import build_lr_scheduler
+from titan_dp.train.lr_scheduler import build_lr_scheduler
 
 
 def factors(steps: int = 100, **settings: object) -> list[float]:

@@ -26,11 +26,11 @@ from hypothesis import strategies as st
 from tests.unit.test_train_configs import PAPER
 from titan_dp import config
 from titan_dp.cli import dispatch
-from titan_dp.config_loader import config_folder, load_config
+from titan_dp.config.load import config_folder, load_config
 from titan_dp.errors import run_main
-from titan_dp.model import build_model
-from titan_dp.model_size import model_size
-from titan_dp.scaling import shapes as matching
+from titan_dp.model.size import model_size
+from titan_dp.model.transformer import build_model
+from titan_dp.studies import shapes as matching
 
 PAPER_RECIPE = str(config_folder() / "base" / "paper.toml")
 KNOBS = ["heads", "head_dim", "intermediate_size", "hidden_size"]

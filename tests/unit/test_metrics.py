@@ -16,9 +16,9 @@ import torch
 from titan_dp import config
 from titan_dp.distributed import World
 from titan_dp.errors import UserError
-from titan_dp.health import Interval
-from titan_dp.metrics import Metrics, drop_repeated_steps, peak_flops
-from titan_dp.validate import Evaluation
+from titan_dp.faults.step_times import Interval
+from titan_dp.train.metrics import Metrics, drop_repeated_steps, peak_flops
+from titan_dp.train.validate import Evaluation
 
 CPU = torch.device("cpu")
 

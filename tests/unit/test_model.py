@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_dp import config
-from titan_dp.model import Transformer, build_model
 from titan_dp.model.attention import Attention
 from titan_dp.model.deltaproduct import DeltaProduct, ForgetGate
 from titan_dp.model.initialise import Initializer
 from titan_dp.model.packing import Packing
 from titan_dp.model.short_conv import ShortConv
+from titan_dp.model.transformer import Transformer, build_model
 
 VARIANTS: dict[str, dict] = {
     "DeltaNet": {"num_householder": 1},

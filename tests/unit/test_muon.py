@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from titan_dp.muon import Muon
+from titan_dp.train.muon import Muon
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])

@@ -14,17 +14,17 @@ import torch
 import torch.distributed as dist
 
 from tests.pretrained import save_checkpoint, write_documents
-from titan_dp.checkpoint import read_manifest, write_manifest
-from titan_dp.checkpointer import not_finite, save_model_weights
+from titan_dp.checkpoint.manifest import read_manifest, write_manifest
+from titan_dp.checkpoint.saver import not_finite, save_model_weights
 from titan_dp.cli import dispatch
 from titan_dp.config import Config, Training
 from titan_dp.errors import RunError, UserError
-from titan_dp.hf.card import _measured_rows
-from titan_dp.hf.export import export
-from titan_dp.hf.importer import import_folder
-from titan_dp.pretrained import open_source
-from titan_dp.state_tracking.results import Outcome, Summary
-from titan_dp.validate import accuracy_by_position, evaluate_answers
+from titan_dp.inference.hf.card import _measured_rows
+from titan_dp.inference.hf.export import export
+from titan_dp.inference.hf.importer import import_folder
+from titan_dp.inference.pretrained import open_source
+from titan_dp.studies.state_tracking.results import Outcome, Summary
+from titan_dp.train.validate import accuracy_by_position, evaluate_answers
 
 CPU = torch.device("cpu")
 TASK = ["--tasks", "devils_dictionary", "--limit", 2]
@@ -176,7 +176,7 @@ def test_a_test_by_length_on_nan_ends_with_a_message(answers: tuple[Any, list[di
 
 def test_theory_counts_an_answer_of_nan_as_an_error() -> None:
     from titan_dp.data.synthetic.groups import parse_group
-    from titan_dp.state_tracking.theory import count_errors
+    from titan_dp.studies.state_tracking.theory import count_errors
 
     model: Any = lambda inputs: torch.full((*inputs.shape, 4), math.nan)  # noqa: E731
     assert count_errors(model, parse_group("Z2"), tokens=50, seed=0) == 50

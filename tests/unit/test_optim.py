@@ -7,7 +7,7 @@ import torch
 
 from tests.unit.test_model import make
 from titan_dp import config
-from titan_dp.optim import NonFiniteError, NonFiniteGuard, build_optimizer, clip_grad_norm
+from titan_dp.train.optim import NonFiniteError, NonFiniteGuard, build_optimizer, clip_grad_norm
 
 
 def groups(**settings: object) -> dict[str, tuple[str, float, set[str]]]:

@@ -13,12 +13,12 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from tests.pretrained import random_model, save_checkpoint
-from titan_dp.checkpoint import read_manifest, write_manifest
-from titan_dp.checkpointer import CheckpointTensors
+from titan_dp.checkpoint.manifest import read_manifest, write_manifest
+from titan_dp.checkpoint.saver import CheckpointTensors
 from titan_dp.errors import UserError
-from titan_dp.hf.export import export
-from titan_dp.model import Transformer
-from titan_dp.pretrained import load_pretrained, open_source
+from titan_dp.inference.hf.export import export
+from titan_dp.inference.pretrained import load_pretrained, open_source
+from titan_dp.model.transformer import Transformer
 
 CPU = torch.device("cpu")
 

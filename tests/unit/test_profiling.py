@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from titan_dp import config
-from titan_dp.profiling import Profiler
+from titan_dp.faults.profiling import Profiler
 
 
 def run(folder: Path, steps: int = 0, **settings: object) -> None:

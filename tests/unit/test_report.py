@@ -14,7 +14,7 @@ import pytest
 from tests.runs import write_run, write_study, write_sweep
 from titan_dp.cli import dispatch
 from titan_dp.errors import UserError
-from titan_dp.scaling.report import command as report
+from titan_dp.studies.report import command as report
 
 
 def small_study(folder: Path) -> Path:

@@ -11,11 +11,11 @@ import pytest
 
 from tests.runs import write_run, write_study
 from titan_dp.errors import UserError
-from titan_dp.scaling.report.comparisons import Comparison, compare, front, welch
-from titan_dp.scaling.report.configurations import clusters, group
-from titan_dp.scaling.report.results import Results, results_of
-from titan_dp.scaling.report.runs import find_runs, read_runs
-from titan_dp.scaling.report.text import summary
+from titan_dp.studies.report.comparisons import Comparison, compare, front, welch
+from titan_dp.studies.report.configurations import clusters, group
+from titan_dp.studies.report.results import Results, results_of
+from titan_dp.studies.report.runs import find_runs, read_runs
+from titan_dp.studies.report.text import summary
 
 
 def results(folder: Path, loss: str = "nats") -> Results:

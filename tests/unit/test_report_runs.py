@@ -13,8 +13,8 @@ import pytest
 
 from tests.runs import config_text, step_record, write_run, write_sweep
 from titan_dp.errors import UserError
-from titan_dp.scaling.report import runs
-from titan_dp.scaling.report.runs import Found, find_runs, read, read_runs
+from titan_dp.studies.report import runs
+from titan_dp.studies.report.runs import Found, find_runs, read, read_runs
 
 
 def refusal(*paths: Path) -> str:

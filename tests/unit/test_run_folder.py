@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titan_dp.config import Config
-from titan_dp.config_loader import config_from_toml
+from titan_dp.config.load import config_from_toml
 from titan_dp.errors import RunError, UserError
-from titan_dp.run_folder import (
+from titan_dp.train.run_folder import (
     RunLock,
     identity,
     is_finished,
@@ -58,7 +58,7 @@ def test_every_other_setting_is(more: str) -> None:
 def test_an_identity_does_not_depend_on_how_values_are_written() -> None:
     assert identity(config("[optimizer]\nlr = 0.001\n")) == identity(config("[optimizer]\nlr = 1e-3\n"))
     assert identity(config("[model]\nnum_heads = 8\n")) == identity(config())  # the default, spelled out
-    script = "from titan_dp.config_loader import config_from_toml as c; from titan_dp.run_folder import identity as i; "
+    script = "from titan_dp.config.load import config_from_toml as c; from titan_dp.train.run_folder import identity as i; "
     other = subprocess.run([sys.executable, "-c", f"{script}print(i(c({TEXT!r})))"], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == identity(config())
 
@@ -103,10 +103,9 @@ def test_a_run_json_that_cannot_be_replaced_stays_whole(tmp_path: Path) -> None:
 @contextmanager
 def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the lock."""
-    script = (
-        f"import sys; from pathlib import Path; from titan_dp.run_folder import RunLock; l = RunLock(Path({str(folder)!r}))"
-    )
-    command = [sys.executable, "-c", script + "; print('held', flush=True); sys.stdin.read()"]
+    imports = "import sys; from pathlib import Path; from titan_dp.train.run_folder import RunLock"
+    script = f"{imports}; l = RunLock(Path({str(folder)!r})); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout
@@ -153,10 +152,10 @@ def test_the_lock_is_not_inherited_by_programs_the_run_starts(tmp_path: Path) ->
 def test_a_second_run_is_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from titan_dp import trainer
-    from titan_dp.config_docs import all_keys
-    from titan_dp.config_loader import Loaded
+    from titan_dp.config.describe import all_keys
+    from titan_dp.config.load import Loaded
     from titan_dp.distributed import World
+    from titan_dp.train import trainer
 
     monkeypatch.setattr(trainer, "LOCK_PATIENCE", 0.1)
     settings = config(f'[job]\nrun_name = "run"\ndump_folder = "{tmp_path}"\n[data]\npath = "nowhere"\n')

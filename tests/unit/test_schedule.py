@@ -7,7 +7,7 @@ import pytest
 from titan_dp import config
 from titan_dp.distributed import shard_degree
 from titan_dp.errors import UserError
-from titan_dp.schedule import BatchPlan, plan_batches, plan_rest
+from titan_dp.train.batch_plan import BatchPlan, plan_batches, plan_rest
 
 
 def plan(world_size: int, **settings: object):  # type: ignore[no-untyped-def]

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from tests.pretrained import save_checkpoint
-from titan_dp import checkpoint as ckpt
-from titan_dp.config_loader import config_from_toml, load_config
+from titan_dp.checkpoint import manifest as ckpt
+from titan_dp.config.load import config_from_toml, load_config
 from titan_dp.data.shards import TokenShards
 from titan_dp.data.sources import load_hugging_face
 from titan_dp.data.tokenizer import load_tokenizer
@@ -39,7 +39,10 @@ SOURCES = [
 
 # (file, what it does): why it may.
 ALLOWED = {
-    ("titan_dp/checkpoint_files.py", "imports pickle"): "the index of a checkpoint, through an allow-list of a dozen classes",
+    (
+        "titan_dp/checkpoint/dcp_files.py",
+        "imports pickle",
+    ): "the index of a checkpoint, through an allow-list of a dozen classes",
 }
 _MODULES = {
     "pickle",
@@ -219,7 +222,7 @@ def as_torch_file(canary: Path, original: bytes) -> bytes:
 def test_no_file_of_a_checkpoint_runs(
     tmp_path: Path, canary: Path, pattern: str, attack: Callable[[Path, bytes], bytes]
 ) -> None:
-    from titan_dp.pretrained import load_model, open_source
+    from titan_dp.inference.pretrained import load_model, open_source
 
     checkpoint = save_checkpoint(tmp_path / "run")
     file = next(checkpoint.glob(pattern))
@@ -233,7 +236,7 @@ def test_a_pickle_that_stands_for_a_tensor_is_not_loaded(tmp_path: Path, canary:
     """DCP reads what an index calls bytes with weights_only=False: such an index must not get that far."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-    from titan_dp.checkpointer import CheckpointTensors
+    from titan_dp.checkpoint.saver import CheckpointTensors
 
     checkpoint = save_checkpoint(tmp_path / "run")
     index = pickle.loads((checkpoint / ".metadata").read_bytes())
@@ -245,7 +248,7 @@ def test_a_pickle_that_stands_for_a_tensor_is_not_loaded(tmp_path: Path, canary:
 
 
 def test_an_index_leads_to_no_file_elsewhere_and_to_no_more_than_there_is(tmp_path: Path) -> None:
-    from titan_dp.checkpointer import CheckpointTensors
+    from titan_dp.checkpoint.saver import CheckpointTensors
 
     checkpoint = save_checkpoint(tmp_path / "run")
     raw = (checkpoint / ".metadata").read_bytes()
@@ -316,8 +319,8 @@ def test_a_dataset_that_is_a_script_is_not_run(tmp_path: Path, canary: Path, mon
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "adapter.pt", "modeling_titan_dp.py"])
 def test_no_file_of_a_hugging_face_folder_runs(tmp_path: Path, canary: Path, name: str) -> None:
-    from titan_dp.hf.export import export
-    from titan_dp.pretrained import load_model, open_source
+    from titan_dp.inference.hf.export import export
+    from titan_dp.inference.pretrained import load_model, open_source
 
     folder = tmp_path / "exported"
     export(open_source(save_checkpoint(tmp_path / "run")), folder, target="remote-code")
@@ -333,8 +336,8 @@ def test_no_file_of_a_hugging_face_folder_runs(tmp_path: Path, canary: Path, nam
 
 
 def test_an_index_of_weights_names_files_of_its_folder_and_kind(tmp_path: Path, canary: Path) -> None:
-    from titan_dp.hf.export import export
-    from titan_dp.pretrained import open_source
+    from titan_dp.inference.hf.export import export
+    from titan_dp.inference.pretrained import open_source
 
     folder = tmp_path / "exported"
     export(open_source(save_checkpoint(tmp_path / "run")), folder, max_shard_bytes=20_000)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from deltaproduct_kernels import gated_delta_product
 
-from titan_dp.state_tracking import spectra
+from titan_dp.studies.state_tracking import spectra
 
 DRAWS = 20_000
 RNG = np.random.default_rng()

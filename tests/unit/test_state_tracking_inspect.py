@@ -13,19 +13,19 @@ import torch
 
 from tests.pretrained import save_checkpoint
 from titan_dp import config
-from titan_dp.checkpoint import step_folder
-from titan_dp.checkpointer import save_model_weights
+from titan_dp.checkpoint.manifest import step_folder
+from titan_dp.checkpoint.saver import save_model_weights
 from titan_dp.cli import dispatch
-from titan_dp.config_docs import all_keys
-from titan_dp.config_loader import Loaded
-from titan_dp.data.batches import IGNORE
+from titan_dp.config.describe import all_keys
+from titan_dp.config.load import Loaded
+from titan_dp.data.batch import IGNORE
 from titan_dp.data.synthetic.groups import parse_group
 from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
-from titan_dp.model import Transformer, build_model
 from titan_dp.model.deltaproduct import DeltaProduct
-from titan_dp.state_tracking import constructions
-from titan_dp.state_tracking.inspect import Head, Trace, describe, trace
+from titan_dp.model.transformer import Transformer, build_model
+from titan_dp.studies.state_tracking import constructions
+from titan_dp.studies.state_tracking.inspect import Head, Trace, describe, trace
 
 VOCABULARY = {"S3": 8, "D4": 10, "Z5": 7}
 SMALL: dict[str, Any] = {

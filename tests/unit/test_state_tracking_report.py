@@ -14,8 +14,8 @@ from titan_dp.cli import dispatch
 from titan_dp.data.synthetic.groups import parse_group
 from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
-from titan_dp.state_tracking.report import report, table
-from titan_dp.state_tracking.results import Summary, read_outcome, summarise
+from titan_dp.studies.state_tracking.report import report, table
+from titan_dp.studies.state_tracking.results import Summary, read_outcome, summarise
 
 L = 8
 """Symbols of the words trained on."""

@@ -15,15 +15,15 @@ import torch
 
 from titan_dp import config
 from titan_dp.cli import dispatch
-from titan_dp.config_loader import config_from_toml
+from titan_dp.config.load import config_from_toml
 from titan_dp.data.synthetic.groups import parse_group
 from titan_dp.data.synthetic.loader import build_problem, fingerprint
 from titan_dp.errors import RunError, UserError
-from titan_dp.model import build_model
-from titan_dp.run_folder import RunLock, holds_config, write_run
-from titan_dp.state_tracking import train
-from titan_dp.state_tracking.models import label, model_settings
-from titan_dp.state_tracking.train import Cell, plan, write_folders
+from titan_dp.model.transformer import build_model
+from titan_dp.studies.state_tracking import train
+from titan_dp.studies.state_tracking.models import label, model_settings
+from titan_dp.studies.state_tracking.train import Cell, plan, write_folders
+from titan_dp.train.run_folder import RunLock, holds_config, write_run
 
 TRAIN = ["-m", "titan_dp.cli", "state-tracking", "train"]
 PRINT = ["--launch", "print"]

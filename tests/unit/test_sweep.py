@@ -18,9 +18,9 @@ import pytest
 
 from tests.unit.test_sweep_file import BASE
 from titan_dp.cli import dispatch
-from titan_dp.config_loader import load_config
+from titan_dp.config.load import load_config
 from titan_dp.errors import run_main
-from titan_dp.run_folder import RunLock
+from titan_dp.train.run_folder import RunLock
 
 AXES = "[sweep.axes]\nnum_householder = [1, 2]\nseed = [1, 2]\n"
 CELLS = ["nh1-s1", "nh1-s2", "nh2-s1", "nh2-s2"]

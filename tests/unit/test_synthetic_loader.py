@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from titan_dp import config
-from titan_dp.data.batches import Place
+from titan_dp.data.batch import Place
 from titan_dp.data.synthetic import loader as synthetic
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, build_problem, fingerprint, validation_set
 from titan_dp.errors import UserError

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from titan_dp.state_tracking import constructions, theory
+from titan_dp.studies.state_tracking import constructions, theory
 
 
 def run(*words: str) -> int:
@@ -50,5 +50,6 @@ def test_an_unknown_construction_is_refused_with_the_known_ones(capsys: pytest.C
 
 
 def test_arguments_need_no_torch() -> None:
-    code = "import argparse, sys; from titan_dp.state_tracking import theory; theory.add_arguments(argparse.ArgumentParser())"
+    code = "import argparse, sys; from titan_dp.studies.state_tracking import theory"
+    code += "; theory.add_arguments(argparse.ArgumentParser())"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True, timeout=600)

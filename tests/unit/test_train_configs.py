@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from titan_dp.config_loader import Loaded, config_folder, load_config
+from titan_dp.config.load import Loaded, config_folder, load_config
 from titan_dp.data.synthetic.loader import problem_that_fits
-from titan_dp.model_size import model_size
-from titan_dp.schedule import plan_batches
+from titan_dp.model.size import model_size
+from titan_dp.train.batch_plan import plan_batches
 
 # What one q convolution a layer gives, where the authors' files hold n_h of which n_h - 1 are never used: their totals
 # (behind the sum) are larger by (n_h - 1) * heads * 128 channels * 4 taps * 24 layers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from titan_dp.watchdog import Watchdog
+from titan_dp.faults.watchdog import Watchdog
 
 
 def test_files_of_ranks_that_there_were_before_are_gone_when_a_run_starts_on_fewer(tmp_path: Path) -> None:

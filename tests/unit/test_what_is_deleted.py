@@ -12,14 +12,14 @@ import pytest
 
 from tests.pretrained import save_checkpoint
 from tests.unit.test_state_tracking_report import write_run as write_state_tracking_run
-from titan_dp import checkpoint as ckpt
-from titan_dp.checkpointer import save_model_weights
+from titan_dp.checkpoint import manifest as ckpt
+from titan_dp.checkpoint.saver import save_model_weights
 from titan_dp.cli import dispatch
-from titan_dp.config_loader import load_config
+from titan_dp.config.load import load_config
 from titan_dp.data.shards import TokenShards
 from titan_dp.errors import UserError, run_main
 from titan_dp.files import check_own
-from titan_dp.run_folder import check_config_is_ours, holds_config, read_run, write_run
+from titan_dp.train.run_folder import check_config_is_ours, holds_config, read_run, write_run
 
 SHARD = ("shard-00000.npy", "shard-00000.starts.npy")
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from titan_dp.data.synthetic.counter_rng import Random
 from titan_dp.data.synthetic.groups import Group, parse_group
-from titan_dp.data.synthetic.random import Random
 from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
 

@@ -13,12 +13,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from titan_dp import config
-from titan_dp.checkpoint import DamagedError, saved_sections, saved_value
-from titan_dp.config_docs import all_keys
-from titan_dp.config_warnings import model_rules
+from titan_dp.checkpoint.manifest import DamagedError, saved_sections, saved_value
+from titan_dp.config.describe import all_keys
+from titan_dp.config.warnings import model_rules
 from titan_dp.errors import UserError
 from titan_dp.files import shorten, shown, to_json
-from titan_dp.lr_scheduler import build_lr_scheduler
+from titan_dp.train.lr_scheduler import build_lr_scheduler
 
 Changes = dict[str, tuple[object, object]]
 """Value in the checkpoint and in this run, by key."""

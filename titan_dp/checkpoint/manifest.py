@@ -31,7 +31,7 @@ import tomli
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from titan_dp.config_docs import all_keys
+from titan_dp.config.describe import all_keys
 from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.files import checksum, file_sha256, inside, shorten, shown, stays_inside, to_json, write_json

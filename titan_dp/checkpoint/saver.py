@@ -41,9 +41,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from titan_dp import config
-from titan_dp.agreement import agree, gather, on_main, together, wait_to_see
-from titan_dp.changed_settings import check_initial, check_resumable, keeps_moments
-from titan_dp.checkpoint import (
+from titan_dp.checkpoint.changed_settings import check_initial, check_resumable, keeps_moments
+from titan_dp.checkpoint.dcp_files import Reader, Writer
+from titan_dp.checkpoint.manifest import (
     MANIFEST,
     DamagedError,
     apply_retention,
@@ -62,9 +62,9 @@ from titan_dp.checkpoint import (
     verify,
     write_manifest,
 )
-from titan_dp.checkpoint_files import Reader, Writer
 from titan_dp.distributed import local_tensor
 from titan_dp.errors import RunError, UserError
+from titan_dp.faults.agreement import agree, gather, on_main, together, wait_to_see
 from titan_dp.files import shorten
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, TypeVar
 
-from titan_dp.config import parse_count
+from titan_dp.config.schema import parse_count
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from titan_dp.config_docs import all_keys, sections
+from titan_dp.config.describe import all_keys, sections
 
 _BATCH = "set training.global_batch_size (sequences an optimizer step); accumulation follows from it and the ranks"
 _SHAPE = "describe the architecture by keys such as model.hidden_size, model.num_hidden_layers and model.num_heads"

@@ -23,9 +23,9 @@ import tomli
 from pydantic import ValidationError
 
 from titan_dp.config import Config, Section
-from titan_dp.config_docs import Key, all_keys, help_text, sections, to_toml
-from titan_dp.config_hints import explain_unknown
-from titan_dp.config_warnings import ineffective_settings
+from titan_dp.config.describe import Key, all_keys, help_text, sections, to_toml
+from titan_dp.config.hints import explain_unknown
+from titan_dp.config.warnings import ineffective_settings
 from titan_dp.data.unicode import as_unicode
 from titan_dp.errors import UserError
 from titan_dp.files import shorten, shown
@@ -35,7 +35,7 @@ _ALTERNATIVES = {"training.steps": "training.tokens", "training.tokens": "traini
 
 _DEEPEST = 8  # parts of a key; none that is known has half as many
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from titan_dp.config import Config, Model, StateTracking
-from titan_dp.config_docs import all_keys
+from titan_dp.config.describe import all_keys
 
 _MATRIX_STATE = "num_heads head_dim expand_v num_householder use_forget_gate allow_neg_eigval use_output_gate backend"
 _CONVOLUTION = "use_short_conv conv_size"

@@ -20,7 +20,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_dp import config
 from titan_dp.errors import RunError, UserError, explained, lost_worker
-from titan_dp.interrupt import SIGNALS
+from titan_dp.faults.interrupt import SIGNALS
 
 IGNORE = -100
 """The label of a position that predicts nothing."""

@@ -16,10 +16,10 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from titan_dp import config
-from titan_dp.data.batches import IGNORE, Batch, Loader, Place, pack_boundaries, stateful_loader
-from titan_dp.data.hf_stream import StreamLoader
+from titan_dp.data.batch import IGNORE, Batch, Loader, Place, pack_boundaries, stateful_loader
 from titan_dp.data.order import Order
 from titan_dp.data.shards import TokenShards
+from titan_dp.data.stream import StreamLoader
 from titan_dp.errors import UserError
 
 _AHEAD = 1024

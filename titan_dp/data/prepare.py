@@ -37,7 +37,7 @@ _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from titan_dp.config import parse_count
+    from titan_dp.config.schema import parse_count
 
     def count(text: str) -> int:
         value = parse_count(text)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from titan_dp import config
-from titan_dp.data.batches import Batch
-from titan_dp.validate import before_last_label
+from titan_dp.data.batch import Batch
+from titan_dp.train.validate import before_last_label
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from titan_dp import config
-from titan_dp.data.batches import IGNORE, Batch, Place, pack_boundaries, stateful_loader
+from titan_dp.data.batch import IGNORE, Batch, Place, pack_boundaries, stateful_loader
 from titan_dp.data.sources import load_hugging_face, rows_of
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.data.unicode import Replaced

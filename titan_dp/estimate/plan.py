@@ -13,13 +13,13 @@ from deltaproduct_kernels import resolve_backend
 from rich.table import Table
 
 from titan_dp import config
-from titan_dp.config_loader import Loaded
+from titan_dp.config.load import Loaded
 from titan_dp.console import print_table
 from titan_dp.distributed import World, data_world, rank_from_env, world_size_from_env
 from titan_dp.errors import UserError
 from titan_dp.hardware import GPU, NETWORKS, gpu_of
-from titan_dp.model_size import embedding_parameters, model_size
-from titan_dp.schedule import BatchPlan, plan_batches
+from titan_dp.model.size import embedding_parameters, model_size
+from titan_dp.train.batch_plan import BatchPlan, plan_batches
 
 
 def chosen_backend(model: config.Model, device: torch.device) -> str:

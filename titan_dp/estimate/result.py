@@ -21,8 +21,8 @@ from titan_dp.estimate.speed import Assumptions, Speed, links, predict
 from titan_dp.estimate.trace import FakeRun, Step, backend_on, fake_run
 from titan_dp.files import to_json
 from titan_dp.hardware import GPU, Network
-from titan_dp.model_size import model_size
-from titan_dp.schedule import BatchPlan, plan_batches
+from titan_dp.model.size import model_size
+from titan_dp.train.batch_plan import BatchPlan, plan_batches
 
 ALLOWANCE, ALLOWANCE_SHARE = 2 * 2**30, 0.05
 """Bytes, and a share of the tensors' peak, allowed on a GPU for its context, communication buffers, the libraries' workspaces

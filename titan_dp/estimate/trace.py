@@ -23,17 +23,17 @@ from deltaproduct_kernels import resolve_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from titan_dp import config
-from titan_dp.data.batches import IGNORE
+from titan_dp.data.batch import IGNORE
 from titan_dp.distributed import World, all_reduce_sum, build_mesh, context_group
 from titan_dp.errors import UserError
 from titan_dp.estimate import ledger
 from titan_dp.estimate.collectives import Collective
 from titan_dp.estimate.ledger import Ledger, Peak, Work
+from titan_dp.faults.interrupt import SIGNALS
 from titan_dp.hardware import GPU, GPUS
-from titan_dp.interrupt import SIGNALS
-from titan_dp.model import build_model
 from titan_dp.model.parallelize import parallelize
-from titan_dp.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
+from titan_dp.model.transformer import build_model
+from titan_dp.train.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
 
 _CPU = torch.device("cpu")
 _MICRO_BATCHES = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from titan_dp.arguments import add_kinds
+from titan_dp.config.arguments import add_kinds
 
 # kind: (module, what it measures)
 KINDS = {

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from titan_dp.model import Transformer
     from titan_dp.model.deltaproduct import DeltaProduct, RecurrenceInputs
+    from titan_dp.model.transformer import Transformer
 
 # Singular value decompositions a run takes without being asked, times dk dv min(dk, dv): ten minutes of one CPU core at
 # dk = dv = 128, where one takes 0.7 ms.

@@ -25,7 +25,7 @@ from titan_dp.plots import check_matplotlib
 if TYPE_CHECKING:
     import numpy as np
 
-    from titan_dp.pretrained import Pretrained
+    from titan_dp.inference.pretrained import Pretrained
 
 NAME = "length-extrapolation"
 # Tokens through the model at once, and of each sequence at least. On a CPU with debug.toml's model and 8 sequences a segment

@@ -77,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
 def evaluate(s: Session) -> int:
     """Carry out the command of `s.args` in its processes; returns the exit code."""
-    from titan_dp.agreement import together
     from titan_dp.evals.answers import Answers
     from titan_dp.evals.lm_eval_model import TitanDPLM
+    from titan_dp.faults.agreement import together
 
     args = s.args
     with _quiet(s):
@@ -202,7 +202,7 @@ def load_tasks(names: list[str], manager: Any) -> list[Any]:
 def _measure(s: Session, lm: TitanDPLM, names: list[str], manager: Any, report: Report) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
-    from titan_dp.agreement import together
+    from titan_dp.faults.agreement import together
 
     args = s.args
     with _quiet(s):

@@ -41,9 +41,9 @@ from titan_dp.errors import UserError, run_main
 from titan_dp.evals.answers import Answers
 from titan_dp.evals.scoring import token_losses
 from titan_dp.evals.session import Session
+from titan_dp.inference.pretrained import Pretrained, load_pretrained
+from titan_dp.inference.sampling import Sampling, TextStream, generate_ids
 from titan_dp.model.loss import IGNORE
-from titan_dp.pretrained import Pretrained, load_pretrained
-from titan_dp.sampling import Sampling, TextStream, generate_ids
 
 BATCH_SIZE = 16
 _MAX_NEW_TOKENS = 256  # where a task says nothing; the harness's own

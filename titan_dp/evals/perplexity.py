@@ -27,7 +27,7 @@ from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
 if TYPE_CHECKING:
     import numpy as np
 
-    from titan_dp.pretrained import Pretrained
+    from titan_dp.inference.pretrained import Pretrained
 
 _BATCHES_AT_ONCE = 8  # sorted by length together, and saved together
 
@@ -200,7 +200,7 @@ def _score(pretrained: Pretrained, batch: list[Window], segment: int) -> np.ndar
 
 
 def _results(total: list[float], documents: int, text_bytes: int | None) -> dict[str, Any]:
-    from titan_dp.validate import bits_per_byte
+    from titan_dp.train.validate import bits_per_byte
 
     nats, tokens, right, count = total
     if not tokens:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from titan_dp.data.tokenizer import Tokenizer
-    from titan_dp.model import Transformer
-    from titan_dp.pretrained import Pretrained
+    from titan_dp.inference.pretrained import Pretrained
+    from titan_dp.model.transformer import Transformer
 
 _DISTANCES = 32  # powers of two that a distance can lie below
 

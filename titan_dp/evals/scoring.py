@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from titan_dp.model import Transformer
+    from titan_dp.model.transformer import Transformer
 
 
 def token_losses(model: Transformer, tokens: Tensor, labels: Tensor, segment: int) -> tuple[Tensor, Tensor]:

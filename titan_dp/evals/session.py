@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from titan_dp.distributed import World
-    from titan_dp.pretrained import Pretrained, Source
+    from titan_dp.inference.pretrained import Pretrained, Source
 
 _SAVE_SECONDS = 30
 _RANKS_MAY_DIFFER_SECONDS = 24 * 3600
@@ -74,8 +74,8 @@ class Session:
         """The model at `path`, on all ranks or on none; of a run's checkpoints the one that rank 0 takes."""
         import torch
 
-        from titan_dp.agreement import on_main, together, wait_to_see
-        from titan_dp.pretrained import load_pretrained, open_source
+        from titan_dp.faults.agreement import on_main, together, wait_to_see
+        from titan_dp.inference.pretrained import load_pretrained, open_source
 
         args = self.args
         dtype = getattr(torch, args.dtype)
@@ -90,8 +90,8 @@ class Session:
 
     def check_labels(self) -> None:
         """Raises UserError where one of the checkpoints is none, or two would have the same result file."""
-        from titan_dp.agreement import on_main
-        from titan_dp.pretrained import open_source
+        from titan_dp.faults.agreement import on_main
+        from titan_dp.inference.pretrained import open_source
 
         def check() -> None:
             seen: dict[str, Path] = {}
@@ -123,7 +123,7 @@ class Session:
 
     def check_comparison(self, kind: str, names: tuple[str, ...]) -> None:
         """Raises UserError where a file of `names`, which compare results, is in --out without a result of `kind`: not ours."""
-        from titan_dp.agreement import on_main
+        from titan_dp.faults.agreement import on_main
 
         def check() -> None:
             folder: Path = self.args.out
@@ -141,8 +141,8 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
     from rich.console import Console
 
     from titan_dp import config
-    from titan_dp.agreement import agree, code
     from titan_dp.distributed import distributed
+    from titan_dp.faults.agreement import agree, code
 
     with distributed(config.Comm(init_timeout_seconds=_RANKS_MAY_DIFFER_SECONDS)) as world:
         # Where things lie is each node's affair; that they are the same, `Report` sees to.
@@ -165,7 +165,7 @@ class Report:
     def __init__(
         self, session: Session, kind: str, source: Source, settings: dict[str, Any], beside: tuple[str, ...] = ()
     ) -> None:
-        from titan_dp.agreement import agree, on_main
+        from titan_dp.faults.agreement import agree, on_main
 
         self._session, self.source = session, source
         self.head: dict[str, Any] = {
@@ -233,7 +233,7 @@ class Report:
         """
         import torch
 
-        from titan_dp.agreement import on_main
+        from titan_dp.faults.agreement import on_main
 
         self.finished = results
         world = self._session.world

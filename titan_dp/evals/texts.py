@@ -66,7 +66,7 @@ def open_texts(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
     Raises UserError where not exactly one source is named, it cannot be read, or shards were made with another tokenizer; on
     all ranks alike.
     """
-    from titan_dp.agreement import together
+    from titan_dp.faults.agreement import together
 
     return together(lambda: _open(args, tokenizer))
 

@@ -33,7 +33,7 @@ import xxhash
 from torch.distributed.distributed_c10d import _get_default_store
 
 from titan_dp import config
-from titan_dp.config_docs import all_keys
+from titan_dp.config.describe import all_keys
 from titan_dp.errors import RunError, UserError, explained
 from titan_dp.files import shorten, to_json
 

@@ -19,8 +19,8 @@ from titan_dp.errors import UserError
 from titan_dp.files import to_json
 
 if TYPE_CHECKING:
-    from titan_dp.pretrained import Pretrained
-    from titan_dp.sampling import TextStream
+    from titan_dp.inference.pretrained import Pretrained
+    from titan_dp.inference.sampling import TextStream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,8 +87,8 @@ def _stop(text: str) -> str:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from titan_dp.pretrained import load_pretrained
-    from titan_dp.sampling import encode_prompt
+    from titan_dp.inference.pretrained import load_pretrained
+    from titan_dp.inference.sampling import encode_prompt
 
     texts = read_prompts(args)
     replaced = Replaced("stop strings")
@@ -142,7 +142,7 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
 
 def _generate(args: argparse.Namespace, loaded: Pretrained, prompts: list[tuple[str, list[int]]]) -> None:
     """Generate and print; one continuation streams, several are printed as each ends."""
-    from titan_dp.sampling import Sampling, TextStream, generate_ids
+    from titan_dp.inference.sampling import Sampling, TextStream, generate_ids
 
     sampling = Sampling(args.temperature, args.top_k or 0, args.top_p)
     streams = [TextStream(loaded.tokenizer, ids, args.stop) for _, ids in prompts]

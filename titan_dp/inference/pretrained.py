@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from titan_dp import config
-from titan_dp.checkpoint import MANIFEST, read_manifest, resolve_checkpoint, verify
-from titan_dp.checkpointer import CheckpointTensors, not_finite, tensor_difference
-from titan_dp.config_loader import config_from_toml
+from titan_dp.checkpoint.manifest import MANIFEST, read_manifest, resolve_checkpoint, verify
+from titan_dp.checkpoint.saver import CheckpointTensors, not_finite, tensor_difference
+from titan_dp.config.load import config_from_toml
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
+from titan_dp.estimate.plan import chosen_backend
 from titan_dp.files import file_sha256
-from titan_dp.model import Transformer, build_model
-from titan_dp.plan import chosen_backend
+from titan_dp.model.transformer import Transformer, build_model
 
 _READ_BYTES = 2**28
 
@@ -141,7 +141,7 @@ def open_source(path: Path) -> Source:
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run folder, a checkpoint, or a folder written by `titan-dp export`")
     if (path / "config.json").exists():
-        from titan_dp.hf.folder import FolderSource
+        from titan_dp.inference.hf.folder import FolderSource
 
         return FolderSource(path)
     return CheckpointSource(path)

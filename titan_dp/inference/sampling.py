@@ -17,8 +17,8 @@ from torch import Tensor
 
 from titan_dp.data.tokenizer import Tokenizer
 from titan_dp.errors import UserError
-from titan_dp.model import Transformer
 from titan_dp.model.loss import check_finite
+from titan_dp.model.transformer import Transformer
 
 _SEGMENT = 2048
 _LOOKS_SPECIAL = re.compile(r"<\|[^<>|\s][^<>|]*\|>")

@@ -1,5 +1,1 @@
-"""The models the trainer trains; `build_model` is the entry point."""
-
-from titan_dp.model.transformer import Transformer, build_model
-
-__all__ = ["Transformer", "build_model"]
+"""The models the trainer trains: `titan_dp.model.transformer.build_model` is the entry point. Sizes need no torch: size.py."""

@@ -16,7 +16,7 @@ from typing import Literal
 
 from titan_dp import config
 from titan_dp.errors import UserError
-from titan_dp.model_size import model_size
+from titan_dp.model.size import model_size
 
 Knob = Literal["heads", "head_dim", "intermediate_size", "hidden_size"]
 KNOBS: dict[str, str] = {

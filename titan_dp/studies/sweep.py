@@ -17,13 +17,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titan_dp.arguments import above_zero, fraction, natural, positive
-from titan_dp.config_loader import config_from_toml
+from titan_dp.config.arguments import above_zero, fraction, natural, positive
+from titan_dp.config.load import config_from_toml
 from titan_dp.console import print_table
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import stays_inside, write_json
-from titan_dp.run_folder import RunLock, holds_config, identity, is_finished, is_locked, last_step, read_run, write_config
-from titan_dp.scaling.sweep_file import Cell, Sweep, load_sweep
+from titan_dp.studies.sweep_file import Cell, Sweep, load_sweep
+from titan_dp.train.run_folder import RunLock, holds_config, identity, is_finished, is_locked, last_step, read_run, write_config
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     options = _sbatch_options(args.sbatch)
     if args.launch == "slurm":
-        from titan_dp.scaling.launch_slurm import check_slurm
+        from titan_dp.studies.launch_slurm import check_slurm
 
         check_slurm()
     sweep = load_sweep(args.file)
@@ -67,15 +67,15 @@ def run(args: argparse.Namespace) -> int:
         if args.launch != "print":  # whose output is for another program
             _print_table(sweep, args.mfu * args.peak_tflops * 1e12)
         if args.launch == "local":
-            from titan_dp.launch_local import launch_local
+            from titan_dp.studies.launch_local import launch_local
 
             launch_local(sweep.cells, at_once=args.at_once, nproc=args.nproc or 1, retries=args.retries)
         elif args.launch == "slurm":
-            from titan_dp.scaling.launch_slurm import launch_slurm
+            from titan_dp.studies.launch_slurm import launch_slurm
 
             launch_slurm(sweep, at_once=args.at_once, nproc=args.nproc, retries=args.retries, options=options)
         elif args.launch == "print":
-            from titan_dp.launch_local import command
+            from titan_dp.studies.launch_local import command
 
             for cell in sweep.cells:
                 if not is_finished(cell.folder) and not is_locked(cell.folder):

@@ -22,15 +22,15 @@ from pydantic import Field, ValidationError
 
 from titan_dp import config
 from titan_dp.config import Config, Positive, Section
-from titan_dp.config_docs import all_keys, to_toml
-from titan_dp.config_hints import HINTS, explain_unknown
-from titan_dp.config_loader import Loaded, Problems, Setting, build_config, config_folder, read_files
+from titan_dp.config.describe import all_keys, to_toml
+from titan_dp.config.hints import HINTS, explain_unknown
+from titan_dp.config.load import Loaded, Problems, Setting, build_config, config_folder, read_files
 from titan_dp.errors import UserError
 from titan_dp.files import shorten, shown
-from titan_dp.model_size import model_size
-from titan_dp.run_folder import identity
-from titan_dp.scaling.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
-from titan_dp.schedule import plan_batches
+from titan_dp.model.size import model_size
+from titan_dp.studies.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
+from titan_dp.train.batch_plan import plan_batches
+from titan_dp.train.run_folder import identity
 
 
 class SweepSection(Section):

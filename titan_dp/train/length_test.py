@@ -83,7 +83,7 @@ def read_length_test(run_folder: Path) -> LengthTest:
 
 def run_length_test(model: Transformer, test: SyntheticSet, train_length: int, device: torch.device) -> LengthTest:
     """Measure; every rank calls it."""
-    from titan_dp.validate import accuracy_by_position
+    from titan_dp.train.validate import accuracy_by_position
 
     counts = accuracy_by_position(model, test, device)  # [3, 1 + symbols * tokens_per_element]
     each = test.problem.tokens_per_element

@@ -22,11 +22,11 @@ from torch import Tensor
 from titan_dp import config
 from titan_dp.distributed import World
 from titan_dp.errors import RunError, UserError
+from titan_dp.faults.step_times import Interval
 from titan_dp.files import to_json, write_atomically
 from titan_dp.hardware import peak
-from titan_dp.health import Interval
-from titan_dp.run_folder import read_records
-from titan_dp.validate import Evaluation, bits_per_byte
+from titan_dp.train.run_folder import read_records
+from titan_dp.train.validate import Evaluation, bits_per_byte
 
 
 def peak_flops(c: config.Metrics, device: torch.device, dtype: str) -> float | None:

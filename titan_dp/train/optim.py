@@ -17,7 +17,7 @@ from titan_dp import config
 from titan_dp.distributed import local_tensor
 from titan_dp.errors import RunError, UserError
 from titan_dp.model.transformer import Transformer
-from titan_dp.muon import Muon, shard_group
+from titan_dp.train.muon import Muon, shard_group
 
 
 class NonFiniteError(RunError):

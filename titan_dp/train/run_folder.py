@@ -21,7 +21,7 @@ from typing import IO, Any
 import tomli
 
 from titan_dp.config import Config
-from titan_dp.config_loader import config_from_toml
+from titan_dp.config.load import config_from_toml
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import shown, to_json, write_json
 

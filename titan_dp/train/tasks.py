@@ -13,20 +13,20 @@ from typing import Any, Protocol
 import torch
 
 from titan_dp import config
-from titan_dp.agreement import gather, together
-from titan_dp.data.batches import Batch, Loader, Place
+from titan_dp.data.batch import Batch, Loader, Place
 from titan_dp.data.loader import ShardLoader, ValidationLoader, build_dataloader, build_validation_loader
 from titan_dp.data.segment import Segment
 from titan_dp.data.shard_check import RECORD, ShardCheck, copy_of
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
 from titan_dp.distributed import World, all_reduce_sum, data_world
 from titan_dp.errors import explained
-from titan_dp.length_test import run_length_test
+from titan_dp.faults.agreement import gather, together
+from titan_dp.inference.pretrained import load_pretrained
+from titan_dp.inference.sampling import Sampling, continue_text
 from titan_dp.model.transformer import Transformer
-from titan_dp.pretrained import load_pretrained
-from titan_dp.sampling import Sampling, continue_text
-from titan_dp.schedule import BatchPlan
-from titan_dp.validate import Evaluation, evaluate_answers, evaluate_loss
+from titan_dp.train.batch_plan import BatchPlan
+from titan_dp.train.length_test import run_length_test
+from titan_dp.train.validate import Evaluation, evaluate_answers, evaluate_loss
 
 Watched = Callable[[Iterable[Batch]], Iterable[Batch]]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_dp.data.batches import IGNORE
+from titan_dp.data.batch import IGNORE
 from titan_dp.distributed import all_reduce_sum
 from titan_dp.model.loss import check_finite
 from titan_dp.model.transformer import Transformer

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_dp.data.batches import IGNORE
-from titan_dp.data.synthetic.random import Random
+from titan_dp.data.batch import IGNORE
+from titan_dp.data.synthetic.counter_rng import Random
 from titan_dp.errors import UserError
 
 MODULUS = 5

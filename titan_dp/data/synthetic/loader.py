@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_dp import config
-from titan_dp.data.batches import IGNORE, Batch, Place
+from titan_dp.data.batch import IGNORE, Batch, Place
+from titan_dp.data.synthetic.counter_rng import Random
 from titan_dp.data.synthetic.groups import parse_group
 from titan_dp.data.synthetic.languages import LanguageProblem, find_language
-from titan_dp.data.synthetic.random import Random
 from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from titan_dp.data.batches import IGNORE
+from titan_dp.data.batch import IGNORE
+from titan_dp.data.synthetic.counter_rng import Random
 from titan_dp.data.synthetic.groups import Group
-from titan_dp.data.synthetic.random import Random
 from titan_dp.errors import UserError
 
 

@@ -11,8 +11,8 @@ import tomli
 from titan_dp import config
 from titan_dp.errors import UserError
 from titan_dp.files import to_json
-from titan_dp.model import build_model
-from titan_dp.run_folder import parsed_record
+from titan_dp.model.transformer import build_model
+from titan_dp.train.run_folder import parsed_record
 
 _USE = {
     "fla": """```python

@@ -28,7 +28,7 @@ from titan_dp.files import to_json, write_json
 if TYPE_CHECKING:
     import torch
 
-    from titan_dp.pretrained import Source
+    from titan_dp.inference.pretrained import Source
 
 FORMATS = ("fla", "remote-code")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.filesize import decimal
     from rich.progress import Progress
 
-    from titan_dp.pretrained import open_source
+    from titan_dp.inference.pretrained import open_source
 
     source = open_source(args.checkpoint)
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -120,8 +120,8 @@ def export(
     """
     import torch
 
-    from titan_dp.hf import layout
-    from titan_dp.hf.folder import TRAINING
+    from titan_dp.inference.hf import layout
+    from titan_dp.inference.hf.folder import TRAINING
 
     assert target in FORMATS, target
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -161,10 +161,10 @@ def _write_texts(
 ) -> None:
     """Tokenizer, config.json, generation_config.json and the model card."""
     from titan_dp.data.tokenizer import load_tokenizer
-    from titan_dp.hf.card import last_validation, model_card
-    from titan_dp.hf.tokenizer import save_tokenizer
-    from titan_dp.pretrained import check_vocabulary
-    from titan_dp.run_folder import run_of
+    from titan_dp.inference.hf.card import last_validation, model_card
+    from titan_dp.inference.hf.tokenizer import save_tokenizer
+    from titan_dp.inference.pretrained import check_vocabulary
+    from titan_dp.train.run_folder import run_of
 
     original = load_tokenizer(tokenizer or source.tokenizer)
     check_vocabulary(original, source)
@@ -196,8 +196,8 @@ def _write_weights(
     max_shard_bytes: int,
     written: Callable[[], object],
 ) -> None:
-    from titan_dp.hf import layout
-    from titan_dp.hf.folder import WEIGHTS
+    from titan_dp.inference.hf import layout
+    from titan_dp.inference.hf.folder import WEIGHTS
 
     shards = _plan_shards(source, dtype, max_shard_bytes)
     index: dict[str, str] = {}
@@ -218,8 +218,8 @@ def _write_safetensors(path: Path, source: Source, names: list[str], dtype: torc
     """
     import torch
 
-    from titan_dp.hf import layout
-    from titan_dp.pretrained import batches, check_weights, narrowed
+    from titan_dp.inference.hf import layout
+    from titan_dp.inference.pretrained import batches, check_weights, narrowed
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -258,7 +258,7 @@ def _plan_shards(source: Source, dtype: torch.dtype, most: int) -> list[list[str
 def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     import torch
 
-    from titan_dp.hf import layout
+    from titan_dp.inference.hf import layout
 
     return torch.float32 if layout.stays_float32(name) else dtype
 

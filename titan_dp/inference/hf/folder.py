@@ -21,9 +21,9 @@ from torch import Tensor
 from titan_dp.data.tokenizer import ORIGIN, read_settings
 from titan_dp.errors import UserError
 from titan_dp.files import file_sha256, inside, shorten
-from titan_dp.hf import layout
+from titan_dp.inference.hf import layout
+from titan_dp.inference.pretrained import in_the_models_order
 from titan_dp.json_files import JsonObject, Natural, parse_json
-from titan_dp.pretrained import in_the_models_order
 
 CONFIG = "config.json"
 TRAINING = "training.json"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from titan_dp.errors import UserError
 
 if TYPE_CHECKING:
-    from titan_dp.hf.folder import FolderSource
+    from titan_dp.inference.hf.folder import FolderSource
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def import_folder(folder: Path, out: Path, *, tokenizer: str = "") -> Path:
 
 
 def _open(folder: Path) -> FolderSource:
-    from titan_dp.hf.folder import CONFIG, FolderSource
+    from titan_dp.inference.hf.folder import CONFIG, FolderSource
 
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is no Hugging Face folder: it has no {CONFIG}")
@@ -60,10 +60,10 @@ def _open(folder: Path) -> FolderSource:
 def _import(source: FolderSource, out: Path, tokenizer: str) -> Path:
     import torch
 
-    from titan_dp.checkpoint import delete_checkpoint, step_folder
-    from titan_dp.checkpointer import save_model_weights
+    from titan_dp.checkpoint.manifest import delete_checkpoint, step_folder
+    from titan_dp.checkpoint.saver import save_model_weights
     from titan_dp.data.tokenizer import load_tokenizer
-    from titan_dp.pretrained import check_vocabulary, check_weights, narrowed
+    from titan_dp.inference.pretrained import check_vocabulary, check_weights, narrowed
 
     if out.exists():
         raise UserError(f"{out} exists already; choose another run folder")
@@ -104,8 +104,8 @@ def _tokenizer_name(source: FolderSource) -> str:
 def _manifest(source: FolderSource, tokenizer: str, tokenizer_hash: str) -> dict[str, Any]:
     """What a checkpoint's manifest holds beside its files."""
     from titan_dp import config
-    from titan_dp.config_docs import all_keys
-    from titan_dp.config_loader import Loaded
+    from titan_dp.config.describe import all_keys
+    from titan_dp.config.load import Loaded
 
     settings = config.Config(
         job=config.Job(run_name=source.label),
@@ -131,7 +131,7 @@ def _manifest(source: FolderSource, tokenizer: str, tokenizer_hash: str) -> dict
 
 
 def _model_section(source: FolderSource) -> str:
-    from titan_dp.config_docs import to_toml
+    from titan_dp.config.describe import to_toml
 
     values = source.config.model_dump(exclude={"backend"}, exclude_none=True)
     return "\n".join(["[model]", *(f"{key} = {to_toml(value)}" for key, value in values.items())])

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from titan_dp.errors import UserError
 from titan_dp.files import write_atomically, write_json
-from titan_dp.scaling.report.runs import find_runs, read_runs, read_sweep
+from titan_dp.studies.report.runs import find_runs, read_runs, read_sweep
 
 if TYPE_CHECKING:
-    from titan_dp.scaling.report.results import Results
+    from titan_dp.studies.report.results import Results
 
 _MADE_BY = "titan-dp report"
 _TABLES = ("runs.csv", "configurations.csv")
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     runs = read_runs(find_runs(args.runs))
     title, description = _title(args.runs)
 
-    from titan_dp.scaling.report.results import results_of
+    from titan_dp.studies.report.results import results_of
 
     results = results_of(runs, args.loss, title, description)
     _print(results)
@@ -75,7 +75,7 @@ def _check_out(out: Path) -> set[str]:
 
     Raises UserError where `out` is something else than a report, or than nothing, or a file of a report's name is not one's.
     """
-    from titan_dp.scaling.report.plots import FIGURES
+    from titan_dp.studies.report.plots import FIGURES
 
     names = {*_TABLES, *FIGURES, _PAGE}
     if out.exists() and not out.is_dir():
@@ -105,8 +105,8 @@ def _title(paths: list[Path]) -> tuple[str, str]:
 
 
 def _print(results: Results) -> None:
-    from titan_dp.scaling.report import tables
-    from titan_dp.scaling.report.text import summary
+    from titan_dp.studies.report import tables
+    from titan_dp.studies.report.text import summary
 
     print(*summary(results), *(f"warning: {line}" for line in results.warnings), "", sep="\n")
     for comparison in results.comparisons:
@@ -125,9 +125,9 @@ def _print(results: Results) -> None:
 def _write(results: Results, out: Path, earlier: set[str]) -> None:
     """Write the report; of the `earlier` one's files those go that this one does not have."""
     from titan_dp import plots
-    from titan_dp.scaling.report import tables
-    from titan_dp.scaling.report.page import page
-    from titan_dp.scaling.report.plots import FIGURES, figures
+    from titan_dp.studies.report import tables
+    from titan_dp.studies.report.page import page
+    from titan_dp.studies.report.plots import FIGURES, figures
 
     out.mkdir(parents=True, exist_ok=True)
     record = {"made_by": _MADE_BY, "files": sorted({*_TABLES, *FIGURES, _PAGE}), **tables.as_json(results)}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from titan_dp.files import to_json
-from titan_dp.scaling.report.configurations import (
+from titan_dp.studies.report.configurations import (
     CONFIDENCE,
     FAMILY,
     SAME_SIZE,

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from titan_dp.config_docs import all_keys
+from titan_dp.config.describe import all_keys
 from titan_dp.errors import UserError
 from titan_dp.files import to_json
-from titan_dp.scaling.report.runs import Run
+from titan_dp.studies.report.runs import Run
 
 SAME_SIZE = SAME_TOKENS = 0.01
 SAME_BUDGET = 0.03

@@ -13,9 +13,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from titan_dp.scaling.report.comparisons import front
-from titan_dp.scaling.report.configurations import SAME_BUDGET, SAME_SIZE, SAME_TOKENS, Configuration, clusters
-from titan_dp.scaling.report.fits import Parabola, PowerLaw, fit_parabola, fit_power_law
+from titan_dp.studies.report.comparisons import front
+from titan_dp.studies.report.configurations import SAME_BUDGET, SAME_SIZE, SAME_TOKENS, Configuration, clusters
+from titan_dp.studies.report.fits import Parabola, PowerLaw, fit_parabola, fit_power_law
 
 _DISTINCT = 3
 _BUDGETS = 4

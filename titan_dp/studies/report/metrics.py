@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from titan_dp.run_folder import is_number, parsed_record
+from titan_dp.train.run_folder import is_number, parsed_record
 
 CURVE_POINTS = 1000
 FINAL_SHARE = 0.05

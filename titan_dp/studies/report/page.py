@@ -10,17 +10,17 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from titan_dp.scaling.report import tables
-from titan_dp.scaling.report.configurations import CONFIDENCE_TEXT
-from titan_dp.scaling.report.results import Results
-from titan_dp.scaling.report.text import summary
+from titan_dp.studies.report import tables
+from titan_dp.studies.report.configurations import CONFIDENCE_TEXT
+from titan_dp.studies.report.results import Results
+from titan_dp.studies.report.text import summary
 
 
 def page(results: Results, figures: dict[Path, str]) -> bytes:
     """The page; `figures` are captions of PNG files that are there."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    loader = PackageLoader("titan_dp.scaling.report")
+    loader = PackageLoader("titan_dp.studies.report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.get_template("report.html").render(**_content(results), figures=_embedded(figures)).encode()
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from titan_dp import plots
-from titan_dp.scaling.report.comparisons import Comparison
-from titan_dp.scaling.report.configurations import CONFIDENCE_TEXT, SAME_SIZE, SAME_TOKENS, Configuration, clusters
-from titan_dp.scaling.report.families import Cost, FamilyFits, IsoFlop
-from titan_dp.scaling.report.results import Results
-from titan_dp.scaling.report.runs import Run
-from titan_dp.scaling.report.style import MARKERS, Style, log_axis, panels
-from titan_dp.scaling.report.text import count
+from titan_dp.studies.report.comparisons import Comparison
+from titan_dp.studies.report.configurations import CONFIDENCE_TEXT, SAME_SIZE, SAME_TOKENS, Configuration, clusters
+from titan_dp.studies.report.families import Cost, FamilyFits, IsoFlop
+from titan_dp.studies.report.results import Results
+from titan_dp.studies.report.runs import Run
+from titan_dp.studies.report.style import MARKERS, Style, log_axis, panels
+from titan_dp.studies.report.text import count
 
 _LINES = 5  # of a fitted surface in one figure
 _COMPARISONS = 12  # in a row

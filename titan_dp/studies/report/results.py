@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from titan_dp.errors import UserError
-from titan_dp.scaling.report.comparisons import Comparison, compare, front
-from titan_dp.scaling.report.configurations import (
+from titan_dp.studies.report.comparisons import Comparison, compare, front
+from titan_dp.studies.report.configurations import (
     LOSSES,
     SAME_BUDGET,
     SAME_SIZE,
@@ -17,8 +17,8 @@ from titan_dp.scaling.report.configurations import (
     differing_settings,
     group,
 )
-from titan_dp.scaling.report.families import FamilyFits, IsoFlop, fit_families, isoflops
-from titan_dp.scaling.report.runs import Run
+from titan_dp.studies.report.families import FamilyFits, IsoFlop, fit_families, isoflops
+from titan_dp.studies.report.runs import Run
 
 STATES = ("finished", "diverged", "unfinished", "not started")
 

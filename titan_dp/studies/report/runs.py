@@ -19,12 +19,12 @@ from typing import Any
 import tomli
 
 from titan_dp.config import Config
-from titan_dp.config_loader import config_from_toml
+from titan_dp.config.load import config_from_toml
 from titan_dp.errors import UserError
 from titan_dp.files import inside
 from titan_dp.json_files import JsonObject, Natural, parse_json
-from titan_dp.run_folder import identity, read_run
-from titan_dp.scaling.report.metrics import Totals, reduce_metrics
+from titan_dp.studies.report.metrics import Totals, reduce_metrics
+from titan_dp.train.run_folder import identity, read_run
 
 _POOL_BYTES = 50_000_000  # below that, reading takes less time than starting processes
 _RUN_FILES = ("config.toml", "run.json", "metrics.jsonl")

@@ -7,8 +7,8 @@ from itertools import chain
 from typing import Any
 
 from titan_dp import plots
-from titan_dp.scaling.report.configurations import SAME_SIZE, Configuration, clusters
-from titan_dp.scaling.report.text import count
+from titan_dp.studies.report.configurations import SAME_SIZE, Configuration, clusters
+from titan_dp.studies.report.text import count
 
 MARKERS = "os^DvPX*<>"
 _COLUMNS = 3  # of panels

@@ -11,12 +11,12 @@ import math
 from typing import Any
 
 from titan_dp.console import print_table
-from titan_dp.scaling.report.comparisons import Comparison
-from titan_dp.scaling.report.configurations import CONFIDENCE_TEXT, Configuration, validation_loss
-from titan_dp.scaling.report.families import FamilyFits
-from titan_dp.scaling.report.results import Results
-from titan_dp.scaling.report.runs import Run
-from titan_dp.scaling.report.text import count, duration, estimate, fit_note, loss, minimum, percent
+from titan_dp.studies.report.comparisons import Comparison
+from titan_dp.studies.report.configurations import CONFIDENCE_TEXT, Configuration, validation_loss
+from titan_dp.studies.report.families import FamilyFits
+from titan_dp.studies.report.results import Results
+from titan_dp.studies.report.runs import Run
+from titan_dp.studies.report.text import count, duration, estimate, fit_note, loss, minimum, percent
 
 Table = tuple[list[str], list[list[str]]]
 """Headers and rows."""

@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Iterator
 
-from titan_dp.scaling.report.configurations import CONFIDENCE_TEXT
-from titan_dp.scaling.report.families import FamilyFits, IsoFlop
-from titan_dp.scaling.report.fits import Estimate, PowerLaw
-from titan_dp.scaling.report.results import Results
+from titan_dp.studies.report.configurations import CONFIDENCE_TEXT
+from titan_dp.studies.report.families import FamilyFits, IsoFlop
+from titan_dp.studies.report.fits import Estimate, PowerLaw
+from titan_dp.studies.report.results import Results
 
 _NAMED = 5  # runs in a sentence; the tables name all
 

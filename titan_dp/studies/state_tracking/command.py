@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from titan_dp.arguments import add_kinds
+from titan_dp.config.arguments import add_kinds
 
 # kind: (module, what it does)
 KINDS = {
-    "train": ("titan_dp.state_tracking.train", "train models on a word problem or a formal language, several seeds of each"),
-    "report": ("titan_dp.state_tracking.report", "table and curves of trained models, from their run folders"),
-    "inspect": ("titan_dp.state_tracking.inspect", "what a trained model does: step sizes, keys, the orbit of its state"),
-    "theory": ("titan_dp.state_tracking.theory", "the theorems as executable checks on weights written by hand"),
+    "train": (
+        "titan_dp.studies.state_tracking.train",
+        "train models on a word problem or a formal language, several seeds of each",
+    ),
+    "report": ("titan_dp.studies.state_tracking.report", "table and curves of trained models, from their run folders"),
+    "inspect": (
+        "titan_dp.studies.state_tracking.inspect",
+        "what a trained model does: step sizes, keys, the orbit of its state",
+    ),
+    "theory": ("titan_dp.studies.state_tracking.theory", "the theorems as executable checks on weights written by hand"),
 }
 
 

@@ -32,11 +32,10 @@ from torch import Tensor, nn
 
 from titan_dp import config
 from titan_dp.data.synthetic.groups import Group
-from titan_dp.model import Transformer, build_model
 from titan_dp.model.deltaproduct import DeltaProduct
 from titan_dp.model.norm import RMSNorm
-from titan_dp.model.transformer import SwiGLU
-from titan_dp.state_tracking import representations
+from titan_dp.model.transformer import SwiGLU, Transformer, build_model
+from titan_dp.studies.state_tracking import representations
 
 LOGIT = 1000.0  # of beta: sigmoid is 0 or 1 there
 DIP = 0.25  # how far below zero SiLU is used; its minimum is -0.278

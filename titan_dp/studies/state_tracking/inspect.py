@@ -17,14 +17,14 @@ from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.files import check_own, write_json
 from titan_dp.plots import check_matplotlib, save_figure, subplots
-from titan_dp.run_folder import run_of
+from titan_dp.train.run_folder import run_of
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from titan_dp.data.synthetic.words import WordProblem
-    from titan_dp.model import Transformer
+    from titan_dp.model.transformer import Transformer
 
 _SHOWN_HEADS = 8
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     from titan_dp.data.synthetic.loader import build_problem
     from titan_dp.data.synthetic.words import WordProblem
-    from titan_dp.pretrained import CheckpointSource, load_model
+    from titan_dp.inference.pretrained import CheckpointSource, load_model
 
     check_matplotlib()
     for name in ("length", "words"):
@@ -101,8 +101,8 @@ def trace(model: Transformer, problem: WordProblem, words: int, length: int) -> 
     """Every DeltaProduct layer over random words, by the index of its block."""
     import torch
 
-    from titan_dp.data.batches import IGNORE
-    from titan_dp.data.synthetic.random import Random
+    from titan_dp.data.batch import IGNORE
+    from titan_dp.data.synthetic.counter_rng import Random
     from titan_dp.model.deltaproduct import DeltaProduct
     from titan_dp.model.loss import check_finite
 

@@ -12,7 +12,7 @@ import re
 
 from titan_dp import config
 from titan_dp.errors import UserError
-from titan_dp.model_size import model_size
+from titan_dp.model.size import model_size
 
 _FAMILIES: dict[str, dict[str, object]] = {
     "deltanet": {"mixer": "deltaproduct"},

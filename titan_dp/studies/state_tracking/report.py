@@ -16,7 +16,7 @@ from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.files import check_own, write_atomically, write_json
 from titan_dp.plots import save_figure, subplots
-from titan_dp.state_tracking.results import Outcome, Summary, read_config, read_outcome, summarise
+from titan_dp.studies.state_tracking.results import Outcome, Summary, read_config, read_outcome, summarise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

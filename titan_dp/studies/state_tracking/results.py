@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from titan_dp import config
-from titan_dp.config_loader import config_from_toml
+from titan_dp.config.load import config_from_toml
 from titan_dp.errors import UserError
-from titan_dp.length_test import FILE, LengthTest, read_length_test
-from titan_dp.run_folder import identity, read_records, read_run
-from titan_dp.state_tracking.models import label
+from titan_dp.studies.state_tracking.models import label
+from titan_dp.train.length_test import FILE, LengthTest, read_length_test
+from titan_dp.train.run_folder import identity, read_records, read_run
 
 
 @dataclass(frozen=True)

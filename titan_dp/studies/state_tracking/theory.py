@@ -11,13 +11,13 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from titan_dp.arguments import natural, positive
+from titan_dp.config.arguments import natural, positive
 from titan_dp.console import print_table
 
 if TYPE_CHECKING:
     from titan_dp.data.synthetic.groups import Group
-    from titan_dp.model import Transformer
-    from titan_dp.state_tracking.spectra import Fact
+    from titan_dp.model.transformer import Transformer
+    from titan_dp.studies.state_tracking.spectra import Fact
 
 # A function of `constructions.py`, and the groups it is run for.
 GROUPS = {
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the tables; 0 if everything is as the theory says, else 1."""
     import numpy as np
 
-    from titan_dp.state_tracking.spectra import measure_all
+    from titan_dp.studies.state_tracking.spectra import measure_all
 
     names = [args.construction] if args.construction else list(CONSTRUCTIONS)
     checks = [check for name in names for check in run_construction(name, args.tokens, args.seed)]
@@ -86,7 +86,7 @@ def run_construction(name: str, tokens: int, seed: int) -> list[Check]:
     import torch
 
     from titan_dp.data.synthetic.groups import parse_group
-    from titan_dp.state_tracking import constructions
+    from titan_dp.studies.state_tracking import constructions
 
     kind, group_name = CONSTRUCTIONS[name]
     group, checks = parse_group(group_name), []
@@ -103,7 +103,7 @@ def count_errors(model: Transformer, group: Group, tokens: int, seed: int) -> in
     """At how many of `tokens` random elements of `group` the largest of all logits is not the product so far."""
     import torch
 
-    from titan_dp.data.synthetic.random import Random
+    from titan_dp.data.synthetic.counter_rng import Random
     from titan_dp.data.synthetic.words import WordProblem
 
     samples = torch.zeros(1, dtype=torch.int64)

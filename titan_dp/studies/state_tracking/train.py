@@ -15,9 +15,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan_dp.arguments import add_setting, add_settings, count, positive
-from titan_dp.config_docs import all_keys
-from titan_dp.config_loader import (
+from titan_dp.config.arguments import add_setting, add_settings, count, positive
+from titan_dp.config.describe import all_keys
+from titan_dp.config.load import (
     Loaded,
     Problems,
     Setting,
@@ -28,10 +28,10 @@ from titan_dp.config_loader import (
     resolve_config_path,
 )
 from titan_dp.errors import RunError, UserError
-from titan_dp.model_size import model_size
-from titan_dp.run_folder import RunLock, holds_config, is_finished, is_locked, read_run, write_config
-from titan_dp.schedule import plan_batches
-from titan_dp.state_tracking.models import KNOWN, MODEL_KEYS, folder_name, label, model_settings, with_parameters
+from titan_dp.model.size import model_size
+from titan_dp.studies.state_tracking.models import KNOWN, MODEL_KEYS, folder_name, label, model_settings, with_parameters
+from titan_dp.train.batch_plan import plan_batches
+from titan_dp.train.run_folder import RunLock, holds_config, is_finished, is_locked, read_run, write_config
 
 # flag: (key, what it is)
 FLAGS = {
@@ -100,8 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from titan_dp.launch_local import command, launch_local
-    from titan_dp.state_tracking.report import check_out, check_packages, report
+    from titan_dp.studies.launch_local import command, launch_local
+    from titan_dp.studies.state_tracking.report import check_out, check_packages, report
 
     check_packages()
     cells = plan(args)

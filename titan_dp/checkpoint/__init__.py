@@ -1,0 +1,1 @@
+"""What is saved, when it counts, and what may change before it is resumed."""

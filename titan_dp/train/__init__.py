@@ -1,0 +1,1 @@
+"""A run: its life, its steps, its tasks, and what is written of it."""
