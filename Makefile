@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Processes that train: one a GPU, two where there is none.
-NPROC ?= $$($(BIN)/python -m titan_dp.gpus)
+NPROC ?= $$($(BIN)/python -m titan_dp.hardware)
 
 .PHONY: train study test lint install bench clean
 .DELETE_ON_ERROR:

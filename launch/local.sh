@@ -10,4 +10,4 @@ if [[ $# -eq 0 || $1 == -* ]]; then
 fi
 cd "$(dirname "$0")/.."
 python=${VENV:-.venv}/bin/python
-exec "$python" launch/torchrun.py --standalone --nproc-per-node="${NPROC:-$("$python" -m titan_dp.gpus)}" train.py --config "$@"
+exec "$python" launch/torchrun.py --standalone --nproc-per-node="${NPROC:-$("$python" -m titan_dp.hardware)}" train.py --config "$@"

@@ -26,8 +26,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from titan_dp.distributed import LAUNCHER_PID
 from titan_dp.errors import EXIT_STOPPED, STOPPED_FILE
-from titan_dp.faults.interrupt import LAUNCHER_PID
 
 SHUTDOWN_SECONDS = "60"
 """What ranks have to save in after a signal, where TORCH_ELASTIC_SHUTDOWN_TIMEOUT and --shutdown-timeout are not given."""

@@ -6,8 +6,10 @@ reductions. The device is CUDA where there is any, else the CPU with gloo; nothi
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +23,12 @@ from torch.distributed.tensor import DTensor
 
 from titan_dp import config
 from titan_dp.errors import StoppedError, UserError, leave
-from titan_dp.faults.interrupt import end_with_launcher
-from titan_dp.faults.watchdog import FLIGHT_RECORDER_ENTRIES
+
+LAUNCHER_PID = "TITAN_DP_LAUNCHER_PID"
+"""Environment variable that launch/torchrun.py sets."""
+FLIGHT_RECORDER_ENTRIES = "2000"
+"""Collectives torch remembers (TORCH_FR_BUFFER_SIZE, where that is not set)."""
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,14 @@ def distributed(comm: config.Comm) -> Iterator[World]:
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def end_with_launcher() -> None:
+    """Have the kernel send this process SIGTERM when its parent, the launcher, dies; at once if it has died already."""
+    launcher = int(os.environ.get(LAUNCHER_PID, os.getppid()))
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # it died while this process started, and nobody will tell
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _own_gpu() -> int:

@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all, their checksums, and names from elsewhere that must stay in their folder.
+"""Files: written whole or not at all, checked, named from elsewhere; JSON checked against a schema; text that is Unicode.
 
 Manifests, indexes and configurations name files and folders. Such a name is data: it is joined to a folder by `inside` only.
 Symbolic links are followed, as the Hub's cache and shards spread over disks need them: who can make a link in a folder is who
@@ -11,11 +11,14 @@ import hashlib
 import json
 import math
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, TypeVar
 
 import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from titan_dp.errors import UserError
 
@@ -116,3 +119,93 @@ def shown(value: object) -> str:
 def shorten(text: str, most: int = 200) -> str:
     """`text` cut to what one sentence can bear."""
     return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"
+
+
+# -- JSON from elsewhere -------------------------------------------------------------------------------------------------
+#
+# Manifests, run.json, sweep.json are checked against a schema before anything uses them: what it has accepted has the types it
+# says, and everything else ends in one UserError. Nothing is converted ("8" is no number), infinities and NaN are refused,
+# unknown entries are kept.
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+Natural = Annotated[int, Field(ge=0, lt=2**62)]
+"""A count: the sum of two fits in 64 bits."""
+
+
+class JsonObject(BaseModel):
+    """A JSON object with some known entries."""
+
+    model_config = ConfigDict(**STRICT, extra="allow")
+
+
+Schema = TypeVar("Schema", bound=JsonObject)
+
+
+def parse_json(schema: type[Schema], raw: bytes | str, path: Path, what: str, remedy: str) -> Schema:
+    """`raw`, the contents of `path`, as `schema`. Raises UserError: "`path` is no `what` (the first mistake); `remedy`"."""
+    try:
+        return schema.model_validate_json(raw)
+    except ValidationError as error:
+        raise UserError(f"{path} is no {what} ({first_mistake(error)}); {remedy}") from error
+
+
+def first_mistake(error: ValidationError) -> str:
+    """The first thing that is wrong: "shards.0.tokens = -1: Input should be greater than or equal to 0"."""
+    first = error.errors(include_url=False)[0]
+    key, message = shorten(".".join(map(str, first["loc"])), 80), shorten(first["msg"])
+    if not key:
+        return message
+    return f"{key}: {message}" if first["type"] == "missing" else f"{key} = {shown(first['input'])}: {message}"
+
+
+# -- text that is no Unicode ---------------------------------------------------------------------------------------------
+#
+# JSON ("\\ud800"), command lines and sloppy UTF-8 can hold lone surrogates. No UTF-8 file can, and tokenizers differ in what
+# they make of them. So wherever text is read each is replaced by U+FFFD, counted, and said; two that make a pair become the
+# character they mean. Bytes that are no UTF-8 at all are another mistake, a file of another encoding, and refused.
+
+
+def as_unicode(text: str) -> str:
+    """`text` with every lone surrogate replaced."""
+    return Replaced()(text)
+
+
+class Replaced:
+    """Replaces, and counts what it has replaced.
+
+    Args:
+        what: is counted, in the plural: "documents", "prompts".
+    """
+
+    def __init__(self, what: str = "texts") -> None:
+        self.what = what
+        self.characters = self.texts = 0
+        self.first = ""
+        """Where the first of them was."""
+
+    def __call__(self, text: str, where: str = "") -> str:
+        """`text` without lone surrogates; `where` it was found is for the message."""
+        if text.isascii():  # known without looking
+            return text
+        try:
+            text.encode()
+            return text
+        except UnicodeEncodeError:
+            paired = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+            whole, count = re.subn("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", paired)
+        if count:
+            self.characters += count
+            self.texts += 1
+            self.first = self.first or where
+        return whole
+
+    def say(self) -> None:
+        """One sentence on stderr, from the main rank, if anything was replaced."""
+        if self.characters and os.environ.get("RANK", "0") == "0":
+            first = f", the first in {self.first}" if self.first else ""
+            print(
+                f"warning: {self.characters:,} lone surrogate(s) in {self.texts:,} {self.what}{first}: no Unicode, replaced by "
+                "U+FFFD",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -2,11 +2,22 @@
 
 Needs no torch. A peak is what the maker states for dense matrices; no program reaches it, and how much of it one reaches is an
 assumption of whoever uses these numbers, not a fact of this file. Latencies, which no data sheet has, are assumptions too.
+
+Also, for every launcher, which GPUs of this machine may be used:
+
+    python -m titan_dp.hardware     how many processes to start here: one per GPU, two where there is none
+
+nvidia-smi prints a line for each GPU, and below it one for each MIG instance it is cut into. CUDA_VISIBLE_DEVICES, where it is
+set, names what may be used, instances too, and ends at the first name that is none.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass
 
 from titan_dp.errors import UserError
@@ -143,3 +154,22 @@ def find_network(name: str) -> Network:
     if name not in NETWORKS:
         raise UserError(f"--network {name} is not known; choose one of {', '.join(NETWORKS)}")
     return NETWORKS[name]
+
+
+WITHOUT_GPUS = 2
+"""Processes where there are only CPUs."""
+
+
+def visible_gpus() -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES, one a GPU; none on a machine without."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return list(itertools.takewhile(lambda gpu: gpu and gpu[0] != "-", map(str.strip, named.split(","))))
+    if not shutil.which("nvidia-smi"):
+        return []
+    listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
+    return [str(i) for i in range(sum(line.startswith("GPU") for line in listing.splitlines()))]
+
+
+if __name__ == "__main__":
+    print(len(visible_gpus()) or WITHOUT_GPUS)

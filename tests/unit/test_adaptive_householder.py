@@ -16,11 +16,12 @@ from tests.distributed.harness import run_ranks
 from tests.unit.test_model import CU_SEQLENS, make, settings, tokens_of
 from titan_dp import config
 from titan_dp.distributed import build_mesh, current_world
-from titan_dp.estimate.plan import memory_facts, model_facts
+from titan_dp.estimate.plan import memory_facts
 from titan_dp.model.deltaproduct import DeltaProduct
 from titan_dp.model.initialise import Initializer
 from titan_dp.model.parallelize import parallelize
 from titan_dp.model.transformer import Transformer, build_model
+from titan_dp.train.facts import model_facts
 from titan_dp.train.optim import build_optimizer
 
 

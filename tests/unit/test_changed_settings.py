@@ -16,7 +16,6 @@ from titan_dp.checkpoint.changed_settings import (
     check_initial,
     check_resumable,
     describe_changes,
-    rate_jump,
 )
 from titan_dp.checkpoint.manifest import read_manifest, write_manifest
 from titan_dp.cli import dispatch
@@ -24,7 +23,7 @@ from titan_dp.config import LRScheduler
 from titan_dp.config.load import load_config
 from titan_dp.errors import UserError
 from titan_dp.inference.pretrained import open_source
-from titan_dp.train.lr_scheduler import build_lr_scheduler
+from titan_dp.train.lr_scheduler import build_lr_scheduler, rate_jump
 
 MODEL = {
     "hidden_size": "64",

@@ -8,7 +8,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from titan_dp.console import print_table
+from titan_dp.output import print_table
 
 NUMBERS = [f"804,741,{i:03}" for i in range(20)]
 SENTENCE = "the first documents joined and cut"

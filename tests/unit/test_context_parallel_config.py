@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from titan_dp import config
-from titan_dp.data.segment import Segment
+from titan_dp.data.batch import Segment
 from titan_dp.distributed import World, data_world, describe, shard_degree
 from titan_dp.errors import UserError
 from titan_dp.model.context_parallel import ContextParallel

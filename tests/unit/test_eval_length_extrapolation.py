@@ -220,6 +220,6 @@ def test_checkpoints_of_one_name_are_refused(checkpoint: Path, text: Path, tmp_p
 def test_without_matplotlib_nothing_is_begun(
     checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("titan_dp.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("titan_dp.output.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"plots need matplotlib: pip install 'titan_dp\[eval\]'"):
         evaluate([checkpoint], tmp_path, "--text", text)

@@ -14,7 +14,7 @@ from tests.conftest import sees_gpus
 from titan_dp import config
 from titan_dp.distributed import distributed
 from titan_dp.errors import UserError
-from titan_dp.gpus import visible_gpus
+from titan_dp.hardware import visible_gpus
 
 MIG = "  MIG 1g.10gb     Device  0: (UUID: MIG-3f2c)\n"
 EIGHT = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i})\n{MIG if i == 0 else ''}" for i in range(8))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from titan_dp.train.validate import to_device
+from titan_dp.data.batch import to_device
 
 
 def test_every_batch_goes_to_a_gpu_from_page_locked_memory_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

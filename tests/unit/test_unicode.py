@@ -16,8 +16,8 @@ from titan_dp.config.load import load_config
 from titan_dp.data import stream as hf_stream
 from titan_dp.data.batch import Place
 from titan_dp.data.shards import TokenShards
-from titan_dp.data.unicode import Replaced, as_unicode
 from titan_dp.errors import UserError, run_main
+from titan_dp.files import Replaced, as_unicode
 from titan_dp.inference.generate import add_arguments, read_prompts
 
 LONE = "a \ud800 b"

@@ -32,10 +32,21 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from titan_dp.config.describe import all_keys
-from titan_dp.console import print_table
 from titan_dp.errors import UserError
-from titan_dp.files import checksum, file_sha256, inside, shorten, shown, stays_inside, to_json, write_json
-from titan_dp.json_files import STRICT, JsonObject, first_mistake
+from titan_dp.files import (
+    STRICT,
+    JsonObject,
+    checksum,
+    file_sha256,
+    first_mistake,
+    inside,
+    shorten,
+    shown,
+    stays_inside,
+    to_json,
+    write_json,
+)
+from titan_dp.output import print_table
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2

@@ -26,9 +26,8 @@ from titan_dp.config import Config, Section
 from titan_dp.config.describe import Key, all_keys, help_text, sections, to_toml
 from titan_dp.config.hints import explain_unknown
 from titan_dp.config.warnings import ineffective_settings
-from titan_dp.data.unicode import as_unicode
 from titan_dp.errors import UserError
-from titan_dp.files import shorten, shown
+from titan_dp.files import as_unicode, shorten, shown
 
 # Two spellings of one quantity: setting one undoes the other of a source that ranks lower.
 _ALTERNATIVES = {"training.steps": "training.tokens", "training.tokens": "training.steps"}

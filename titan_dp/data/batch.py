@@ -9,6 +9,7 @@ import atexit
 import signal
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -170,3 +171,42 @@ def stateful_loader(dataset: Any, workers: config.Dataloader, **options: Any) ->
     finally:
         end()
         atexit.unregister(end)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """This rank's part of every row where ranks share rows (`parallelism.context_parallel_degree`).
+
+    All ranks of a context group read the same rows; each keeps one of as many equal segments, in order. Labels are cut from
+    whole rows, so the label at a segment's end is the first token of the next one and none is lost.
+    """
+
+    part: int
+    parts: int
+
+    @staticmethod
+    def of(parallelism: config.Parallelism, rank: int) -> Segment:
+        """Neighbouring ranks share a row."""
+        return Segment(rank % parallelism.context_parallel_degree, parallelism.context_parallel_degree)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """input_ids and labels [L, T / parts], cu_seqlens of the whole rows, and `before_last_label` of them as `priced`."""
+        ids, labels = batch["input_ids"], batch["labels"]
+        if self.parts == 1 or ids is None or labels is None:
+            return batch
+        ids, labels, priced = (x.chunk(self.parts, 1)[self.part].contiguous() for x in (ids, labels, before_last_label(labels)))
+        return {"input_ids": ids, "labels": labels, "cu_seqlens": batch["cu_seqlens"], "priced": priced}
+
+
+def before_last_label(labels: Tensor) -> Tensor:
+    """Which positions of labels [B, T] have a label at or after them in their row: all but padding."""
+    return (labels != IGNORE).flip(1).cumsum(1).flip(1) > 0
+
+
+def to_device(batch: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch on the device. To a GPU it goes through page-locked memory: a copy from any other waits for the GPU's queue."""
+    on_gpu = device.type == "cuda"
+    return {
+        k: v if v is None else (v.pin_memory() if on_gpu else v).to(device, non_blocking=True)  # type: ignore[misc]
+        for k, v in batch.items()
+    }

@@ -28,10 +28,8 @@ import numpy as np
 from titan_dp.data import sources
 from titan_dp.data.shards import MANIFEST, PROGRESS, SPLITS, Shard, ShardWriter, Split, TokenShards, listed_shards, shard_name
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
-from titan_dp.data.unicode import Replaced
 from titan_dp.errors import UserError
-from titan_dp.files import write_json
-from titan_dp.json_files import JsonObject, Natural, parse_json
+from titan_dp.files import JsonObject, Natural, Replaced, parse_json, write_json
 
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1_000_000
 

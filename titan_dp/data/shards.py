@@ -24,8 +24,18 @@ from pydantic.dataclasses import dataclass
 
 from titan_dp.data.tokenizer import Tokenizer
 from titan_dp.errors import UserError
-from titan_dp.files import file_sha256, inside, shorten, shown, write_atomically, write_json
-from titan_dp.json_files import STRICT, JsonObject, Natural, parse_json
+from titan_dp.files import (
+    STRICT,
+    JsonObject,
+    Natural,
+    file_sha256,
+    inside,
+    parse_json,
+    shorten,
+    shown,
+    write_atomically,
+    write_json,
+)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

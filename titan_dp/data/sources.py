@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from titan_dp.data.unicode import Replaced
 from titan_dp.errors import RunError, UserError, passing_fault
-from titan_dp.files import shorten
+from titan_dp.files import Replaced, shorten
 
 _JSON = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _TEXT = (".txt", ".md", ".text")

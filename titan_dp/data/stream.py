@@ -22,8 +22,8 @@ from titan_dp import config
 from titan_dp.data.batch import IGNORE, Batch, Place, pack_boundaries, stateful_loader
 from titan_dp.data.sources import load_hugging_face, rows_of
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
-from titan_dp.data.unicode import Replaced
 from titan_dp.errors import UserError
+from titan_dp.files import Replaced
 
 State = dict[str, int]
 _START: State = {"samples": 0, "epoch": 0, "documents": 0, "offset": 0}

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan_dp.data.unicode import as_unicode
 from titan_dp.errors import UserError
-from titan_dp.files import shorten
+from titan_dp.files import as_unicode, shorten
 
 if TYPE_CHECKING:
     import tiktoken

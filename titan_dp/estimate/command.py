@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from titan_dp.config.arguments import above_zero, add_settings, fraction, positive
 from titan_dp.config.describe import all_keys
 from titan_dp.config.load import load_config
-from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.hardware import GPUS, NETWORKS, find_gpu, find_network
+from titan_dp.output import print_table
 
 if TYPE_CHECKING:
     from rich.table import Table

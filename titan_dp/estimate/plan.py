@@ -9,26 +9,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from deltaproduct_kernels import resolve_backend
 from rich.table import Table
 
 from titan_dp import config
 from titan_dp.config.load import Loaded
-from titan_dp.console import print_table
 from titan_dp.distributed import World, data_world, rank_from_env, world_size_from_env
-from titan_dp.errors import UserError
 from titan_dp.hardware import GPU, NETWORKS, gpu_of
-from titan_dp.model.size import embedding_parameters, model_size
-from titan_dp.train.batch_plan import BatchPlan, plan_batches
-
-
-def chosen_backend(model: config.Model, device: torch.device) -> str:
-    """The implementation of the recurrence on `device`. Raises UserError for one that is not available."""
-    try:
-        chosen = resolve_backend(model.backend, device, dk=model.head_dim, dv=model.head_v_dim)
-    except ValueError as error:
-        raise UserError(f"model.{error}") from error
-    return f"torch loop ({chosen} front end)" if model.mixer == "rwkv7" else chosen
+from titan_dp.output import print_table
+from titan_dp.train.batch_plan import plan_batches
+from titan_dp.train.facts import model_facts, run_facts
 
 
 def print_plan(loaded: Loaded) -> None:
@@ -47,32 +36,6 @@ def print_plan(loaded: Loaded) -> None:
     print_table(table)
     for line in loaded.warnings():
         print(f"warning: {line}")
-
-
-def model_facts(c: config.Model, seq_len: int) -> dict[str, str]:
-    """Sizes and FLOPs, for the dry run and the trainer's banner."""
-    size = model_size(c, seq_len)
-    kinds = {"matmul": size.matmul, "conv": size.conv, "recurrence": size.recurrence, "attention": size.attention}
-    parts = " + ".join(f"{flops / 1e9:.3g} {kind}" for kind, flops in kinds.items() if flops)
-    taken = ", all Householder steps taken" if c.adaptive_householder else ""
-    return {
-        "parameters": f"{size.parameters:,} ({size.parameters - embedding_parameters(c):,} without the embedding)",
-        "FLOPs a token": f"{size.flops_per_token / 1e9:.4g} G = {parts} (forward + backward, no recomputation{taken})",
-    }
-
-
-def run_facts(c: config.Config, batch: BatchPlan, world_size: int) -> dict[str, str]:
-    context = c.parallelism.context_parallel_degree
-    ranks = f"{world_size} rank(s)" if context == 1 else f"{world_size // context} group(s) of {context} ranks"
-    return {
-        "batch": (
-            f"{batch.global_batch_size} sequences of {batch.seq_len} = {batch.tokens_per_step:,} tokens a step "
-            f"({ranks} x {batch.local_batch_size} x {batch.accumulation} accumulation)"
-        ),
-        "length": f"{batch.steps:,} steps = {batch.tokens / 1e9:.4g} B tokens",
-        "precision": f"compute {c.training.mixed_precision_param}, reduction {c.training.mixed_precision_reduce}, "
-        "norms, A_log, dt_bias and the sharded originals float32",
-    }
 
 
 def memory_facts(c: config.Config, world_size: int) -> dict[str, str]:

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from titan_dp.console import print_table
 from titan_dp.evals.session import Report
 from titan_dp.files import write_atomically
-from titan_dp.plots import save_figure, subplots
+from titan_dp.output import print_table, save_figure, subplots
 
 if TYPE_CHECKING:
     import numpy as np

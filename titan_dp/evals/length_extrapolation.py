@@ -20,7 +20,7 @@ from titan_dp.errors import UserError
 from titan_dp.evals.scoring import keeps_all_tokens, token_losses
 from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
-from titan_dp.plots import check_matplotlib
+from titan_dp.output import check_matplotlib
 
 if TYPE_CHECKING:
     import numpy as np

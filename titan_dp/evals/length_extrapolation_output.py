@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from titan_dp import plots
-from titan_dp.console import print_table
+from titan_dp import output as plots
 from titan_dp.evals.length_extrapolation import moving_average
 from titan_dp.files import write_atomically
+from titan_dp.output import print_table
 
 if TYPE_CHECKING:
     from titan_dp.evals.session import Report

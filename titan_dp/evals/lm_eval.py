@@ -246,8 +246,7 @@ def _check(task: Any, lm: TitanDPLM) -> None:
 def _write_samples(samples: dict[str, list[dict[str, Any]]], report: Report) -> str:
     from lm_eval.utils import handle_non_serializable
 
-    from titan_dp.data.unicode import as_unicode
-    from titan_dp.files import write_atomically
+    from titan_dp.files import as_unicode, write_atomically
 
     path = report.path.with_name(report.path.stem + _SAMPLES)
     lines = [

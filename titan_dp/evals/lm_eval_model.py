@@ -35,12 +35,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from rich.console import Console
 
 from titan_dp.data.tokenizer import Tokenizer, hugging_face_folder, tiktoken_encoding
-from titan_dp.data.unicode import Replaced, as_unicode
 from titan_dp.distributed import World, world_size_from_env
 from titan_dp.errors import UserError, run_main
 from titan_dp.evals.answers import Answers
 from titan_dp.evals.scoring import token_losses
 from titan_dp.evals.session import Session
+from titan_dp.files import Replaced, as_unicode
 from titan_dp.inference.pretrained import Pretrained, load_pretrained
 from titan_dp.inference.sampling import Sampling, TextStream, generate_ids
 from titan_dp.model.loss import IGNORE

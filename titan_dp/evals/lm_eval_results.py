@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from titan_dp.console import print_table
+from titan_dp.output import print_table
 
 if TYPE_CHECKING:
     from titan_dp.evals.session import Report

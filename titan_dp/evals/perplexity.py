@@ -18,11 +18,11 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.evals.scoring import token_losses
 from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
+from titan_dp.output import print_table
 
 if TYPE_CHECKING:
     import numpy as np

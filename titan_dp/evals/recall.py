@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from titan_dp.errors import UserError
 from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
-from titan_dp.plots import check_matplotlib
+from titan_dp.output import check_matplotlib
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,10 +11,9 @@ import io
 import math
 from typing import TYPE_CHECKING, Any
 
-from titan_dp.console import print_table
 from titan_dp.evals.session import Report
 from titan_dp.files import write_atomically
-from titan_dp.plots import save_figure, subplots
+from titan_dp.output import print_table, save_figure, subplots
 
 if TYPE_CHECKING:
     import numpy as np

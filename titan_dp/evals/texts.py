@@ -123,8 +123,7 @@ def _from_text(args: argparse.Namespace, tokenizer: Tokenizer, bos: int | None, 
     import numpy as np
 
     from titan_dp.data import sources
-    from titan_dp.data.unicode import Replaced
-    from titan_dp.files import file_sha256
+    from titan_dp.files import Replaced, file_sha256
 
     prefix = [] if bos is None else [bos]
     if args.hf_dataset:

@@ -9,7 +9,6 @@ told by the kernel, with SIGTERM: no orphan trains on.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 from types import FrameType, TracebackType
@@ -18,19 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LAUNCHER_PID = "TITAN_DP_LAUNCHER_PID"
-"""Environment variable that launch/torchrun.py sets."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _CTRL_C = b"\nCtrl-C: the step is finished and saved; a second Ctrl-C leaves at once, back to the last save\n"
-_PR_SET_PDEATHSIG = 1  # prctl(2)
-
-
-def end_with_launcher() -> None:
-    """Have the kernel send this process SIGTERM when its parent, the launcher, dies; at once if it has died already."""
-    launcher = int(os.environ.get(LAUNCHER_PID, os.getppid()))
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != launcher:  # it died while this process started, and nobody will tell
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Interrupt:

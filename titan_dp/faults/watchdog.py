@@ -29,8 +29,6 @@ _TICK = 1.0  # seconds between two looks at the clock
 _SUSPENDED = 5.0  # between two looks: the whole process stood still, which is no hang
 _LAST_RESORT = 3600.0
 _MOMENT = 20.0  # in which every rank that can still run finds out and writes, on a busy machine too
-FLIGHT_RECORDER_ENTRIES = "2000"
-"""Collectives torch remembers (TORCH_FR_BUFFER_SIZE, where that is not set)."""
 
 
 class Watchdog:

@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titan_dp.data.unicode import Replaced
 from titan_dp.errors import UserError
-from titan_dp.files import to_json
+from titan_dp.files import Replaced, to_json
 
 if TYPE_CHECKING:
     from titan_dp.inference.pretrained import Pretrained

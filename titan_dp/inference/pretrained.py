@@ -20,9 +20,8 @@ from titan_dp.checkpoint.saver import CheckpointTensors, not_finite, tensor_diff
 from titan_dp.config.load import config_from_toml
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
-from titan_dp.estimate.plan import chosen_backend
 from titan_dp.files import file_sha256
-from titan_dp.model.transformer import Transformer, build_model
+from titan_dp.model.transformer import Transformer, build_model, chosen_backend
 
 _READ_BYTES = 2**28
 

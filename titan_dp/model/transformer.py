@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from deltaproduct_kernels import resolve_backend
 from torch import Tensor, nn
 
 from titan_dp import config
+from titan_dp.errors import UserError
 from titan_dp.model.attention import Attention
 from titan_dp.model.context_parallel import ContextParallel
 from titan_dp.model.deltaproduct import DeltaProduct, ForgetGate
@@ -202,3 +204,12 @@ class Transformer(nn.Module):
             kinds[block.attn.describe()] = kinds.get(block.attn.describe(), 0) + 1
         mixers = "; ".join(f"{count} x {kind}" if len(kinds) > 1 else kind for kind, count in kinds.items())
         return f"{len(self.layers)} blocks, width {self.embeddings.embedding_dim}: {mixers}"
+
+
+def chosen_backend(model: config.Model, device: torch.device) -> str:
+    """The implementation of the recurrence on `device`. Raises UserError for one that is not available."""
+    try:
+        chosen = resolve_backend(model.backend, device, dk=model.head_dim, dv=model.head_v_dim)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from error
+    return f"torch loop ({chosen} front end)" if model.mixer == "rwkv7" else chosen

@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from titan_dp.config.load import PROJECT
 from titan_dp.errors import EXIT_STOPPED, RunError, UserError
-from titan_dp.gpus import visible_gpus
+from titan_dp.hardware import visible_gpus
 from titan_dp.train.run_folder import is_finished, is_locked, last_record
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from titan_dp.errors import RunError, UserError
-from titan_dp.files import write_json
-from titan_dp.json_files import first_mistake
+from titan_dp.files import first_mistake, write_json
 from titan_dp.studies.sweep_file import Sweep
 from titan_dp.train.run_folder import is_finished, is_locked
 

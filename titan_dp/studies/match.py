@@ -16,9 +16,9 @@ from titan_dp import config
 from titan_dp.config.arguments import Settings, add_settings, count, grid, householder_list, percent
 from titan_dp.config.describe import sections, to_toml
 from titan_dp.config.load import config_folder, load_config
-from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.model.size import embedding_parameters, model_size, state_size
+from titan_dp.output import print_table
 from titan_dp.studies.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
 
 _DETAILS = ("w/o embedding", "matmul", "recurrence", "memory")

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from titan_dp.config.arguments import above_zero, fraction, natural, positive
 from titan_dp.config.load import config_from_toml
-from titan_dp.console import print_table
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import stays_inside, write_json
+from titan_dp.output import print_table
 from titan_dp.studies.sweep_file import Cell, Sweep, load_sweep
 from titan_dp.train.run_folder import RunLock, holds_config, identity, is_finished, is_locked, last_step, read_run, write_config
 

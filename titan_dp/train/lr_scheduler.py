@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from titan_dp import config
+from titan_dp.checkpoint.manifest import saved_sections, saved_value
+from titan_dp.config.describe import all_keys
 from titan_dp.errors import UserError
 
 _SHAPES: dict[str, Callable[[float], float]] = {  # from 1 at 0 to 0 at 1
@@ -49,3 +52,40 @@ def build_lr_scheduler(c: config.LRScheduler, steps: int) -> Callable[[int], flo
         return floor + (1 - floor) * shape(done)
 
     return factor
+
+
+_RATES = {"AdamW": ("optimizer.lr",), "Muon": ("optimizer.lr", "optimizer.muon_lr")}
+
+
+def rate_jump(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
+    """What to say where the learning rate of the next step is far from what the saved run's own schedule has there.
+
+    Past the end of that schedule, that is the rate it ended at. None where the rates are near, or the saved run's length is
+    not known.
+    """
+    before, now = saved_sections(saved["config"]), saved_sections(current["config"])
+    step, old_steps = saved["step"], saved.get("steps", saved_value(before, "training.steps"))
+    if not isinstance(old_steps, int):
+        return None
+    rates: dict[str, list[float]] = {}
+    for sections, steps in ((before, old_steps), (now, current["steps"])):
+        known = {key: value for key, value in sections.get("lr_scheduler", {}).items() if f"lr_scheduler.{key}" in all_keys()}
+        try:
+            factor = build_lr_scheduler(config.LRScheduler.model_validate(known), steps)(step)
+            for key in _RATES[str(saved_value(now, "optimizer.name"))]:
+                rates.setdefault(key, []).append(factor * float(saved_value(sections, key)))  # type: ignore[arg-type]
+        except (ValueError, TypeError, ArithmeticError):  # a schedule of another version, or one that this run will refuse
+            return None
+    jumps = {key: (old, new) for key, (old, new) in rates.items() if not 0.5 * old <= new <= 1.1 * old}
+    if not jumps or step >= current["steps"]:
+        return None
+    told = " and ".join(f"{key.partition('.')[2]} from {old:.3g} to {new:.3g}" for key, (old, new) in jumps.items())
+    again = " ".join(f"--{key} {old:.6g}" for key, (old, _) in rates.items() if old > 0)
+    ways = [f"--lr_scheduler.start_step {step} --lr_scheduler.warmup_steps 0 {again} decays again from there"] if again else []
+    alike = {k: v for k, v in before.get("lr_scheduler", {}).items() if k != "total_steps"}
+    if alike == {k: v for k, v in now.get("lr_scheduler", {}).items() if k != "total_steps"} and all(
+        saved_value(before, key) == saved_value(now, key) for key in rates
+    ):
+        held = saved_value(before, "lr_scheduler.total_steps") or old_steps
+        ways.insert(0, f"--lr_scheduler.total_steps {held} keeps the schedule it had, whose last rate then stays")
+    return f"the learning rate jumps with step {step + 1}: {told}; {'; '.join(ways) or 'see'} (docs/checkpoints.md, Extending)"

@@ -13,9 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from titan_dp import config
-from titan_dp.data.batch import Batch, Loader, Place
+from titan_dp.data.batch import Batch, Loader, Place, Segment
 from titan_dp.data.loader import ShardLoader, ValidationLoader, build_dataloader, build_validation_loader
-from titan_dp.data.segment import Segment
 from titan_dp.data.shard_check import RECORD, ShardCheck, copy_of
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
 from titan_dp.distributed import World, all_reduce_sum, data_world

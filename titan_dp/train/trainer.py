@@ -23,15 +23,13 @@ import torch.distributed as dist
 from rich.console import Console
 
 from titan_dp import distributed
-from titan_dp.checkpoint.changed_settings import changed_since, describe_changes, rate_jump, weights_changed
+from titan_dp.checkpoint.changed_settings import changed_since, describe_changes, weights_changed
 from titan_dp.checkpoint.saver import SAVE_TIMEOUT, Checkpointer, load_model_weights
 from titan_dp.config.load import Loaded
-from titan_dp.data.batch import IGNORE, Batch
-from titan_dp.data.segment import Segment
+from titan_dp.data.batch import IGNORE, Batch, Segment, before_last_label, to_device
 from titan_dp.data.stream import files_of_dataset
 from titan_dp.distributed import World
 from titan_dp.errors import RunError, StoppedError
-from titan_dp.estimate.plan import chosen_backend, model_facts, run_facts
 from titan_dp.faults.agreement import agree, code, settings_of, together
 from titan_dp.faults.interrupt import Interrupt
 from titan_dp.faults.profiling import Profiler
@@ -40,14 +38,14 @@ from titan_dp.faults.watchdog import Watchdog
 from titan_dp.files import write_atomically
 from titan_dp.model.parallelize import parallelize
 from titan_dp.model.size import embedding_parameters, model_size
-from titan_dp.model.transformer import build_model
+from titan_dp.model.transformer import build_model, chosen_backend
 from titan_dp.train.batch_plan import plan_batches, plan_rest
-from titan_dp.train.lr_scheduler import build_lr_scheduler
+from titan_dp.train.facts import model_facts, run_facts
+from titan_dp.train.lr_scheduler import build_lr_scheduler, rate_jump
 from titan_dp.train.metrics import Metrics
 from titan_dp.train.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
 from titan_dp.train.run_folder import RunLock, check_config_is_ours, write_run
 from titan_dp.train.tasks import build_task
-from titan_dp.train.validate import before_last_label, to_device
 
 LOCK_PATIENCE = 10.0
 """Seconds for the ranks of a run whose launcher was killed: they save and end."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_dp.data.batch import IGNORE
+from titan_dp.data.batch import IGNORE, to_device
 from titan_dp.distributed import all_reduce_sum
 from titan_dp.model.loss import check_finite
 from titan_dp.model.transformer import Transformer
@@ -99,17 +99,3 @@ def accuracy_by_position(model: Transformer, batches: Iterable[dict[str, Tensor 
     assert counts is not None
     check_finite(torch.where(all_reduce_sum(not_finite) > 0, torch.nan, 0.0), "the model's logits")
     return all_reduce_sum(counts)
-
-
-def before_last_label(labels: Tensor) -> Tensor:
-    """Which positions of labels [B, T] have a label at or after them in their row: all but padding."""
-    return (labels != IGNORE).flip(1).cumsum(1).flip(1) > 0
-
-
-def to_device(batch: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch on the device. To a GPU it goes through page-locked memory: a copy from any other waits for the GPU's queue."""
-    on_gpu = device.type == "cuda"
-    return {
-        k: v if v is None else (v.pin_memory() if on_gpu else v).to(device, non_blocking=True)  # type: ignore[misc]
-        for k, v in batch.items()
-    }

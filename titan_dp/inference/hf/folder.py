@@ -20,10 +20,9 @@ from torch import Tensor
 
 from titan_dp.data.tokenizer import ORIGIN, read_settings
 from titan_dp.errors import UserError
-from titan_dp.files import file_sha256, inside, shorten
+from titan_dp.files import JsonObject, Natural, file_sha256, inside, parse_json, shorten
 from titan_dp.inference.hf import layout
 from titan_dp.inference.pretrained import in_the_models_order
-from titan_dp.json_files import JsonObject, Natural, parse_json
 
 CONFIG = "config.json"
 TRAINING = "training.json"

@@ -16,8 +16,7 @@ from pydantic import ValidationError
 
 from titan_dp import config
 from titan_dp.errors import UserError
-from titan_dp.files import shorten, shown
-from titan_dp.json_files import first_mistake
+from titan_dp.files import first_mistake, shorten, shown
 
 REMOTE_CODE = "titan_dp"
 FLA_TYPES = {

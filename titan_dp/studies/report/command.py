@@ -124,7 +124,7 @@ def _print(results: Results) -> None:
 
 def _write(results: Results, out: Path, earlier: set[str]) -> None:
     """Write the report; of the `earlier` one's files those go that this one does not have."""
-    from titan_dp import plots
+    from titan_dp import output as plots
     from titan_dp.studies.report import tables
     from titan_dp.studies.report.page import page
     from titan_dp.studies.report.plots import FIGURES, figures

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from titan_dp import plots
+from titan_dp import output as plots
 from titan_dp.studies.report.comparisons import Comparison
 from titan_dp.studies.report.configurations import CONFIDENCE_TEXT, SAME_SIZE, SAME_TOKENS, Configuration, clusters
 from titan_dp.studies.report.families import Cost, FamilyFits, IsoFlop

@@ -21,8 +21,7 @@ import tomli
 from titan_dp.config import Config
 from titan_dp.config.load import config_from_toml
 from titan_dp.errors import UserError
-from titan_dp.files import inside
-from titan_dp.json_files import JsonObject, Natural, parse_json
+from titan_dp.files import JsonObject, Natural, inside, parse_json
 from titan_dp.studies.report.metrics import Totals, reduce_metrics
 from titan_dp.train.run_folder import identity, read_run
 

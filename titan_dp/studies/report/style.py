@@ -6,7 +6,7 @@ import math
 from itertools import chain
 from typing import Any
 
-from titan_dp import plots
+from titan_dp import output as plots
 from titan_dp.studies.report.configurations import SAME_SIZE, Configuration, clusters
 from titan_dp.studies.report.text import count
 

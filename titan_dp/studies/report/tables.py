@@ -10,7 +10,7 @@ import io
 import math
 from typing import Any
 
-from titan_dp.console import print_table
+from titan_dp.output import print_table
 from titan_dp.studies.report.comparisons import Comparison
 from titan_dp.studies.report.configurations import CONFIDENCE_TEXT, Configuration, validation_loss
 from titan_dp.studies.report.families import FamilyFits

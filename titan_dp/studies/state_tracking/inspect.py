@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.files import check_own, write_json
-from titan_dp.plots import check_matplotlib, save_figure, subplots
+from titan_dp.output import check_matplotlib, print_table, save_figure, subplots
 from titan_dp.train.run_folder import run_of
 
 if TYPE_CHECKING:

@@ -12,10 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from titan_dp.console import print_table
 from titan_dp.errors import UserError
 from titan_dp.files import check_own, write_atomically, write_json
-from titan_dp.plots import save_figure, subplots
+from titan_dp.output import print_table, save_figure, subplots
 from titan_dp.studies.state_tracking.results import Outcome, Summary, read_config, read_outcome, summarise
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from titan_dp.config.arguments import natural, positive
-from titan_dp.console import print_table
+from titan_dp.output import print_table
 
 if TYPE_CHECKING:
     from titan_dp.data.synthetic.groups import Group
