@@ -21,6 +21,7 @@ from titan_dp import config
 from titan_dp.checkpoint.saver import save_model_weights
 from titan_dp.errors import UserError
 from titan_dp.inference.hf.export import FORMATS, export
+from titan_dp.inference.hf.folder import FolderSource
 from titan_dp.inference.hf.importer import import_folder
 from titan_dp.inference.hf.layout import MODEL_TYPES, to_hf
 from titan_dp.inference.pretrained import load_model, open_source
@@ -114,7 +115,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(what: str, tmp_path: Path) -
         if what == "export":
             export(open_source(tmp_path / "run"), tmp_path / "out")
         else:
-            import_folder(folder, tmp_path / "out")
+            import_folder(FolderSource(folder), tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"run", "exported"}
 
 
@@ -130,7 +131,9 @@ def test_ctrl_c_leaves_nothing_behind(what: str, tmp_path: Path, monkeypatch: py
         interrupted,
     )
     with pytest.raises(KeyboardInterrupt):
-        export(open_source(tmp_path / "run"), tmp_path / "out") if what == "export" else import_folder(folder, tmp_path / "out")
+        export(open_source(tmp_path / "run"), tmp_path / "out") if what == "export" else import_folder(
+            FolderSource(folder), tmp_path / "out"
+        )
     assert {path.name for path in tmp_path.iterdir()} == {"run", "exported"}
 
 
@@ -294,7 +297,7 @@ def test_a_spoilt_folder_is_not_imported(name: str, tmp_path: Path) -> None:
     spoil(folder)
     tokenizer = "" if "tokenizer" in name else "bytes"
     with refused(tmp_path, match):
-        import_folder(folder, tmp_path / "imported", tokenizer=tokenizer)
+        import_folder(FolderSource(folder), tmp_path / "imported", tokenizer=tokenizer)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -302,7 +305,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     gone = sorted(folder.glob("model-*.safetensors"))[1]
     gone.unlink()
     with refused(tmp_path, gone.name):
-        import_folder(folder, tmp_path / "imported")
+        import_folder(FolderSource(folder), tmp_path / "imported")
 
 
 def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
@@ -312,7 +315,7 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
     shard.rename(tmp_path / shard.name)
     index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
     with refused(tmp_path, f"../{shard.name}"):
-        import_folder(folder, tmp_path / "imported")
+        import_folder(FolderSource(folder), tmp_path / "imported")
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_not_taken(tmp_path: Path) -> None:
@@ -321,16 +324,16 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_not_taken(tmp_path: Path) -> 
     edit_config(folder, vocab_size=200)
     edit_weights(folder, lambda held: held.update({"model.embeddings.weight": held["model.embeddings.weight"][:200].clone()}))
     with refused(tmp_path, "258 ids.*vocab_size = 200"):
-        import_folder(folder, tmp_path / "imported")
+        import_folder(FolderSource(folder), tmp_path / "imported")
 
 
 def test_a_run_folder_that_exists_is_not_imported_into(tmp_path: Path) -> None:
     _, folder = exported(tmp_path, {})
     with refused(tmp_path, "run exists already"):
-        import_folder(folder, tmp_path / "run")
+        import_folder(FolderSource(folder), tmp_path / "run")
 
 
 def test_a_checkpoint_of_ours_is_no_folder_to_import(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "run")
     with refused(tmp_path, "config.json"):
-        import_folder(checkpoint, tmp_path / "imported")
+        import_folder(FolderSource(checkpoint), tmp_path / "imported")

@@ -21,6 +21,7 @@ from tests.pretrained import random_model, save_checkpoint
 from titan_dp.checkpoint.manifest import verify
 from titan_dp.checkpoint.saver import load_model_weights
 from titan_dp.inference.hf.export import export
+from titan_dp.inference.hf.folder import FolderSource
 from titan_dp.inference.hf.importer import import_folder
 from titan_dp.inference.pretrained import load_pretrained, open_source
 from titan_dp.model.transformer import build_model
@@ -79,7 +80,7 @@ def test_an_exported_checkpoint_comes_back_bit_for_bit(name: str, max_shard_byte
     how, changes = CASES[name]
     _, folder = exported(tmp_path, changes, max_shard_bytes=max_shard_bytes, **how)
     assert (folder / "model.safetensors.index.json").exists() == (max_shard_bytes == 10_000)
-    checkpoint = import_folder(folder, tmp_path / "imported")
+    checkpoint = import_folder(FolderSource(folder), tmp_path / "imported")
     assert checkpoint == tmp_path / "imported" / "checkpoint" / "step-00000000"
     assert verify(checkpoint) == []
     assert_same_checkpoint(checkpoint, tmp_path / "run")
@@ -99,7 +100,7 @@ def test_shards_keep_to_the_size_asked_for_and_the_index_lists_every_tensor_once
 def test_bfloat16_rounds_matrices_and_leaves_norms_and_gates_as_they_were(tmp_path: Path) -> None:
     _, folder = exported(tmp_path, {"use_forget_gate": True}, dtype=torch.bfloat16)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-    imported = tensors(import_folder(folder, tmp_path / "imported"))
+    imported = tensors(import_folder(FolderSource(folder), tmp_path / "imported"))
     for name, tensor in tensors(tmp_path / "run").items():
         kept = "norm" in name or "forget_gate" in name
         assert torch.equal(imported[name].float(), tensor if kept else tensor.bfloat16().float()), name
@@ -114,7 +115,7 @@ def test_an_exported_folder_is_a_source_like_a_checkpoint(target: str, tmp_path:
     assert loaded.tokenizer.encode("whale") == list(b"whale")
     other = "remote-code" if target == "fla" else "fla"
     export(open_source(folder), tmp_path / "again", target=other)
-    assert_same_checkpoint(import_folder(tmp_path / "again", tmp_path / "imported"), tmp_path / "run")
+    assert_same_checkpoint(import_folder(FolderSource(tmp_path / "again"), tmp_path / "imported"), tmp_path / "run")
 
 
 # -- training goes on --------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def test_an_exported_folder_is_a_source_like_a_checkpoint(target: str, tmp_path:
 def test_imported_weights_load_into_a_model_to_be_trained(tmp_path: Path) -> None:
     """From bfloat16 too: what is trained is in float32."""
     _, folder = exported(tmp_path, {"use_forget_gate": True}, dtype=torch.bfloat16)
-    checkpoint = import_folder(folder, tmp_path / "imported")
+    checkpoint = import_folder(FolderSource(folder), tmp_path / "imported")
     model, stored = build_model(open_source(checkpoint).config), tensors(checkpoint)
     load_model_weights(checkpoint, model)
     for name, parameter in model.named_parameters():
@@ -134,7 +135,7 @@ def test_imported_weights_load_into_a_model_to_be_trained(tmp_path: Path) -> Non
 
 def test_a_run_from_imported_weights_is_the_run_from_the_original_ones(tiny_config: Path, tmp_path: Path) -> None:
     _, folder = exported(tmp_path, {"num_householder": 2, "use_forget_gate": True, "intermediate_size": 64})
-    imported = import_folder(folder, tmp_path / "imported")
+    imported = import_folder(FolderSource(folder), tmp_path / "imported")
     starts = {"original": tmp_path / "run", "imported": imported}
     options = ("--training.steps", "2", "--lr_scheduler.total_steps", "20", "--checkpoint.initial_load_path")
     losses = {name: losses_of(tiny_config, 1, name, *options, str(path)) for name, path in starts.items()}
@@ -195,7 +196,7 @@ def test_the_layout_the_paper_was_released_in_becomes_the_model_it_was_made_from
 ) -> None:
     c, model = random_model(**changes)
     released(tmp_path / "released", changes)
-    checkpoint = import_folder(tmp_path / "released", tmp_path / "imported", tokenizer="bytes")
+    checkpoint = import_folder(FolderSource(tmp_path / "released"), tmp_path / "imported", tokenizer="bytes")
     loaded = load_pretrained(checkpoint, torch.device("cpu"))
     ids = tokens(2, 40)
     assert torch.equal(loaded.model(ids), model(ids))
@@ -211,7 +212,7 @@ def test_a_published_configuration_of_another_name_is_imported(tmp_path: Path) -
     values = json.loads(path.read_text()) | {"model_type": "gated_delta_product", "clamp_min": None, "use_beta_conv1d": False}
     del values["use_forget_gate"]
     path.write_text(json.dumps(values))
-    checkpoint = import_folder(tmp_path / "released", tmp_path / "imported", tokenizer="bytes")
+    checkpoint = import_folder(FolderSource(tmp_path / "released"), tmp_path / "imported", tokenizer="bytes")
     ids = tokens(2, 40)
     assert torch.equal(load_pretrained(checkpoint, torch.device("cpu")).model(ids), model(ids))
 
@@ -230,7 +231,7 @@ def test_weights_in_a_bin_file_are_imported_like_safetensors(tmp_path: Path) -> 
     held = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(held, folder / "pytorch_model.bin")
-    assert_same_checkpoint(import_folder(folder, tmp_path / "imported"), tmp_path / "run")
+    assert_same_checkpoint(import_folder(FolderSource(folder), tmp_path / "imported"), tmp_path / "run")
 
 
 def test_a_tied_matrix_held_twice_is_taken_once(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_a_tied_matrix_held_twice_is_taken_once(tmp_path: Path) -> None:
     held = load_file(folder / "model.safetensors")
     held["lm_head.weight"] = held["model.embeddings.weight"].clone()
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    assert_same_checkpoint(import_folder(folder, tmp_path / "imported"), tmp_path / "run")
+    assert_same_checkpoint(import_folder(FolderSource(folder), tmp_path / "imported"), tmp_path / "run")
 
 
 def test_the_tokenizer_named_on_import_is_the_checkpoints(tmp_path: Path) -> None:
@@ -246,4 +247,7 @@ def test_the_tokenizer_named_on_import_is_the_checkpoints(tmp_path: Path) -> Non
     export(open_source(checkpoint), tmp_path / "exported")
     for file in (tmp_path / "exported").glob("tokenizer*"):
         file.unlink()
-    assert open_source(import_folder(tmp_path / "exported", tmp_path / "imported", tokenizer="bytes")).tokenizer == "bytes"
+    assert (
+        open_source(import_folder(FolderSource(tmp_path / "exported"), tmp_path / "imported", tokenizer="bytes")).tokenizer
+        == "bytes"
+    )

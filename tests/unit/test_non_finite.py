@@ -21,6 +21,7 @@ from titan_dp.config import Config, Training
 from titan_dp.errors import RunError, UserError
 from titan_dp.inference.hf.card import _measured_rows
 from titan_dp.inference.hf.export import export
+from titan_dp.inference.hf.folder import FolderSource
 from titan_dp.inference.hf.importer import import_folder
 from titan_dp.inference.pretrained import open_source
 from titan_dp.studies.state_tracking.results import Outcome, Summary
@@ -116,7 +117,7 @@ def test_weights_that_are_not_finite_are_neither_exported_nor_imported(good: Pat
     with pytest.raises(UserError, match=r"are not finite: norm.weight"):
         export(open_source(bad), tmp_path / "out")
     with pytest.raises(UserError, match="are not finite"):
-        import_folder(exported, tmp_path / "out")
+        import_folder(FolderSource(exported), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -14,10 +14,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, explained
 from titan_dp.files import Replaced, to_json
 
 if TYPE_CHECKING:
+    import torch
+
+    from titan_dp import config
     from titan_dp.inference.pretrained import Pretrained
     from titan_dp.inference.sampling import TextStream
 
@@ -192,3 +195,23 @@ def _show_speed(label: str, prompt_tokens: int, prompt_seconds: float, streams: 
     batch = f" in a batch of {len(streams)}" if len(streams) > 1 else ""
     read = f"{prompt_tokens} prompt tokens in {prompt_seconds:.2f} s"
     print(f"[{label}: {read}; {tokens} new tokens{batch}{speed}]", file=sys.stderr)
+
+
+def sample_text(checkpoint: Path, device: torch.device, c: config.Generate, seed: int) -> tuple[str, str]:
+    """What the model of `checkpoint` makes of `c.prompt`, which `train.py` shows when a run ends: a title and a text.
+
+    Returns ("no sample", why) if there is none: the run is done and saved, so nothing is a reason to fail it now.
+    """
+    from titan_dp.inference.pretrained import load_pretrained
+    from titan_dp.inference.sampling import Sampling, continue_text
+
+    try:
+        loaded, sampling = load_pretrained(checkpoint, device), Sampling(c.temperature)
+        text = continue_text(
+            loaded.model, loaded.tokenizer, c.prompt, max_new_tokens=c.max_new_tokens, sampling=sampling, seed=seed
+        )
+        return "sample", c.prompt + text
+    except BaseException as error:  # tokenizers panics with one
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        return "no sample", str(explained(error) or f"{type(error).__name__}: {error}")

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import tomli
+import torch
 
 from titan_dp import config
+from titan_dp.data.tokenizer import Tokenizer
 from titan_dp.errors import UserError
 from titan_dp.files import to_json
+from titan_dp.inference.sources import Source
 from titan_dp.model.transformer import build_model
-from titan_dp.train.run_folder import parsed_record
+from titan_dp.train.run_folder import read_records, run_of
 
 _USE = {
     "fla": """```python
@@ -33,38 +36,31 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 }
 
 
-def model_card(
-    name: str, c: config.Model, *, target: str, training: dict[str, Any], dtype: str, bos: str | None, measured: dict[str, Any]
-) -> str:
+def model_card(name: str, source: Source, target: str, dtype: str, tokenizer: Tokenizer) -> str:
     """Markdown with the front matter the Hub reads.
 
     Args:
         name: of the folder.
-        c: the model's settings.
+        source: of the weights; if it is a run's checkpoint, the card says how the run validated at its step.
         target: "fla" or "remote-code".
-        training: a checkpoint's manifest, or empty.
         dtype: of the matrices as stored.
-        bos: the token every training document began with, or None.
-        measured: the last validation record of the run, or empty.
-    """
-    import torch
+        tokenizer: as written into the folder.
 
+    Raises UserError if the source's training summary is damaged.
+    """
     with torch.device("meta"):
-        model = build_model(c)
+        model = build_model(source.config)
     library = "flash-linear-attention" if target == "fla" else "transformers"
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines += ["tags:", "- deltaproduct", "- linear-rnn", f"- {library}", "---", "", f"# {name}", ""]
-    lines += [
-        f"{model.describe()}.",
-        "",
-        f"{model.num_params():,} parameters, stored in {dtype}. Trained and exported with titan_dp.",
-        "",
-    ]
+    lines += ["tags:", "- deltaproduct", "- linear-rnn", f"- {library}", "---", "", f"# {name}", "", f"{model.describe()}.", ""]
+    lines += [f"{model.num_params():,} parameters, stored in {dtype}. Trained and exported with titan_dp.", ""]
     lines += [_USE[target].format(name=name)]
-    if bos:
+    # Trained documents began with BOS if there is one, and AutoTokenizer does not add it.
+    if bos := next((token for token, i in tokenizer.special_tokens.items() if i == tokenizer.bos_id), None):
         lines += [f"Every training document began with `{bos}`; put it before a prompt.", ""]
     try:
-        rows = {**_training_rows(training), **_measured_rows(measured)}
+        measured = _validation(run_of(source.path), source.training.get("step", 0))
+        rows = _training_rows(source.training) | _measured_rows(measured)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(
             f"the training summary of {name} is damaged ({error}); move training.json out of the folder, or take it from its "
@@ -73,10 +69,9 @@ def model_card(
     if rows:
         lines += ["## Training", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
     lines += ["## Architecture", "", "| | |", "|---|---|"]
-    unused = {
-        key for key in config.Model.model_fields if key.startswith(("attention", "rope")) and "softmax" not in model.describe()
-    }
-    settings = c.model_dump(exclude={"backend", *unused}, exclude_none=True)
+    softmax_only = {key for key in config.Model.model_fields if key.startswith(("attention", "rope"))}
+    unused = set() if "softmax" in model.describe() else softmax_only
+    settings = source.config.model_dump(exclude={"backend", *unused}, exclude_none=True)
     lines += [f"| {key} | {to_json(value)} |" for key, value in settings.items()]
     return "\n".join(lines) + "\n"
 
@@ -90,7 +85,7 @@ def _training_rows(training: dict[str, Any]) -> dict[str, str]:
         "steps": f"{training.get('step', 0):,}",
         "tokens": f"{training.get('tokens', 0):,}",
         "sequence length": f"{run.get('seq_len', 0):,}",
-        "sequences a step": f"{training.get('global_batch_size', 0):,}",
+        "sequences per step": f"{training.get('global_batch_size', 0):,}",
         "optimizer": f"{optimizer.get('name')}, lr {optimizer.get('lr')}, weight decay {optimizer.get('weight_decay')}",
         "schedule": f"{schedule.get('decay_type')} after {schedule.get('warmup_steps')} steps of warmup",
         "data fingerprint": f"`{str(training.get('fingerprint', ''))[:16]}`",
@@ -106,16 +101,13 @@ def _measured_rows(measured: dict[str, Any]) -> dict[str, str]:
     loss = measured["validation_loss"]
     if loss is None or not math.isfinite(loss):
         return {"validation loss": "not finite"}
-    bits = f" ({measured['validation_bits_per_byte']:.4f} bits a byte)" if measured.get("validation_bits_per_byte") else ""
-    return {"validation loss": f"{loss:.4f} nats a token{bits} over {measured['validation_tokens']:,} tokens"}
+    bits = f" ({measured['validation_bits_per_byte']:.4f} bits per byte)" if measured.get("validation_bits_per_byte") else ""
+    return {"validation loss": f"{loss:.4f} nats per token{bits} over {measured['validation_tokens']:,} tokens"}
 
 
-def last_validation(run_folder: Path, step: int) -> dict[str, Any]:
-    """The validation record of a run at `step`, from its metrics.jsonl; empty where there is none."""
-    path = run_folder / "metrics.jsonl"
-    if not path.exists():
+def _validation(run_folder: Path | None, step: int) -> dict[str, Any]:
+    """The validation record of a run at `step`; empty if there is none."""
+    if run_folder is None or not (run_folder / "metrics.jsonl").exists():
         return {}
-    for line in reversed(path.read_text(errors="replace").splitlines()):
-        if '"validation_loss"' in line and (record := parsed_record(line)) is not None and record.get("step") == step:
-            return record
-    return {}
+    found = [record for record in read_records(run_folder) if record["step"] == step and "validation_loss" in record]
+    return found[-1] if found else {}

@@ -14,48 +14,49 @@ The folder is written under another name and renamed: it is there whole or not a
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from titan_dp.errors import UserError
-from titan_dp.files import to_json, write_json
+from titan_dp.files import write_json
 
 if TYPE_CHECKING:
     import torch
 
-    from titan_dp.inference.pretrained import Source
+    from titan_dp.data.tokenizer import Tokenizer
+    from titan_dp.inference.sources import Source
 
 FORMATS = ("fla", "remote-code")
-DTYPES = ("float32", "bfloat16", "float16")
-_READ_BYTES = 2**26
-_CONVERTED_AT_ONCE = 2**22
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder, checkpoint, or exported folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
-    parser.add_argument(
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder, checkpoint, or exported folder")
+    add("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+    add(
         "--format",
         choices=FORMATS,
         default="fla",
         help="fla: for flash-linear-attention (default); remote-code: any model, torch and transformers suffice",
     )
-    parser.add_argument(
+    add(
         "--model-type",
         choices=("gated_deltaproduct", "gated_deltanet", "delta_net"),
         help="of the fla format (default: gated_deltaproduct; the others are for num_householder = 1)",
     )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the matrices (default: float32, as trained); norms stay float32"
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the matrices (default: float32, as trained); norms stay float32",
     )
-    parser.add_argument("--max-shard-size", type=_size, default=5 * 10**9, help="largest file of weights (default: 5GB)")
-    parser.add_argument("--tokenizer", default="", help="use this one instead of the checkpoint's own")
+    add("--max-shard-size", type=_size, default=5 * 10**9, help="largest file of weights (default: 5GB)")
+    add("--tokenizer", default="", help="use this one instead of the checkpoint's own")
 
 
 def _size(text: str) -> int:
@@ -86,8 +87,7 @@ def run(args: argparse.Namespace) -> int:
             tokenizer=args.tokenizer,
             written=lambda: progress.advance(task),
         )
-    files = sorted(args.out.iterdir())
-    for file in files:
+    for file in sorted(args.out.iterdir()):
         print(f"{decimal(file.stat().st_size):>10}  {file}")
     return 0
 
@@ -115,13 +115,14 @@ def export(
         tokenizer: instead of the source's.
         written: called after each tensor.
 
-    Raises UserError where the source is damaged or a weight not finite, `out` is in use, the format cannot express the model,
+    Raises UserError if the source is damaged or a weight not finite, `out` is in use, the format cannot express the model,
     `dtype` cannot hold a weight, or the tokenizer does not fit; then nothing is left behind.
     """
     import torch
 
     from titan_dp.inference.hf import layout
-    from titan_dp.inference.hf.folder import TRAINING
+    from titan_dp.inference.hf.card import model_card
+    from titan_dp.inference.hf.folder import TRAINING, write_weights
 
     assert target in FORMATS, target
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -131,15 +132,17 @@ def export(
     kind = layout.REMOTE_CODE if target == "remote-code" else model_type or "gated_deltaproduct"
     settings = layout.to_hf(source.config, kind, source.seq_len)
     dtype = dtype or torch.float32
+    named = str(dtype).removeprefix("torch.")
     if problems := source.problems():
         raise UserError(f"{source.path} is damaged: {problems[0]}; take another step of the run")
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    scratch = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
+    scratch.mkdir()
     try:
-        scratch.chmod(0o777 & ~_umask())
-        _write_texts(source, scratch, out.name, settings, target, dtype, tokenizer)
-        _write_weights(source, scratch, dtype, max_shard_bytes, written)
+        saved = _write_texts(source, scratch, tokenizer, settings, named)
+        (scratch / "README.md").write_text(model_card(out.name, source, target, named, saved))
+        write_weights(source, scratch, dtype, max_shard_bytes, written)
         write_json(scratch / TRAINING, source.training)
         if target == "remote-code":
             shutil.copyfile(Path(__file__).with_name("modeling_titan_dp.py"), scratch / "modeling_titan_dp.py")
@@ -149,119 +152,18 @@ def export(
         raise
 
 
-def _umask() -> int:
-    """What the user's new files are not allowed; mkdtemp would keep the folder from everybody else."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def _write_texts(
-    source: Source, folder: Path, name: str, settings: dict[str, Any], target: str, dtype: torch.dtype, tokenizer: str
-) -> None:
-    """Tokenizer, config.json, generation_config.json and the model card."""
+def _write_texts(source: Source, folder: Path, tokenizer: str, settings: dict[str, object], dtype: str) -> Tokenizer:
+    """Tokenizer, config.json and generation_config.json; returns the tokenizer as written."""
     from titan_dp.data.tokenizer import load_tokenizer
-    from titan_dp.inference.hf.card import last_validation, model_card
     from titan_dp.inference.hf.tokenizer import save_tokenizer
-    from titan_dp.inference.pretrained import check_vocabulary
-    from titan_dp.train.run_folder import run_of
+    from titan_dp.inference.sources import check_vocabulary
 
     original = load_tokenizer(tokenizer or source.tokenizer)
     check_vocabulary(original, source)
     saved = save_tokenizer(original, folder, source.seq_len)
     ids = {"bos_token_id": saved.bos_id, "eos_token_id": saved.eos_id}
-    named = str(dtype).removeprefix("torch.")
     # No pad_token_id for the model: fla makes it the embedding's padding_idx, whose row fine-tuning then never changes.
-    write_json(folder / "config.json", {**settings, **ids, "pad_token_id": None, "dtype": named})
+    write_json(folder / "config.json", {**settings, **ids, "pad_token_id": None, "dtype": dtype})
     generation = {**ids, "pad_token_id": saved.eos_id, "do_sample": True, "temperature": 0.8}
     write_json(folder / "generation_config.json", generation)
-    bos = next((token for token, token_id in saved.special_tokens.items() if token_id == saved.bos_id), None)
-    run_folder, step = run_of(source.path), source.training.get("step", 0)
-    card = model_card(
-        name,
-        source.config,
-        target=target,
-        training=source.training,
-        dtype=named,
-        bos=bos,
-        measured=last_validation(run_folder, step) if run_folder else {},
-    )
-    (folder / "README.md").write_text(card)
-
-
-def _write_weights(
-    source: Source,
-    folder: Path,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-    written: Callable[[], object],
-) -> None:
-    from titan_dp.inference.hf import layout
-    from titan_dp.inference.hf.folder import WEIGHTS
-
-    shards = _plan_shards(source, dtype, max_shard_bytes)
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        _write_safetensors(folder / file, source, names, dtype, written)
-        index |= {layout.hf_name(name): file for name in names}
-    if len(shards) > 1:
-        total = sum(_stored_bytes(source, name, dtype) for name in source.shapes)
-        write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-    assert set(index) == {layout.hf_name(name) for name in source.shapes}
-
-
-def _write_safetensors(path: Path, source: Source, names: list[str], dtype: torch.dtype, written: Callable[[], object]) -> None:
-    """A file of safetensors, written as it is read: the package's own writer wants all tensors in memory.
-
-    The format: the header's length in 8 bytes, little-endian; the header, JSON, padded to 8 bytes; the tensors' bytes.
-    """
-    import torch
-
-    from titan_dp.inference.hf import layout
-    from titan_dp.inference.pretrained import batches, check_weights, narrowed
-
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        start, end = end, end + _stored_bytes(source, name, dtype)
-        kind = layout.SAFETENSORS_DTYPES[str(_stored_dtype(name, dtype)).removeprefix("torch.")]
-        header[layout.hf_name(name)] = {"dtype": kind, "shape": list(source.shapes[name]), "data_offsets": [start, end]}
-    text = to_json(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for batch in batches(source, names, _READ_BYTES):
-            tensors = source.read(batch)
-            check_weights(tensors, source.path)
-            for name in batch:
-                for part in tensors.pop(name).contiguous().view(-1).split(_CONVERTED_AT_ONCE):
-                    stored = narrowed(part, _stored_dtype(name, dtype), name, source.path)
-                    file.write(stored.view(torch.uint8).numpy().data)
-                written()
-
-
-def _plan_shards(source: Source, dtype: torch.dtype, most: int) -> list[list[str]]:
-    """Tensor names file by file, in the model's order, at most `most` bytes (or one tensor) each."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name in source.shapes:
-        each = _stored_bytes(source, name, dtype)
-        if shards[-1] and size + each > most:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += each
-    return shards
-
-
-def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    import torch
-
-    from titan_dp.inference.hf import layout
-
-    return torch.float32 if layout.stays_float32(name) else dtype
-
-
-def _stored_bytes(source: Source, name: str, dtype: torch.dtype) -> int:
-    return source.shapes[name].numel() * _stored_dtype(name, dtype).itemsize
+    return saved

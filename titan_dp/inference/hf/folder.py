@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a source of weights: settings, tensor names and files, checked before a tensor is read.
+"""The weights of a Hugging Face folder: read as a `Source`, checked before a tensor is read, and written.
 
 Weights may be safetensors or PyTorch's older .bin files, sharded or not; .bin files are read with `weights_only`, so nothing
 in a folder can run code. Every tensor of the model must be there and no other: a tensor without a place means that the
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,51 +21,65 @@ from torch import Tensor
 
 from titan_dp.data.tokenizer import ORIGIN, read_settings
 from titan_dp.errors import UserError
-from titan_dp.files import JsonObject, Natural, file_sha256, inside, parse_json, shorten
+from titan_dp.files import JsonObject, Natural, file_sha256, inside, parse_json, shorten, to_json, write_json
 from titan_dp.inference.hf import layout
-from titan_dp.inference.pretrained import in_the_models_order
+from titan_dp.inference.sources import Source, in_the_models_order, narrowed, within
 
 CONFIG = "config.json"
 TRAINING = "training.json"
-WEIGHTS = "model.safetensors"
-_SINGLE = (WEIGHTS, "pytorch_model.bin")
+_WEIGHTS = "model.safetensors"
+_SINGLE = (_WEIGHTS, "pytorch_model.bin")
+_READ_BYTES = 2**26
+_CONVERTED_AT_ONCE = 2**22  # numbers of a tensor: a converted copy of all of it would double the peak
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
-class FolderSource:
-    """The model of a folder; see `pretrained.Source`. Raises UserError where there is none that we know, or it is damaged."""
+class Stored(NamedTuple):
+    """Where a tensor lies, and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class FolderSource(Source):
+    """The model of a folder. Raises UserError if it holds none that we know, or is damaged.
+
+    Attributes:
+        assumed: settings that config.json does not name, with the defaults taken.
+    """
 
     def __init__(self, path: Path) -> None:
+        if not (path / CONFIG).exists():
+            raise UserError(f"{path} is no Hugging Face folder: it has no {CONFIG}")
         self.path = path
         self.label = "".join(c if c.isprintable() else "_" for c in path.resolve().name) or "model"
         values = _read_json(path / CONFIG)
         self.config, self.seq_len, self.assumed = layout.from_hf(values, str(path / CONFIG))
-        """`assumed`: settings that config.json is silent about."""
         self.model_type: str = values["model_type"]
         self.training = _read_training(path / TRAINING)
         self._files = _weight_files(path)
-        self._where = {name: file for file in self._files for name in _tensors_of(file)}
-        parts = self._parts = layout.our_names(self._where)
+        self._stored = {name: stored for file in self._files for name, stored in _tensors_of(file).items()}
+        parts = self._parts = layout.our_names(self._stored)
         if self.config.tie_word_embeddings and "lm_head.weight" in parts:  # some folders hold the tied matrix twice
-            self._check_tied(parts)
+            own, tied = (self._load(parts[name][0]) for name in ("lm_head.weight", "embeddings.weight"))
+            if not torch.equal(own, tied):
+                raise UserError(
+                    f"{path} has tie_word_embeddings = true, but an lm_head.weight other than its embeddings; set it to false"
+                )
             del parts["lm_head.weight"]
-        found = {name: [self._look(part) for part in of] for name, of in parts.items()}
-        for name, looks in found.items():
-            if len({shape[1:] for shape, _ in looks}) > 1:
-                raise UserError(f"{path} holds {parts[name][0]} and its kin in shapes that do not fit together; copy it again")
-        shapes = {name: torch.Size([sum(s[0] for s, _ in looks), *looks[0][0][1:]]) for name, looks in found.items()}
+        shapes: dict[str, torch.Size] = {}
+        for name, of in parts.items():
+            first, *others = [self._stored[part].shape for part in of]
+            if any(other[1:] != first[1:] for other in others):
+                raise UserError(f"{path} holds {of[0]} and its kin in shapes that do not fit together; copy it again")
+            shapes[name] = torch.Size([first[0] + sum(other[0] for other in others), *first[1:]])
         self.shapes = in_the_models_order(self.config, shapes, str(path))
-        self.dtypes = {name: looks[0][1] for name, looks in found.items()}
+        self.dtypes = {name: self._stored[of[0]].dtype for name, of in parts.items()}
 
-    def _check_tied(self, parts: dict[str, list[str]]) -> None:
-        own, tied = (self._load(parts[name][0]) for name in ("lm_head.weight", "embeddings.weight"))
-        if not torch.equal(own, tied):
-            raise UserError(
-                f"{self.path} has tie_word_embeddings = true, but an lm_head.weight other than its embeddings; set it to false"
-            )
-
-    @cached_property
+    @property
     def tokenizer(self) -> str:
-        """The folder itself; raises UserError where it holds no tokenizer."""
         if not (self.path / "tokenizer.json").exists():
             raise UserError(f"{self.path} has no tokenizer.json; name a tokenizer with --tokenizer")
         return str(self.path)
@@ -81,34 +96,15 @@ class FolderSource:
         return {"path": str(self.path), "model_type": self.model_type, "weights_sha256": digest.hexdigest(), **kept}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self._join([self._load(part) for part in self._parts[name]]) for name in names}
-
-    @staticmethod
-    def _join(parts: list[Tensor]) -> Tensor:
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def problems(self) -> list[str]:
-        return []  # safetensors have no checksums
-
-    def _look(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of a tensor without reading it; a number's shape is (0,), which fits nowhere."""
-        file = self._where[name]
-        if file.suffix == ".bin":
-            tensor = _mapped(file)[name]
-            return tuple(tensor.shape) or (0,), tensor.dtype
-        with safe_open(file, "pt") as opened:
-            part = opened.get_slice(name)
-            return tuple(part.get_shape()) or (0,), _DTYPES[part.get_dtype()]
+        parts = {name: [self._load(part) for part in self._parts[name]] for name in names}
+        return {name: of[0] if len(of) == 1 else torch.cat(of) for name, of in parts.items()}
 
     def _load(self, name: str) -> Tensor:
-        file = self._where[name]
+        file = self._stored[name].file
         if file.suffix == ".bin":
             return _mapped(file)[name].clone()
         with safe_open(file, "pt") as opened:
             return opened.get_tensor(name)
-
-
-_DTYPES = {short: getattr(torch, name) for name, short in layout.SAFETENSORS_DTYPES.items()}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -134,29 +130,28 @@ def _weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has a {CONFIG} but no weights ({' or '.join(_SINGLE)}, or an index of shards)")
 
 
-def _tensors_of(file: Path) -> list[str]:
+def _tensors_of(file: Path) -> dict[str, Stored]:
+    """The tensors of a file, of which none is read. A single number gets shape (0,), which fits nowhere in a model."""
     if file.suffix == ".bin":
-        return list(_mapped(file))
+        return {name: Stored(file, tuple(tensor.shape) or (0,), tensor.dtype) for name, tensor in _mapped(file).items()}
     try:
         with safe_open(file, "pt") as opened:
-            names = list(opened.keys())
-            if unknown := {opened.get_slice(name).get_dtype() for name in names} - set(_DTYPES):
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no dictionary
+            if unknown := {part.get_dtype() for part in slices.values()} - set(_DTYPES):
                 raise UserError(
                     f"{file} holds tensors of dtype {shorten(', '.join(sorted(unknown)))}; expected {', '.join(_DTYPES)}"
                 )
-            return names
+            found = {name: (tuple(part.get_shape()) or (0,), _DTYPES[part.get_dtype()]) for name, part in slices.items()}
     except SafetensorError as error:
         raise UserError(f"{file} is cut off or no safetensors file ({shorten(str(error))}); copy it again") from error
+    return {name: Stored(file, *what) for name, what in found.items()}
 
 
 @lru_cache(maxsize=64)
 def _mapped(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin file, mapped into memory where its format allows."""
+    """The tensors of a .bin file, mapped into memory if its format allows: what torch older than 1.6 wrote is no zip file."""
     try:
-        try:
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written by a torch older than 1.6
-            found = torch.load(file, map_location="cpu", weights_only=True)
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except Exception as error:  # pickle's, zip's and torch's own
         raise UserError(f"{file} is no file of tensors alone ({shorten(str(error).partition(chr(10))[0], 120)})") from error
     tensors = found.items() if isinstance(found, dict) else [(None, None)]
@@ -197,3 +192,48 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is no JSON object; take it from where the folder comes from")
     return value
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def write_weights(
+    source: Source, folder: Path, dtype: torch.dtype, max_shard_bytes: int, written: Callable[[], object]
+) -> None:
+    """The weights of `source` as safetensors files in `folder`, with an index if there are several.
+
+    Written by hand, a few tensors at a time, because the package's own writer wants all tensors in memory. The format: the
+    header's length in 8 bytes, little-endian; the header, JSON, padded to 8 bytes; the tensors' bytes.
+
+    Args:
+        source: of the weights.
+        folder: exists.
+        dtype: of the matrices; norms, A_log and dt_bias are float32, as in training.
+        max_shard_bytes: a file holds at most so much (or one tensor).
+        written: called after each tensor.
+
+    Raises UserError if a weight is not finite or more than its dtype can hold.
+    """
+    dtypes = {name: torch.float32 if layout.stays_float32(name) else dtype for name in source.shapes}
+    sizes = {name: shape.numel() * dtypes[name].itemsize for name, shape in source.shapes.items()}
+    shards = list(within(sizes, max_shard_bytes))
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, names in zip(files if len(shards) > 1 else [_WEIGHTS], shards, strict=True):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            start, end = end, end + sizes[name]
+            entry = {"dtype": _NAMES[dtypes[name]], "shape": list(source.shapes[name]), "data_offsets": [start, end]}
+            header[layout.hf_name(name)] = entry
+        text = to_json(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for tensors in source.batches(names, _READ_BYTES):
+                for name in list(tensors):
+                    for part in tensors.pop(name).contiguous().view(-1).split(_CONVERTED_AT_ONCE):
+                        out.write(narrowed(part, dtypes[name], name, source.path).view(torch.uint8).numpy().data)
+                    written()
+    if len(shards) > 1:
+        index = {layout.hf_name(name): file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(folder / f"{_WEIGHTS}.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index})

@@ -25,45 +25,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    source = _open(args.folder)
-    folder = _import(source, args.out, args.tokenizer)
+    from titan_dp.config.describe import to_toml
+    from titan_dp.inference.hf.folder import FolderSource
+
+    source = FolderSource(args.folder)
+    checkpoint = import_folder(source, args.out, tokenizer=args.tokenizer)
     for assumed in source.assumed:
         print(f"config.json is silent about {assumed}, flash-linear-attention's default; check that the model was trained so")
-    print(f"{folder}: {sum(shape.numel() for shape in source.shapes.values()):,} parameters; train on from it with\n")
-    print(f"[checkpoint]\ninitial_load_path = {str(folder)!r}\n")
-    print(_model_section(source))
+    print(f"{checkpoint}: {sum(shape.numel() for shape in source.shapes.values()):,} parameters; train on from it with\n")
+    print(f"[checkpoint]\ninitial_load_path = {str(checkpoint)!r}\n\n[model]")
+    for key, value in source.config.model_dump(exclude={"backend"}, exclude_none=True).items():
+        print(f"{key} = {to_toml(value)}")
     return 0
 
 
-def import_folder(folder: Path, out: Path, *, tokenizer: str = "") -> Path:
+def import_folder(source: FolderSource, out: Path, *, tokenizer: str = "") -> Path:
     """Write `out`/checkpoint/step-00000000 from a Hugging Face folder; returns that checkpoint.
 
     Args:
-        folder: of the weights.
+        source: of the weights.
         out: run folder; must not exist.
         tokenizer: for `load_tokenizer`; default: what the folder's was made from, or the folder's own.
 
-    Raises UserError where the folder holds no model of a known type, damaged weights or numbers too large for float32, or `out`
-    is in use.
+    Raises UserError if the tokenizer is missing or too large for the model, a weight is not finite or too large for float32, or
+    `out` is in use; then nothing is left behind.
     """
-    return _import(_open(folder), out, tokenizer)
-
-
-def _open(folder: Path) -> FolderSource:
-    from titan_dp.inference.hf.folder import CONFIG, FolderSource
-
-    if not (folder / CONFIG).exists():
-        raise UserError(f"{folder} is no Hugging Face folder: it has no {CONFIG}")
-    return FolderSource(folder)
-
-
-def _import(source: FolderSource, out: Path, tokenizer: str) -> Path:
     import torch
 
     from titan_dp.checkpoint.manifest import delete_checkpoint, step_folder
     from titan_dp.checkpoint.saver import save_model_weights
     from titan_dp.data.tokenizer import load_tokenizer
-    from titan_dp.inference.pretrained import check_vocabulary, check_weights, narrowed
+    from titan_dp.inference.sources import check_vocabulary, narrowed
 
     if out.exists():
         raise UserError(f"{out} exists already; choose another run folder")
@@ -72,10 +64,11 @@ def _import(source: FolderSource, out: Path, tokenizer: str) -> Path:
     check_vocabulary(loaded, source)
     origin = {} if tokenizer else source.tokenizer_origin  # what the data was made with; the folder's own is its conversion
     checkpoint = step_folder(out / "checkpoint", 0)
-    tensors = source.read(source.shapes)
-    check_weights(tensors, source.path)
-    for tensor_name, tensor in tensors.items():
-        narrowed(tensor, torch.float32, tensor_name, source.path)  # which is how a run will hold it
+    tensors: dict[str, torch.Tensor] = {}
+    for batch in source.batches(source.shapes, 2**28):
+        tensors |= batch
+        for tensor_name, tensor in batch.items():
+            narrowed(tensor, torch.float32, tensor_name, source.path)  # as a run will hold it
     try:
         save_model_weights(checkpoint, tensors, _manifest(source, name, origin.get("hash", loaded.hash)))
     except BaseException:
@@ -91,13 +84,10 @@ def _tokenizer_name(source: FolderSource) -> str:
     """The tokenizer an export was made with, if it is still to be had; else the folder's own."""
     from titan_dp.data.tokenizer import load_tokenizer
 
-    origin = source.tokenizer_origin
-    if origin:
-        try:
+    if origin := source.tokenizer_origin:
+        with suppress(UserError):  # out of reach here: what was exported does as well
             if load_tokenizer(origin["name"]).hash == origin["hash"]:
                 return origin["name"]
-        except UserError:  # out of reach here: what was exported does as well
-            pass
     return str(Path(source.tokenizer).resolve())
 
 
@@ -128,10 +118,3 @@ def _manifest(source: FolderSource, tokenizer: str, tokenizer_hash: str) -> dict
         "tokens": source.training.get("tokens", 0),
         "imported_from": source.identity,
     }
-
-
-def _model_section(source: FolderSource) -> str:
-    from titan_dp.config.describe import to_toml
-
-    values = source.config.model_dump(exclude={"backend"}, exclude_none=True)
-    return "\n".join(["[model]", *(f"{key} = {to_toml(value)}" for key, value in values.items())])

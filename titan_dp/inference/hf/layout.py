@@ -246,9 +246,6 @@ def _attention_keys(v: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
 # -- tensors ------------------------------------------------------------------------------------------------------------
 
 
