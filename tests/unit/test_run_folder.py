@@ -27,6 +27,7 @@ from titan_dp.train.run_folder import (
     is_locked,
     last_record,
     last_step,
+    parse_records,
     parsed_record,
     read_records,
     read_run,
@@ -214,6 +215,14 @@ def test_a_line_that_is_json_but_no_record_is_left_out_by_every_reader(line: str
     assert parsed_record(line) is None
     assert read_records(tmp_path) == [{"step": 1, "loss": 3.0}]
     assert last_record(tmp_path) == {"step": 1, "loss": 3.0}
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "lo', '{"step": 2}, {"step": 3}', '{"step": 2', "", "3"])
+def test_lines_that_are_not_records_are_counted_except_the_last(line: str) -> None:
+    record = {"step": 1, "loss": 3.0}
+    whole = json.dumps(record)
+    assert parse_records(f"{whole}\n{line}\n{whole}\n".encode()) == ([record, record], 1)
+    assert parse_records(f"{whole}\n{line}".encode()) == ([record], 0)
 
 
 def test_null_in_a_record_is_a_number_that_was_not_finite() -> None:

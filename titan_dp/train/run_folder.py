@@ -185,7 +185,7 @@ def _try_lock(file: IO[str], kind: int) -> bool:
 
 
 def last_record(folder: Path) -> dict[str, Any]:
-    """The newest values of metrics.jsonl by name, from its end; empty where there are none yet."""
+    """The newest values of metrics.jsonl by name, from its end; empty if there are none yet."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return {}
@@ -199,28 +199,47 @@ def last_record(folder: Path) -> dict[str, Any]:
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl in its order; lines that are none are left out. Raises OSError where there is no file."""
-    lines = (folder / "metrics.jsonl").read_bytes().splitlines()
-    return [record for record in map(parsed_record, lines) if record is not None]
+    """The records of metrics.jsonl in their order; other lines are left out. Raises OSError if there is no file."""
+    return parse_records((folder / "metrics.jsonl").read_bytes())[0]
+
+
+def parse_records(data: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The records of a metrics.jsonl in their order, and how many lines are not records.
+
+    The last line does not count as one of those: a kill may cut it off.
+    """
+    lines = data.splitlines()
+    try:  # as one JSON list: 50 ms for 10,000 lines instead of 80; reports read hundreds of files
+        values = json.loads(b"[" + b",".join(lines) + b"]")
+    except (ValueError, RecursionError):
+        values = []
+    records = [_record(value) for value in values] if len(values) == len(lines) else [parsed_record(line) for line in lines]
+    return [record for record in records if record is not None], records[:-1].count(None)
 
 
 def parsed_record(line: bytes | str) -> dict[str, Any] | None:
-    """A line of metrics.jsonl, or None where it is none: cut off by a kill, by reading from the middle, or of other types.
-
-    A record has a "step", an integer; its other values are numbers, null standing for one that is not finite (here NaN), or
-    text, which no version writes yet.
-    """
+    """One line of metrics.jsonl; None if it is not a record: cut off by a kill, read from its middle, or of wrong types."""
     try:
-        record = json.loads(line)
+        return _record(json.loads(line))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**62:
+
+
+def _record(value: Any) -> dict[str, Any] | None:
+    """`value` with NaN for null, which stands for a number that is not finite; None if it is not a record.
+
+    A record has a "step", an integer. Its other values are numbers or, under names that no version writes yet, text.
+    """
+    if not isinstance(value, dict) or type(value.get("step")) is not int or not 0 <= value["step"] < 2**62:
         return None
-    if not all(value is None or isinstance(value, str) or is_number(value) for value in record.values()):
-        return None
-    if any(isinstance(record.get(key), str) for key in NUMBERS):
-        return None
-    return {key: math.nan if value is None else value for key, value in record.items()}
+    for key, entry in value.items():
+        if type(entry) is float:  # most are: a report checks millions
+            continue
+        if entry is None:
+            value[key] = math.nan
+        elif not is_number(entry) and (key in NUMBERS or not isinstance(entry, str)):
+            return None
+    return value
 
 
 _STEP = ["loss", "lr", "grad_norm", "tokens", "tokens_per_second", "data_wait", "step_seconds", "skipped_steps", "mfu"]
