@@ -1,32 +1,52 @@
-"""`titan-dp COMMAND ...`: everything but training, which is train.py's.
+"""`titan-dp COMMAND ...`: everything except training, which is train.py's.
 
-A command is a module with `add_arguments(parser)` and `run(args) -> exit code`. Only the chosen one is imported, and
-such modules import torch late, so that every --help answers at once. A new command is a line in COMMANDS.
+A command is a module with `add_arguments(parser)` and `run(args) -> exit code`; a command of several kinds is a table of such
+modules. Only the chosen module is imported, and such modules import torch late, so that every --help answers at once. A new
+command is a line in COMMANDS.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from importlib import import_module
+from typing import Any
 
-from titan_dp.errors import UserError, run_main
+from titan_dp.config.arguments import parse
+from titan_dp.errors import run_main
 
-# name: (module, what it does)
-COMMANDS = {
+Commands = dict[str, tuple[Any, str]]
+"""By name: (the module, or the commands of a lower level; what it does)."""
+
+EVALUATIONS: Commands = {
+    "perplexity": ("titan_dp.evals.perplexity", "loss, perplexity and bits per byte on shards or text"),
+    "lm-eval": ("titan_dp.evals.lm_eval", "tasks of EleutherAI's harness"),
+    "length-extrapolation": ("titan_dp.evals.length_extrapolation", "loss by position, far beyond the training length"),
+    "effective-rank": ("titan_dp.evals.effective_rank", "how much of each head's state is used, token by token"),
+    "recall": ("titan_dp.evals.recall", "multi-query associative recall on generated sequences"),
+}
+STATE_TRACKING: Commands = {
+    "train": (
+        "titan_dp.studies.state_tracking.train",
+        "train models on a word problem or a formal language, several seeds of each",
+    ),
+    "report": ("titan_dp.studies.state_tracking.report", "table and curves of trained models, from their run folders"),
+    "inspect": (
+        "titan_dp.studies.state_tracking.inspect",
+        "what a trained model does: step sizes, keys, the orbit of its state",
+    ),
+    "theory": ("titan_dp.studies.state_tracking.theory", "the theorems as executable checks on weights written by hand"),
+}
+COMMANDS: Commands = {
     "prepare": ("titan_dp.data.prepare", "turn text files or a Hugging Face dataset into token shards"),
     "checkpoint": ("titan_dp.checkpoint.manifest", "list the checkpoints of a run, or verify one"),
     "export": ("titan_dp.inference.hf.export", "write a trained model as a Hugging Face folder"),
     "import": ("titan_dp.inference.hf.importer", "make a checkpoint of a Hugging Face folder"),
-    "evaluate": ("titan_dp.evals.command", "measure a trained model: perplexity, lm-eval, length, effective rank, recall"),
+    "evaluate": (EVALUATIONS, "measure a trained model: perplexity, lm-eval, length, effective rank, recall"),
     "generate": ("titan_dp.inference.generate", "continue a prompt with a trained model"),
     "match": ("titan_dp.studies.match", "find shapes of equal parameters or FLOPs for several n_h"),
     "sweep": ("titan_dp.studies.sweep", "expand a sweep file into runs, and launch them"),
-    "state-tracking": (
-        "titan_dp.studies.state_tracking.command",
-        "word problems and formal languages: train, compare, inspect, prove",
-    ),
+    "state-tracking": (STATE_TRACKING, "word problems and formal languages: train, compare, inspect, prove"),
     "estimate": ("titan_dp.estimate.command", "memory, communication and speed of a run, before there is a machine for it"),
     "report": ("titan_dp.studies.report.command", "tables, fits and plots of many runs"),
 }
@@ -40,21 +60,24 @@ def main() -> int:
 def dispatch(argv: list[str]) -> int:
     """Parse `argv` and run the command it names. argparse itself leaves with code 2 on a wrong argument."""
     parser = argparse.ArgumentParser(prog="titan-dp", description="Work around training runs; training itself is train.py.")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (module_name, summary) in COMMANDS.items():
+    _add_commands(parser, COMMANDS, argv)
+    args = parse(parser, argv)
+    return args.run(args)
+
+
+def _add_commands(parser: argparse.ArgumentParser, commands: Commands, argv: list[str]) -> None:
+    """A subcommand for each; only of the one that `argv` names is the module imported."""
+    subparsers = parser.add_subparsers(metavar="COMMAND" if commands is COMMANDS else "KIND", required=True)
+    for name, (where, summary) in commands.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
-        if argv[:1] == [name]:
-            module = import_module(module_name)
+        if argv[:1] != [name]:
+            continue
+        if isinstance(where, dict):
+            _add_commands(subparser, where, argv[1:])
+        else:
+            module = import_module(where)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    args, rest = parser.parse_known_args(argv)
-    if rest and hasattr(args, "settings") and (unknown := re.match(r"--(\w+\.[\w.]+)", rest[0])):
-        from titan_dp.config.hints import explain_unknown
-
-        raise UserError(f"command line: unknown key {unknown[1]}; {explain_unknown(unknown[1])}")
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args.run(args)
 
 
 if __name__ == "__main__":

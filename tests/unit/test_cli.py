@@ -20,10 +20,12 @@ def python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, timeout=600)
 
 
+KINDS = [(name, kind) for name, (where, _) in COMMANDS.items() if isinstance(where, dict) for kind in where]
 HELPS = {
     "train.py": ["train.py", "--help"],
     "titan-dp": ["-m", "titan_dp.cli", "--help"],
     **{f"titan-dp {name}": ["-m", "titan_dp.cli", name, "--help"] for name in COMMANDS},
+    **{f"titan-dp {name} {kind}": ["-m", "titan_dp.cli", name, kind, "--help"] for name, kind in KINDS},
 }
 
 

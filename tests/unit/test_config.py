@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.conftest import MINIMAL, Folder
-from titan_dp.config import Model, parse_count
+from titan_dp.config import Model, advice, parse_count
 from titan_dp.config import describe as config_docs
-from titan_dp.config import hints as config_hints
 from titan_dp.config.load import config_from_toml, load_config
 from titan_dp.errors import UserError
 
@@ -202,7 +201,7 @@ def test_the_words_of_torchtitan_and_flame_are_translated(folder: Folder, key: s
 
 
 def test_every_key_a_hint_names_exists() -> None:
-    for key, hint in config_hints.HINTS.items():
+    for key, hint in advice.HINTS.items():
         for dotted in re.findall(r"\b[a-z_]+\.[a-z_.0-9]*[a-z0-9]\b", hint):
             assert dotted in config_docs.all_keys(), hint
         assert key not in config_docs.all_keys(), f"{key} is a valid key: its hint can never be shown"

@@ -10,9 +10,8 @@ import pytest
 import tomli
 
 from tests.unit.conftest import MINIMAL, Folder
-from titan_dp.config import Config
+from titan_dp.config import Config, advice
 from titan_dp.config import describe as config_docs
-from titan_dp.config import warnings as config_warnings
 from titan_dp.config.load import PROJECT, config_from_toml, load_config
 
 # -- the resolved configuration ----------------------------------------------------------------------------------------
@@ -119,7 +118,7 @@ def test_a_warmup_longer_than_the_run_is_warned_of(folder: Folder) -> None:
 
 
 def test_every_rule_of_the_warnings_names_keys_that_exist(folder: Folder) -> None:
-    for _, section, names, _ in config_warnings.rules(folder.load(MINIMAL).config):
+    for _, section, names, _ in advice.rules(folder.load(MINIMAL).config):
         for name in names.split():
             assert f"{section}.{name}" in config_docs.all_keys()
 

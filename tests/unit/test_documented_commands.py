@@ -40,7 +40,8 @@ ALL = [pytest.param(command, id=f"{page}: {' '.join(command)[:90]}") for page in
 
 def accepts(argv: list[str]) -> bool:
     """Whether `titan-dp argv` is understood; nothing is run."""
-    module = import_module(cli.COMMANDS[argv[0]][0])
+    where = cli.COMMANDS[argv[0]][0]
+    module = import_module(where[argv[1]][0] if isinstance(where, dict) else where)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "run", lambda args: _CORRECT)
         return cli.dispatch(argv) == _CORRECT

@@ -15,6 +15,7 @@ import torch
 
 from titan_dp import config
 from titan_dp.cli import dispatch
+from titan_dp.config.arguments import parse
 from titan_dp.config.load import config_from_toml
 from titan_dp.data.synthetic.groups import parse_group
 from titan_dp.data.synthetic.loader import build_problem, fingerprint
@@ -32,7 +33,7 @@ PRINT = ["--launch", "print"]
 def cells(*words: str, out: Path | None = None) -> list[Cell]:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     train.add_arguments(parser)
-    return plan(parser.parse_args([*words, *(["--out", str(out)] if out else [])]))
+    return plan(parse(parser, [*words, *(["--out", str(out)] if out else [])]))
 
 
 def planned(*words: str) -> config.Config:
@@ -460,7 +461,7 @@ def test_a_number_that_is_none_is_refused_by_the_command_line(
     with pytest.raises(SystemExit) as caught:
         dispatch(["state-tracking", "train", *words, *PRINT, "--out", str(tmp_path / "out")])
     assert caught.value.code == 2
-    assert f"argument {words[0]}: {words[1]!r} is no " in capsys.readouterr().err
+    assert f"argument {words[0]}: {words[1]!r}: expected " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from tests.unit.test_match import PAPER_SHAPES, built_parameters, check_grid, closed_flops
 from tests.unit.test_train_configs import PAPER
 from titan_dp.config import Config
+from titan_dp.config.advice import ineffective_settings
 from titan_dp.config.describe import all_keys, to_toml
 from titan_dp.config.load import config_folder, load_config
-from titan_dp.config.warnings import ineffective_settings
 from titan_dp.errors import UserError
 from titan_dp.studies.sweep_file import Sweep, load_sweep
 

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from titan_dp import config
 from titan_dp.checkpoint.manifest import DamagedError, saved_sections, saved_value
+from titan_dp.config.advice import model_rules
 from titan_dp.config.describe import all_keys
-from titan_dp.config.warnings import model_rules
 from titan_dp.errors import UserError
 from titan_dp.files import shorten, shown, to_json
 

@@ -1,4 +1,4 @@
-"""Every setting (schema.py), how it is read (load.py), shown (describe.py) and advised on (hints.py, warnings.py).
+"""Every setting (schema.py), how it is read (load.py), shown (describe.py) and advised on (advice.py).
 
 The schema's names are this package's: `from titan_dp import config`, then `config.Model`.
 """

@@ -1,104 +1,101 @@
-"""What the commands of `titan-dp` share: commands of several kinds, and numbers that argparse reads, bounds and refuses."""
+"""What the commands of `titan-dp` share: numbers that argparse reads and bounds, and `--section.key VALUE` handed through.
+
+A command that takes the settings of train.py calls `take_settings`; what argparse does not know arrives as `args.settings`,
+arguments for `load_config`, which refuses what is wrong there in its own words.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
-from importlib import import_module
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from titan_dp.config.describe import describe
 from titan_dp.config.schema import parse_count
+from titan_dp.files import shown
 
 T = TypeVar("T")
 
 
-def add_kinds(parser: argparse.ArgumentParser, kinds: dict[str, tuple[str, str]]) -> None:
-    """A subcommand a kind, {name: (module, what it does)}; the chosen module's `run` becomes `args.run_kind`."""
-    subparsers = parser.add_subparsers(metavar="KIND", required=True)
-    for name, (module_name, summary) in kinds.items():
-        module = import_module(module_name)
-        description = (module.__doc__ or summary).split("\n\n")[0]
-        subparser = subparsers.add_parser(name, help=summary, description=description, allow_abbrev=False)
-        module.add_arguments(subparser)
-        subparser.set_defaults(run_kind=module.run)
+def take_settings(parser: argparse.ArgumentParser, about: str) -> None:
+    """`--section.key VALUE` as for train.py, which `about` explains: `args.settings` gets them."""
+    parser.add_argument_group("--section.key VALUE", about)
+    parser.set_defaults(settings=[])
 
 
-def add_settings(parser: argparse.ArgumentParser, description: str, keys: Iterable[str]) -> None:
-    """`--section.key VALUE` as for train.py, for each of `keys`: they become `args.settings`, see `Settings`."""
-    group = parser.add_argument_group("--section.key VALUE", description)
-    for key in keys:
-        add_setting(group, f"--{key}", key=key, help=argparse.SUPPRESS)
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """`parser.parse_args`, except that a command which takes settings gets as such what the parser does not know."""
+    args, rest = parser.parse_known_args(argv)
+    takes_settings = hasattr(args, "settings")
+    unknown = [word for word in rest if not takes_settings or (word.startswith("--") and "." not in word.partition("=")[0])]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if takes_settings:
+        args.settings = [*args.settings, *rest]
+    return args
 
 
-def add_setting(group: argparse._ActionsContainer, *names: str, key: str, help: str, value: str | None = None) -> None:
-    """Option `names`, which stands for `--key VALUE`, or with `value` for `--key value`."""
-    group.set_defaults(settings=Settings())
-    group.add_argument(*names, action=_Set, dest=key, const=value, nargs="?" if value is None else 0, metavar="X", help=help)
-
-
-class Settings(dict[str, str | None]):
-    """The settings of a command line by dotted key: values as text, or None for a flag alone, which train.py takes as true."""
-
-    def argv(self) -> list[str]:
-        """The same as arguments of train.py."""
-        return [f"--{key}" if value is None else f"--{key}={value}" for key, value in self.items()]
+def add_setting(parser: argparse.ArgumentParser, *names: str, key: str, help: str, value: str | None = None) -> None:
+    """An option that stands for `--key VALUE`, or, with `value`, a flag that stands for `--key value`."""
+    parser.add_argument(*names, action=_Set, dest=key, const=value, nargs=0 if value else None, metavar="X", help=help)
 
 
 class _Set(argparse.Action):
     def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option_string: object = None) -> None:
-        namespace.settings = Settings(namespace.settings | {self.dest: self.const if self.nargs == 0 else values})
+        namespace.settings = [*namespace.settings, f"--{self.dest}={self.const or values}"]
 
 
-def count(text: str) -> int:
-    """'805M', '5G', '5e9' -> an integer above 0."""
-    value = str(parse_count(text.removesuffix("G") + "B" if text.endswith("G") else text))
-    expected = "count from 1 to 1e14 such as 805M, 1.3B or 5e9"
-    return _bounded(text, lambda: round(float(value)), lambda n: 0 < n <= 1e14, expected)
+def number(kind: Any) -> Callable[[str], Any]:
+    """A reader for argparse, of a type such as `Positive` or `Annotated[float, Field(gt=0)]`; refusals describe the type."""
+    adapter: TypeAdapter[Any] = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+    return reader(adapter.validate_strings, describe(adapter.json_schema()))
 
 
-def natural(text: str) -> int:
-    return _bounded(text, lambda: int(text), lambda n: n >= 0, "whole number, 0 or more")
+def reader(read: Callable[[str], T], expected: str) -> Callable[[str], T]:
+    """`read` for argparse: what it raises ValueError for is refused with what is `expected`."""
+
+    def checked(text: str) -> T:
+        try:
+            return read(text)
+        except (ValueError, OverflowError):  # pydantic's ValidationError is a ValueError
+            raise argparse.ArgumentTypeError(f"{shown(text)}: expected {expected}") from None
+
+    return checked
 
 
-def grid(text: str) -> int:
-    return _bounded(text, lambda: int(text), lambda n: 1 <= n <= 4096, "whole number from 1 to 4096")
+# No count of anything here needs more than 62 bits, and torch's integers have no more than 64.
+positive = number(Annotated[int, Field(gt=0, lt=2**62)])
+natural = number(Annotated[int, Field(ge=0, lt=2**62)])
+fraction = number(Annotated[float, Field(gt=0, le=1)])
+grid = number(Annotated[int, Field(ge=1, le=4096)])
+above_zero = number(Annotated[float, Field(gt=0, lt=1e9)])
 
 
-def positive(text: str) -> int:
-    return _bounded(text, lambda: int(text), lambda n: n >= 1, "whole number above 0")
+def _count(text: str) -> int:
+    value = parse_count(text.removesuffix("G") + "B" if text.endswith("G") else text)
+    number = value if isinstance(value, int) else round(float(text))
+    if not 0 < number <= 1e14:
+        raise ValueError
+    return number
 
 
-def fraction(text: str) -> float:
-    return _bounded(text, lambda: float(text), lambda x: 0 < x <= 1, "number above 0 and at most 1")
-
-
-def above_zero(text: str) -> float:
-    return _bounded(text, lambda: float(text), lambda x: 0 < x < 1e9, "number above 0")
-
-
-def percent(text: str) -> float:
-    """'0.25' -> 0.0025."""
-    return _bounded(
-        text, lambda: float(text.removesuffix("%")) / 100, lambda x: 0 < x <= 0.05, "percentage up to 5 such as 0.25"
-    )
-
-
-def householder_list(text: str) -> list[int]:
-    """'1,2,4' -> [1, 2, 4]."""
-
-    def fits(values: list[int]) -> bool:
-        return len(set(values)) == len(values) and all(1 <= n <= 8 for n in values)
-
-    return _bounded(
-        text, lambda: [int(part) for part in text.split(",")], fits, "list of different n_h from 1 to 8 such as 1,2,3"
-    )
-
-
-def _bounded(text: str, read: Callable[[], T], fits: Callable[[T], bool], expected: str) -> T:
-    try:
-        value = read()
-    except (ValueError, OverflowError):
-        value = None
-    if value is None or not fits(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is no {expected}")
+def _percent(text: str) -> float:
+    value = float(text.removesuffix("%")) / 100
+    if not 0 < value <= 0.05:
+        raise ValueError
     return value
+
+
+def _householder_list(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if len(set(values)) < len(values) or not all(1 <= n <= 8 for n in values):
+        raise ValueError
+    return values
+
+
+count = reader(_count, "count from 1 to 1e14 such as 805M, 5G or 5e9")
+percent = reader(_percent, "percentage up to 5 such as 0.25")
+"""'0.25' as 0.0025."""
+householder_list = reader(_householder_list, "list of different n_h from 1 to 8 such as 1,2,3")

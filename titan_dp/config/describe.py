@@ -1,8 +1,8 @@
-"""The schema as people see it: names, expected values and explanations, drawn from config.py's types and docstrings.
+"""The schema as people see it: names, expected values and explanations, drawn from schema.py's types and docstrings.
 
 Three texts come from here and so cannot disagree: the "expected ..." of an error message, `train.py --help`, and
 docs/config.md (`python -m titan_dp.config.describe > docs/config.md`; a test fails when the committed page is stale).
-Reading values is config_loader.py's. Nothing here imports torch.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from titan_dp.config import Config, Section
+from titan_dp.config.schema import Config, Section
 from titan_dp.files import to_json
 
 
@@ -55,11 +55,10 @@ class Key:
     def accepts(self, value: object) -> bool:
         """Whether the field's type takes `value`, apart from the rules of its section."""
         try:
-            taken = self._type.validate_python(value)
+            self._type.validate_python(value)
         except ValueError:
             return False
-        numbers = taken if isinstance(taken, list) else [taken]
-        return not any(isinstance(number, int) and abs(number) >= 2**63 for number in numbers)  # TOML's integers have 64 bits
+        return True
 
 
 @cache
@@ -103,14 +102,15 @@ def describe(schema: dict[str, Any]) -> str:
     kind = schema.get("type") or schema["title"]  # a type with a spelling of its own, such as Count, has only a title
     kind = f"non-empty {kind}" if schema.get("minLength") else kind
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    return kind + " and".join(f" {sign} {schema[bound]:g}" for bound, sign in signs.items() if bound in schema)
+    limits = {sign: schema[name] for name, sign in signs.items() if abs(schema.get(name, 2**62)) < 2**62}  # more: no limit
+    return kind + " and".join(f" {sign} {limit:g}" for sign, limit in limits.items())
 
 
 def to_toml(value: object) -> str:
     """`value` as TOML: strings escaped, floats in the shortest form that reads back the same."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well
+    if isinstance(value, str):  # JSON's escapes are TOML's, except that TOML wants DEL escaped as well
         return to_json(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
         return "[" + ", ".join(to_toml(item) for item in value) + "]"

@@ -1,11 +1,11 @@
 """From the command line and TOML files to one checked `Config`, with the origin of every value.
 
-    command line  >  file  >  the file it `extends`  >  defaults of config.py
+    command line  >  file  >  the file it `extends`  >  defaults of schema.py
 
-Each source becomes a flat list of settings (dotted key, value, origin), and one function merges and checks them. The
-invariant: nothing is dropped in silence. A key that does not exist, a value of the wrong type, a rule between values:
-all problems of all sources are reported at once, each with its file and line, in one UserError.
-What this leaves out: what needs data, devices or the number of ranks is checked where those are known.
+Each source becomes a flat list of settings (dotted key, value, origin). They are merged, later ones win, and validated
+once, by the schema. Nothing is dropped in silence: keys that do not exist, values of the wrong type and broken rules are
+reported at once, each with its file and line, in one UserError.
+What needs data, devices or the number of ranks is checked where those are known.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import Any
 import tomli
 from pydantic import ValidationError
 
-from titan_dp.config import Config, Section
+from titan_dp.config.advice import explain_unknown, ineffective_settings
 from titan_dp.config.describe import Key, all_keys, help_text, sections, to_toml
-from titan_dp.config.hints import explain_unknown
-from titan_dp.config.warnings import ineffective_settings
+from titan_dp.config.schema import Config
 from titan_dp.errors import UserError
 from titan_dp.files import as_unicode, shorten, shown
 
-# Two spellings of one quantity: setting one undoes the other of a source that ranks lower.
+# Two spellings of one quantity: setting one undoes the other if that came from a lower source.
 _ALTERNATIVES = {"training.steps": "training.tokens", "training.tokens": "training.steps"}
 
-_DEEPEST = 8  # parts of a key; none that is known has half as many
+_DEEPEST = 8  # parts of a key; no known key has half as many
+_MISSING = object()
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -111,24 +111,18 @@ class Setting:
         return re.sub(r":\d+$", "", self.origin)
 
 
-@dataclass
-class Problems:
-    """What is wrong so far, and the sections it leaves unknown: rules over those would only repeat it."""
+class Problems(list[str]):
+    """What is wrong so far, a line each."""
 
-    lines: list[str] = field(default_factory=list)
-    unsound: set[str] = field(default_factory=set)
-
-    def add(self, line: str, section: str | None = None) -> None:
-        self.lines.append(line)
-        self.unsound |= {section} if section else set()
+    unread = False
+    """A whole source could not be read: whatever it would have set is unknown, so rules between values are not asked."""
 
     def add_unread(self, line: str) -> None:
-        """A whole source cannot be read: whatever it would have set is unknown."""
-        self.lines.append(line)
-        self.unsound |= set(Config.model_fields)
+        self.append(line)
+        self.unread = True
 
     def raise_if_any(self) -> None:
-        lines = list(dict.fromkeys(self.lines))
+        lines = list(dict.fromkeys(self))
         if lines:
             raise UserError("\n  ".join([f"{len(lines)} problems in the configuration:", *lines] if lines[1:] else lines))
 
@@ -200,7 +194,7 @@ def parse_command_line(argv: list[str], problems: Problems) -> CommandLine:
             hint = (
                 f"; write --config {shorten(argument)}" if argument.endswith(".toml") else "; a setting is --section.key VALUE"
             )
-            problems.add(f"command line: unexpected {shown(argument)}{hint}")
+            problems.append(f"command line: unexpected {shown(argument)}{hint}")
             continue
         name, has_value, text = argument[2:].partition("=")
         if not has_value and rest and not rest[0].startswith("--") and name not in ("print-config", "dry-run"):
@@ -211,28 +205,31 @@ def parse_command_line(argv: list[str], problems: Problems) -> CommandLine:
             line.dry_run = True
         elif name in ("config", "job.config_file"):
             if line.config is not None:
-                problems.add(f"command line: --config is given twice ({line.config} and {text})")
+                problems.append(f"command line: --config is given twice ({line.config} and {text})")
             line.config = text
         else:
             key = all_keys().get(name)
-            if not has_value and key is not None and not key.is_flag:
-                problems.add(f"command line: --{name} needs a value; expected {key.expected}", name.partition(".")[0])
-            else:
-                line.settings.append(Setting(name, command_line_value(key, text) if has_value else True, "command line"))
+            absent = True if key is None or key.is_flag else _MISSING
+            line.settings.append(Setting(name, command_line_value(key, text) if has_value else absent, "command line"))
     return line
 
 
+def keys_of(argv: list[str]) -> list[str]:
+    """The keys that arguments of train.py set, in their order; wrong arguments are for `load_config` to refuse."""
+    return [setting.key for setting in parse_command_line(argv, Problems()).settings]
+
+
 def command_line_value(key: Key | None, text: str) -> object:
-    """`text` read as a TOML value where that fits the key, else as a plain string: a run_name may be 123."""
+    """`text` as a TOML value if that fits the key, else as a plain string: a run_name may be 123."""
     try:
         parsed = tomli.loads(f"value = {text}")
-    except (ValueError, RecursionError):  # no TOML, or an integer of thousands of digits, or lists as deep
+    except (ValueError, RecursionError):  # not TOML, an integer too long to parse, or lists nested too deeply
         return text
-    if parsed.keys() != {"value"}:  # a newline, and more settings behind it
+    if parsed.keys() != {"value"}:  # a newline with more settings behind it
         return text
     value = parsed["value"]
     if key is None or key.accepts(value) or (isinstance(value, list) and "list of" in key.expected):
-        return value  # a list for a key of lists is never meant as a name, even where it is the wrong one
+        return value  # a list for a key of lists is never meant as a name, even if it is a wrong list
     return text if key.accepts(text) else value
 
 
@@ -354,66 +351,83 @@ def build_config(settings: list[Setting], problems: Problems) -> tuple[Config, d
     """
     merged: dict[str, Setting] = {}
     for setting in settings:
-        key, section = all_keys().get(setting.key), setting.key.partition(".")[0]
-        if key is None:
-            problems.add(f"{setting.origin}: unknown key {shorten(setting.key)}; {explain_unknown(setting.key)}", section)
-        elif not key.accepts(setting.value):
-            problems.add(f"{setting.origin}: {setting.key} = {_show(setting.value)}: expected {key.expected}", section)
-        else:
-            merged[setting.key] = setting
-            other = merged.get(_ALTERNATIVES.get(setting.key, ""))
-            if other is not None and other.source != setting.source:
-                del merged[other.key]
-    checked: dict[str, Section] = {}
-    for name, info in Config.model_fields.items():
-        try:
-            assert isinstance(info.annotation, type)
-            unknown = name in problems.unsound
-            checked[name] = info.default if unknown else info.annotation.model_validate(_nested(name, merged))
-        except ValidationError as error:
-            checked[name] = info.default
-            for text in _messages(error):
-                problems.add(f"[{name}] {text}{_origins(text, name, merged)}", name)
-    config = Config.model_construct(None, **checked)  # its rules are asked one by one instead
-    if "checkpoint" not in problems.unsound:
-        for name in config.checkpoint.allow_changed:
-            if name not in all_keys():
-                where = merged["checkpoint.allow_changed"].origin
-                problems.add(f"{where}: checkpoint.allow_changed: unknown key {shorten(name)}; {explain_unknown(name)}")
-    for involved, text in config.problems_across_sections():
-        if not involved & problems.unsound:
-            problems.add(text)
+        other = merged.get(_ALTERNATIVES.get(setting.key, ""))
+        if other is not None and other.source != setting.source:
+            del merged[other.key]
+        merged[setting.key] = setting
+    known = {key: setting for key, setting in merged.items() if key in all_keys()}
+    values = _nested(known)
+    try:
+        config, errors = Config.model_validate(values), []
+    except ValidationError as error:
+        config, errors = None, error.errors()
+    wrong = {_key_of(error["loc"]) for error in errors}
+    for setting in settings:  # in their order, unknown keys and wrong values alike
+        if setting.key not in all_keys():
+            problems.append(f"{setting.origin}: unknown key {shorten(setting.key)}; {explain_unknown(setting.key)}")
+        elif setting.key in wrong and setting is known.get(setting.key):
+            problems.append(_refusal(setting))
+    allowed = known.get("checkpoint.allow_changed")
+    if allowed is not None and allowed.key not in wrong:
+        for name in (name for name in allowed.value if name not in all_keys()):  # type: ignore[attr-defined]  # a list
+            problems.append(f"{allowed.origin}: {allowed.key}: unknown key {shorten(name)}; {explain_unknown(name)}")
+    if not problems.unread:
+        unsound = {key.partition(".")[0] for key in (merged.keys() - known.keys()) | wrong}
+        problems += _broken_rules(errors, known, unsound)
+        problems += _broken_rules_across(values, unsound | {str(error["loc"][0]) for error in errors if error["loc"]})
     problems.raise_if_any()
-    return Config.model_validate(checked), {key: merged[key].origin if key in merged else "default" for key in all_keys()}
+    assert config is not None
+    return config, {key: known[key].origin if key in known else "default" for key in all_keys()}
 
 
-def _nested(section: str, merged: dict[str, Setting]) -> dict[str, Any]:
-    """The settings of one section as pydantic wants them, subsections as dictionaries."""
+def _nested(settings: dict[str, Setting]) -> dict[str, Any]:
+    """The settings as pydantic wants them, sections as dictionaries."""
     values: dict[str, Any] = {}
-    for key, setting in merged.items():
-        first, *inner, name = key.split(".")
-        if first == section:
-            target = values
-            for part in inner:
-                target = target.setdefault(part, {})
-            target[name] = setting.value
+    for key, setting in settings.items():
+        *path, name = key.split(".")
+        target = values
+        for part in path:
+            target = target.setdefault(part, {})
+        target[name] = setting.value
     return values
 
 
-def _messages(error: ValidationError) -> Iterator[str]:
-    """What a section's own rules say; types have been checked before."""
-    for item in error.errors():
-        yield from item["msg"].removeprefix("Value error, ").split("\n")
+def _key_of(location: tuple[int | str, ...]) -> str:
+    """The key of pydantic's location, which goes on into lists and alternatives; empty for a section or the whole."""
+    paths = (".".join(map(str, location[:parts])) for parts in range(2, len(location) + 1))
+    return next((path for path in paths if path in all_keys()), "")
 
 
-def _origins(text: str, section: str, merged: dict[str, Setting]) -> str:
-    """Where the keys that `text` mentions were set: ' (hidden_size from 800m.toml:7)'."""
-    found = [
-        f"{name} from {setting.origin}"
-        for setting in merged.values()
-        if setting.key.startswith(section + ".") and re.search(rf"\b{(name := setting.key.rpartition('.')[2])}\b", text)
-    ]
-    return f" ({', '.join(found)})" if found else ""
+def _refusal(setting: Setting) -> str:
+    expected = f"expected {all_keys()[setting.key].expected}"
+    if setting.value is _MISSING:
+        return f"{setting.origin}: --{setting.key} needs a value; {expected}"
+    return f"{setting.origin}: {setting.key} = {_show(setting.value)}: {expected}"
+
+
+def _broken_rules(errors: list[Any], known: dict[str, Setting], unsound: set[str]) -> Iterator[str]:
+    """What sections' own rules say, with the origins of the keys they mention: '... (hidden_size from 800m.toml:7)'."""
+    for error in errors:
+        if not error["loc"] or _key_of(error["loc"]) or error["loc"][0] in unsound:
+            continue
+        section = ".".join(map(str, error["loc"]))
+        for text in error["msg"].removeprefix("Value error, ").split("\n"):
+            own = [setting for key, setting in known.items() if key.rpartition(".")[0] == section]
+            names = [(setting.key.rpartition(".")[2], setting.origin) for setting in own]
+            origins = [f"{name} from {origin}" for name, origin in names if re.search(rf"\b{name}\b", text)]
+            yield f"[{section}] {text}" + (f" ({', '.join(origins)})" if origins else "")
+
+
+def _broken_rules_across(values: dict[str, Any], unsound: set[str]) -> Iterator[str]:
+    """What the rules between sections say, except between `unsound` ones, where it would only repeat what was said.
+
+    The schema asks these rules itself, but only once every section is sound, and all mistakes are to be told at once.
+    """
+    kinds: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items() if name not in unsound}
+    sound = {name: kind.model_validate(values.get(name, {})) for name, kind in kinds.items()}
+    for sections_involved, text in Config.model_construct(**sound).problems_across_sections():
+        if not sections_involved & unsound:
+            yield text
 
 
 def _show(value: object) -> str:

@@ -1,18 +1,27 @@
 """Every setting of a run: one class per TOML section, one documented field per key.
 
-This file is the schema and nothing else: `config_loader.py` reads files and command lines into it. Section and key
-names are torchtitan v0.2.2's, plus `[model]` and `[data]`. Components receive only their own section, never `Config`.
-Types are strict: TOML has integers, floats, booleans and strings, and `"8"` is not 8. Checks that need only one section
-live in that section; checks across sections live in `Config`. docs/config.md is generated from the docstrings below.
+This file is the schema and nothing else: `load.py` reads files and command lines into it. Section and key names are
+torchtitan v0.2.2's, plus `[model]`, `[data]` and `[state_tracking]`. Components receive only their own section, never
+`Config`. Types are strict: TOML has integers, floats, booleans and strings, and `"8"` is not 8. Rules that need only one
+section live in that section, rules across sections in `Config`. docs/config.md is generated from the docstrings below.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from titan_dp.files import stays_inside
 
@@ -63,6 +72,15 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _fits_toml(cls, value: Any) -> Any:
+        """A run writes its settings down, and TOML's integers have 64 bits."""
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, int) and not -(2**63) <= number < 2**63 for number in numbers):
+            raise ValueError("does not fit into 64 bits")
+        return value
 
 
 class Job(Section):

@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from titan_dp.config.arguments import above_zero, add_settings, fraction, positive
-from titan_dp.config.describe import all_keys
+from titan_dp.config.arguments import above_zero, fraction, positive, take_settings
 from titan_dp.config.load import load_config
 from titan_dp.errors import UserError
 from titan_dp.hardware import GPUS, NETWORKS, find_gpu, find_network
@@ -39,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--link-efficiency", type=fraction, default=0.8, help="of the links', an assumption (default: 0.8)")
     parser.add_argument("--json", action="store_true", help="all numbers in bytes, seconds and FLOPs")
-    add_settings(parser, "settings as for train.py (--activation_checkpoint.mode full)", all_keys())
+    take_settings(parser, "settings as for train.py (--activation_checkpoint.mode full)")
 
 
 def run(args: argparse.Namespace) -> int:
-    loaded = load_config(["--config", args.config, *args.settings.argv()])
+    loaded = load_config(["--config", args.config, *args.settings])
     gpu = None if args.gpu.lower() == "cpu" else find_gpu(args.gpu)
     network = find_network(args.network)
     memory = None if args.gpu_memory is None else int(args.gpu_memory * _GIB)

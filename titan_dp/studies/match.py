@@ -13,9 +13,9 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from titan_dp import config
-from titan_dp.config.arguments import Settings, add_settings, count, grid, householder_list, percent
-from titan_dp.config.describe import sections, to_toml
-from titan_dp.config.load import config_folder, load_config
+from titan_dp.config.arguments import count, grid, householder_list, percent, take_settings
+from titan_dp.config.describe import to_toml
+from titan_dp.config.load import config_folder, keys_of, load_config
 from titan_dp.errors import UserError
 from titan_dp.model.size import embedding_parameters, model_size, state_size
 from titan_dp.output import print_table
@@ -38,10 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--by", choices=list(KNOBS), default="heads", help="what makes up for n_h (default: heads)")
     parser.add_argument("--gated", choices=["no", "yes", "both"], default="no", help="with a forget gate (default: no)")
     parser.add_argument(
-        "--multiple", type=grid, default=64, metavar="N", help="grid of width, MLP and heads x head_dim (default: 64)"
+        "--multiple",
+        type=grid,
+        default=64,
+        metavar="N",
+        help="grid of width, MLP and heads x head_dim (default: 64)",
     )
     parser.add_argument(
-        "--tolerance", type=percent, metavar="PERCENT", help="largest deviation (default: 0.1 where the grid allows, else 0.25)"
+        "--tolerance",
+        type=percent,
+        metavar="PERCENT",
+        help="largest deviation (default: 0.1 where the grid allows, else 0.25)",
     )
     parser.add_argument(
         "--config",
@@ -49,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="config with the proportions and all that is no shape; its depth is kept (default: the paper's, of any depth)",
     )
     about = "settings of the model as for train.py (--model.vocab_size 50304); a shape given so (--model.head_dim 64) is kept"
-    add_settings(parser, about, [key.dotted for key in sections()["model"]])
+    take_settings(parser, about)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.preset:
         others = {"--by": args.by != "heads", "--multiple": args.multiple != 64, "--config": args.config is not None}
         others |= {"--num-householder": args.num_householder != [1, 2, 3], "--tolerance": args.tolerance is not None}
-        others |= dict.fromkeys((f"--{key}" for key in args.settings), True)
+        others |= dict.fromkeys((f"--{key}" for key in keys_of(args.settings)), True)
         if given := [option for option, is_given in others.items() if is_given]:
             raise UserError(f"--preset paper shows the models as they are, so {given[0]} has no effect; remove it")
         loaded = [load_config(["--config", name + "_gated" * gate]) for name in PAPER for gate in gates]
@@ -76,13 +83,15 @@ def run(args: argparse.Namespace) -> int:
 
 def solve(args: argparse.Namespace, gates: list[bool]) -> tuple[list[config.Model], int]:
     """The matched models of the command line and the sequence length their FLOPs are counted at. Raises UserError."""
-    given: Settings = args.settings
+    given = keys_of(args.settings)
+    if other := next((key for key in given if not key.startswith("model.")), None):
+        raise UserError(f"--{other} does not change a model's shape; give settings of [model] only")
     name = args.config or str(config_folder() / "base" / "paper.toml")
-    first = {"model.num_householder": str(args.num_householder[0]), "training.steps": "1"}  # a length is of no concern here
-    overrides = Settings(given | first).argv()
+    # A length is of no concern here.
+    overrides = [*args.settings, f"--model.num_householder={args.num_householder[0]}", "--training.steps=1"]
     # Proportions are those of the config; what is given beside it is kept, or concerns no shape.
     loaded = load_config(["--config", name, *overrides]).config
-    if clash := given.keys() & {"model.num_householder", "model.use_forget_gate"}:
+    if clash := set(given) & {"model.num_householder", "model.use_forget_gate"}:
         raise UserError(f"--{min(clash)} sets what is compared; use --num-householder and --gated")
     if loaded.model.mixer == "gla" and args.num_householder != [1]:
         raise UserError("a model with mixer = 'gla' takes one step a token: give --num-householder 1")

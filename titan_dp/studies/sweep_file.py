@@ -22,8 +22,8 @@ from pydantic import Field, ValidationError
 
 from titan_dp import config
 from titan_dp.config import Config, Positive, Section
+from titan_dp.config.advice import HINTS, explain_unknown
 from titan_dp.config.describe import all_keys, to_toml
-from titan_dp.config.hints import HINTS, explain_unknown
 from titan_dp.config.load import Loaded, Problems, Setting, build_config, config_folder, read_files
 from titan_dp.errors import UserError
 from titan_dp.files import shorten, shown

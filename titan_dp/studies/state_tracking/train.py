@@ -15,14 +15,14 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan_dp.config.arguments import add_setting, add_settings, count, positive
-from titan_dp.config.describe import all_keys
+from titan_dp.config.arguments import add_setting, count, positive, take_settings
 from titan_dp.config.load import (
     Loaded,
     Problems,
     Setting,
     build_config,
     config_folder,
+    keys_of,
     parse_command_line,
     read_files,
     resolve_config_path,
@@ -84,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", default="small", help="TOML file, or a name in train_configs/state_tracking (default: small)"
     )
+    take_settings(parser, "any other setting, as for train.py (--model.use_short_conv)")
     for flag, (key, what) in FLAGS.items():
         add_setting(parser, flag, *(("--group",) if flag == "--task" else ()), key=key, help=what)
     for flag, (key, what) in SWITCHES.items():
@@ -96,7 +97,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder of the run folders (default: outputs/state_tracking/TASK)")
     parser.add_argument("--at-once", type=positive, default=1, metavar="K", help="runs at the same time (default: 1)")
     parser.add_argument("--launch", choices=["local", "print"], default="local", help="run here, or print the commands")
-    add_settings(parser, "any other setting, as for train.py (--model.use_short_conv)", all_keys())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -132,14 +132,15 @@ def run(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> list[Cell]:
     """The runs asked for, models by seeds. Raises UserError for whatever the trainer would refuse."""
-    chosen = [f"--{key}" for key in MODEL_KEYS if key in args.settings] + (["--range"] if args.range else [])
+    given = keys_of(args.settings)
+    chosen = [f"--{key}" for key in MODEL_KEYS if key in given] + (["--range"] if args.range else [])
     if args.models and chosen:
         flag = next((name for name, (key, _) in {**FLAGS, **SWITCHES}.items() if f"--{key}" == chosen[0]), chosen[0])
         raise UserError(f"{flag} and --models both choose a model; name all in --models, such as deltaproduct_2[0,1]")
     for key in ("debug.seed", "data.seed", "job.run_name", "job.dump_folder", "job.description"):
-        if key in args.settings:
+        if key in given:
             raise UserError(f"--{key}: a study numbers its seeds and names its runs itself; use --seeds and --out")
-    if args.length is not None and "training.seq_len" in args.settings:
+    if args.length is not None and "training.seq_len" in given:
         raise UserError("--length and --training.seq_len both set the length of a row; give one of them")
     base = _settings(args)
     models = [_checked(base, model_settings(name)) for name in args.models] if args.models else [_checked(base, {})]
@@ -175,7 +176,7 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
         names = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
         raise UserError(f"--config {args.config!r}: there is no such file; {folder} holds {names}")
     settings = read_files(path, problems)
-    settings += parse_command_line(args.settings.argv(), problems).settings
+    settings += parse_command_line(args.settings, problems).settings
     if args.range is not None:
         settings.append(Setting("model.allow_neg_eigval", args.range == "[-1,1]", "command line"))
     config = build_config(list(settings), problems)[0]
@@ -186,7 +187,7 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
     problem = build_problem(config.state_tracking)
     if args.length is not None:
         settings.append(Setting("training.seq_len", 1 + args.length * problem.tokens_per_element, "command line"))
-    if "model.vocab_size" not in args.settings:
+    if "model.vocab_size" not in keys_of(args.settings):
         settings.append(Setting("model.vocab_size", problem.vocab_size, "the task"))
     return settings
 

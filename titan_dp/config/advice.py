@@ -1,0 +1,184 @@
+"""What to say about a key that does not exist, and about a setting that changes nothing.
+
+A wrong key gets one clause: the key people mean by it, its section, or the nearest name. `HINTS` translates the words of
+torchtitan (v0.2.2), flame, flash-linear-attention and the Hugging Face trainer; a test checks that every key it names exists.
+Settings without effect are rules of data (when it is so, these keys, for this reason); only keys that somebody set to
+something other than their default are looked at, so that no option is dead in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from titan_dp.config.describe import all_keys, sections
+from titan_dp.config.schema import Config, Model, StateTracking
+
+_BATCH = "set training.global_batch_size (sequences per optimizer step); accumulation follows from it and the ranks"
+_SHAPE = "describe the architecture by keys such as model.hidden_size, model.num_hidden_layers and model.num_heads"
+_FSDP_ONLY = "models here are sharded over data-parallel ranks only (parallelism.data_parallel_shard_degree)"
+_HF_DATA = "prepare token shards once (`titan-dp prepare`) and set data.path, or stream with data.source and data.hf_dataset"
+_FIXED_PATH = "the place inside the run folder is fixed; job.dump_folder and job.run_name choose the run folder"
+_TOKENIZER = "the tokenizer travels with the token shards (or set data.tokenizer)"
+
+# By dotted key if the bare name alone is ambiguous, else by bare name.
+HINTS = {
+    # torchtitan
+    "job.config_file": "the file is named on the command line: --config NAME",
+    "model.name": _SHAPE,
+    "model.flavor": _SHAPE,
+    "hf_assets_path": _TOKENIZER,
+    "training.dataset": _HF_DATA,
+    "training.dataset_path": _HF_DATA,
+    "validation.dataset": "prepare held-out token shards and set validation.path",
+    "training.dtype": "originals are float32; set training.mixed_precision_param for compute",
+    "training.compile": "set compile.enable",
+    "training.seed": "set debug.seed (initialisation) and data.seed (order of the data)",
+    "optimizer.implementation": "AdamW is always the fused one",
+    "compile.components": "compile.enable compiles every block",
+    "tensor_parallel_degree": _FSDP_ONLY,
+    "pipeline_parallel_degree": _FSDP_ONLY,
+    "data_parallel_degree": "set parallelism.data_parallel_shard_degree (or -1) and parallelism.data_parallel_replicate_degree",
+    "initial_load_model_only": "checkpoint.initial_load_path always loads the weights alone",
+    "save_tb_folder": _FIXED_PATH,
+    "save_traces_folder": _FIXED_PATH,
+    # flame
+    "tokenizer_path": _TOKENIZER,
+    "batch_size": "set training.local_batch_size (sequences per rank and micro-batch)",
+    "gradient_accumulation_steps": _BATCH,
+    "context_len": "set training.seq_len; data.document_boundaries says whether a document's end resets the model",
+    "varlen": 'set data.document_boundaries = "reset"',
+    "streaming": 'set data.source = "hf" to stream a Hugging Face dataset while training',
+    "data_probs": "set data.weights",
+    "skip_nan_inf": "non-finite steps are always skipped; training.max_nonfinite_steps in a row stop the run",
+    "lr_min": "set lr_scheduler.min_lr_factor (a fraction of the peak)",
+    "enable_checkpoint": "set checkpoint.enable",
+    # flash-linear-attention, Hugging Face and everybody's shorthands
+    "d_model": "set model.hidden_size",
+    "n_layers": "set model.num_hidden_layers",
+    "num_layers": "set model.num_hidden_layers",
+    "n_heads": "set model.num_heads",
+    "num_attention_heads": "set model.num_heads (model.attention_num_heads for softmax layers)",
+    "n_h": "set model.num_householder",
+    "use_gate": "set model.use_output_gate (gates the output) or model.use_forget_gate (decays the state)",
+    "hidden_ratio": "set model.intermediate_size",
+    "rms_norm_eps": "set model.norm_eps",
+    "window_size": "set model.attention_window",
+    "learning_rate": "set optimizer.lr",
+    "max_grad_norm": "set training.max_norm",
+    "max_steps": "set training.steps",
+    "output_dir": "set job.dump_folder and job.run_name",
+}
+
+# Sections of torchtitan and flame that have no counterpart here.
+_NOT_OFFERED = {"quantize", "float8", "mx", "fault_tolerance", "memory_estimation", "experimental"}
+
+
+def explain_unknown(dotted: str) -> str:
+    """One clause on the unknown key `dotted`: what to write instead, as far as that can be told."""
+    section, _, name = dotted.rpartition(".")
+    if dotted in sections():
+        return f"it is a section; its keys are {_names(dotted)}"
+    if dotted in HINTS:
+        return HINTS[dotted]
+    if section.split(".")[0] in _NOT_OFFERED:
+        return f"[{section}] has no counterpart here; remove it"
+    if homes := [key.dotted for key in all_keys().values() if key.name == name]:
+        return f"did you mean {' or '.join(homes[:4])}?"
+    if name in HINTS:
+        return HINTS[name]
+    if section in sections():
+        own = [key.name for key in sections()[section]]
+        if near := get_close_matches(name, own, n=1) or [other for other in own if name in other]:
+            return f"did you mean {section}.{near[0]}?"
+        if near := get_close_matches(name, [key.name for key in all_keys().values()], n=1, cutoff=0.8):
+            return explain_unknown(f".{near[0]}")
+        return f"the keys of [{section}] are {_names(section)}"
+    if near := get_close_matches(dotted, list(all_keys()), n=1, cutoff=0.8):
+        return f"did you mean {near[0]}?"
+    if near := get_close_matches(section or name, list(sections()), n=1):
+        return f"did you mean the section [{near[0]}]?"
+    return f"the sections are {', '.join(sections())}"
+
+
+def _names(section: str) -> str:
+    inner = [path.rpartition(".")[2] for path in sections() if path.startswith(section + ".")]
+    return ", ".join([key.name for key in sections()[section]] + inner)
+
+
+# -- settings without effect -------------------------------------------------------------------------------------------
+
+_MATRIX_STATE = "num_heads head_dim expand_v num_householder use_forget_gate allow_neg_eigval use_output_gate backend"
+_CONVOLUTION = "use_short_conv conv_size"
+_SOFTMAX = "attention_num_heads attention_num_kv_heads attention_window rope_theta"
+
+Rule = tuple[bool, str, str, str]
+"""Applies, section, keys, reason."""
+
+
+def model_rules(model: Model) -> Iterator[Rule]:
+    """Yield every way in which keys of [model] can be without effect."""
+    mixers = {model.mixer_of(layer) for layer in range(model.num_hidden_layers)}
+    yield mixers == {"attention"}, "model", f"{_MATRIX_STATE} {_CONVOLUTION}", "every layer is softmax attention"
+    yield "attention" not in mixers, "model", _SOFTMAX, "no layer is softmax attention"
+    yield model.mixer == "attention", "model", "attention_layers", 'mixer = "attention" makes every layer one'
+    yield model.mixer == "rwkv7", "model", "use_forget_gate", 'mixer = "rwkv7" has decays of its own'
+    yield not model.use_short_conv, "model", "conv_size", "model.use_short_conv is false"
+
+
+def rules(c: Config) -> Iterator[Rule]:
+    """Yield every way in which keys can be without effect."""
+    yield from model_rules(c.model)
+    yield not c.model.adaptive_householder, "training", "householder_cost", "model.adaptive_householder is false"
+
+    hf = "hf_dataset hf_name hf_split hf_column hf_shuffle_buffer"
+    source, made = f'data.source = "{c.data.source}"', c.data.source == "state_tracking"
+    yield c.data.source != "hf", "data", hf, source
+    yield c.data.source != "shards", "data", "path weights", source
+    yield made, "data", "document_boundaries tokenizer", source
+    yield made, "validation", "path steps", source
+    yield made, "generate", "prompt max_new_tokens temperature", source
+    yield made, "training.dataloader", "num_workers prefetch_factor pin_memory", source
+    judged = "validation_samples solved_accuracy stop_when_solved"
+    yield made and not c.validation.enable, "state_tracking", judged, "validation.enable is false"
+    of_groups = "max_moved tokens_per_element"
+    yield made and not c.state_tracking.is_group, "state_tracking", of_groups, "the task is not a group"
+    yield not made, "state_tracking", " ".join(StateTracking.model_fields), source
+    yield len(c.data.paths) == 1, "data", "weights", "data.path is a single folder"
+    yield c.training.dataloader.num_workers == 0, "training.dataloader", "prefetch_factor", "num_workers is 0"
+
+    yield c.optimizer.name != "Muon", "optimizer", "muon_lr muon_momentum", f'optimizer.name = "{c.optimizer.name}"'
+    yield c.optimizer.weight_decay == 0, "optimizer", "decay_embeddings", "optimizer.weight_decay is 0"
+    yield c.lr_scheduler.min_lr_factor == 1, "lr_scheduler", "decay_type decay_ratio", "min_lr_factor = 1 keeps the peak"
+
+    mode = c.activation_checkpoint.mode
+    yield mode != "selective", "activation_checkpoint", "selective_ac_option", f'activation_checkpoint.mode = "{mode}"'
+
+    yield not c.checkpoint.enable, "checkpoint", "interval async_mode keep_latest_k", "checkpoint.enable is false"
+    yield not c.checkpoint.resume, "checkpoint", "load_step", "checkpoint.resume is false"
+    nothing = not c.checkpoint.resume and not c.checkpoint.initial_load_path
+    yield nothing, "checkpoint", "allow_changed", "checkpoint.resume is false and there is no initial_load_path"
+    yield not c.validation.enable, "validation", "path freq steps local_batch_size", "validation.enable is false"
+    yield not c.metrics.enable_wandb, "metrics", "wandb_project", "metrics.enable_wandb is false"
+    traces = "profile_freq profiler_warmup profiler_active"
+    yield not c.profiling.enable_profiling, "profiling", traces, "profiling.enable_profiling is false"
+    sample = "prompt max_new_tokens temperature"
+    yield not c.generate.enable, "generate", sample, "generate.enable is false"
+    yield not c.checkpoint.enable, "generate", sample, "the sample is read from a checkpoint, and checkpoint.enable is false"
+
+
+def ineffective_settings(config: Config, provenance: dict[str, str]) -> list[str]:
+    """A sentence for each setting made that has no effect in `config`, with the origin of the setting."""
+    warnings: dict[str, str] = {}
+    for applies, section, names, reason in rules(config):
+        for dotted in (f"{section}.{name}" for name in names.split()):
+            key = all_keys()[dotted]
+            if applies and provenance[dotted] != "default" and key.of(config) != key.default:
+                warnings.setdefault(dotted, f"{dotted} ({provenance[dotted]}) has no effect: {reason}")
+    steps, schedule = config.training.steps, config.lr_scheduler
+    if steps is not None and schedule.warmup_steps >= steps:
+        warnings["lr_scheduler.warmup_steps"] = (
+            f"lr_scheduler.warmup_steps = {schedule.warmup_steps} ({provenance['lr_scheduler.warmup_steps']}) is not over "
+            f"when the run ends after training.steps = {steps}"
+        )
+    return list(warnings.values())
