@@ -7,7 +7,9 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -78,6 +80,28 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command += ["--tokenizer", "bytes", "--validation-fraction", "0.1", "--workers", "1"]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=600)
     return folder / "tokens"
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tests.pretrained.save_checkpoint`, once per session for each choice of arguments. Nobody writes into these folders."""
+    from tests.pretrained import save_checkpoint
+
+    made: dict[str, Path] = {}
+
+    def checkpoint_of(run_name: str = "tiny", **changes: Any) -> Path:
+        key = repr((run_name, sorted(changes.items())))
+        if key not in made:
+            made[key] = save_checkpoint(tmp_path_factory.mktemp("runs") / run_name, **changes)
+        return made[key]
+
+    return checkpoint_of
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoint_of: Callable[..., Path]) -> Path:
+    """A gated model with n_h = 2 and random weights under the bytes tokenizer, called tiny-step-00000007; read only."""
+    return checkpoint_of(seq_len=32, num_householder=2, use_forget_gate=True)
 
 
 @pytest.fixture

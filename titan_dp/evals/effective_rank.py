@@ -197,59 +197,24 @@ def _look(
     import torch
 
     from titan_dp.model.loss import check_finite
+    from titan_dp.model.replay import replay
 
     if not heads:
         return
     q, k, v, beta, g = inputs
     mine = type(inputs)(
-        q[0][:, heads], k[0][:, :, heads], v[0][:, :, heads], beta[0][:, :, heads], None if g is None else g[0][:, heads]
+        q[..., heads, :], k[..., heads, :], v[..., heads, :], beta[..., heads], None if g is None else g[..., heads]
     )
-    before, after = (state[0][heads] for state in carried)
-    states, last = replay(mine, before, erase, where, every_step=out["norm"].shape[-1] > 1)
+    before, after = (state[:, heads] for state in carried)
+    (states,), last = replay(mine, erase, where, before, every_step=out["norm"].shape[-1] > 1)
     for values in (states, last, after):
         check_finite(values, f"the states of {name} or soon after")
     out["effective_rank"][heads] = effective_rank(states).permute(2, 0, 1).cpu().numpy()
     out["norm"][heads] = torch.linalg.matrix_norm(states).permute(2, 0, 1).cpu().numpy()
-    out["beta"][heads] = mine.beta[where].permute(2, 0, 1).cpu().numpy()
-    out["decay"][heads] = 1 if mine.g is None else mine.g[where].exp().T.cpu().numpy()
+    out["beta"][heads] = mine.beta[0, where].permute(2, 0, 1).cpu().numpy()
+    out["decay"][heads] = 1 if mine.g is None else mine.g[0, where].exp().T.cpu().numpy()
     for key, value in (("difference", last - after), ("largest", after)):
-        out[key][heads] = out[key][heads].clip(min=value.abs().amax((1, 2)).cpu().numpy())
-
-
-def replay(inputs: RecurrenceInputs, state: Tensor, erase: bool, where: list[int], every_step: bool) -> tuple[Tensor, Tensor]:
-    """The states of the recurrence as it is defined, one Householder step at a time, all heads at once.
-
-    Args:
-        inputs: of T tokens without the batch dimension: k [T, n, H, dk], v [T, n, H, dv], beta [T, n, H], g [T, H] or None.
-        state: before them, [H, dk, dv].
-        erase: False drops S^T k, as in `gated_delta_product`.
-        where: the P tokens of interest, rising.
-        every_step: the states after each of the n steps, or after the last one only.
-
-    Returns:
-        Those states [P, n or 1, H, dk, dv] and the one after the last token, in float32 (float64 for a float64 model).
-    """
-    import torch
-
-    dtype = torch.promote_types(inputs.k.dtype, torch.float32)
-    k, v, beta, S = (x.to(dtype) for x in (inputs.k, inputs.v, inputs.beta, state))
-    decay = None if inputs.g is None else inputs.g.to(dtype).exp()[..., None, None]
-    n, wanted = k.shape[1], set(where)
-    states = S.new_empty(len(where), n if every_step else 1, *S.shape)
-    found = 0
-    for t in range(len(k)):
-        if decay is not None:
-            S = S * decay[t]
-        for j in range(n):
-            row = k[t, j, :, None]
-            target = v[t, j, :, None] - row @ S if erase else v[t, j, :, None]
-            S = torch.baddbmm(S, row.mT, beta[t, j, :, None, None] * target)
-            if every_step and t in wanted:
-                states[found, j] = S
-        if t in wanted:
-            states[found, -1] = S
-            found += 1
-    return states, S
+        out[key][heads] = out[key][heads].clip(min=value[0].abs().amax((1, 2)).cpu().numpy())
 
 
 def effective_rank(matrices: Tensor) -> Tensor:
