@@ -16,17 +16,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import struct
 import sys
 import tempfile
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
-
-from titan_dp.distributed import LAUNCHER_PID
 from titan_dp.errors import EXIT_STOPPED, STOPPED_FILE
 
 SHUTDOWN_SECONDS = "60"
@@ -35,7 +31,13 @@ SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
 def main(argv: list[str]) -> int:
-    """Run torchrun with `argv`; returns the exit code: 128 + N where signal N killed the first process to fail."""
+    """Run torchrun with `argv`; returns the exit code: 128 + N if signal N killed the first process to fail."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException  # torch takes seconds to import
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    from titan_dp.distributed import LAUNCHER_PID
+
     args = parse_args(argv)
     host = args.rdzv_endpoint.rpartition(":")[0] or args.rdzv_endpoint or args.master_addr
     if args.nnodes != "1" and not args.standalone and (interface := interface_towards(host)):
@@ -52,6 +54,8 @@ def main(argv: list[str]) -> int:
         try:
             run(args)
         except ChildFailedError as error:
+            # srun, told of another node's failure, ends this one: that must no longer change the exit code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             code = error.get_first_failure()[1].exitcode  # negative: killed by that signal
             if code != EXIT_STOPPED:
                 print(error, file=sys.stderr, flush=True)
@@ -88,4 +92,6 @@ def _address(any_socket: socket.socket, interface: str) -> str | None:
 
 
 if __name__ == "__main__":
+    # Until torchrun takes signals: if another node fails first, srun ends this one. 1, not 143, for the reason above.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(1))
     sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -84,6 +85,32 @@ def test_the_launcher_leaves_with_the_exit_code_of_what_it_launched(
     result = run(root, sys.executable, "launch/torchrun.py", "--standalone", "--nproc-per-node=1", script)
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
+
+
+def signalled(root: Path, tmp_path: Path, site: str, script: str, when: str) -> int:
+    """Exit code of the launcher if SIGTERM reaches it when it has printed `when`; `site` runs before everything in it."""
+    (tmp_path / "sitecustomize.py").write_text(site)
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "launch/torchrun.py", "--standalone", "--nproc-per-node=1", tmp_path / "script.py"]
+    env = ENV | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    with subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any(when in line for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        process.stderr.read()
+        return process.wait(600)
+
+
+def test_a_signal_after_the_failure_does_not_change_the_exit_code(root: Path, tmp_path: Path) -> None:
+    """As srun sends it to every other node when one has left with the user's mistake; the interpreter's end takes a while."""
+    slow_end = "import atexit, sys, time\nif 'torchrun' in ''.join(sys.orig_argv): atexit.register(time.sleep, 2)\n"
+    assert signalled(root, tmp_path, slow_end, "import sys\nsys.exit(2)\n", "script.py FAILED") == 2
+
+
+def test_a_signal_before_torch_is_imported_is_no_failure_of_its_own(root: Path, tmp_path: Path) -> None:
+    """srun reports the highest exit code of all nodes: 143 here would hide the 2 of the node that failed."""
+    (tmp_path / "torch.py").write_text("import sys, time\nprint('importing', file=sys.stderr, flush=True)\ntime.sleep(600)\n")
+    assert signalled(root, tmp_path, "", "", "importing") == 1
 
 
 def test_the_interface_towards_a_host_is_the_one_that_has_the_route() -> None:
