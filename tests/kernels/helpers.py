@@ -61,17 +61,17 @@ def results(inputs: dict[str, Tensor], backend: str, seed: int = 0, **options: o
     return {"o": o.detach(), "state": state.detach(), **gradients}
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square error relative to the expected root mean square."""
+def error(actual: Tensor, expected: Tensor, least: float = 1e-12) -> float:
+    """Root mean square error relative to the expected root mean square, or to `least` if that is more."""
     assert actual.shape == expected.shape
     actual, expected = actual.detach(), expected.detach()
     difference = (actual.double() - expected.double()).square().mean().sqrt()
-    return float(difference / expected.double().square().mean().sqrt().clamp_min(1e-12))
+    return float(difference / expected.double().square().mean().sqrt().clamp_min(least))
 
 
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, least: float = 1e-12) -> None:
     assert actual.keys() == expected.keys()
-    errors = {name: error(actual[name], expected[name]) for name in expected}
+    errors = {name: error(actual[name], expected[name], least) for name in expected}
     assert all(e < tolerance for e in errors.values()), errors
 
 

@@ -107,10 +107,12 @@ def test_heads_of_256_in_half_precision() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("gate", [None, 0.1, 10.0])
 def test_half_precision_is_as_near_as_its_rounding(dtype: torch.dtype, tolerance: float, gate: float | None) -> None:
-    """The state in float32, as a layer keeps it: after strong gates its gradient is below float16's smallest numbers."""
+    """The state in float32, as a layer keeps it. After strong gates its gradient is below float16's smallest normal number,
+    and what the kernels compute it from has fewer bits there: in 6 of 40 draws it is off by more than the tolerance."""
     x = inputs(70, gate=gate, dtype=dtype)
     x["initial_state"] = x["initial_state"].detach().float().requires_grad_()
-    assert_equals_the_recurrence(x, tolerance)
+    expected = results(in_float64(x), "recurrent")
+    assert_same(results(x, "triton"), expected, tolerance, least=torch.finfo(dtype).tiny)
     assert {name: y.dtype for name, y in results(x, "triton").items() if name != "state"} == {
         "o": dtype, **{f"d{name}": y.dtype for name, y in x.items()},
     }  # fmt: skip
