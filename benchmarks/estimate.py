@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import itertools
 import json
 import os
 import re
@@ -120,10 +119,10 @@ def work(settings: list[str], scratch: Path) -> None:
         give_back()
         before = status("VmRSS")
         trainer = Trainer(loaded, world)
-        batches = map(trainer.segment, trainer.loader)
+        steps_of_loader = iter(trainer.loader)
 
         def step() -> None:
-            trainer._train_step(list(itertools.islice(batches, trainer.batch.accumulation)))
+            trainer._train_step(next(steps_of_loader))
             trainer.step += 1
 
         step()

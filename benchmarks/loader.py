@@ -16,7 +16,7 @@ import numpy as np
 from common import Report, median_seconds
 
 from titan_dp import config
-from titan_dp.data.batch import Loader
+from titan_dp.data.batch import Loader, Place
 from titan_dp.data.loader import build_dataloader
 from titan_dp.data.shards import ShardWriter
 from titan_dp.data.tokenizer import Tokenizer
@@ -39,8 +39,7 @@ def write_shards(folder: Path) -> None:
 
 def open_loader(folder: Path, boundaries: str, workers: int = 0) -> Loader:
     data = config.Data(path=str(folder), document_boundaries=boundaries)  # type: ignore[arg-type]
-    place = {"seq_len": T, "local_batch_size": L, "global_batch_size": L, "rank": 0, "world_size": 1, "vocab_size": 32000}
-    return build_dataloader(data, config.Dataloader(num_workers=workers), **place)  # type: ignore[arg-type]
+    return build_dataloader(data, config.Dataloader(num_workers=workers), Place(T, L, L, rank=0, world_size=1), 32000)
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ The long form, larger models and the resident set of the process, is benchmarks/
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -52,11 +51,10 @@ def real_step(settings: list[str], scratch: Path) -> tuple[int, list[Collective]
     """Most bytes of torch's CPU allocator in a step after the first, and the step's collectives."""
     world = current_world()
     trainer = Trainer(load_config(settings), world)
-    batches = iter(trainer.loader)
+    steps = iter(trainer.loader)
 
     def step() -> None:
-        micro_batches = list(itertools.islice(batches, trainer.batch.accumulation))
-        trainer._train_step([trainer.segment(batch) for batch in micro_batches])
+        trainer._train_step(next(steps))
 
     step()
     tensors = [local_tensor(p.detach()) for p in trainer.model.parameters()]

@@ -163,8 +163,7 @@ class HostReads(TorchDispatchMode):
 
 def reads_of_two_steps(config_file: Path, name: str) -> int:
     trainer = Trainer(load_config(["--config", str(config_file), f"--optimizer.name={name}"]), current_world())
-    batches = iter(trainer.loader)
-    steps = [list(itertools.islice(batches, trainer.batch.accumulation)) for _ in range(2)]
+    steps = list(itertools.islice(trainer.loader, 2))
     with HostReads() as reads:
         for micro_batches in steps:
             trainer._train_step(micro_batches)

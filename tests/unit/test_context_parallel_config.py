@@ -5,12 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
 from titan_dp import config
-from titan_dp.data.batch import Segment
+from titan_dp.data.batch import IGNORE, Place, make_batch
 from titan_dp.distributed import World, data_world, describe, shard_degree
 from titan_dp.errors import UserError
 from titan_dp.model.context_parallel import ContextParallel
@@ -60,16 +61,16 @@ def test_degrees_that_are_not_the_ranks_are_refused() -> None:
 
 
 def test_segments_put_together_are_the_row() -> None:
-    labels = torch.randint(5, (2, 12))
-    labels[0, 5], labels[:, -3:] = -100, -100
-    batch = {"input_ids": torch.randint(5, (2, 12)), "labels": labels, "cu_seqlens": None}
-    parts = [Segment.of(parallelism(4), rank)(batch) for rank in range(4)]
+    rows, starts = np.random.default_rng().integers(5, size=(2, 13)), [np.array([0, 6]), np.array([], np.int64)]
+    rows[:, -3:] = IGNORE
+    whole, *parts = (make_batch(rows, starts, Place(12, 2, 2, 0, 1, part, n), True) for n in (1, 4) for part in range(n))
     for key in ("input_ids", "labels"):
-        assert torch.equal(torch.cat([part[key] for part in parts], 1), batch[key])  # type: ignore[arg-type]
+        assert torch.equal(torch.cat([part[key] for part in parts], 1), whole[key])  # type: ignore[arg-type]
+    assert all(torch.equal(part["cu_seqlens"], whole["cu_seqlens"]) for part in parts)  # type: ignore[arg-type]
     priced = torch.cat([part["priced"] for part in parts], 1)  # type: ignore[arg-type]
     assert priced[0, 5], "a label comes later, if not in this segment"
     assert not priced[:, -3:].any()
-    assert Segment(0, 1)(batch) is batch
+    assert "priced" not in whole
 
 
 def test_documents_of_a_segment_are_those_of_the_row() -> None:

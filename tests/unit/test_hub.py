@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import tiktoken
-from torch.utils.data import IterableDataset
 
 from titan_dp import config
-from titan_dp.data.batch import stateful_loader
 from titan_dp.data.sources import load_hugging_face, rows_of
 from titan_dp.data.tokenizer import load_tokenizer
+from titan_dp.data.workers import read_in_workers
 from titan_dp.errors import RunError, UserError, report, run_main
 
 
@@ -124,22 +123,21 @@ def test_working_offline_is_a_choice_that_no_other_try_changes(
     assert "another try" not in capfd.readouterr().err
 
 
-class Cut(IterableDataset[int]):
-    """One item, then the connection is gone."""
+def cut(worker: int, workers: int) -> Iterator[Any]:
+    """Two items, then the connection is gone."""
 
-    def __iter__(self) -> Iterator[int]:
-        yield 7
-        yield from rows_of(self._rows(), "some/dataset")
-
-    def _rows(self) -> Iterator[int]:
+    def rows() -> Iterator[Any]:
         yield 8
         raise ConnectionResetError(104, "Connection reset by peer")
+
+    yield 7
+    yield from rows_of(rows(), "some/dataset")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_that_breaks_off_says_which_and_why_from_a_worker_too(workers: int) -> None:
     others = set(active_children())  # of other tests
-    items = stateful_loader(Cut(), config.Dataloader(num_workers=workers))
+    items = read_in_workers(cut, config.Dataloader(num_workers=workers))
     assert [next(items), next(items)] == [7, 8]
     with pytest.raises(RunError) as raised:
         next(items)
@@ -151,14 +149,13 @@ def test_a_stream_that_breaks_off_says_which_and_why_from_a_worker_too(workers: 
     assert set(active_children()) <= others, "the end of the process would wait for a worker"
 
 
-class Mistaken(IterableDataset[int]):
-    def __iter__(self) -> Iterator[int]:
-        yield 0
-        raise UserError("data.hf_dataset 'x' holds no documents in split 'train'")
+def mistaken(worker: int, workers: int) -> Iterator[int]:
+    yield 0
+    raise UserError("data.hf_dataset 'x' holds no documents in split 'train'")
 
 
 def test_a_users_mistake_found_by_a_worker_stays_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_main(lambda: sum(stateful_loader(Mistaken(), config.Dataloader(num_workers=1)))) == 2
+    assert run_main(lambda: sum(read_in_workers(mistaken, config.Dataloader(num_workers=1)))) == 2
     assert capfd.readouterr().err == "error: data.hf_dataset 'x' holds no documents in split 'train'\n"
 
 

@@ -7,19 +7,19 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from titan_dp import config
-from titan_dp.data.batch import Loader, stateful_loader
+from titan_dp.data.batch import Loader, Place
 from titan_dp.data.loader import ValidationLoader, build_dataloader, build_validation_loader
 from titan_dp.data.shards import TokenShards
+from titan_dp.data.workers import read_in_workers
 from titan_dp.errors import RunError, UserError
 
 T, G = 32, 8
@@ -27,17 +27,8 @@ T, G = 32, 8
 
 def loader(path: Path | list[Path], rank: int = 0, world_size: int = 1, L: int = 2, workers: int = 0, **data: object) -> Loader:
     paths = [str(p) for p in path] if isinstance(path, list) else str(path)
-    seq_len = data.pop("seq_len", T)
-    return build_dataloader(
-        config.Data(path=paths, **data),  # type: ignore[arg-type]
-        config.Dataloader(num_workers=workers),
-        seq_len=seq_len,  # type: ignore[arg-type]
-        local_batch_size=L,
-        global_batch_size=G,
-        rank=rank,
-        world_size=world_size,
-        vocab_size=300,
-    )
+    place = Place(data.pop("seq_len", T), L, G, rank, world_size)  # type: ignore[arg-type]
+    return build_dataloader(config.Data(path=paths, **data), config.Dataloader(num_workers=workers), place, 300)  # type: ignore[arg-type]
 
 
 def steps(path: Path, count: int, world_size: int, L: int, start: int = 0, **options: object) -> Tensor:
@@ -47,7 +38,7 @@ def steps(path: Path, count: int, world_size: int, L: int, start: int = 0, **opt
     for rank in range(world_size):
         one = loader(path, rank, world_size, L, **options)  # type: ignore[arg-type]
         one.load_state_dict({"samples": start})
-        batches = list(islice(iter(one), count * accumulation))
+        batches = list(chain.from_iterable(islice(one, count)))
         assert one.state_dict() == {"samples": start + count * G}
         ranks.append(torch.stack([b["input_ids"] for b in batches]).view(count, accumulation, L, T))  # type: ignore[misc]
     return torch.stack(ranks, 2).view(count, G, T)
@@ -87,7 +78,7 @@ def test_labels_are_the_next_tokens_but_none_where_a_document_ends(shards: Path)
     tokens, starts = row_of(TokenShards(shards / "train"))
     windows = {tuple(tokens[w : w + T]): w for w in range(0, len(tokens) - T, T)}
     joins = 0
-    for batch in islice(iter(loader(shards / "train")), 40):
+    for batch in chain.from_iterable(islice(loader(shards / "train"), 10)):
         for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):  # type: ignore[union-attr]
             w = windows[tuple(ids)]
             expected = [-100 if w + i + 1 in starts else int(tokens[w + i + 1]) for i in range(T)]
@@ -97,9 +88,9 @@ def test_labels_are_the_next_tokens_but_none_where_a_document_ends(shards: Path)
 
 
 def test_carry_has_no_boundaries_and_reset_marks_rows_and_documents_exactly(shards: Path) -> None:
-    assert next(iter(loader(shards / "train")))["cu_seqlens"] is None
+    assert next(iter(loader(shards / "train")))[0]["cu_seqlens"] is None
     one = loader(shards / "train", document_boundaries="reset")
-    for batch in islice(iter(one), 40):
+    for batch in chain.from_iterable(islice(one, 10)):
         ids, cu_seqlens = batch["input_ids"].flatten(), batch["cu_seqlens"]  # type: ignore[union-attr]
         begins = {0, T} | {int(i) for i in (ids == 256).nonzero()}  # BOS begins each document
         assert sorted(set(cu_seqlens.tolist())) == sorted(begins | {2 * T})  # type: ignore[union-attr]
@@ -117,11 +108,9 @@ def validation(shards: Path, rank: int, world_size: int, L: int) -> ValidationLo
     return build_validation_loader(
         config.Validation(path=str(shards / "validation")),
         config.Data(path=str(shards / "train"), document_boundaries="reset"),
-        seq_len=T,
-        local_batch_size=L,
-        rank=rank,
-        world_size=world_size,
-        vocab_size=300,
+        Place(T, L, L * world_size, rank, world_size),
+        300,
+        loader(shards / "train").sources,
     )
 
 
@@ -212,9 +201,8 @@ def test_less_than_one_sample_is_refused(shards: Path) -> None:
 
 def refused_validation(trained: Path, held_out: Path) -> None:
     data, validation = config.Data(path=str(trained)), config.Validation(path=str(held_out))
-    place = {"seq_len": T, "local_batch_size": 1, "rank": 0, "world_size": 1, "vocab_size": 300}
     with pytest.raises(UserError, match=r"may hold documents of data.path"):
-        build_validation_loader(validation, data, **place)  # type: ignore[arg-type]
+        build_validation_loader(validation, data, Place(T, 1, 1, 0, 1), 300, [TokenShards(trained)])
 
 
 def test_validation_on_the_training_tokens_is_refused(shards: Path) -> None:
@@ -229,20 +217,19 @@ def test_validation_held_out_by_a_larger_fraction_than_training_is_refused(shard
 KILLED = """
 import os, sys
 import torch.utils.data._utils
-from torch.utils.data import Dataset
 from titan_dp import config
-from titan_dp.data.batch import stateful_loader
+from titan_dp.data.workers import read_in_workers
 from titan_dp.errors import run_main
 
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # seconds between two looks for workers that have ended
 
-class Killed(Dataset):
-    def __getitem__(self, index):
+def killed(worker, workers):
+    for index in range(worker, 9, workers):
         if index == 3:
             os.kill(os.getpid(), 9)
-        return index
+        yield index
 
-sys.exit(run_main(lambda: sum(stateful_loader(Killed(), config.Dataloader(num_workers=2), sampler=range(9)))))
+sys.exit(run_main(lambda: sum(read_in_workers(killed, config.Dataloader(num_workers=2)))))
 """
 
 
@@ -265,12 +252,7 @@ class OfAKilledWorker:
         return broken_pipe, ()
 
 
-class Sent(Dataset[OfAKilledWorker]):
-    def __getitem__(self, index: int) -> OfAKilledWorker:
-        return OfAKilledWorker()
-
-
 def test_a_pipe_that_a_killed_worker_leaves_is_no_lost_rank() -> None:
-    items = stateful_loader(Sent(), config.Dataloader(num_workers=1), sampler=range(1))
+    items = read_in_workers(lambda *_: iter([OfAKilledWorker()]), config.Dataloader(num_workers=1))
     with pytest.raises(RunError, match=r"a process that reads data has ended.*ConnectionResetError"):
         next(items)

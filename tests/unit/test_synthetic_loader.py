@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def steps(c: config.StateTracking, count: int, world_size: int = 1, L: int = G, 
     for rank in range(world_size):
         one = loader(c, rank, world_size, L, **options)
         one.load_state_dict({"samples": start})
-        batches = list(islice(iter(one), count * accumulation))
+        batches = list(chain.from_iterable(islice(one, count)))
         assert one.state_dict()["samples"] == start + count * G
         assert all(b["cu_seqlens"] is None for b in batches)
         pairs = [torch.stack([b["input_ids"], b["labels"]]) for b in batches]  # type: ignore[list-item]
@@ -82,20 +82,15 @@ def test_resuming_at_any_step_on_other_ranks_goes_on_with_the_next_sample(name: 
 
 
 def test_a_loader_that_went_on_was_not_changed_by_being_asked_where_it_is() -> None:
-    one, other = (iter(loader(settings(), L=2)) for _ in range(2))
-    watched = loader(settings(), L=2)
-    for _ in range(10):
-        assert watched.state_dict() == watched.state_dict()
-        assert torch.equal(next(one)["input_ids"], next(other)["input_ids"])  # type: ignore[arg-type]
+    one, other = loader(settings()), loader(settings())
+    for _, (batch,), (expected,) in zip(range(10), one, other, strict=False):
+        assert one.state_dict() == one.state_dict()
+        assert torch.equal(batch["input_ids"], expected["input_ids"])  # type: ignore[arg-type]
 
 
-def test_a_state_between_micro_batches_moves_only_at_the_end_of_a_step() -> None:
+def test_the_state_is_the_position_after_the_steps_handed_out() -> None:
     one = loader(settings(), L=2)
-    batches, seen = iter(one), []
-    for _ in range(8):
-        next(batches)
-        seen.append(one.state_dict()["samples"])
-    assert seen == [0, 0, 0, G, G, G, G, 2 * G]
+    assert [(len(step), one.state_dict()["samples"]) for step in islice(one, 2)] == [(4, G), (4, 2 * G)]
 
 
 def test_every_sample_is_new_and_a_seed_makes_a_run() -> None:
@@ -148,9 +143,9 @@ def test_the_curriculum_grows_in_a_straight_line_and_stays(min_length: int | Non
 def test_a_curriculum_goes_on_with_the_next_step_when_steps_get_larger() -> None:
     c = settings(curriculum_steps=100)
     small, large = loader(c), SyntheticLoader(c, 1, Place(17, 2 * G, 2 * G, 0, 1), 64, CPU)
-    list(islice(iter(small), 50))
+    list(islice(small, 50))
     large.load_state_dict(small.state_dict())
-    (batch,) = islice(iter(large), 1)
+    ((batch,),) = islice(large, 1)
     assert batch["labels"] is not None
     assert large.state_dict() == {"samples": 52 * G, "step": 51}
     assert int((batch["labels"][0] != -100).sum()) == large.longest(50)
@@ -334,7 +329,7 @@ def test_what_is_not_refused_is_trained_on_to_the_end() -> None:
                     one = loader(c, seq_len=seq_len)
                 except UserError:
                     continue
-                for batch in islice(iter(one), 8):
+                for (batch,) in islice(one, 8):
                     assert batch["input_ids"].shape == (G, seq_len)  # type: ignore[union-attr]
                 for kind in ("validation", "test"):
                     build = validation_set if kind == "validation" else synthetic.test_set

@@ -95,7 +95,7 @@ def test_a_stream_replaces_them_and_says_so(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(hf_stream, "load_hugging_face", lambda *args, **kwargs: _Rows([{"text": LONE}]))
     data = config.Data(source="hf", hf_dataset="x", tokenizer="bytes", hf_shuffle_buffer=0)
     loader = hf_stream.StreamLoader(data, config.Dataloader(num_workers=0), Place(9, 1, 1, 0, 1), 320)
-    (ids,) = next(iter(loader))["input_ids"].tolist()
+    (ids,) = next(iter(loader))[0]["input_ids"].tolist()
     assert ids == [256, *WHOLE.encode(), 257][:9]
     assert "1 lone surrogate(s) in 1 documents streamed so far, the first in row 0 of x" in capsys.readouterr().err
 

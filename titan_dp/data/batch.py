@@ -1,46 +1,39 @@
-"""What every source of training batches shares: their form, whose samples are whose, and document boundaries.
+"""What a batch is, and which samples are whose: shared by shards, streams and synthetic problems.
 
-`shards` and `hf_stream` are such sources; `loader.py` chooses between them.
+A source brings rows of tokens with the places where documents begin, and `make_batch` turns them into the model's
+arguments. Which samples a rank reads for a step is `Place`'s arithmetic. `titan_dp/data/__init__.py` tells the whole path.
 """
 
 from __future__ import annotations
 
-import atexit
-import signal
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
-
-from titan_dp import config
-from titan_dp.errors import RunError, UserError, explained, lost_worker
-from titan_dp.faults.interrupt import SIGNALS
 
 IGNORE = -100
 """The label of a position that predicts nothing."""
 Batch = dict[str, Tensor | None]
-"""input_ids [L, T] int64, labels [L, T] int64, cu_seqlens [N + 1] int32 or None."""
+"""A micro-batch of L rows of T tokens: input_ids and labels [L, T] int64, cu_seqlens [N + 1] int32 or None (see
+`pack_boundaries`). Under context parallelism the first two are [L, T / parts], cu_seqlens is still that of the whole rows,
+and `priced` [L, T / parts] bool is what `before_last_label` says of the whole rows."""
 
 
 class Loader(Protocol):
-    """Endless micro-batches of one rank."""
+    """The training batches of one rank, without end: each item holds the micro-batches of one optimizer step."""
 
     fingerprint: str
     tokenizer_name: str
     tokenizer_hash: str
-    """Of what gives tokens their meaning: equal where a token means the same."""
+    """Of what gives tokens their meaning: equal if a token means the same."""
 
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __iter__(self) -> Iterator[list[Batch]]: ...
 
     def state_dict(self) -> dict[str, int]:
-        """Where the run is, the same on every rank; call it between steps only."""
+        """The position after the steps handed out so far, the same on every rank."""
         ...
 
     def load_state_dict(self, state: dict[str, int]) -> None: ...
@@ -50,18 +43,60 @@ class Loader(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Place:
-    """Which samples are whose."""
+    """Which samples of a step, and which part of their rows, this rank reads.
 
-    def __init__(self, seq_len: int, local_batch_size: int, global_batch_size: int, rank: int, world_size: int) -> None:
-        self.seq_len, self.local, self.total = seq_len, local_batch_size, global_batch_size
-        self.rank, self.world_size = rank, world_size
-        assert global_batch_size % (local_batch_size * world_size) == 0
-        self.accumulation = global_batch_size // (local_batch_size * world_size)
+    Micro-batch m of step s on rank r of W holds samples s G + (m W + r) L + [0, L) of the run's order, for global batch G and
+    micro-batch L. So a step has the same samples on any number of ranks and with any accumulation.
+
+    Under context parallelism, ranks that share rows have one r and read the same samples. Each keeps one of `parts` equal
+    segments of every row, in order.
+    """
+
+    seq_len: int
+    """Tokens per row, T."""
+    local: int
+    """Samples per micro-batch, L."""
+    total: int
+    """Samples per optimizer step, G: a multiple of L W."""
+    rank: int
+    world_size: int
+    part: int = 0
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.total % (self.local * self.world_size) == 0
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per step on each rank."""
+        return self.total // (self.local * self.world_size)
 
     def first_sample(self, step_start: int, micro: int) -> int:
         """First sample of micro-batch `micro` of the step that begins with sample `step_start`."""
         return step_start + (micro * self.world_size + self.rank) * self.local
+
+
+def make_batch(rows: np.ndarray, starts: list[np.ndarray], place: Place, reset: bool) -> Batch:
+    """The model's arguments for the rows of a micro-batch.
+
+    Args:
+        rows: [L, T + 1] int64 tokens, of which the last is only a label; IGNORE after a row's end.
+        starts: for each row the positions at which documents begin, rising, each in [0, T].
+        reset: whether the model keeps documents apart (`data.document_boundaries`).
+    """
+    labels_of_rows = rows[:, 1:].copy()
+    for row, begins in zip(labels_of_rows, starts, strict=True):
+        row[begins[begins > 0] - 1] = IGNORE  # it would be the first token of another, unrelated document
+    labels = torch.from_numpy(labels_of_rows)
+    batch: Batch = {"input_ids": torch.from_numpy(np.maximum(rows[:, :-1], 0)), "labels": labels}
+    if place.parts > 1:
+        # Labels are made before the cut: the label at a segment's end is the first token of the next segment.
+        whole = (*batch.items(), ("priced", before_last_label(labels)))
+        batch = {name: x.chunk(place.parts, 1)[place.part].contiguous() for name, x in whole if x is not None}
+    batch["cu_seqlens"] = pack_boundaries(starts, place.seq_len) if reset else None
+    return batch
 
 
 def pack_boundaries(starts: list[np.ndarray], T: int) -> Tensor:
@@ -78,132 +113,12 @@ def pack_boundaries(starts: list[np.ndarray], T: int) -> Tensor:
     return torch.from_numpy(padded)
 
 
-def _leave_signals_to_the_rank(worker: int) -> None:
-    """A signal to the whole process group must not take the data away from the step that is to be finished."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-class _Reading(Dataset[Any]):
-    """`dataset` in a worker: an error that one message explains travels as an item.
-
-    Raised there, torch would put the worker's traceback into its message, and lose what it was raised from.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.dataset[index]
-        except Exception as error:
-            return _explained_or_raise(error)
-
-
-class _ReadingStream(IterableDataset[Any]):
-    """The same for a stream."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from self.dataset
-        except Exception as error:
-            yield _explained_or_raise(error)
-
-
-def _explained_or_raise(error: Exception) -> UserError | RunError:
-    if (known := explained(error)) is None:
-        raise error
-    return known
-
-
-def _end_workers(items: Any) -> None:
-    """End the processes that read `items`, if there are any.
-
-    They ignore SIGTERM, by which Python would end them at its own end, and would wait for them without end.
-    """
-    if hasattr(items, "_shutdown_workers"):
-        items._shutdown_workers()
-        for worker in items._workers:
-            if worker.is_alive():  # in a read that does not return
-                worker.kill()
-
-
-def stateful_loader(dataset: Any, workers: config.Dataloader, **options: Any) -> Iterator[Any]:
-    """The items of `dataset`, read by `workers`. Raises UserError and RunError as it does."""
-    if workers.num_workers:
-        options["prefetch_factor"] = workers.prefetch_factor
-        options["worker_init_fn"] = _leave_signals_to_the_rank
-        dataset = _ReadingStream(dataset) if isinstance(dataset, IterableDataset) else _Reading(dataset)
-    # Items are whole micro-batches, so there is nothing to collate; our own integer is the state, not torchdata's.
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
-    # A generator of its own: an iterator draws a seed for its workers, and a resumed run would draw it once more from the
-    # global generator that its checkpoint has just restored.
-    options["generator"] = torch.Generator().manual_seed(0)
-    loader = StatefulDataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers.num_workers,
-        pin_memory=workers.pin_memory,
-        snapshot_every_n_steps=2**31,
-        **options,
-    )
-    handler = signal.getsignal(signal.SIGCHLD)
-    items = iter(loader)
-    if workers.num_workers:
-        # torch's handler would raise wherever the main thread is when a worker dies, in a collective too, or while another
-        # error is told; that the worker is gone is seen when its next item is waited for.
-        signal.signal(signal.SIGCHLD, handler)
-    end = partial(_end_workers, items)
-    atexit.register(end)
-    try:
-        for item in items:
-            if isinstance(item, UserError | RunError):
-                raise item
-            yield item
-    except (OSError, EOFError) as error:
-        # What a worker raised itself begins so; the rest is its pipe, which breaks when it is killed.
-        if workers.num_workers and not str(error).startswith("Caught "):
-            raise RunError(lost_worker(f"{type(error).__name__}: {error}")) from error
-        raise
-    finally:
-        end()
-        atexit.unregister(end)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """This rank's part of every row where ranks share rows (`parallelism.context_parallel_degree`).
-
-    All ranks of a context group read the same rows; each keeps one of as many equal segments, in order. Labels are cut from
-    whole rows, so the label at a segment's end is the first token of the next one and none is lost.
-    """
-
-    part: int
-    parts: int
-
-    @staticmethod
-    def of(parallelism: config.Parallelism, rank: int) -> Segment:
-        """Neighbouring ranks share a row."""
-        return Segment(rank % parallelism.context_parallel_degree, parallelism.context_parallel_degree)
-
-    def __call__(self, batch: Batch) -> Batch:
-        """input_ids and labels [L, T / parts], cu_seqlens of the whole rows, and `before_last_label` of them as `priced`."""
-        ids, labels = batch["input_ids"], batch["labels"]
-        if self.parts == 1 or ids is None or labels is None:
-            return batch
-        ids, labels, priced = (x.chunk(self.parts, 1)[self.part].contiguous() for x in (ids, labels, before_last_label(labels)))
-        return {"input_ids": ids, "labels": labels, "cu_seqlens": batch["cu_seqlens"], "priced": priced}
-
-
 def before_last_label(labels: Tensor) -> Tensor:
-    """Which positions of labels [B, T] have a label at or after them in their row: all but padding."""
+    """Which positions of labels [B, T] have a label at or after them in their row: all except padding."""
     return (labels != IGNORE).flip(1).cumsum(1).flip(1) > 0
 
 
-def to_device(batch: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor]:
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """The batch on the device. To a GPU it goes through page-locked memory: a copy from any other waits for the GPU's queue."""
     on_gpu = device.type == "cuda"
     return {

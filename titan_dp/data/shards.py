@@ -86,6 +86,9 @@ class _Manifest(_Version):
     text_bytes: Natural
     adds_bos: bool
     adds_eos: bool
+    split: str | None = None
+    validation_fraction: float = 0
+    """Of all documents, held out in the folder of split "validation"."""
     shards: list[Shard]
 
 
@@ -167,7 +170,8 @@ class TokenShards:
         checked = _parse(path, raw)
         self.manifest: dict[str, Any] = checked.model_dump()
         self.dtype, self.shards = np.dtype(checked.dtype), checked.shards
-        self.tokens, self.vocab_size = checked.tokens, checked.tokenizer.vocab_size
+        self.tokens, self.tokenizer, self.vocab_size = checked.tokens, checked.tokenizer, checked.tokenizer.vocab_size
+        self.split, self.validation_fraction = checked.split, checked.validation_fraction
         self._tokens = [self._map(s.file, self.dtype, s.tokens) for s in self.shards]
         self._starts = [self._map(s.starts_file, np.dtype(np.int64), s.documents) for s in self.shards]
         self._offsets = np.concatenate([[0], np.cumsum([s.tokens for s in self.shards], dtype=np.int64)]).astype(np.int64)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from titan_dp import config
-from titan_dp.data.batch import Batch, Loader, Place, Segment
-from titan_dp.data.loader import ShardLoader, ValidationLoader, build_dataloader, build_validation_loader
+from titan_dp.data.batch import Batch, Loader, Place
+from titan_dp.data.loader import ValidationLoader, build_dataloader, build_validation_loader
 from titan_dp.data.shard_check import RECORD, ShardCheck, copy_of
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
 from titan_dp.distributed import World, all_reduce_sum, data_world
@@ -68,33 +68,26 @@ class TextTask:
 
     def __init__(self, c: config.Config, batch: BatchPlan, world: World) -> None:
         self.world, self.validation, self.generate, self.seed = world, c.validation, c.generate, c.debug.seed
-        readers, self.segment = data_world(c.parallelism, world), Segment.of(c.parallelism, world.rank)
-        where: Any = {
-            "seq_len": batch.seq_len,
-            "rank": readers.rank,
-            "world_size": readers.size,
-            "vocab_size": c.model.vocab_size,
-        }
+        readers, parts = data_world(c.parallelism, world), c.parallelism.context_parallel_degree
+        segment = world.rank % parts, parts  # neighbouring ranks share a row
         self.verify = c.data.verify
         self.shard_check: ShardCheck | None = None
         own = batch.local_batch_size
-        self.loader = build_dataloader(
-            c.data, c.training.dataloader, local_batch_size=own, global_batch_size=batch.global_batch_size, **where
-        )
+        place = Place(batch.seq_len, own, batch.global_batch_size, readers.rank, readers.size, *segment)
+        self.loader = build_dataloader(c.data, c.training.dataloader, place, c.model.vocab_size)
         self.held_out: ValidationLoader | None = None
         if c.validation.enable:
-            held_out_size = c.validation.local_batch_size or own
-            self.held_out = build_validation_loader(c.validation, c.data, local_batch_size=held_out_size, **where)
+            own = c.validation.local_batch_size or own
+            place = Place(batch.seq_len, own, own * readers.size, readers.rank, readers.size, *segment)
+            self.held_out = build_validation_loader(c.validation, c.data, place, c.model.vocab_size, self.loader.sources)
 
     def evaluate(self, model: Transformer, watched: Watched) -> Evaluation:
         assert self.held_out is not None
         limit = None if self.validation.steps == -1 else self.validation.steps
-        batches = map(self.segment, itertools.islice(iter(self.held_out), limit))
-        return evaluate_loss(model, watched(batches), self.world.device)
+        return evaluate_loss(model, watched(itertools.islice(self.held_out, limit)), self.world.device)
 
     def watch_data(self, run_folder: Path) -> None:
-        trained = self.loader.sources if isinstance(self.loader, ShardLoader) else []
-        shards = [*trained, *(self.held_out.sources if self.held_out else [])]
+        shards = [*self.loader.sources, *(self.held_out.sources if self.held_out else [])]
         if self.verify and shards:
             copies = gather(together(lambda: copy_of(shards)))
             own, rank = copies[self.world.rank], self.world.rank

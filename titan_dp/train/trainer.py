@@ -10,7 +10,6 @@ the global count of valid ones, accumulation included.
 from __future__ import annotations
 
 import gc
-import itertools
 import math
 import shlex
 from collections.abc import Iterable, Iterator
@@ -26,7 +25,7 @@ from titan_dp import distributed
 from titan_dp.checkpoint.changed_settings import changed_since, describe_changes, weights_changed
 from titan_dp.checkpoint.saver import SAVE_TIMEOUT, Checkpointer, load_model_weights
 from titan_dp.config.load import Loaded
-from titan_dp.data.batch import IGNORE, Batch, Segment, before_last_label, to_device
+from titan_dp.data.batch import IGNORE, Batch, before_last_label, to_device
 from titan_dp.data.stream import files_of_dataset
 from titan_dp.distributed import World
 from titan_dp.errors import RunError, StoppedError
@@ -69,7 +68,6 @@ class Trainer:
             raise
         distributed.set_seeds(c.debug)
         mesh = distributed.build_mesh(c.parallelism, world)
-        self.segment = Segment.of(c.parallelism, world.rank)
 
         with torch.device("meta"):
             self.model = build_model(c.model)
@@ -227,7 +225,7 @@ class Trainer:
         self._announce()
         metrics = together(self._open_run_folder)
 
-        batches = map(self.segment, self.loader)
+        steps = iter(self.loader)
         self.task.watch_data(self.run_folder)
         gc.disable()  # collections at different moments on different ranks make all of them wait
         try:
@@ -238,7 +236,7 @@ class Trainer:
                 self.watchdog.beat(SAVE_TIMEOUT.total_seconds())  # a stream may skip for long to where it was
                 while not self._is_done() and self.stop_for is None:
                     with self.times.data_wait():
-                        micro_batches = list(itertools.islice(batches, self.batch.accumulation))
+                        micro_batches = next(steps)
                     loss, householder_steps, grad_norm, lr = self._train_step(micro_batches)
                     self.step += 1
                     self.times.end_step(self.step)

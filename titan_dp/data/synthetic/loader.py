@@ -67,15 +67,14 @@ class SyntheticLoader:
         named = f"{self.problem.name} {self.problem.vocab_size} {self.problem.tokens_per_element}"
         self.tokenizer_hash = hashlib.sha256(named.encode()).hexdigest()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         while True:
             longest = self.longest(self.step)
-            for micro in range(self.place.accumulation):
-                first = self.place.first_sample(self.samples, micro)
-                if micro == self.place.accumulation - 1:
-                    self.samples += self.place.total
-                    self.step += 1
-                yield self._batch(first, longest)
+            firsts = [self.place.first_sample(self.samples, micro) for micro in range(self.place.accumulation)]
+            step = [self._batch(first, longest) for first in firsts]
+            self.samples += self.place.total
+            self.step += 1
+            yield step
 
     def longest(self, step: int) -> int:
         """Symbols of the longest words of a step: grows linearly to the whole over curriculum_steps."""
@@ -121,11 +120,11 @@ class SyntheticSet:
         self.fingerprint = hashlib.sha256(f"{stream} {problem.describe()} {size} {low} {high}".encode()).hexdigest()
 
     def __len__(self) -> int:
-        return -(-self.size // (self.place.local * self.place.world_size))
+        return -(-self.size // self.place.total)
 
     def __iter__(self) -> Iterator[Batch]:
         for number in range(len(self)):
-            first = (number * self.place.world_size + self.place.rank) * self.place.local
+            first = self.place.first_sample(number * self.place.total, 0)
             samples = torch.arange(first, first + self.place.local, device=self.device)
             tokens, labels = self.problem.rows(self.random, samples, self.low, self.high)
             labels[samples >= self.size] = IGNORE
