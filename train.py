@@ -7,6 +7,7 @@ saved (start it again), 1 anything else.
 
 import os
 import sys
+from functools import partial
 
 from titan_dp.errors import UserError, run_main
 
@@ -28,15 +29,18 @@ def main() -> int:
         return 0
     # torch takes seconds to import: only from here on.
     if loaded.dry_run:
-        from titan_dp.estimate.plan import print_plan
+        from titan_dp.estimate.command import dry_run
 
-        print_plan(loaded)
+        dry_run(loaded)
         return 0
     from titan_dp.distributed import distributed
+    from titan_dp.inference.generate import sample_text
     from titan_dp.train.trainer import Trainer
 
-    with distributed(loaded.config.comm) as world:
-        Trainer(loaded, world).train()
+    c = loaded.config
+    sample = partial(sample_text, c=c.generate, seed=c.debug.seed) if c.generate.enable else None
+    with distributed(c.comm) as world:
+        Trainer(loaded, world, sample).train()
     return 0
 
 

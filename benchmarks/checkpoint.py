@@ -76,7 +76,7 @@ def main() -> None:
         model.init_weights(0)
         optimizers = build_optimizer(model, config.Optimizer())
         tokens = torch.randint(0, 16000, (1, 256))
-        model(tokens, tokens).backward()
+        model(tokens, tokens).loss.backward()
         clip_grad_norm(model.parameters(), 1.0)
         optimizers.step(torch.zeros(()))
         optimizers.zero_grad()
@@ -93,7 +93,7 @@ def main() -> None:
             checkpointer.save(step, model, optimizers, meta=META, healthy=True, blocking=blocking)
 
         def forward_backward() -> None:
-            model(tokens, tokens).backward()
+            model(tokens, tokens).loss.backward()
             optimizers.zero_grad()
 
         for i in range(1, REPEATS + 2):

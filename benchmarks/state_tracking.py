@@ -64,7 +64,7 @@ def measure_data(report: Report, task: str) -> None:
     low = length if problem.answers_everywhere else 3
     tokens, labels = problem.rows(Random("benchmark"), samples, low, length)
     data = median_seconds(lambda: problem.rows(Random("benchmark"), samples, low, length), repeats=9)
-    step = median_seconds(lambda: model(tokens, labels).backward(), repeats=3)
+    step = median_seconds(lambda: model(tokens, labels).loss.backward(), repeats=3)
     report.add(
         {
             "what": f"words of a step, {task}, {len(samples)} of up to {length} symbols",

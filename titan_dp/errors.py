@@ -71,6 +71,8 @@ class StoppedError(RuntimeError):
     """A signal asked the run to stop and everything is saved: exit code 75, on which a scheduler starts the same again."""
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What asks a run to stop at the end of a step (faults/interrupt.py); worker processes leave them to the rank."""
 EXIT_STOPPED = os.EX_TEMPFAIL
 STOPPED_FILE = "TITAN_DP_STOPPED_FILE"
 """Environment variable: a file that a stopped process makes, for launch/torchrun.py, which torch does not tell exit codes."""

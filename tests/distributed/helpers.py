@@ -54,7 +54,7 @@ def optimizer_of(model: Transformer, **settings: object) -> Optimizers:
 def backward(model: Transformer, seed: int, factor: float = 1.0) -> None:
     """Gradients of one batch, the same on every rank; `factor` multiplies the loss of rank 0."""
     tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(seed))
-    (model(tokens, tokens) / 48 * (factor if torch.distributed.get_rank() == 0 else 1.0)).backward()
+    (model(tokens, tokens).loss / 48 * (factor if torch.distributed.get_rank() == 0 else 1.0)).backward()
 
 
 def clean(name: str) -> str:

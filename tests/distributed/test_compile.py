@@ -63,7 +63,7 @@ def graphs_of_a_run() -> list[int]:
         ends = torch.arange(boundaries - 1, dtype=torch.int32).clamp(max=rows * TOKENS)
         documents = torch.cat([ends, torch.tensor([rows * TOKENS], dtype=torch.int32)])
         with torch.set_grad_enabled(training):
-            loss = model(tokens, tokens, documents)
+            loss = model(tokens, tokens, documents).loss
         if training:
             loss.backward()
         return counters["stats"]["unique_graphs"]

@@ -98,9 +98,8 @@ def segment(x: Tensor) -> Tensor:
 
 def results(model: Transformer, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
     """The loss and every gradient; of a segment the share in them, which still is to be summed over ranks."""
-    loss = model(tokens, labels, cu_seqlens)
-    steps = 0.0 if model.householder_steps is None else model.householder_steps.sum()
-    (loss + 0.1 * steps).backward()
+    loss, steps = model(tokens, labels, cu_seqlens)
+    (loss + 0.1 * (0.0 if steps is None else steps.sum())).backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
@@ -210,7 +209,7 @@ def sharded(replicate: int, modes: list[str], seed: int) -> list[dict[str, Tenso
         model.init_weights(0)
         tokens, labels = batch(seed + data_world(parallelism, world).rank)
         mine = slice(world.rank % 2 * T // 2, (world.rank % 2 + 1) * T // 2)
-        loss = model(tokens[:, mine], labels[:, mine], torch.tensor(DOCUMENTS, dtype=torch.int32))
+        loss = model(tokens[:, mine], labels[:, mine], torch.tensor(DOCUMENTS, dtype=torch.int32)).loss
         (loss * world.size).backward()
         gradients.append({clean(name): p.grad.full_tensor() for name, p in model.named_parameters()})  # type: ignore[union-attr]
     return gradients

@@ -113,11 +113,11 @@ def train_step(original: Callable[..., Any], self: trainer.Trainer, *args: Any) 
 
 
 def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    loss = original(*args, **kwargs)
+    result = original(*args, **kwargs)
     if FAULT.get("deed") == "not a number":
-        return loss * float("nan") if strikes("step", training) else loss
+        return result._replace(loss=result.loss * float("nan")) if strikes("step", training) else result
     strike("step", training)
-    return loss
+    return result
 
 
 def save(original: Callable[..., Any], self: Any, step: int, *args: Any, **kwargs: Any) -> Any:

@@ -52,7 +52,7 @@ def test_without_torchrun_one_process_trains(tiny_config: Path, root: Path) -> N
     for part in (
         "1 rank(s)",
         "torch backend",
-        "FLOPs a token",
+        "FLOPs per token",
         "step 3/3 (100%)",
         "validation loss",
         "sample",
@@ -129,7 +129,7 @@ def test_the_dry_run_of_800m_under_torchrun_prints_one_summary_without_data(root
     log = tmp_path / "log"
     assert run_script_in_ranks(2, root / "train.py", "--config", "800m.toml", "--dry-run", log=log) == [0, 0], log.read_text()
     assert log.read_text().count("dry run") == 1
-    for part in ("806,262,780", "FLOPs a token", "104,905 steps", "55 B tokens", "GiB a rank"):
+    for part in ("806,262,780", "FLOPs per token", "104,905 steps", "55 B tokens", "GiB per rank"):
         assert part in log.read_text(), part
 
 

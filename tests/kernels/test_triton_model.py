@@ -28,7 +28,7 @@ def loss_and_gradients(backend: str, **changes: object) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 50, (1, 50), generator=generator).to(DEVICE)
     cu_seqlens = torch.tensor([0, 3, 20, 50, 50], dtype=torch.int32, device=DEVICE)
-    loss = model(tokens, tokens.roll(-1, 1), cu_seqlens)
+    loss = model(tokens, tokens.roll(-1, 1), cu_seqlens).loss
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 

@@ -16,18 +16,20 @@ from tests.distributed.harness import run_ranks
 from tests.unit.test_model import CU_SEQLENS, make, settings, tokens_of
 from titan_dp import config
 from titan_dp.distributed import build_mesh, current_world
-from titan_dp.estimate.plan import memory_facts
+from titan_dp.estimate.result import estimate
+from titan_dp.hardware import NETWORKS
 from titan_dp.model.deltaproduct import DeltaProduct
 from titan_dp.model.initialise import Initializer
 from titan_dp.model.parallelize import parallelize
 from titan_dp.model.transformer import Transformer, build_model
-from titan_dp.train.facts import model_facts
+from titan_dp.train.batch_plan import plan_batches
+from titan_dp.train.facts import planned
 from titan_dp.train.optim import build_optimizer
 
 
-def steps_of(model: Transformer) -> float:
-    assert model.householder_steps is not None
-    return float(model.householder_steps.detach().sum())
+def steps_of(model: Transformer, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """[B, T], summed over layers."""
+    return model(tokens, tokens, cu_seqlens).householder_steps
 
 
 def adaptive(undecided: bool = True, **changes: object) -> Transformer:
@@ -44,8 +46,8 @@ def test_with_all_steps_taken_it_is_exactly_the_model_without_a_router() -> None
     plain.load_state_dict({name: p for name, p in model.state_dict().items() if "r_proj" not in name})
     tokens = tokens_of(2, 30)
     assert torch.equal(model(tokens), plain(tokens))
-    assert steps_of(model) == 2 * 30 * 3 * 2
-    assert plain.householder_steps is None
+    assert float(steps_of(model, tokens).sum()) == 2 * 30 * 3 * 2
+    assert steps_of(plain, tokens) is None
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -80,14 +82,13 @@ def test_a_step_that_is_switched_off_is_left_out_of_the_recurrence(gate: bool) -
 def test_the_steps_gradient_is_that_of_the_sigmoids_sum() -> None:
     model, tokens = adaptive(num_hidden_layers=1), tokens_of(2, 20)
     router, block = model.blocks[0].attn.r_proj, model.blocks[0]  # type: ignore[union-attr]
-    model(tokens)
-    assert model.householder_steps is not None
-    model.householder_steps.sum().backward()
+    steps = steps_of(model, tokens).sum()
+    steps.backward()
     with torch.no_grad():
         x = block.attn_norm.apply_to(model.embeddings(tokens)).flatten(0, 1)
         soft = (x @ router.weight.T + router.bias).sigmoid()
         slope = soft * (1 - soft)
-        assert steps_of(model) == int((soft > 0.5).sum())
+        assert steps == int((soft > 0.5).sum())
         torch.testing.assert_close(router.weight.grad, slope.T @ x)
         torch.testing.assert_close(router.bias.grad, slope.sum(0))
 
@@ -104,7 +105,7 @@ def test_the_losss_gradient_reaches_the_router_through_beta() -> None:
         return recur(inputs, *rest, **options)
 
     mixer._recur = look  # type: ignore[union-attr, method-assign]
-    model(tokens, tokens).backward()
+    model(tokens, tokens).loss.backward()
     with torch.no_grad():
         x = model.blocks[0].attn_norm.apply_to(model.embeddings(tokens))
         full_beta = 2 * mixer.b_proj(x).sigmoid().view(2, 20, 2, 2)  # type: ignore[union-attr]
@@ -115,13 +116,12 @@ def test_the_losss_gradient_reaches_the_router_through_beta() -> None:
 
 def test_packed_documents_take_the_steps_that_each_takes_alone() -> None:
     model, tokens = adaptive(), tokens_of(2, 40)
-    packed, steps = model(tokens, None, CU_SEQLENS).flatten(0, 1), model.householder_steps
-    assert steps is not None
+    packed, steps = model(tokens, None, CU_SEQLENS).flatten(0, 1), steps_of(model, tokens, CU_SEQLENS)
     assert steps.shape == (2, 40)
     for start, end in itertools.pairwise(CU_SEQLENS[:6].tolist()):
-        torch.testing.assert_close(model(tokens.flatten()[None, start:end])[0], packed[start:end], rtol=1e-5, atol=1e-5)
-        assert model.householder_steps is not None
-        assert torch.equal(model.householder_steps[0], steps.flatten()[start:end])
+        document = tokens.flatten()[None, start:end]
+        torch.testing.assert_close(model(document)[0], packed[start:end], rtol=1e-5, atol=1e-5)
+        assert torch.equal(steps_of(model, document)[0], steps.flatten()[start:end])
     assert 0 < float(steps.detach().sum()) < 80 * 2 * 2
 
 
@@ -136,8 +136,7 @@ def test_decoding_takes_the_steps_of_the_parallel_forward() -> None:
 
 def test_the_count_is_in_float32_whatever_the_matrices_are_in() -> None:
     model, tokens = adaptive(undecided=False).bfloat16(), tokens_of(8, 301)
-    model(tokens, tokens)
-    assert steps_of(model) == 8 * 301 * 2 * 2  # 9,632 is no bfloat16 number
+    assert float(steps_of(model, tokens).sum()) == 8 * 301 * 2 * 2  # 9,632 is no bfloat16 number
 
 
 def mean_steps_after_training(cost: float) -> float:
@@ -147,11 +146,11 @@ def mean_steps_after_training(cost: float) -> float:
     tokens = (torch.arange(21) + torch.randint(0, 50, (8, 1))) % 50
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     for _ in range(80):
-        ((model(inputs, labels) + cost * model.householder_steps.sum()) / labels.numel()).backward()
+        loss, steps = model(inputs, labels)
+        ((loss + cost * steps.sum()) / labels.numel()).backward()
         optimizers.step(torch.zeros(()))
         optimizers.zero_grad()
-    model(inputs)
-    return steps_of(model) / labels.numel()
+    return float(steps_of(model, inputs).mean())
 
 
 def test_a_cost_switches_off_steps_that_are_not_needed() -> None:
@@ -164,9 +163,10 @@ def test_the_dry_run_counts_flops_with_all_steps_taken_and_runs_a_block_in_bfloa
         model=settings(adaptive_householder=True), training=config.Training(steps=1, seq_len=16, householder_cost=0.1)
     )
     assert c.training.mixed_precision_param == "bfloat16"
-    assert "all Householder steps taken" in model_facts(c.model, 16)["FLOPs a token"]
-    assert "Householder" not in model_facts(settings(), 16)["FLOPs a token"]
-    assert memory_facts(c, 1)["activations"].endswith(("MiB", "GiB"))
+    plain = c.model_copy(update={"model": settings()})
+    assert "all Householder steps taken" in planned(c, plan_batches(c.training, 1), 1)["FLOPs per token"]
+    assert "Householder" not in planned(plain, plan_batches(c.training, 1), 1)["FLOPs per token"]
+    assert estimate(c, 1, None, NETWORKS["ib-400"], search=False).memory["activations"] > 0
 
 
 # -- sharded, recomputed, compiled -------------------------------------------------------------------------------------
@@ -183,10 +183,9 @@ def _undecided(model: Transformer) -> None:
 def _loss_and_steps(model: Transformer) -> tuple[Tensor, Tensor]:
     """Of a batch whose gradient is that of loss and steps together."""
     tokens = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
-    loss = model(tokens, tokens)
-    assert model.householder_steps is not None
-    ((loss + 0.5 * model.householder_steps.sum()) / 48).backward()
-    return loss.detach(), model.householder_steps.detach().sum()
+    loss, steps = model(tokens, tokens)
+    ((loss + 0.5 * steps.sum()) / 48).backward()
+    return loss.detach(), steps.detach().sum()
 
 
 def sharded(mode: str, option: str | int, compile: bool) -> tuple[dict[str, Tensor], Tensor, Tensor, int, int]:

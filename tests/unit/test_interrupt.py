@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from tests.processes import SERVER, TIMEOUT_SECONDS
-from titan_dp.faults.interrupt import SIGNALS, Interrupt
+from titan_dp.errors import SIGNALS
+from titan_dp.faults.interrupt import Interrupt
 from titan_dp.studies.launch_local import _Ended, _Launcher
 
 CPU = torch.device("cpu")

@@ -18,6 +18,7 @@ from titan_dp.distributed import World
 from titan_dp.errors import UserError
 from titan_dp.faults.step_times import Interval
 from titan_dp.train.metrics import Metrics, drop_repeated_steps, peak_flops
+from titan_dp.train.step import StepResult
 from titan_dp.train.validate import Evaluation
 
 CPU = torch.device("cpu")
@@ -46,9 +47,13 @@ def interval(seconds: float = 1.0, **values: Any) -> Interval:
     return Interval(seconds, **usual | values)
 
 
+def result(loss: float, grad_norm: float) -> StepResult:
+    return StepResult(torch.tensor(loss), None, torch.tensor(grad_norm), torch.zeros(3))
+
+
 def log(m: Metrics, step: int, loss: float = 2.0, skipped: int = 0, during: Interval | None = None) -> None:
     during = during or interval()
-    m.log_step(step, during, tokens=512 * step, loss=torch.tensor(loss), grad_norm=torch.tensor(0.5), lr=3e-4, skipped=skipped)
+    m.log_step(step, during, result(loss, 0.5), tokens=512 * step, lr=3e-4, skipped=skipped)
 
 
 def records(folder: Path) -> list[dict]:
@@ -113,7 +118,7 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_is_recorded_as_null_which_every_json_parser_reads(tmp_path: Path) -> None:
     m = metrics(tmp_path)
-    m.log_step(1, interval(), tokens=512, loss=torch.tensor(math.nan), grad_norm=torch.tensor(math.inf), lr=3e-4, skipped=1)
+    m.log_step(1, interval(), result(math.nan, math.inf), tokens=512, lr=3e-4, skipped=1)
     m.log_validation(1, Evaluation(math.nan, 1000))
     m.close()
     text = (tmp_path / "metrics.jsonl").read_text()

@@ -131,13 +131,13 @@ CU_SEQLENS = torch.tensor([0, 11, 12, 40, 45, 80, 80, 80], dtype=torch.int32)
 def test_packed_documents_equal_each_document_alone_in_loss_and_gradients(variant: Transformer) -> None:
     tokens, labels = tokens_of(2, 40), tokens_of(2, 40)
     labels[0, 10] = -100
-    packed = variant(tokens, labels, CU_SEQLENS)
+    packed = variant(tokens, labels, CU_SEQLENS).loss
     packed.backward()
     gradients = [p.grad.clone() for p in variant.parameters()]  # type: ignore[union-attr]
     variant.zero_grad()
     alone = torch.zeros(())
     for start, end in itertools.pairwise(CU_SEQLENS[:6].tolist()):
-        loss = variant(tokens.flatten()[None, start:end], labels.flatten()[None, start:end])
+        loss = variant(tokens.flatten()[None, start:end], labels.flatten()[None, start:end]).loss
         loss.backward()
         alone = alone + loss.detach()
     torch.testing.assert_close(packed.detach(), alone, check_dtype=False, rtol=1e-6, atol=1e-6)
@@ -173,11 +173,11 @@ def test_a_block_is_one_graph_with_and_without_packing(name: str) -> None:
 def test_bfloat16_matrices_with_float32_islands_stay_near_float32(variant: Transformer) -> None:
     model, islands = variant.float(), {id(p) for m in variant.fp32_modules() for p in m.parameters()}
     tokens, labels = tokens_of(2, 40), tokens_of(2, 40)
-    expected = model(tokens, labels)
+    expected = model(tokens, labels).loss
     for parameter in model.parameters():
         if id(parameter) not in islands:
             parameter.data = parameter.data.bfloat16()
-    loss = model(tokens, labels)
+    loss = model(tokens, labels).loss
     loss.backward()
     assert loss.dtype == torch.float32
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=0.05)

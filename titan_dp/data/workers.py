@@ -12,8 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from titan_dp import config
-from titan_dp.errors import RunError, UserError, explained, lost_worker
-from titan_dp.faults.interrupt import SIGNALS
+from titan_dp.errors import SIGNALS, RunError, UserError, explained, lost_worker
 
 Read = Callable[[int, int], Iterator[Any]]
 """`read(worker, workers)`: items worker, worker + workers, worker + 2 workers, ... of a sequence; `read(0, 1)` is all of it."""

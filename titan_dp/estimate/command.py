@@ -3,24 +3,28 @@
     titan-dp estimate --config 800m.toml --nproc 512 --training.global_batch_size 2048
     titan-dp estimate --config debug.toml --nproc 2 --gpu cpu --json
 
-The numbers are result.py's; here are the options and the table. Settings are given as for train.py.
+The numbers are result.py's; here are the options and the table. Settings are given as for train.py, whose `--dry-run` is the
+same estimate for the device and the number of ranks that are here.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from titan_dp.config.arguments import above_zero, fraction, positive, take_settings
-from titan_dp.config.load import load_config
+from titan_dp.config.load import Loaded, load_config
 from titan_dp.errors import UserError
-from titan_dp.hardware import GPUS, NETWORKS, find_gpu, find_network
+from titan_dp.hardware import GPU, GPUS, NETWORKS, find_gpu, find_network, gpu_of
 from titan_dp.output import print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from titan_dp.estimate.result import Estimate
+    from titan_dp.train.batch_plan import BatchPlan
 
 _GIB = 2**30
 
@@ -62,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(result.as_json())
         return 0
-    print_table(_table(result, loaded.run_name))
+    title = f"{loaded.run_name}: estimate for {args.nproc:,} x {result.device}"
+    print_table(_table(title, loaded, args.nproc, result.batch, result))
     for line in result.notes:
         print(f"note: {line}")
     if result.assumptions:
@@ -72,44 +77,76 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def dry_run(loaded: Loaded) -> None:
+    """Print on rank 0 what a run would be here, without data or other ranks.
+
+    Raises UserError for what would stop the run before its first step.
+    """
+    import torch
+
+    from titan_dp.distributed import World, data_world, rank_from_env, world_size_from_env
+    from titan_dp.estimate.result import estimate
+    from titan_dp.train.batch_plan import plan_batches
+
+    c, ranks = loaded.config, world_size_from_env()
+    batch = plan_batches(c.training, data_world(c.parallelism, World(0, ranks, torch.device("cpu"))).size)
+    if rank_from_env() != 0:
+        return
+    result = None
+    if c.model.mixer != "rwkv7":  # followed operator by operator, a loop over tokens takes minutes
+        result = estimate(c, ranks, _gpu_here(), NETWORKS["ib-400"], search=False)
+    print_table(_table(f"{loaded.run_name}: dry run", loaded, ranks, batch, result))
+    for line in (*(result.notes if result else ()), *loaded.warnings()):
+        print(f"warning: {line}")
+
+
+def _gpu_here() -> GPU | None:
+    """The GPU a rank would have; None if there are only CPUs. What no data sheet of ours says of it is NaN."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    here, unknown = torch.cuda.get_device_properties(0), math.nan
+    known = gpu_of(here.name) or GPU(here.name, unknown, unknown, unknown, unknown, unknown, 0, 0)
+    arch = here.major * 10 + here.minor
+    return replace(known, memory=here.total_memory, arch=arch, processors=here.multi_processor_count)
+
+
 def gib(size: float) -> str:
     return f"{size / _GIB:.2f} GiB" if size >= 0.005 * _GIB else f"{size / 2**20:.2f} MiB"
 
 
-def memory_rows(e: Estimate, whose: str = "") -> dict[str, str]:
-    """The parts of a rank's memory, each with its bytes; also what the dry run shows, with `whose` behind the sums."""
-    rows = {part: gib(size) for part, size in e.memory.items()}
-    rows["tensors at the peak"] = f"{gib(e.tensors)}{whose}, {e.peak_phase}"
-    if e.allowance:
-        rows["allowance"] = f"{gib(e.allowance)} for context, NCCL, workspaces, fragmentation: chosen, not counted"
-    if e.available:
-        rows["in all"] = f"{gib(e.total)} of {gib(e.available)}: {'fits' if e.total <= e.available else 'does NOT fit'}"
-    return rows
-
-
-def _table(e: Estimate, name: str) -> Table:
+def _table(title: str, loaded: Loaded, ranks: int, batch: BatchPlan, e: Estimate | None) -> Table:
+    """All that is known of a run before it is one; without an estimate, what follows from the settings alone."""
     from rich.table import Table
 
-    table = Table(title=f"{name}: estimate for {e.ranks:,} x {e.device}", show_header=False)
-    b = e.batch
-    table.add_row(
-        "batch",
-        f"{b.global_batch_size:,} sequences of {b.seq_len:,} = {b.tokens_per_step:,} tokens a step; {b.local_batch_size} a "
-        f"micro-batch, accumulation {b.accumulation}",
-    )
-    table.add_row("recurrence", f"{e.backend} backend")
+    from titan_dp.train.facts import planned
+
+    table = Table(title=title, show_header=False)
+    for name, text in planned(loaded.config, batch, ranks).items():
+        table.add_row(name, text)
+    if e is None:
+        table.add_row("memory", f"not counted for {loaded.config.model.mixer}; titan-dp estimate does, in minutes")
+        return table
+    table.add_row("recurrence", f"{e.backend} backend, on {e.device}")
     table.add_section()
-    for part, text in memory_rows(e).items():
-        table.add_row(part, text)
+    for part, size in e.memory.items():
+        table.add_row(part, gib(size))
+    table.add_row("tensors at the peak", f"{gib(e.tensors)} per rank, {e.peak_phase}")
+    if e.allowance:
+        table.add_row("allowance", f"{gib(e.allowance)} for context, NCCL, workspaces, fragmentation: chosen, not counted")
+    if e.available:
+        fits = "fits" if e.total <= e.available else "does NOT fit"
+        table.add_row("in all", f"{gib(e.total)} of {gib(e.available)}: {fits}")
     if e.largest_batch is not None:
         table.add_row("largest local batch", str(e.largest_batch) if e.largest_batch else "not even one sequence fits")
     table.add_section()
     for purpose, row in e.communication.items():
         where = f"{gib(row['inside a node'])} inside a node, {gib(row['between nodes'])} between nodes"
-        table.add_row(purpose, f"{gib(row['sent'])} sent a step in {int(row['calls']):,} calls: {where}")
+        table.add_row(purpose, f"{gib(row['sent'])} sent per step in {int(row['calls']):,} calls: {where}")
     table.add_section()
-    table.add_row("model FLOPs", f"{e.flops_per_token / 1e9:.4g} G a token, {e.model_flops / 1e12:,.4g} T a step of all ranks")
-    table.add_row("executed FLOPs", f"{e.executed_flops / 1e12:,.4g} T a step and rank (recomputation included)")
+    table.add_row("model FLOPs", f"{e.model_flops / 1e12:,.4g} T per step of all ranks")
+    table.add_row("executed FLOPs", f"{e.executed_flops / 1e12:,.4g} T per step and rank (recomputation included)")
     if e.speed is not None and e.mfu is not None:
         s = e.speed
         parts = f"{s.compute:.3g} compute + {s.exposed:.3g} of {s.communication:.3g} communication"

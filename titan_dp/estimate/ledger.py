@@ -71,7 +71,7 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, ignored: list[Tensor] | None = None) -> None:
         super().__init__()
-        self.phase, self.part, self.micro = "", OTHER, 0
+        self.enter("")
         self.work: list[Work] = []
         self.collectives: list[Collective] = []
         self._events: list[tuple[int, int, str]] = []  # storage, change in bytes, phase
@@ -102,6 +102,10 @@ class Ledger(TorchDispatchMode):
         elif not func.is_view and func._opname not in _NO_TRAFFIC:
             self._add_work(func, args, kwargs, out, inputs + outputs)
         return out
+
+    def enter(self, phase: str, part: str = OTHER, micro: int = -1) -> None:
+        """From now on the step is at `phase`, and new storages belong to `part`; micro -1 stands for the whole step."""
+        self.phase, self.part, self.micro = phase, part, micro
 
     # -- storages ----------------------------------------------------------------------------------------------------
 

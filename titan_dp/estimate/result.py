@@ -6,6 +6,7 @@ allowance is not: it stands for what no tensor shows on a GPU, and is a line of 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ ALLOWANCE, ALLOWANCE_SHARE = 2 * 2**30, 0.05
 and the allocator's fragmentation. Chosen, not measured."""
 
 _MOST = 4096
-"""Sequences a micro-batch up to which the largest that fits is looked for."""
+"""Sequences per micro-batch up to which the largest that fits is looked for."""
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Estimate:
     peak_phase: str
     allowance: int
     available: int | None
-    """Memory of the device; None where it is not known."""
+    """Memory of the device; None if it is not known."""
     communication: dict[str, dict[str, float]]
     """Bytes a rank sends in a step by purpose: in all, inside a node, between nodes; and the number of calls."""
     model_flops: int
@@ -60,7 +61,7 @@ class Estimate:
     mfu: float | None = None
     assumptions: list[str] = field(default_factory=list)
     largest_batch: int | None = None
-    """Sequences a micro-batch whose peak and allowance fit in `available`; 0: not even one."""
+    """Sequences per micro-batch whose peak and allowance fit in `available`; 0: not even one."""
     largest_peak: int | None = None
 
     @property
@@ -84,14 +85,15 @@ def estimate(
     available: int | None = None,
     search: bool = True,
 ) -> Estimate:
-    """Count a step of `c` on `ranks` GPUs, or CPU ranks where `gpu` is None.
+    """Count a step of `c` on `ranks` GPUs, or CPU ranks if `gpu` is None.
 
     Args:
+        gpu: its peaks may be NaN; then no speed is predicted.
         available: bytes of a device; default: the GPU's data sheet.
         search: look for the largest local batch as well, which takes some further fake steps.
 
-    Raises UserError for what training would refuse, but for a global batch that does not fit the ranks: that is noted, and
-    one micro-batch a rank is counted.
+    Raises UserError for what training would refuse, except a global batch that does not fit the ranks: that is noted, and one
+    micro-batch per rank is counted.
     """
     a = assumptions or Assumptions()
     backend = backend_on(c, gpu)
@@ -129,7 +131,9 @@ def estimate(
         largest_batch=largest[0],
         largest_peak=largest[1],
     )
-    if gpu is not None and c.training.mixed_precision_param == "bfloat16":
+    if gpu is not None and math.isnan(gpu.tflops):
+        notes.append(f"no speed is predicted: there is no data sheet of {gpu.name} here")
+    elif gpu is not None and c.training.mixed_precision_param == "bfloat16":
         compiled = c.compile.enable
         result.speed = predict(step.work, step.collectives, batch.accumulation, gpu, network, compiled, a)
         result.mfu = result.model_flops / (result.speed.step * ranks * gpu.tflops * 1e12)
@@ -146,12 +150,12 @@ def _batch(c: config.Config, rows: int) -> tuple[BatchPlan, list[str]]:
         return plan_batches(c.training, rows), []
     except UserError as error:
         plain = c.training.model_copy(update={"global_batch_size": -1})
-        note = f"training would refuse this: {error}. Counted here: one micro-batch a rank"
+        note = f"training would refuse this: {error}. Counted here: one micro-batch per rank"
         return plan_batches(plain, rows), [note]
 
 
 def _choices(batch: BatchPlan, total: int | None, rows: int) -> tuple[Sequence[int], Callable[[int], int]]:
-    """Local batches that come into question, and the accumulation of each; a global batch that is given (`total`) is kept."""
+    """Candidate local batch sizes, and the accumulation of each; a global batch that is given (`total`) is kept."""
     if total is None:
         return range(1, _MOST), lambda _: batch.accumulation
     return [b for b in range(1, total // rows + 1) if total % (b * rows) == 0], lambda b: total // (b * rows)
@@ -186,7 +190,7 @@ def _largest(
     while high - low > 1:
         b = choices[guess]
         if b not in counted:
-            counted[b] = max(run.peak(b, accumulation(b)), step.peak.bytes if step.peak.phase == "optimizer" else 0)
+            counted[b] = run.step(b, accumulation(b)).peak.bytes
         low, high = (guess, high) if counted[b] <= limit else (low, guess)
         guess = low + 1
         if len(counted) > 1:

@@ -1,10 +1,9 @@
 """One training step of the real model under the real sharding, on fake tensors and a process group that only pretends.
 
-What training runs is run here: `build_model`, `parallelize`, `build_optimizer`, clipping, the guard, and a step as
-`Trainer._train_step` takes it. So checkpointing policies, FSDP2's prefetching and the shapes that our operators save are not
-modelled but observed. A step after the first is what is recorded: optimizer state exists. For a GPU, the recurrence's
-operators run the code of its backend with kernels that are not launched; softmax attention stays a CPU's operator. Compilation
-is left out: what it saves is unknown here.
+What training runs is run here: `build_model`, `parallelize`, `build_optimizer` and `train_step` itself. So checkpointing
+policies, FSDP2's prefetching and the shapes that our operators save are not modelled but observed. A step after the first is
+what is recorded: optimizer state exists. For a GPU, the recurrence's operators run the code of its backend with kernels that
+are not launched; softmax attention stays a CPU's operator. Compilation is left out: what it saves is unknown here.
 """
 
 from __future__ import annotations
@@ -23,26 +22,24 @@ from deltaproduct_kernels import resolve_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from titan_dp import config
-from titan_dp.data.batch import IGNORE
-from titan_dp.distributed import World, all_reduce_sum, build_mesh, context_group
-from titan_dp.errors import UserError
+from titan_dp.data.batch import Batch
+from titan_dp.distributed import World, build_mesh, context_group
+from titan_dp.errors import SIGNALS, UserError
 from titan_dp.estimate import ledger
 from titan_dp.estimate.collectives import Collective
 from titan_dp.estimate.ledger import Ledger, Peak, Work
-from titan_dp.faults.interrupt import SIGNALS
 from titan_dp.hardware import GPU, GPUS
 from titan_dp.model.parallelize import parallelize
 from titan_dp.model.transformer import build_model
-from titan_dp.train.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
+from titan_dp.train.optim import NonFiniteGuard, build_optimizer
+from titan_dp.train.step import PhaseName, train_step
 
 _CPU = torch.device("cpu")
 _MICRO_BATCHES = 2
-"""Of a step with accumulation: one that keeps its gradients, and one that reduces them. More are taken to repeat the first,
-which leaves out of the time that they add to its gradients."""
-_WHOLE_STEP = -1
-"""In place of a micro-batch's index, for what is done once a step."""
+"""With accumulation we trace two micro-batches: one that keeps its gradients, and the last, which reduces them. Further ones
+count as copies of the first; the time they take to add up gradients is ignored."""
 _DOCUMENTS = 64
-"""Document boundaries of a micro-batch where they are reset; the loader pads their number to a multiple of this."""
+"""Document boundaries of a micro-batch if they are reset; the loader pads their number to a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +71,6 @@ class FakeRun:
             compile=config.Compile(),
             context=context_group(c.parallelism, world),
         )
-        # The last block's end is where the loss head begins; recomputation in the backward pass does not count.
-        self.model.layers[-1].register_forward_hook(self._after_last_block)
-
-    def _after_last_block(self, *_: Any) -> None:
-        if self.ledger.phase == "forward":
-            self.ledger.part = ledger.LOSS
 
     def start(self) -> None:
         """Parameters and optimizer state: what there is before a step."""
@@ -90,7 +81,7 @@ class FakeRun:
             record.belongs(parameter, ledger.PARAMETERS)
         self.optimizers = build_optimizer(self.model, self.c.optimizer)
         self.guard = NonFiniteGuard(_CPU)
-        record.phase = "optimizer"
+        record.enter("optimizer")
         for optimizer in self.optimizers:
             for parameter in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
                 parameter.grad = torch.zeros_like(parameter)
@@ -104,7 +95,20 @@ class FakeRun:
         """Record an optimizer step of `accumulation` micro-batches of `local_batch_size` sequences."""
         record, shown = self.ledger, min(accumulation, _MICRO_BATCHES)
         since, record.work, record.collectives = record.mark(), [], []
-        self._train_step([self._batch(local_batch_size) for _ in range(accumulation)])
+        record.enter("forward")
+        batches = [self._batch(local_batch_size) for _ in range(accumulation)]  # all are held, as in training
+        train_step(
+            self.model,
+            self.optimizers,
+            self.guard,
+            batches[:shown],
+            world=self.world,
+            max_norm=self.c.training.max_norm,
+            lr_factor=1.0,
+            householder_cost=self.c.training.householder_cost if self.c.model.adaptive_householder else None,
+            flags=torch.zeros(len(SIGNALS), dtype=torch.int64),
+            phase=self._phase,
+        )
         repeated = accumulation - shown
         return Step(
             record.peak(since),
@@ -112,15 +116,18 @@ class FakeRun:
             record.collectives + [c for c in record.collectives if c.micro == 0] * repeated,
         )
 
-    def peak(self, local_batch_size: int, accumulation: int) -> int:
-        """Bytes at the peak of forward and backward passes; the optimizer's own does not depend on the batch."""
-        record = self.ledger
-        since = record.mark()
-        self._accumulate([self._batch(local_batch_size) for _ in range(accumulation)])
-        self.optimizers.zero_grad()
-        return record.peak(since).bytes
+    @contextmanager
+    def _phase(self, name: PhaseName, micro: int) -> Iterator[None]:
+        """Tell the record what is being done, until it is told of something else."""
+        if name == "clip":
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    self.ledger.belongs(parameter.grad, ledger.GRADIENTS)
+        phase = {"loss": "forward", "clip": "optimizer", "update": "optimizer"}.get(name, name)
+        self.ledger.enter(phase, {"forward": ledger.ACTIVATIONS, "loss": ledger.LOSS}.get(name, ledger.OTHER), micro)
+        yield
 
-    def _batch(self, rows: int) -> dict[str, torch.Tensor | None]:
+    def _batch(self, rows: int) -> Batch:
         """int64 ids and labels [B, T], and boundaries where documents are kept apart."""
         T = self.c.training.seq_len // self.c.parallelism.context_parallel_degree
         apart = self.c.data.source != "state_tracking" and self.c.data.document_boundaries == "reset"
@@ -129,44 +136,6 @@ class FakeRun:
             "labels": torch.zeros(rows, T, dtype=torch.int64),
             "cu_seqlens": torch.zeros(_DOCUMENTS, dtype=torch.int32) if apart else None,
         }
-
-    def _train_step(self, batches: list[Any]) -> None:
-        """As Trainer._train_step, with the record told what is being done."""
-        record = self.ledger
-        loss_sum = self._accumulate(batches)
-        record.phase, record.micro = "optimizer", _WHOLE_STEP
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                record.belongs(parameter.grad, ledger.GRADIENTS)
-        norm = clip_grad_norm(self.model.parameters(), self.c.training.max_norm)
-        self.optimizers.set_lr(1.0)
-        self.optimizers.step(self.guard.update(norm))
-        self.optimizers.zero_grad()
-        if self.model.householder_steps is not None:
-            all_reduce_sum(torch.zeros(()))
-        all_reduce_sum(loss_sum)
-
-    def _accumulate(self, batches: list[Any]) -> torch.Tensor:
-        """Forward and backward of the first micro-batches, while all are held; returns the sum of the losses."""
-        record, price = self.ledger, self.c.training.householder_cost
-        record.phase, record.part, record.micro = "forward", ledger.OTHER, _WHOLE_STEP
-        own_valid: Any = sum((b["labels"] != IGNORE).sum() for b in batches)
-        valid = all_reduce_sum(torch.cat([own_valid[None], torch.zeros(len(SIGNALS), dtype=torch.int64)]))[0]
-        if self.c.model.adaptive_householder:
-            all_reduce_sum(torch.zeros((), dtype=torch.int64))
-        loss_sum = torch.zeros(())
-        shown = batches[:_MICRO_BATCHES]
-        for i, batch in enumerate(shown):
-            self.model.set_requires_gradient_sync(i == len(shown) - 1)  # type: ignore[operator]  # FSDP added it
-            record.phase, record.part, record.micro = "forward", ledger.ACTIVATIONS, i
-            loss = self.model(batch["input_ids"], batch["labels"], batch["cu_seqlens"])
-            objective = loss / valid
-            if self.model.householder_steps is not None and price is not None:
-                objective = objective + price * self.model.householder_steps.mean()
-            record.phase, record.part = "backward", ledger.OTHER
-            (objective * self.world.size).backward()
-            loss_sum += loss.detach()
-        return loss_sum
 
 
 @contextmanager
@@ -179,7 +148,8 @@ def fake_run(c: config.Config, ranks: int, gpu: GPU | None) -> Iterator[FakeRun]
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     importlib.import_module("torch.distributed._tools.fake_collectives")  # for tensors on the meta device
-    # With its row split over ranks, the last one sees the most earlier keys; else rank 0 has the largest shards.
+    # The busiest rank: under context parallelism the last one, whose softmax layers attend to every earlier segment; otherwise
+    # rank 0, which holds the largest shards.
     softmax = c.model.mixer == "attention" or bool(c.model.attention_layers)
     rank = c.parallelism.context_parallel_degree - 1 if softmax else 0
     if rank >= ranks:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from titan_dp.errors import SIGNALS
+
 _CTRL_C = b"\nCtrl-C: the step is finished and saved; a second Ctrl-C leaves at once, back to the last save\n"
 
 

@@ -9,7 +9,7 @@ a router (`attn.r_proj`), RWKV-7. Nothing here knows of ranks or devices.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,34 +89,43 @@ class Block(nn.Module):
             module.init_weights(init)
 
 
+class Losses(NamedTuple):
+    """What a batch with labels gives."""
+
+    loss: Tensor
+    """The SUM of token losses in nats, a float32 scalar."""
+    householder_steps: Tensor | None
+    """[B, T] float32: the steps that the routers took for each token, summed over layers. Whole numbers by value, with the
+    routers' straight-through gradient. None without routers."""
+
+
 class Transformer(nn.Module):
     """A causal language model over token ids [B, T].
 
     Attributes:
-        householder_steps: of the last `forward`, the steps [B, T] that the routers took for each token, summed over layers:
-            float32, hard counts by value, with the routers' straight-through gradient. None without a router. It holds the
-            forward's graph until the next one. `step` leaves it as it is.
         context: where this rank holds segments of rows only, the place it has among them; see `set_context`.
         compiled: whether the blocks are.
-        clock: entered around the loss, work that no other rank has a part in.
     """
 
-    householder_steps: Tensor | None
     context: ContextParallel | None = None
     compiled = False
 
     def __init__(self, c: config.Model) -> None:
         super().__init__()
-        self.householder_steps = None
-        self.clock: AbstractContextManager[None] = nullcontext()
         self.std = c.initializer_range
         self.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, c.mixer_of(i)) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """With labels the SUM of token losses, a float32 scalar; else logits [B, T, V] in float32.
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        clock: AbstractContextManager[None] | None = None,
+    ) -> Any:
+        """`Losses` if there are labels, else logits [B, T, V] in float32.
 
         Args:
             tokens: [B, T] int64.
@@ -124,6 +133,7 @@ class Transformer(nn.Module):
             cu_seqlens: [N + 1] int32 document boundaries as offsets into the B*T tokens, from 0 to B*T; neither recurrence,
                 convolution nor attention crosses one. Repeated offsets are empty documents. None: each row is one document.
                 With a context, tokens and labels are this rank's segments and cu_seqlens are those of the whole rows.
+            clock: entered around the loss, the only part that no other rank takes part in.
         """
         x = self.embeddings(tokens)
         packing = None
@@ -135,16 +145,17 @@ class Transformer(nn.Module):
             if self.compiled:  # the number of documents changes from batch to batch, nothing else does
                 torch._dynamo.mark_dynamic(packing.cu_seqlens, 0)
             x = x.view(1, tokens.numel(), -1)
-        self.householder_steps = None
+        taken: Tensor | None = None
         for block in self.blocks:
             x, steps = block(x, packing)
             if steps is not None:
                 steps = steps.view(tokens.shape)
-                self.householder_steps = steps if self.householder_steps is None else self.householder_steps + steps
+                taken = steps if taken is None else taken + steps
         x = self.norm.apply_to(x)
         if labels is not None:
-            with self.clock:
-                return summed_cross_entropy(x.flatten(0, 1), self.output_weight, labels.flatten())
+            with clock or nullcontext():
+                loss = summed_cross_entropy(x.flatten(0, 1), self.output_weight, labels.flatten())
+            return Losses(loss, taken)
         return upcast(F.linear(x, self.output_weight)).view(*tokens.shape, -1)
 
     def step(self, tokens: Tensor, cache: list[Any] | None = None) -> tuple[Tensor, list[Any]]:

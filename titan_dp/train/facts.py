@@ -1,30 +1,82 @@
-"""What a run is, in words: for the banner of a run and for the dry run."""
+"""What a run says of itself: to people in its banner, in run.json, and in the manifest of every checkpoint."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
 from titan_dp import config
-from titan_dp.model.size import embedding_parameters, model_size
+from titan_dp.config.load import Loaded
+from titan_dp.data.batch import Loader
+from titan_dp.data.loader import ValidationLoader
+from titan_dp.data.synthetic.loader import SyntheticSet
+from titan_dp.distributed import World, device_name
+from titan_dp.model.size import Counts, embedding_parameters, model_size
 from titan_dp.train.batch_plan import BatchPlan
 
 
-def model_facts(c: config.Model, seq_len: int) -> dict[str, str]:
-    """Sizes and FLOPs, for the dry run and the trainer's banner."""
-    size = model_size(c, seq_len)
+@dataclass
+class RunFacts:
+    """The facts of a run that do not change from step to step, as the keys under which they are written."""
+
+    loaded: Loaded
+    world: World
+    size: Counts
+    batch: BatchPlan
+    """Of what is left, once the run is resumed."""
+    loader: Loader
+    held_out: ValidationLoader | SyntheticSet | None
+
+    def _shared(self) -> dict[str, Any]:
+        return {
+            "git_commit": self.loaded.git_commit,
+            "fingerprint": self.loader.fingerprint,
+            "tokenizer": self.loader.tokenizer_name,
+            "steps": self.batch.steps,
+            "tokens_per_step": self.batch.tokens_per_step,
+        }
+
+    def manifest(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors: enough to refuse a wrong resume and to rebuild the model."""
+        return self._shared() | {
+            "config": self.loaded.resolved_toml(),
+            "tokenizer_hash": self.loader.tokenizer_hash,
+            "global_batch_size": self.batch.global_batch_size,
+            "seed": self.loaded.config.debug.seed,
+        }
+
+    def run_json(self) -> dict[str, Any]:
+        """What a reader of the metrics needs to know and cannot compute from config.toml."""
+        held_out = self.held_out
+        return self._shared() | {
+            "planned_tokens": self.batch.tokens,
+            "parameters": self.size.parameters,
+            "embedding_parameters": embedding_parameters(self.loaded.config.model),
+            "flops_per_token": self.size.flops_per_token,
+            "validation_fingerprint": held_out.fingerprint if held_out else None,
+            "validation_text_bytes": held_out.text_bytes if held_out else None,
+            "bytes_per_token": held_out.bytes_per_token if held_out else None,
+            "device": device_name(self.world),
+            "world_size": self.world.size,
+            "torch": torch.__version__,
+        }
+
+
+def planned(c: config.Config, batch: BatchPlan, world_size: int) -> dict[str, str]:
+    """Sizes, FLOPs, batch, length and precision in words, for the banner and the dry run."""
+    size = model_size(c.model, batch.seq_len)
     kinds = {"matmul": size.matmul, "conv": size.conv, "recurrence": size.recurrence, "attention": size.attention}
     parts = " + ".join(f"{flops / 1e9:.3g} {kind}" for kind, flops in kinds.items() if flops)
-    taken = ", all Householder steps taken" if c.adaptive_householder else ""
-    return {
-        "parameters": f"{size.parameters:,} ({size.parameters - embedding_parameters(c):,} without the embedding)",
-        "FLOPs a token": f"{size.flops_per_token / 1e9:.4g} G = {parts} (forward + backward, no recomputation{taken})",
-    }
-
-
-def run_facts(c: config.Config, batch: BatchPlan, world_size: int) -> dict[str, str]:
+    taken = ", all Householder steps taken" if c.model.adaptive_householder else ""
     context = c.parallelism.context_parallel_degree
     ranks = f"{world_size} rank(s)" if context == 1 else f"{world_size // context} group(s) of {context} ranks"
     return {
+        "parameters": f"{size.parameters:,} ({size.parameters - embedding_parameters(c.model):,} without the embedding)",
+        "FLOPs per token": f"{size.flops_per_token / 1e9:.4g} G = {parts} (forward + backward, no recomputation{taken})",
         "batch": (
-            f"{batch.global_batch_size} sequences of {batch.seq_len} = {batch.tokens_per_step:,} tokens a step "
+            f"{batch.global_batch_size} sequences of {batch.seq_len} = {batch.tokens_per_step:,} tokens per step "
             f"({ranks} x {batch.local_batch_size} x {batch.accumulation} accumulation)"
         ),
         "length": f"{batch.steps:,} steps = {batch.tokens / 1e9:.4g} B tokens",

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from titan_dp import config
 from titan_dp.distributed import World
@@ -26,6 +25,7 @@ from titan_dp.faults.step_times import Interval
 from titan_dp.files import to_json, write_atomically
 from titan_dp.hardware import peak
 from titan_dp.train.run_folder import read_records
+from titan_dp.train.step import StepResult
 from titan_dp.train.validate import Evaluation, bits_per_byte
 
 
@@ -97,20 +97,17 @@ class Metrics:
         self,
         step: int,
         interval: Interval,
+        result: StepResult,
         *,
         tokens: int,
-        loss: Tensor,
-        grad_norm: Tensor,
         lr: float,
         skipped: int,
-        householder_steps: Tensor | None = None,
     ) -> None:
-        """Record step `step` (steps done), which ends `interval`; reads the device tensors.
+        """Record step `step` (steps done), which ends `interval`; reads the device tensors of `result`.
 
         `tokens` are those of all samples consumed up to here, over all ranks.
-        `householder_steps` are those a token took in all layers of an adaptive model, on average.
         """
-        loss_value, norm_value = torch.stack([loss.detach(), grad_norm.detach()]).tolist()
+        loss_value, norm_value = torch.stack([result.loss.detach(), result.grad_norm.detach()]).tolist()
         steps = step - self._last_step
         step_seconds = interval.seconds / steps
         tokens_per_second = (tokens - self._last_tokens) / interval.seconds
@@ -131,8 +128,8 @@ class Metrics:
             "skipped_steps": skipped,
             **{f"paused_{what}": seconds for what, seconds in interval.paused.items()},
         }
-        if householder_steps is not None:
-            record["householder_steps"] = householder_steps.item()
+        if result.householder_steps is not None:
+            record["householder_steps"] = result.householder_steps.item()
         speed = f"{flops / 1e9:.3g} GFLOP/s"
         if self.peak is not None:
             record["mfu"] = flops / self.peak
@@ -150,7 +147,7 @@ class Metrics:
             f"loss [bold]{loss_value:.4f}[/bold] | lr {lr:.2e} | norm {norm_value:.3f} | {tokens_per_second:,.0f} tok/s | "
             f"{speed} | "
             f"{record['memory_gib']:.2f} GiB | data {record['data_wait']:.1%} | ETA {eta}"
-            + (f" | {record['householder_steps']:.2f} Householder steps a token" if householder_steps is not None else "")
+            + (f" | {record['householder_steps']:.2f} Householder steps per token" if "householder_steps" in record else "")
             + (f" | {skipped} skipped" if skipped else "")
             + "".join(f" | {what} {seconds:.1f} s" for what, seconds in interval.paused.items() if seconds >= 0.05)
         )

@@ -18,16 +18,15 @@ from titan_dp.data.loader import ValidationLoader, build_dataloader, build_valid
 from titan_dp.data.shard_check import RECORD, ShardCheck, copy_of
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
 from titan_dp.distributed import World, all_reduce_sum, data_world
-from titan_dp.errors import explained
 from titan_dp.faults.agreement import gather, together
-from titan_dp.inference.pretrained import load_pretrained
-from titan_dp.inference.sampling import Sampling, continue_text
 from titan_dp.model.transformer import Transformer
 from titan_dp.train.batch_plan import BatchPlan
 from titan_dp.train.length_test import run_length_test
 from titan_dp.train.validate import Evaluation, evaluate_answers, evaluate_loss
 
 Watched = Callable[[Iterable[Batch]], Iterable[Batch]]
+Sample = Callable[[Path, torch.device], tuple[str, str]]
+"""Title and text of what the model of a checkpoint writes; called on rank 0 only, and never fails."""
 
 
 class Task(Protocol):
@@ -39,7 +38,7 @@ class Task(Protocol):
         """What the run is validated on; None where validation is off."""
 
     def evaluate(self, model: Transformer, watched: Watched) -> Evaluation:
-        """Of `model` on what is held out, or on as much of it as `watched` lets pass."""
+        """Evaluate `model` on held-out data; `watched` may cut the batches short."""
 
     def is_reached(self, result: Evaluation) -> bool:
         """Whether there is nothing left to learn, and the run may end before its last step."""
@@ -52,22 +51,22 @@ class Task(Protocol):
         """Begin to compare the data with what it is said to be, beside training."""
 
     def check_data(self) -> None:
-        """Raises UserError on every rank where it was found to be something else, RunError where it cannot be read."""
+        """Raises UserError on every rank if it was found to be something else, RunError if it cannot be read."""
 
     def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> tuple[str, str] | None:
         """Title and text of what a trained model has to show, on rank 0; `checkpoint` is its last one, None without any."""
 
 
-def build_task(c: config.Config, batch: BatchPlan, world: World) -> Task:
-    """Raises UserError where the data does not exist or does not fit the settings."""
-    return AnswerTask(c, batch, world) if c.data.source == "state_tracking" else TextTask(c, batch, world)
+def build_task(c: config.Config, batch: BatchPlan, world: World, sample: Sample | None = None) -> Task:
+    """Raises UserError if the data does not exist or does not fit the settings."""
+    return AnswerTask(c, batch, world) if c.data.source == "state_tracking" else TextTask(c, batch, world, sample)
 
 
 class TextTask:
     """Next tokens of text; at the end a sample, read back from the checkpoint just written."""
 
-    def __init__(self, c: config.Config, batch: BatchPlan, world: World) -> None:
-        self.world, self.validation, self.generate, self.seed = world, c.validation, c.generate, c.debug.seed
+    def __init__(self, c: config.Config, batch: BatchPlan, world: World, sample: Sample | None) -> None:
+        self.world, self.validation, self.sample = world, c.validation, sample
         readers, parts = data_world(c.parallelism, world), c.parallelism.context_parallel_degree
         segment = world.rank % parts, parts  # neighbouring ranks share a row
         self.verify = c.data.verify
@@ -102,6 +101,8 @@ class TextTask:
                 if problem is not None:
                     raise problem
 
+            # Only the first rank to read a copy of the data checks it. One integer, summed, tells all whether any found a
+            # problem; only then do they pay for `together`, which raises that rank's error on all.
             if int(all_reduce_sum(torch.tensor(int(problem is not None), device=self.world.device))):
                 together(tell)
 
@@ -113,20 +114,9 @@ class TextTask:
         return False
 
     def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> tuple[str, str] | None:
-        c = self.generate
-        if checkpoint is None or not c.enable or not self.world.is_main:
+        if checkpoint is None or self.sample is None or not self.world.is_main:
             return None
-        try:
-            loaded = load_pretrained(checkpoint, self.world.device)
-            sampling = Sampling(c.temperature)
-            text = continue_text(
-                loaded.model, loaded.tokenizer, c.prompt, max_new_tokens=c.max_new_tokens, sampling=sampling, seed=self.seed
-            )
-            return "sample", c.prompt + text
-        except BaseException as error:  # the run is done and saved: nothing is a reason to fail it now; tokenizers panics so
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            return "no sample", str(explained(error) or f"{type(error).__name__}: {error}")
+        return self.sample(checkpoint, self.world.device)
 
 
 class AnswerTask:

@@ -3,8 +3,8 @@
 One invariant carries the rest: everything that decides step s (samples, learning rate, initial weights) is a pure
 function of the configuration, the data and s. What is not (weights, moments, random-number states) is in the checkpoint.
 So stopping and resuming changes nothing, on the same ranks bit for bit; SIGTERM, SIGUSR1 and Ctrl-C stop a run at the end of a
-step, saved. The loop waits for the device at log steps, validations and saves only; the loss is a sum over tokens divided by
-the global count of valid ones, accumulation included.
+step, saved. What a step computes and exchanges is step.py; the loop waits for the device at log steps, validations and saves
+only.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import gc
 import math
 import shlex
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from signal import Signals
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from titan_dp import distributed
 from titan_dp.checkpoint.changed_settings import changed_since, describe_changes, weights_changed
 from titan_dp.checkpoint.saver import SAVE_TIMEOUT, Checkpointer, load_model_weights
 from titan_dp.config.load import Loaded
-from titan_dp.data.batch import IGNORE, Batch, before_last_label, to_device
+from titan_dp.data.batch import Batch
 from titan_dp.data.stream import files_of_dataset
 from titan_dp.distributed import World
 from titan_dp.errors import RunError, StoppedError
@@ -36,26 +36,31 @@ from titan_dp.faults.step_times import StepTimes
 from titan_dp.faults.watchdog import Watchdog
 from titan_dp.files import write_atomically
 from titan_dp.model.parallelize import parallelize
-from titan_dp.model.size import embedding_parameters, model_size
+from titan_dp.model.size import model_size
 from titan_dp.model.transformer import build_model, chosen_backend
 from titan_dp.train.batch_plan import plan_batches, plan_rest
-from titan_dp.train.facts import model_facts, run_facts
+from titan_dp.train.facts import RunFacts, planned
 from titan_dp.train.lr_scheduler import build_lr_scheduler, rate_jump
 from titan_dp.train.metrics import Metrics
-from titan_dp.train.optim import NonFiniteGuard, build_optimizer, clip_grad_norm
+from titan_dp.train.optim import NonFiniteGuard, build_optimizer
 from titan_dp.train.run_folder import RunLock, check_config_is_ours, write_run
-from titan_dp.train.tasks import build_task
+from titan_dp.train.step import PhaseName, StepResult, train_step
+from titan_dp.train.tasks import Sample, build_task
 
 LOCK_PATIENCE = 10.0
 """Seconds for the ranks of a run whose launcher was killed: they save and end."""
 
 
 class Trainer:
-    """One run in one process of `world`."""
+    """One run in one process of `world`.
 
-    def __init__(self, loaded: Loaded, world: World) -> None:
+    Args:
+        sample: makes the text shown at the end of a run over text from its last checkpoint; None shows none.
+    """
+
+    def __init__(self, loaded: Loaded, world: World, sample: Sample | None = None) -> None:
         c = self.config = loaded.config
-        self.loaded, self.world = loaded, world
+        self.loaded, self.world, self.sample = loaded, world, sample
         self.run_folder = Path(c.job.dump_folder) / loaded.run_name
         self.console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
         self.lock: RunLock | None = None
@@ -71,8 +76,7 @@ class Trainer:
 
         with torch.device("meta"):
             self.model = build_model(c.model)
-        self.step_price = (c.training.householder_cost or 0.0) if c.model.adaptive_householder else None
-        self.size = model_size(c.model, c.training.seq_len)
+        self.householder_cost = c.training.householder_cost if c.model.adaptive_householder else None
         parallelize(
             self.model,
             mesh,
@@ -88,13 +92,12 @@ class Trainer:
         self.optimizers = build_optimizer(self.model, c.optimizer)
         self.guard = NonFiniteGuard(world.device)
         self.times = StepTimes(world.device, c.compile.enable)
-        self.model.clock = self.times.work
         self.interrupt = Interrupt(world.device)
         self.stop_for: Signals | None = None
 
         self.samples_before = 0  # consumed before the run was resumed
-        self.step, self.reached = 0, False  # reached: the task is learnt, before the last step
-        self.validation_due = False  # one was broken off by a signal, after the step that is saved
+        self.step, self.reached = 0, False  # reached: solved early; the run stops before its last step
+        self.validation_due = False  # a signal broke the validation of the saved step off
         self.checkpointer = Checkpointer(c.checkpoint, self.run_folder)
         self._resume()
         self.lr_factor = build_lr_scheduler(c.lr_scheduler, self.batch.steps)
@@ -113,8 +116,9 @@ class Trainer:
             self.lock = RunLock(self.run_folder, patience=LOCK_PATIENCE)
         self.backend = chosen_backend(c.model, world.device)
         self.batch = plan_batches(c.training, distributed.data_world(c.parallelism, world).size)
-        self.task = build_task(c, self.batch, world)
+        self.task = build_task(c, self.batch, world, self.sample)
         self.loader, held_out = self.task.loader, self.task.held_out
+        self.facts = RunFacts(self.loaded, world, model_size(c.model, c.training.seq_len), self.batch, self.loader, held_out)
         return {
             "the device": world.device.type,
             "the backend of the recurrence": self.backend,
@@ -127,7 +131,7 @@ class Trainer:
     def _resume(self) -> None:
         """Take up the run folder's newest committed checkpoint, or another run's weights, or start afresh."""
         c = self.config.checkpoint
-        manifest = self.checkpointer.load(self.model, self.optimizers, current=self._identity())
+        manifest = self.checkpointer.load(self.model, self.optimizers, current=self.facts.manifest())
         if manifest is not None:
             self.step, self.reached = manifest["step"], self.task.may_end_early and manifest.get("reached", False)
             self.validation_due = self.task.held_out is not None and manifest.get("validation_due", False)
@@ -138,39 +142,26 @@ class Trainer:
             self.samples_before = position["samples"]
             last_step_tokens = manifest.get("tokens_per_step", self.batch.tokens_per_step)
             self.batch = plan_rest(self.batch, self.config.training, self.step, manifest["tokens"], last_step_tokens)
+            self.facts.batch = self.batch
             unused = f"; checkpoint.initial_load_path = {c.initial_load_path!r} is for a new job.run_name and not used"
             self.console.print(
                 f"resumed at step {self.step} from {self.checkpointer.folder}{unused if c.initial_load_path else ''}"
                 f"{'; the task is solved, and the run ends here' if self.reached else ''}"
             )
-            now = self._identity()
+            now = self.facts.manifest()
             if changes := changed_since(manifest, now):
                 self.console.print(f"changed since step {self.step}: {describe_changes(changes)}", style="yellow")
             if jump := rate_jump(manifest, now):
                 self.console.print(f"WARNING: {jump}", style="bold yellow")
         elif c.initial_load_path:
-            manifest = load_model_weights(Path(c.initial_load_path), self.model, self._identity(), c.allow_changed)
+            manifest = load_model_weights(Path(c.initial_load_path), self.model, self.facts.manifest(), c.allow_changed)
             self.console.print(f"weights loaded from {c.initial_load_path}; optimizer, step and data start afresh")
-            if changes := weights_changed(manifest, self._identity()):
+            if changes := weights_changed(manifest, self.facts.manifest()):
                 self.console.print(f"changed since it was saved, as allowed: {describe_changes(changes)}", style="bold yellow")
-
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside tensors: enough to refuse a wrong resume and to rebuild the model."""
-        return {
-            "config": self.loaded.resolved_toml(),
-            "git_commit": self.loaded.git_commit,
-            "fingerprint": self.loader.fingerprint,
-            "tokenizer": self.loader.tokenizer_name,
-            "tokenizer_hash": self.loader.tokenizer_hash,
-            "global_batch_size": self.batch.global_batch_size,
-            "seed": self.config.debug.seed,
-            "steps": self.batch.steps,
-            "tokens_per_step": self.batch.tokens_per_step,
-        }
 
     @property
     def tokens(self) -> int:
-        """Of all samples consumed so far, over all ranks and earlier lives of the run; ask between steps only."""
+        """Tokens of all samples consumed so far, over all ranks and earlier lives of the run; ask between steps only."""
         samples = self.loader.state_dict()["samples"] - self.samples_before
         return self.batch.tokens_before + samples * self.batch.seq_len
 
@@ -181,8 +172,7 @@ class Trainer:
         say(f"  device      {distributed.describe(self.world, c.parallelism)}")
         say(f"  model       {self.model.describe()}")
         say(f"  recurrence  {self.backend} backend")
-        facts = model_facts(c.model, c.training.seq_len) | run_facts(c, self.batch, self.world.size)
-        for name, value in facts.items():
+        for name, value in planned(c, self.batch, self.world.size).items():
             say(f"  {name:<11} {value}")
         say(f"  data        {self.loader.describe(self.batch.tokens)}")
         say(f"  optimizer   {self.optimizers.describe()}")
@@ -208,7 +198,7 @@ class Trainer:
             self.run_folder,
             world=self.world,
             total_steps=self.batch.steps,
-            flops_per_token=self.size.flops_per_token,
+            flops_per_token=self.facts.size.flops_per_token,
             dtype=c.training.mixed_precision_param,
             start_step=self.step,
             start_tokens=self.tokens,
@@ -237,30 +227,22 @@ class Trainer:
                 while not self._is_done() and self.stop_for is None:
                     with self.times.data_wait():
                         micro_batches = next(steps)
-                    loss, householder_steps, grad_norm, lr = self._train_step(micro_batches)
+                    result = self._train_step(micro_batches)
                     self.step += 1
                     self.times.end_step(self.step)
                     first, last = self.step == metrics.start_step + 1, self._is_done()
                     if self.step % c.metrics.log_freq == 0 or first or last:
                         self.task.check_data()
                         self.guard.check(c.training.max_nonfinite_steps)
-                        metrics.log_step(
-                            self.step,
-                            self.times.end_interval(),
-                            tokens=self.tokens,
-                            loss=loss,
-                            grad_norm=grad_norm,
-                            lr=lr,
-                            skipped=self.guard.total,
-                            householder_steps=householder_steps,
-                        )
+                        interval, lr = self.times.end_interval(), c.optimizer.lr * self.lr_factor(self.step - 1)
+                        metrics.log_step(self.step, interval, result, tokens=self.tokens, lr=lr, skipped=self.guard.total)
                     if self.task.held_out is not None and (self.step % c.validation.freq == 0 or last):
                         self._validate(metrics)
                         last = self._is_done()
                     last = last or self.stop_for is not None
                     if c.checkpoint.enable and (self.step % c.checkpoint.interval == 0 or last):
                         with self.times.paused("checkpoint"), self.watchdog.patience(SAVE_TIMEOUT.total_seconds()):
-                            self._save(last, loss, metrics.validation_loss)
+                            self._save(last, result.loss, metrics.validation_loss)
                     if self.step % c.training.gc_freq == 0:
                         gc.collect(1)
                     if first:
@@ -294,49 +276,30 @@ class Trainer:
     def _is_done(self) -> bool:
         return self.reached or self.step >= self.batch.steps
 
-    def _train_step(
-        self, micro_batches: list[dict[str, torch.Tensor | None]]
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, float]:
-        """One optimizer step.
+    def _train_step(self, micro_batches: list[Batch]) -> StepResult:
+        result = train_step(
+            self.model,
+            self.optimizers,
+            self.guard,
+            micro_batches,
+            world=self.world,
+            max_norm=self.config.training.max_norm,
+            lr_factor=self.lr_factor(self.step),
+            householder_cost=self.householder_cost,
+            flags=self.interrupt.flags(),
+            phase=self._phase,
+        )
+        self.stop_for = self.interrupt.agreed(result.signals)
+        return result
 
-        Returns the mean loss, the Householder steps of a token in all layers where routers choose them, and the gradient norm
-        as device tensors, and the learning rate.
-        """
-        device = self.world.device
-        tensors = [to_device(batch, device) for batch in micro_batches]
-        own_valid: Any = sum((b["labels"] != IGNORE).sum() for b in tensors)
-        # The wish to stop travels with the count, which every step reduces anyway.
-        counts = distributed.all_reduce_sum(torch.cat([own_valid[None], self.interrupt.flags()]))
-        valid, self.stop_for = counts[0], self.interrupt.agreed(counts[1:])
-        if self.step_price is not None:
-            priced = [b["priced"] if "priced" in b else before_last_label(b["labels"]) for b in tensors]
-            priced_tokens = distributed.all_reduce_sum(sum(mask.sum() for mask in priced))  # type: ignore[arg-type]
-        loss_sum, steps_sum = torch.zeros((), device=device), torch.zeros((), device=device)
-        for i, batch in enumerate(tensors):
-            self.model.set_requires_gradient_sync(i == len(tensors) - 1)  # type: ignore[operator]  # FSDP added it
-            loss = self.model(batch["input_ids"], batch["labels"], batch["cu_seqlens"])
-            objective = loss / valid
-            if self.step_price is not None:
-                assert self.model.householder_steps is not None
-                mean_steps = (self.model.householder_steps * priced[i]).sum() / priced_tokens
-                objective = objective + self.step_price * mean_steps
-                steps_sum += mean_steps.detach()
-            # FSDP averages gradients over ranks; times the number of ranks, that is the sum the global counts divide.
-            (objective * self.world.size).backward()
-            loss_sum += loss.detach()
-        grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
-        factor = self.lr_factor(self.step)
-        self.optimizers.set_lr(factor)
-        found_inf = self.guard.update(grad_norm)
-        self.checkpointer.wait_until_copied()
-        with self.times.work:
-            self.optimizers.step(found_inf)
-        self.optimizers.zero_grad()
-        householder_steps = None if self.step_price is None else distributed.all_reduce_sum(steps_sum)
-        return distributed.all_reduce_sum(loss_sum) / valid, householder_steps, grad_norm, self.config.optimizer.lr * factor
+    def _phase(self, name: PhaseName, micro: int) -> AbstractContextManager[None]:
+        """Times what a rank does without others; weights stay as they are until the last checkpoint has copied them."""
+        if name == "update":
+            self.checkpointer.wait_until_copied()
+        return self.times.work if name in ("loss", "update") else nullcontext()
 
     def _validate(self, metrics: Metrics) -> None:
-        """Validate, unless a signal comes before it is done: then the run that resumes does."""
+        """Validate. If a signal arrives first, leave it to the resumed run."""
         limit, self.watchdog.limit = self.watchdog.limit, self.config.comm.init_timeout_seconds  # the first one compiles
         with self.times.paused("validation"):
             result = self.task.evaluate(self.model, self._until_stopped)
@@ -347,7 +310,7 @@ class Trainer:
             self.reached = self.task.is_reached(result)
 
     def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """`batches`, broken off on all ranks together once one of them has been asked to stop."""
+        """`batches`, up to the first at which any rank has been asked to stop, on all ranks the same."""
         for batch in batches:
             self.stop_for = self.stop_for or self.interrupt.agreed(distributed.all_reduce_sum(self.interrupt.flags()))
             if self.stop_for is not None:
@@ -361,7 +324,7 @@ class Trainer:
             wrong.append("its last step was skipped for a gradient that was not finite")
         position = self.loader.state_dict()
         meta = {
-            **self._identity(),
+            **self.facts.manifest(),
             "loader": position,
             "samples": position["samples"],
             "tokens": self.tokens,
@@ -372,30 +335,9 @@ class Trainer:
         self.checkpointer.save(self.step, self.model, self.optimizers, meta=meta, healthy=not wrong, blocking=last)
 
     def _write_run(self, state: str) -> None:
-        """run.json: what a reader of the metrics needs to know and cannot compute from config.toml."""
         if self.world.is_main:
-            held_out = self.task.held_out
-            facts = {
-                "state": state,
-                "step": self.step,
-                "steps": self.batch.steps,
-                "tokens": self.tokens,
-                "planned_tokens": self.batch.tokens,
-                "tokens_per_step": self.batch.tokens_per_step,
-                "parameters": self.size.parameters,
-                "embedding_parameters": embedding_parameters(self.config.model),
-                "flops_per_token": self.size.flops_per_token,
-                "tokenizer": self.loader.tokenizer_name,
-                "fingerprint": self.loader.fingerprint,
-                "validation_fingerprint": held_out.fingerprint if held_out else None,
-                "validation_text_bytes": held_out.text_bytes if held_out else None,
-                "bytes_per_token": held_out.bytes_per_token if held_out else None,
-                "device": distributed.device_name(self.world),
-                "world_size": self.world.size,
-                "git_commit": self.loaded.git_commit,
-                "torch": torch.__version__,
-            }
-            write_run(self.run_folder, facts)
+            now = {"state": state, "step": self.step, "tokens": self.tokens}
+            write_run(self.run_folder, now | self.facts.run_json())
 
     def _show_result(self, metrics: Metrics, newest: Path | None, shown: tuple[str, str] | None) -> None:
         """What the model can do now, and where everything is."""

@@ -51,7 +51,7 @@ def evaluate_loss(model: Transformer, batches: Iterable[dict[str, torch.Tensor |
     for batch in batches:
         tensors = to_device(batch, device)
         labels = tensors["labels"]
-        total[0] += model(tensors["input_ids"], labels, tensors["cu_seqlens"])
+        total[0] += model(tensors["input_ids"], labels, tensors["cu_seqlens"]).loss
         total[1] += (labels != IGNORE).sum()
     model.train()
     loss, tokens = all_reduce_sum(total).tolist()
