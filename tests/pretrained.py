@@ -10,7 +10,7 @@ import torch
 
 from titan_dp import config
 from titan_dp.checkpoint.manifest import step_folder
-from titan_dp.checkpoint.saver import save_model_weights
+from titan_dp.checkpoint.weights import save_model_weights
 from titan_dp.config.describe import all_keys
 from titan_dp.config.load import Loaded
 from titan_dp.model.transformer import Transformer, build_model

@@ -39,7 +39,7 @@ STATE_TRACKING: Commands = {
 }
 COMMANDS: Commands = {
     "prepare": ("titan_dp.data.prepare", "turn text files or a Hugging Face dataset into token shards"),
-    "checkpoint": ("titan_dp.checkpoint.manifest", "list the checkpoints of a run, or verify one"),
+    "checkpoint": ("titan_dp.checkpoint.command", "list the checkpoints of a run, or verify one"),
     "export": ("titan_dp.inference.hf.export", "write a trained model as a Hugging Face folder"),
     "import": ("titan_dp.inference.hf.importer", "make a checkpoint of a Hugging Face folder"),
     "evaluate": (EVALUATIONS, "measure a trained model: perplexity, lm-eval, length, effective rank, recall"),

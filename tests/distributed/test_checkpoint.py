@@ -24,7 +24,8 @@ from titan_dp import config
 from titan_dp.checkpoint import saver as checkpointer_module
 from titan_dp.checkpoint.dcp_files import Reader
 from titan_dp.checkpoint.manifest import committed_steps, read_manifest, step_folder, verify, write_manifest
-from titan_dp.checkpoint.saver import Checkpointer, load_model_weights
+from titan_dp.checkpoint.saver import Checkpointer
+from titan_dp.checkpoint.weights import load_model_weights
 from titan_dp.distributed import distributed, local_tensor
 from titan_dp.errors import UserError
 from titan_dp.faults import agreement
@@ -570,10 +571,10 @@ def save_and_draw(folder: Path) -> tuple[float, float]:
 
 def load_on_gpus_and_draw(folder: Path) -> tuple[tuple[float, float], list[int]]:
     """The same as far as a CPU can: the generator of a GPU is asked for, and its seeds are written down."""
-    on_cpus, seeds = checkpointer_module._rng_tensors, []
+    on_cpus, seeds = checkpointer_module.rng_tensors, []
     with pytest.MonkeyPatch.context() as patch:
         of_gpu = {f"rng.{torch.distributed.get_rank()}.cuda": torch.zeros(16, dtype=torch.uint8)}
-        patch.setattr(checkpointer_module, "_rng_tensors", lambda: on_cpus() | of_gpu)
+        patch.setattr(checkpointer_module, "rng_tensors", lambda: on_cpus() | of_gpu)
         patch.setattr(torch.cuda, "manual_seed_all", seeds.append)
         model = sharded_model(seed=99)
         seeds.clear()

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.harness import run_ranks
-from titan_dp.checkpoint.manifest import read_manifest, resolve_checkpoint
+from titan_dp.checkpoint.folder import resolve_checkpoint
+from titan_dp.checkpoint.manifest import read_manifest
 from titan_dp.errors import UserError
 
 

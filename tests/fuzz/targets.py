@@ -237,7 +237,7 @@ def _checkpoint_manifests(folder: Path) -> Prepared:
 
 def _checkpoint_indexes(folder: Path) -> Prepared:
     from tests.pretrained import save_checkpoint
-    from titan_dp.checkpoint.saver import CheckpointTensors
+    from titan_dp.checkpoint.weights import CheckpointTensors
 
     checkpoint = save_checkpoint(folder / "run", num_hidden_layers=1)
     manifest = json.loads((checkpoint / "manifest.json").read_text())

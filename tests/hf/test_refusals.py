@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.hf.exported import exported
 from tests.pretrained import save_checkpoint
 from titan_dp import config
-from titan_dp.checkpoint.saver import save_model_weights
+from titan_dp.checkpoint.weights import save_model_weights
 from titan_dp.errors import UserError
 from titan_dp.inference.hf.export import FORMATS, export
 from titan_dp.inference.hf.folder import FolderSource
@@ -127,7 +127,7 @@ def test_ctrl_c_leaves_nothing_behind(what: str, tmp_path: Path, monkeypatch: py
     _, folder = exported(tmp_path, {})
     # by what comes after the weights are written
     monkeypatch.setattr(
-        "titan_dp.inference.hf.export.write_json" if what == "export" else "titan_dp.checkpoint.saver.write_manifest",
+        "titan_dp.inference.hf.export.write_json" if what == "export" else "titan_dp.checkpoint.weights.write_manifest",
         interrupted,
     )
     with pytest.raises(KeyboardInterrupt):

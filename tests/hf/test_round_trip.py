@@ -19,7 +19,7 @@ from tests.distributed.test_trainer import losses_of
 from tests.hf.exported import exported, function_of, tokens
 from tests.pretrained import random_model, save_checkpoint
 from titan_dp.checkpoint.manifest import verify
-from titan_dp.checkpoint.saver import load_model_weights
+from titan_dp.checkpoint.weights import load_model_weights
 from titan_dp.inference.hf.export import export
 from titan_dp.inference.hf.folder import FolderSource
 from titan_dp.inference.hf.importer import import_folder

@@ -77,6 +77,26 @@ def test_a_setting_without_tensors_that_changes_the_function_is_refused_with_bot
 
 
 @pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (entries(model(num_heads="8")), r"another model.num_heads \(was 2, now 8\)"),
+        (entries({"data": {"seed": "2"}}), r"another data.seed \(was 42, now 2\)"),
+        (entries({"training": {"steps": "12", "seq_len": "32"}}), "another training.seq_len"),
+        (entries({"optimizer": {"name": "'Muon'"}}), "another optimizer.name"),
+        (entries(fingerprint="b" * 64), r"another data.path \(was tokens aaaaaaaaaaaa..., now tokens bbbbbbbbbbbb...\)"),
+        (entries(global_batch_size=16), r"another training.global_batch_size \(was 4, now 16\)"),
+        (
+            entries(fingerprint=f"{'a' * 64} {'c' * 64}"),
+            r"was tokens aaaaaaaaaaaa..., now tokens aaaaaaaaaaaa..., cccccccccccc...\)",
+        ),
+    ],
+)
+def test_resuming_with_another_architecture_or_other_data_is_refused_by_name(now: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_resumable(entries(), now, [])
+
+
+@pytest.mark.parametrize(
     ("was", "now"),
     [
         (model(rope_theta="1e4"), model(rope_theta="5e5")),
@@ -146,11 +166,6 @@ def test_what_changes_tensors_is_refused_whatever_is_allowed_and_no_flag_is_advi
             check(entries(), now, allowed, difference)
         assert f"model.num_householder (was 2, now 3), so that the tensors differ: {difference}" in str(refusal.value)
         assert "--checkpoint.allow_changed" not in str(refusal.value)
-
-
-def test_a_folder_added_to_a_mixture_shows_all_fingerprints() -> None:
-    with pytest.raises(UserError, match=r"was tokens aaaaaaaaaaaa..., now tokens aaaaaaaaaaaa..., cccccccccccc...\)"):
-        check_resumable(entries(), entries(fingerprint=f"{'a' * 64} {'c' * 64}"), [])
 
 
 @pytest.mark.parametrize(

@@ -157,28 +157,60 @@ def test_tokens_are_counted_in_thousands_to_trillions(folder: Folder) -> None:
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
+# What a file says beside `training.steps = 10`, and the one problem, without the file's name.
+REFUSALS = [
+    # unknown keys, with the nearest valid one
+    ("[optimizer]\nlrr = 1", "unknown key optimizer.lrr; did you mean optimizer.lr?"),
+    ("[modell]\nhidden_size = 1", "unknown key modell.hidden_size; did you mean model.hidden_size?"),
+    ("[checkpont]\nkeep = 1", "unknown key checkpont.keep; did you mean the section [checkpoint]?"),
+    ("[model]\nseq_len = 1", "unknown key model.seq_len; did you mean training.seq_len?"),
+    ("[optimizer]\nsteps = 1", "unknown key optimizer.steps; did you mean training.steps or validation.steps?"),
+    ("compile = true", "unknown key compile; it is a section; its keys are enable"),
+    ("[comm]\nmode = 1", "unknown key comm.mode; did you mean activation_checkpoint.mode?"),
+    ("[debug]\nxyzzy = 1", "unknown key debug.xyzzy; the keys of [debug] are seed, deterministic"),
+    ("[float8]\nx = 1", "unknown key float8.x; [float8] has no counterpart here; remove it"),
+    # values
+    ('training.seq_len = "8"', 'training.seq_len = "8": expected integer > 0'),
+    ("training.seq_len = 0", "training.seq_len = 0: expected integer > 0"),
+    ("training.seq_len = true", "training.seq_len = true: expected integer > 0"),
+    ("training.seq_len = 8.5", "training.seq_len = 8.5: expected integer > 0"),
+    ("training.seq_len = 9223372036854775808", "training.seq_len = 9223372036854775808: expected integer > 0"),
+    ("training.householder_cost = 0", "training.householder_cost = 0: expected number > 0"),
+    ("[compile]\nenable = 1", "compile.enable = 1: expected true or false"),
+    ("[optimizer]\nbeta1 = 1.0", "optimizer.beta1 = 1.0: expected number >= 0 and < 1"),
+    ('[optimizer]\nname = "Adam"', 'optimizer.name = "Adam": expected "AdamW" or "Muon"'),
+    ("[job]\ndump_folder = 3", "job.dump_folder = 3: expected string"),
+    ("[checkpoint]\nkeep_latest_k = 1", "checkpoint.keep_latest_k = 1: expected 0 or integer >= 2"),
+    ("[model]\nattention_layers = [-1]", "model.attention_layers = [-1]: expected list of integers >= 0"),
+    ("[data]\nseed = 2026-01-01", "data.seed = 2026-01-01: expected integer"),
+    # rules between values
+    ("training.tokens = 9", "training: give exactly one of steps and tokens (steps = 10 and tokens = 9)"),
+    ('[data]\npath = ["a", "b"]\n[validation]\npath = "b"', "data.path and validation.path both name 'b': validation must"),
+    ('[model]\nmixer = "rwkv7"\n[compile]\nenable = true', "compile.enable = true with model.mixer = 'rwkv7'"),
+    ('[model]\nmixer = "rwkv7"\nadaptive_householder = true', "adaptive_householder = true needs mixer = 'deltaproduct'"),
+    ("[model]\nnum_householder = 1\nadaptive_householder = true", "no steps to choose from with num_householder = 1"),
+    (
+        "[model]\nadaptive_householder = true",
+        "model.adaptive_householder = true without training.householder_cost: a router without a cost never learns to "
+        "switch a step off; set the cost, such as --training.householder_cost 0.001 (nats",
+    ),
+]
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("[optimizer]\nlrr = 1", "run.toml:2: unknown key optimizer.lrr; did you mean optimizer.lr?"),
-        ("[modell]\nhidden_size = 1", "run.toml:2: unknown key modell.hidden_size; did you mean model.hidden_size?"),
-        ("[checkpont]\nkeep = 1", "run.toml:2: unknown key checkpont.keep; did you mean the section [checkpoint]?"),
-        ("[model]\nseq_len = 1", "run.toml:2: unknown key model.seq_len; did you mean training.seq_len?"),
-        ("[optimizer]\nsteps = 1", "run.toml:2: unknown key optimizer.steps; did you mean training.steps or validation.steps?"),
-        ("compile = true", "run.toml:1: unknown key compile; it is a section; its keys are enable"),
-        ("[comm]\nmode = 1", "run.toml:2: unknown key comm.mode; did you mean activation_checkpoint.mode?"),
-        ("[debug]\nxyzzy = 1", "run.toml:2: unknown key debug.xyzzy; the keys of [debug] are seed, deterministic"),
-        ("[float8]\nx = 1", "run.toml:2: unknown key float8.x; [float8] has no counterpart here; remove it"),
-    ],
-)
-def test_an_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(folder: Folder, text: str, problem: str) -> None:
-    assert problem in folder.problems(text)
+
+@pytest.mark.parametrize(("text", "problem"), REFUSALS, ids=[text for text, _ in REFUSALS])
+def test_a_mistake_is_named_with_its_line_and_the_way_out(folder: Folder, text: str, problem: str) -> None:
+    (found,) = folder.problems(f"training.steps = 10\n{text}\n")
+    assert problem in found
+    if problem.startswith(("unknown key", "training.", "compile.enable = 1", "optimizer.")):
+        assert found.startswith(f"run.toml:{3 if text.startswith('[') else 2}: {problem}")
 
 
-@pytest.mark.parametrize(
-    ("key", "means"),
-    {
+def test_the_length_of_the_run_must_be_given(folder: Folder) -> None:
+    assert folder.problems("[model]\n") == ["training: give exactly one of steps and tokens (neither is given)"]
+
+
+def test_the_words_of_torchtitan_and_flame_are_translated(folder: Folder) -> None:
+    means = {
         "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
         "training.batch_size": "training.local_batch_size",
         "training.gradient_accumulation_steps": "training.global_batch_size",
@@ -192,12 +224,11 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(folder:
         "model.use_gate": "model.use_output_gate",
         "model.flavor": "model.hidden_size",
         "job.config_file": "--config",
-    }.items(),
-)
-def test_the_words_of_torchtitan_and_flame_are_translated(folder: Folder, key: str, means: str) -> None:
-    section, name = key.split(".")
-    text = f"[{section}]\n{name} = 1\n"
-    assert any(f"unknown key {key}; " in line and means in line for line in folder.problems(text))
+    }
+    problems = folder.problems("".join(f"{key} = 1\n" for key in means))
+    for line, (key, meant) in zip(problems, means.items(), strict=True):
+        assert f"unknown key {key}; " in line
+        assert meant in line
 
 
 def test_every_key_a_hint_names_exists() -> None:
@@ -207,31 +238,10 @@ def test_every_key_a_hint_names_exists() -> None:
         assert key not in config_docs.all_keys(), f"{key} is a valid key: its hint can never be shown"
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ('[training]\nseq_len = "8"', 'run.toml:2: training.seq_len = "8": expected integer > 0'),
-        ("[training]\nseq_len = 0", "run.toml:2: training.seq_len = 0: expected integer > 0"),
-        ("[training]\nseq_len = true", "run.toml:2: training.seq_len = true: expected integer > 0"),
-        ("[training]\nseq_len = 8.5", "run.toml:2: training.seq_len = 8.5: expected integer > 0"),
-        ("[compile]\nenable = 1", "run.toml:2: compile.enable = 1: expected true or false"),
-        ("[optimizer]\nbeta1 = 1.0", "run.toml:2: optimizer.beta1 = 1.0: expected number >= 0 and < 1"),
-        ('[optimizer]\nname = "Adam"', 'run.toml:2: optimizer.name = "Adam": expected "AdamW" or "Muon"'),
-        ("[job]\ndump_folder = 3", "run.toml:2: job.dump_folder = 3: expected string"),
-        ("[checkpoint]\nkeep_latest_k = 1", "run.toml:2: checkpoint.keep_latest_k = 1: expected 0 or integer >= 2"),
-        ("[model]\nattention_layers = [-1]", "run.toml:2: model.attention_layers = [-1]: expected list of integers >= 0"),
-        ("[data]\nseed = 2026-01-01", "run.toml:2: data.seed = 2026-01-01: expected integer"),
-    ],
-)
-def test_a_value_of_the_wrong_type_is_named_with_its_line_and_what_is_expected(folder: Folder, text: str, problem: str) -> None:
-    assert problem in folder.problems(text)
-
-
 def test_a_syntax_error_is_named_with_its_line(folder: Folder) -> None:
-    (problem,) = folder.problems("[training]\nsteps = 10\nseq_len =\n")
-    assert problem.startswith("run.toml:3: not valid TOML: ")
-    (problem,) = folder.problems('[job]\ndescription = """never closed\n')
-    assert problem.startswith("run.toml:3: not valid TOML: ")
+    for text in ("[training]\nsteps = 10\nseq_len =\n", '[job]\ndescription = """never closed\n'):
+        (problem,) = folder.problems(text)
+        assert problem.startswith("run.toml:3: not valid TOML: ")
 
 
 def test_all_problems_of_a_file_its_base_and_the_command_line_are_reported_at_once(folder: Folder) -> None:
@@ -248,6 +258,12 @@ def test_all_problems_of_a_file_its_base_and_the_command_line_are_reported_at_on
     ]
 
 
+def test_a_rule_over_a_section_with_a_mistake_is_not_repeated(folder: Folder) -> None:
+    for mistake in ("[training]\nstep = 10", '[training]\nsteps = "ten"'):
+        assert len(folder.problems(mistake + "\n")) == 1
+    assert len(folder.problems("training.steps = 1\n[model]\nn_layers = 9\nattention_layers = [99]\n")) == 1
+
+
 def test_a_rule_within_a_section_names_where_its_values_were_set(folder: Folder) -> None:
     (problem,) = folder.problems(MINIMAL + "[model]\nnum_hidden_layers = 2\n", "--model.attention_layers", "[5]")
     assert problem == (
@@ -261,25 +277,6 @@ def test_several_rules_of_one_section_are_reported_a_line_each(folder: Folder) -
     assert [line.split(" ")[1] for line in problems] == ["attention_layers", "hidden_size", "mixer"]
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        (
-            "[model]\nadaptive_householder = true",
-            "model.adaptive_householder = true without training.householder_cost: a router without a cost never learns to "
-            "switch a step off; set the cost, such as --training.householder_cost 0.001 (nats a step and token)",
-        ),
-        ("[training]\nhouseholder_cost = 0", "training.householder_cost = 0: expected number > 0"),
-        ('[model]\nmixer = "rwkv7"\nadaptive_householder = true', "adaptive_householder = true needs mixer = 'deltaproduct'"),
-        ("[model]\nnum_householder = 1\nadaptive_householder = true", "no steps to choose from with num_householder = 1"),
-        ('[model]\nmixer = "rwkv7"\n[compile]\nenable = true', "compile.enable = true with model.mixer = 'rwkv7'"),
-    ],
-)
-def test_models_that_cannot_be_trained_as_asked_are_refused(folder: Folder, text: str, problem: str) -> None:
-    (found,) = folder.problems(f"training.steps = 10\n{text}\n" if "[training]" not in text else f"{text}\nsteps = 10\n")
-    assert problem in found
-
-
 def test_a_family_is_what_the_literature_calls_it() -> None:
     settings = {
         "DeltaNet": {"num_householder": 1},
@@ -290,15 +287,6 @@ def test_a_family_is_what_the_literature_calls_it() -> None:
         "RWKV-7 product_2": {"mixer": "rwkv7"},
     }
     assert {name: Model(**values).family for name, values in settings.items()} == {name: name for name in settings}  # type: ignore[arg-type]
-
-
-def test_training_text_may_not_be_the_validation_text(folder: Folder) -> None:
-    (problem,) = folder.problems(MINIMAL + '[data]\npath = ["a", "b"]\n[validation]\npath = "b"\n')
-    assert problem.startswith("data.path and validation.path both name 'b'")
-
-
-def test_the_length_of_the_run_must_be_given(folder: Folder) -> None:
-    assert folder.problems("[model]\n") == ["training: give exactly one of steps and tokens (neither is given)"]
 
 
 # -- lines of TOML -----------------------------------------------------------------------------------------------------

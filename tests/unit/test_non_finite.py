@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from tests.pretrained import save_checkpoint, write_documents
 from titan_dp.checkpoint.manifest import read_manifest, write_manifest
-from titan_dp.checkpoint.saver import not_finite, save_model_weights
+from titan_dp.checkpoint.state import not_finite
+from titan_dp.checkpoint.weights import save_model_weights
 from titan_dp.cli import dispatch
 from titan_dp.config import Config, Training
 from titan_dp.errors import RunError, UserError

@@ -236,7 +236,7 @@ def test_a_pickle_that_stands_for_a_tensor_is_not_loaded(tmp_path: Path, canary:
     """DCP reads what an index calls bytes with weights_only=False: such an index must not get that far."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-    from titan_dp.checkpoint.saver import CheckpointTensors
+    from titan_dp.checkpoint.weights import CheckpointTensors
 
     checkpoint = save_checkpoint(tmp_path / "run")
     index = pickle.loads((checkpoint / ".metadata").read_bytes())
@@ -248,7 +248,7 @@ def test_a_pickle_that_stands_for_a_tensor_is_not_loaded(tmp_path: Path, canary:
 
 
 def test_an_index_leads_to_no_file_elsewhere_and_to_no_more_than_there_is(tmp_path: Path) -> None:
-    from titan_dp.checkpoint.saver import CheckpointTensors
+    from titan_dp.checkpoint.weights import CheckpointTensors
 
     checkpoint = save_checkpoint(tmp_path / "run")
     raw = (checkpoint / ".metadata").read_bytes()

@@ -12,8 +12,9 @@ import pytest
 
 from tests.pretrained import save_checkpoint
 from tests.unit.test_state_tracking_report import write_run as write_state_tracking_run
-from titan_dp.checkpoint import manifest as ckpt
-from titan_dp.checkpoint.saver import save_model_weights
+from titan_dp.checkpoint.folder import apply_retention, set_aside
+from titan_dp.checkpoint.manifest import all_steps, committed_steps, step_folder
+from titan_dp.checkpoint.weights import save_model_weights
 from titan_dp.cli import dispatch
 from titan_dp.config.load import load_config
 from titan_dp.data.shards import TokenShards
@@ -186,7 +187,7 @@ def test_preparing_again_mends_a_missing_shard(made: Path, text: Path) -> None:
 
 
 def make_checkpoint(folder: Path, step: int, healthy: bool = True) -> Path:
-    path = ckpt.step_folder(folder, step)
+    path = step_folder(folder, step)
     path.mkdir(parents=True)
     for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
         (path / name).write_bytes(b"tensors")
@@ -198,10 +199,10 @@ def test_retention_leaves_what_no_save_wrote(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         make_checkpoint(tmp_path, step)
     (tmp_path / "step-00000001/why_this_one_matters.txt").write_text("mine")
-    ckpt.apply_retention(tmp_path, 1)
+    apply_retention(tmp_path, 1)
     assert files(tmp_path / "step-00000001") == {"why_this_one_matters.txt"}
-    assert ckpt.all_steps(tmp_path) == [1, 3]
-    assert ckpt.committed_steps(tmp_path) == [3]
+    assert all_steps(tmp_path) == [1, 3]
+    assert committed_steps(tmp_path) == [3]
 
 
 def test_a_step_that_is_saved_again_leaves_what_no_save_wrote(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_a_step_that_is_saved_again_leaves_what_no_save_wrote(tmp_path: Path) ->
 
 
 def test_a_checkpoint_is_set_aside_beside_an_earlier_one_of_its_step(tmp_path: Path) -> None:
-    names = [ckpt.set_aside(make_checkpoint(tmp_path, 1)).name for _ in range(3)]
+    names = [set_aside(make_checkpoint(tmp_path, 1)).name for _ in range(3)]
     assert names == ["step-00000001.damaged", "step-00000001.damaged-2", "step-00000001.damaged-3"]
     assert all((tmp_path / name / "__0_0.distcp").exists() for name in names)
 
@@ -223,7 +224,7 @@ def test_only_what_was_set_aside_and_holds_nothing_else_is_advised_to_be_deleted
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for _ in range(2):
-        ckpt.set_aside(make_checkpoint(tmp_path, 1))
+        set_aside(make_checkpoint(tmp_path, 1))
     (tmp_path / "step-00000001.damaged-2/notes.md").write_text("mine")
     make_checkpoint(tmp_path, 1).rename(tmp_path / "step-00000001.keep")
     make_checkpoint(tmp_path, 2)

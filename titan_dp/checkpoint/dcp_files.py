@@ -6,6 +6,7 @@ is read back. The reader unpickles the index through an allow-list; tensors are 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -152,3 +153,15 @@ class _IndexUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
             f"a checkpoint's .metadata asks for {shorten(f'{module}.{name}')}, which none of ours needs; do not trust this "
             "checkpoint"
         )
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error inside DCP's, which wraps what each rank raised; None if there is none."""
+    if isinstance(error, dcp.api.CheckpointException):
+        found = (os_error(failure[0]) for failure in error.failures.values())
+        return next((e for e in found if e is not None), None)
+    if isinstance(error, OSError):
+        return error
+    if error is not None and "No space left" in str(error):
+        return OSError(errno.ENOSPC, "No space left on device")  # torch's writer reports it as a RuntimeError
+    return None if error is None else os_error(error.__cause__ or error.__context__)

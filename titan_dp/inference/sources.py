@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from titan_dp import config
-from titan_dp.checkpoint.manifest import MANIFEST, read_manifest, resolve_checkpoint, verify
-from titan_dp.checkpoint.saver import CheckpointTensors, not_finite, tensor_difference
+from titan_dp.checkpoint.folder import resolve_checkpoint
+from titan_dp.checkpoint.manifest import MANIFEST, read_manifest, verify
+from titan_dp.checkpoint.state import not_finite
+from titan_dp.checkpoint.weights import CheckpointTensors, tensor_difference
 from titan_dp.config.load import config_from_toml
 from titan_dp.data.tokenizer import Tokenizer
 from titan_dp.errors import UserError
@@ -85,24 +87,21 @@ class CheckpointSource(Source):
     def __init__(self, path: Path) -> None:
         self.path = folder = resolve_checkpoint(path)
         manifest = read_manifest(folder)
-        try:
-            loaded = config_from_toml(manifest["config"], f"configuration in {folder / MANIFEST}", newer=True)
-            name = loaded.job.run_name.replace("/", "-") or "run"
-            self.label = f"{name}-{folder.resolve().name}"
-            self.config, self.seq_len = loaded.model, loaded.training.seq_len
-            self.training_config = loaded
-            self._tokenizer = str(manifest["tokenizer"])
-            self._identity: dict[str, Any] = {
-                "path": str(folder),
-                "step": manifest["step"],
-                "tokens": manifest["tokens"],
-                "manifest_sha256": file_sha256(folder / MANIFEST),
-                "git_commit": manifest["git_commit"],
-            }
-            self.training = {key: value for key, value in manifest.items() if key != "files"}
-            self._tensors = CheckpointTensors(folder)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / MANIFEST} is damaged ({error!r}); take another step of the run") from error
+        loaded = config_from_toml(manifest["config"], f"configuration in {folder / MANIFEST}", newer=True)
+        name = loaded.job.run_name.replace("/", "-") or "run"
+        self.label = f"{name}-{folder.resolve().name}"
+        self.config, self.seq_len = loaded.model, loaded.training.seq_len
+        self.training_config = loaded
+        self._tokenizer = manifest["tokenizer"]
+        self._identity: dict[str, Any] = {
+            "path": str(folder),
+            "step": manifest["step"],
+            "tokens": manifest["tokens"],
+            "manifest_sha256": file_sha256(folder / MANIFEST),
+            "git_commit": manifest["git_commit"],
+        }
+        self.training = {key: value for key, value in manifest.items() if key != "files"}
+        self._tensors = CheckpointTensors(folder)
         self.shapes = in_the_models_order(self.config, self._tensors.shapes, f"checkpoint {folder}")
         self.dtypes = self._tensors.dtypes
 

@@ -23,7 +23,8 @@ from rich.console import Console
 
 from titan_dp import distributed
 from titan_dp.checkpoint.changed_settings import changed_since, describe_changes, weights_changed
-from titan_dp.checkpoint.saver import SAVE_TIMEOUT, Checkpointer, load_model_weights
+from titan_dp.checkpoint.saver import SAVE_TIMEOUT, Checkpointer
+from titan_dp.checkpoint.weights import load_model_weights
 from titan_dp.config.load import Loaded
 from titan_dp.data.batch import Batch
 from titan_dp.data.stream import files_of_dataset

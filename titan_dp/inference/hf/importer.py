@@ -52,8 +52,9 @@ def import_folder(source: FolderSource, out: Path, *, tokenizer: str = "") -> Pa
     """
     import torch
 
-    from titan_dp.checkpoint.manifest import delete_checkpoint, step_folder
-    from titan_dp.checkpoint.saver import save_model_weights
+    from titan_dp.checkpoint.folder import delete_checkpoint
+    from titan_dp.checkpoint.manifest import step_folder
+    from titan_dp.checkpoint.weights import save_model_weights
     from titan_dp.data.tokenizer import load_tokenizer
     from titan_dp.inference.sources import check_vocabulary, narrowed
 
