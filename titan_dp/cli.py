@@ -32,7 +32,7 @@ STATE_TRACKING: Commands = {
     ),
     "report": ("titan_dp.studies.state_tracking.report", "table and curves of trained models, from their run folders"),
     "inspect": (
-        "titan_dp.studies.state_tracking.inspect",
+        "titan_dp.studies.state_tracking.inspection",
         "what a trained model does: step sizes, keys, the orbit of its state",
     ),
     "theory": ("titan_dp.studies.state_tracking.theory", "the theorems as executable checks on weights written by hand"),

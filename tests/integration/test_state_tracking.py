@@ -16,8 +16,9 @@ import pytest
 from tests.integration.test_user_journey import ENV, kill_all, losses
 from tests.processes import run_script
 
-TINY = "--hidden-size 16 --heads 2 --head-dim 8 --length 8 --batch-size 8 --test-samples 16 --validate-every 10".split()
-TINY += "--state_tracking.validation_samples 32 --validation.local_batch_size 32 --metrics.log_freq 1".split()
+TINY = "--model.hidden_size 16 --model.num_heads 2 --model.head_dim 8 --length 8 --training.local_batch_size 8".split()
+TINY += "--state_tracking.test_samples 16 --state_tracking.validation_samples 32 --validation.freq 10".split()
+TINY += "--validation.local_batch_size 32 --metrics.log_freq 1".split()
 PAIR = [*TINY, *"--parameters 6000 --steps 100 --checkpoint.interval 5 --min-length 3 --curriculum 30 --models".split()]
 
 
@@ -107,9 +108,10 @@ def test_a_run_killed_with_sigkill_and_started_again_has_the_same_test(
 
 
 def test_a_run_that_has_learnt_its_task_stops_and_stays_finished(tmp_path: Path, root: Path) -> None:
-    options = ["--task", "Z2", "--num-householder", "1", "--learning-rate", "1e-2", "--warmup", "5", "--steps", "600"]
-    options += ["--curriculum", "0"]
-    train(root, tmp_path, *TINY, *options, "--batch-size", "64", "--stop-when-solved")
+    options = (
+        "--task Z2 --num-householder 1 --optimizer.lr 1e-2 --lr_scheduler.warmup_steps 5 --steps 600 --curriculum 0".split()
+    )
+    train(root, tmp_path, *TINY, *options, "--training.local_batch_size", "64", "--stop-when-solved")
     run = tmp_path / "deltanet_-1_1-seed1"
     facts = read(run / "run.json")
     assert facts["state"] == "finished"
@@ -129,8 +131,11 @@ def test_a_run_that_has_learnt_its_task_stops_and_stays_finished(tmp_path: Path,
 
 
 # Measured: 8 of 8 seeds solve it after 100 to 225 steps, 3 to 8 s of training; n_h = 1 is below 10 % after 600 steps of 64.
-S3 = "--task S3 --length 16 --batch-size 32 --heads 8 --mlp 256 --learning-rate 2e-3 --warmup 20 --steps 400".split()
-S3 += "--curriculum 0 --validate-every 25 --validation.local_batch_size 512 --test-samples 256".split()
+S3 = (
+    "--task S3 --length 16 --training.local_batch_size 32 --model.num_heads 8 --model.intermediate_size 256 --steps 400".split()
+)
+S3 += "--optimizer.lr 2e-3 --lr_scheduler.warmup_steps 20 --curriculum 0 --validation.freq 25".split()
+S3 += "--validation.local_batch_size 512 --state_tracking.test_samples 256".split()
 
 
 def right_at_the_training_length(out: Path, root: Path, *options: str) -> tuple[float, float]:

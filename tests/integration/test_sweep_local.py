@@ -1,4 +1,7 @@
-"""A sweep on this machine as a user runs it: interrupted, killed, failing, and always finished by starting it again."""
+"""A sweep on this machine as a user runs it: interrupted, or killed, and always finished by starting it again.
+
+What the launcher does with cells that fail is tested in tests/unit/test_launch_local.py.
+"""
 
 from __future__ import annotations
 
@@ -122,36 +125,3 @@ def test_cells_that_outlive_a_sweep_killed_with_sigkill_are_waited_for_not_start
     check_finished(sweep_file, "nh1", "nh2")
     for cell in ("nh1", "nh2"):
         assert "resumed" not in (folder(sweep_file) / cell / "attempt-1.log").read_text()
-
-
-def test_a_cell_that_is_killed_is_tried_again_and_a_users_mistake_is_not(sweep_file: Path, shards: Path, root: Path) -> None:
-    later = sweep_file.parent / "shards-to-come"
-    sweep_file.write_text(sweep_file.read_text() + f'[data]\npath = "{later}"\n')
-    refused = sweep(sweep_file, root, "--at-once", "2", "--retries", "3")
-    assert refused.returncode == 1
-    assert "2 cells failed" in refused.stderr
-    assert "there are no token shards" in refused.stderr
-    assert sorted(path.parent.name for path in folder(sweep_file).glob("*/attempt-*.log")) == ["nh1", "nh2"]
-
-    later.symlink_to(shards / "train")
-    process = start(sweep_file, root, "--retries", "1")
-    wait_until(lambda: committed(sweep_file, "nh1"), process)
-    kill_all(str(folder(sweep_file) / "nh1/config.toml"))
-    output = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, output
-    assert "nh1: attempt 2 after exit code -9" in output
-    assert "resumed at step" in (folder(sweep_file) / "nh1/attempt-3.log").read_text()
-    check_finished(sweep_file, "nh1", "nh2")
-
-
-def test_a_second_sweep_and_a_second_run_are_refused_while_the_first_is_at_work(sweep_file: Path, root: Path) -> None:
-    sweep_file.write_text(sweep_file.read_text().replace(f"steps = {STEPS}", "steps = 100_000"))
-    process = start(sweep_file, root)
-    wait_until(lambda: (folder(sweep_file) / "nh1/run.json").exists(), process)
-    config = str(folder(sweep_file) / "nh1/config.toml")
-    run = [sys.executable, str(root / "train.py"), "--config", config]
-    for second in (sweep(sweep_file, root), subprocess.run(run, env=ENV, capture_output=True, text=True, check=False)):
-        assert second.returncode == 1
-        assert "another process is at work" in second.stderr
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=600)

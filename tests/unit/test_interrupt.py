@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +14,6 @@ import torch
 from tests.processes import SERVER, TIMEOUT_SECONDS
 from titan_dp.errors import SIGNALS
 from titan_dp.faults.interrupt import Interrupt
-from titan_dp.studies.launch_local import _Ended, _Launcher
 
 CPU = torch.device("cpu")
 
@@ -61,15 +58,3 @@ def test_a_second_ctrl_c_ends_a_process_that_still_saves(second: signal.Signals)
     os.kill(process.pid, second)
     process.join(TIMEOUT_SECONDS)
     assert process.exitcode == -second
-
-
-def test_a_second_ctrl_c_kills_the_cells_of_a_sweep() -> None:
-    stubborn = ["sh", "-c", "trap '' TERM; echo ready; sleep 600"]
-    process = subprocess.Popen(stubborn, start_new_session=True, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
-    ended = _Ended()
-    ended.interrupts = 2
-    _Launcher.stop(SimpleNamespace(attempts=[SimpleNamespace(process=process)]), ended)  # type: ignore[arg-type]
-    assert process.returncode == -signal.SIGKILL
-    process.stdout.close()

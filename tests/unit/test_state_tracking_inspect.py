@@ -25,7 +25,7 @@ from titan_dp.errors import UserError
 from titan_dp.model.deltaproduct import DeltaProduct
 from titan_dp.model.transformer import Transformer, build_model
 from titan_dp.studies.state_tracking import constructions
-from titan_dp.studies.state_tracking.inspect import Head, Trace, describe, trace
+from titan_dp.studies.state_tracking.inspection import Head, Trace, describe, trace
 
 VOCABULARY = {"S3": 8, "D4": 10, "Z5": 7}
 SMALL: dict[str, Any] = {

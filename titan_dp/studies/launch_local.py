@@ -1,9 +1,9 @@
-"""Many runs on this machine: at most k at once, unfinished ones resumed, failed ones tried again.
+"""Many runs on this machine: at most K at once, unfinished ones resumed, failed ones tried again.
 
-Every cell is a process of its own (train.py, under torchrun for several ranks) in a process group of its own, with
-its output in `attempt-N.log` of its run folder. A cell another process trains already, such as one that outlived a
-killed launch, is waited for. Ctrl-C and SIGTERM end the cells, which save, a second one kills them; starting again resumes them
-from their checkpoints.
+K threads take the cells in order, and each does the same for every cell: wait while another process trains it, skip it if it
+is finished, else start train.py (under launch/torchrun.py for several ranks) and start it again if that may help. What a
+cell prints goes to `attempt-N.log` in its run folder. Ctrl-C and SIGTERM end the cells, which save; a second Ctrl-C kills
+them. The same command then goes on: the state of a sweep is its run folders.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from titan_dp.config.load import PROJECT
 from titan_dp.errors import EXIT_STOPPED, RunError, UserError
@@ -31,214 +30,207 @@ from titan_dp.train.run_folder import is_finished, is_locked, last_record
 if TYPE_CHECKING:
     from rich.table import Table
 
-_POLL_SECONDS = 0.5
+    from titan_dp.studies.sweep_file import Cell
+
+_POLL_SECONDS = 0.2
 _GRACE_SECONDS = 75  # between SIGTERM and SIGKILL; launch/torchrun.py gives its own processes 60
-
-
-class Cell(Protocol):
-    """A run to be: its folder holds config.toml."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def steps(self) -> int: ...
+_STATES = ("running", "elsewhere", "failed", "waiting", "finished")  # as the live table sorts them
 
 
 def command(cell: Cell, nproc: int, python: str = sys.executable, project: Path = PROJECT) -> list[str]:
     """What trains `cell` on one machine."""
-    # launch/torchrun.py is torchrun, but for the exit code: that of train.py
+    # launch/torchrun.py is torchrun that leaves with the exit code of train.py
     launcher = [str(project / "launch/torchrun.py"), "--standalone", f"--nproc-per-node={nproc}"] if nproc > 1 else []
     return [python, *launcher, str(project / "train.py"), "--config", str(cell.folder / "config.toml")]
-
-
-@dataclass
-class _Attempt:
-    """A cell on its way: waiting, running here (`process`), running elsewhere, finished or failed."""
-
-    cell: Cell
-    state: str = "waiting"
-    attempts: int = 0
-    slot: int = -1
-    process: subprocess.Popen[bytes] | None = None
-    code: int | None = None
-    reason: str = ""
-    log: Path | None = None
 
 
 def launch_local(cells: Sequence[Cell], *, at_once: int, nproc: int, retries: int) -> None:
     """Run all unfinished cells.
 
+    Args:
+        at_once: cells that run at the same time, those that another process trains included.
+        nproc: processes per cell.
+        retries: new attempts of a cell that failed.
+
     Raises:
-        UserError: where the machine has fewer GPUs than asked for.
-        RunError: where cells failed more than `retries` times.
+        UserError: if the machine has GPUs, but fewer than asked for.
+        RunError: if cells failed more than `retries` times.
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or a closed terminal, when all cells have ended.
     """
-    devices = _devices(at_once * nproc)
-    attempts = [_Attempt(cell) for cell in cells]
-    launcher = _Launcher(attempts, at_once, nproc, retries, devices)
-    with _told_to_end() as ended, _live(launcher) as show:
-        try:
-            while not ended.is_set() and launcher.advance():
-                show()
-                time.sleep(_POLL_SECONDS)
-            show()
-            if ended.is_set():
-                print("the cells save and end; a second Ctrl-C kills them", flush=True)
-        finally:
-            launcher.stop(ended)
-    if ended.is_set():
-        finished = sum(attempt.state == "finished" for attempt in attempts)
-        print(f"{finished} of {len(attempts)} cells are finished; the same command goes on from here")
+    from rich.console import Console
+    from rich.live import Live
+
+    launcher = _Launcher(cells, at_once, nproc, retries, console := Console(highlight=False, soft_wrap=True))
+    live = Live(get_renderable=launcher.table, console=console, refresh_per_second=2) if console.is_terminal else nullcontext()
+    # Cells that another process trains come first and get their shares of the machine before anything new is started.
+    runs = sorted(launcher.runs, key=lambda run: not is_locked(run.cell.folder))
+    for run in runs[:at_once]:
+        run.share = launcher.take_share(run.cell.folder)
+    with _told_to_end() as ended, live, ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(launcher.see_through, run, ended) for run in runs]
+        while not ended.told and not all(future.done() for future in futures):
+            time.sleep(_POLL_SECONDS)
+        if ended.told:
+            print("the cells save and end; a second Ctrl-C kills them", flush=True)
+        for future in futures:
+            future.result()
+    if ended.told:
+        print(f"{launcher.count('finished')} of {len(cells)} cells are finished; the same command goes on from here")
         raise KeyboardInterrupt
-    if failed := [f"{a.cell.name}: {a.reason}" for a in attempts if a.state == "failed"]:
+    if failed := [f"{run.cell.name}: {run.reason}" for run in launcher.runs if run.state == "failed"]:
         raise RunError("\n  ".join([f"{len(failed)} cells failed; start again to retry them:", *failed]))
 
 
-def _devices(processes: int) -> list[str]:
-    """The GPUs to share out, none on a machine without. Raises UserError where there are some but too few."""
-    devices = visible_gpus()
-    if devices and processes > len(devices):
-        raise UserError(f"--at-once times --nproc asks for {processes} GPUs, and there are {len(devices)}; lower one of them")
-    return devices
+@dataclass
+class _Run:
+    """A cell on its way: waiting, running here, elsewhere (another process trains it), finished or failed."""
+
+    cell: Cell
+    state: str = "waiting"
+    attempts: int = 0
+    """Those that count: not one that a signal stopped, nor one that found another process at work."""
+    share: int | None = None
+    """Its share of the machine, while it has one."""
+    code: int | None = None
+    reason: str = ""
+    """What is known of the last attempt that failed."""
+
+    def describe(self) -> str:
+        if self.state == "running" and self.attempts > 1:
+            return f"attempt {self.attempts} after {self.reason}"
+        return {"failed": f"failed: {self.reason}", "elsewhere": "running in another process"}.get(self.state, self.state)
 
 
-class _Launcher:
-    def __init__(self, attempts: list[_Attempt], at_once: int, nproc: int, retries: int, devices: list[str]) -> None:
-        self.attempts, self.nproc, self.retries, self.devices = attempts, nproc, retries, devices
-        self.queue = deque(attempts)
-        self.free = list(range(at_once))
-        self.threads = max(1, len(os.sched_getaffinity(0)) // (at_once * nproc))
-        for attempt in attempts:
-            if is_locked(attempt.cell.folder) and not is_finished(attempt.cell.folder):
-                self._leave_elsewhere(attempt)
+class _Ended:
+    """Whether somebody has asked for the end. No threading.Event: a signal may come while its lock is held."""
 
-    def advance(self) -> bool:
-        """Look after what runs and start what can start; False when nothing is left to do."""
-        for attempt in self.attempts:
-            with self._alone(attempt):
-                if attempt.process is not None and attempt.process.poll() is not None:
-                    self._ended(attempt)
-                elif attempt.state == "elsewhere" and not is_locked(attempt.cell.folder):
-                    self._settle(attempt)
-        while self.free and self.queue:
-            attempt = self.queue.popleft()
-            with self._alone(attempt):
-                if is_finished(attempt.cell.folder):
-                    attempt.state = "finished"
-                elif is_locked(attempt.cell.folder):
-                    self._leave_elsewhere(attempt)
-                else:
-                    self._start(attempt)
-        return any(attempt.state in ("waiting", "running", "elsewhere") for attempt in self.attempts)
-
-    @contextmanager
-    def _alone(self, attempt: _Attempt) -> Iterator[None]:
-        """A folder that cannot be read or written fails its own cell and no other."""
-        try:
-            yield
-        except (UserError, OSError) as error:
-            attempt.state, attempt.reason = "failed", str(error)
-            self._free_slot(attempt)
-
-    def _leave_elsewhere(self, attempt: _Attempt) -> None:
-        """Wait for a cell another process trains; it counts as one of those at once, on the devices it was given."""
-        attempt.state = "elsewhere"
-        with suppress(ValueError):
-            self.queue.remove(attempt)
-        try:
-            slot = int((attempt.cell.folder / ".slot").read_text())
-        except (OSError, ValueError):
-            slot = -1
-        if self.free:
-            attempt.slot = slot if slot in self.free else self.free[0]
-            self.free.remove(attempt.slot)
-
-    def _free_slot(self, attempt: _Attempt) -> None:
-        if attempt.slot >= 0:
-            self.free.append(attempt.slot)
-            attempt.slot = -1
-
-    def _start(self, attempt: _Attempt) -> None:
-        attempt.slot = self.free.pop(0)
-        (attempt.cell.folder / ".slot").write_text(str(attempt.slot))  # for a launch after this one was killed
-        attempt.attempts += 1
-        logs = (re.fullmatch(r"attempt-(\d+)\.log", path.name) for path in attempt.cell.folder.iterdir())
-        attempt.log = attempt.cell.folder / f"attempt-{max((int(log[1]) for log in logs if log), default=0) + 1}.log"
-        environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1", **os.environ}
-        if self.devices:
-            first = attempt.slot * self.nproc
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[first : first + self.nproc])
-        log: IO[bytes]
-        with attempt.log.open("wb") as log:
-            attempt.process = subprocess.Popen(
-                command(attempt.cell, self.nproc),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # a Ctrl-C is ours to pass on
-            )
-        attempt.state = "running"
-
-    def _ended(self, attempt: _Attempt) -> None:
-        assert attempt.process is not None
-        attempt.code, attempt.process = attempt.process.returncode, None
-        if attempt.code != 0 and is_locked(attempt.cell.folder):
-            attempt.state = "elsewhere"  # what refused this attempt, or what is left of it, is at work on the cell
-            if "another process is at work" in _last_line(attempt):
-                attempt.attempts -= 1  # it never began
-        else:
-            self._settle(attempt)
-
-    def _settle(self, attempt: _Attempt) -> None:
-        """Decide on a cell nobody runs any more: finished, to be tried again, or failed."""
-        self._free_slot(attempt)
-        if is_finished(attempt.cell.folder):
-            attempt.state = "finished"
-            return
-        attempt.reason = (
-            f"exit code {attempt.code}, {_last_line(attempt)} ({attempt.log})" if attempt.log else "an earlier launch"
-        )
-        if attempt.code == EXIT_STOPPED:  # by a signal, and saved: no failure
-            attempt.attempts -= 1
-        if attempt.code == 2 or attempt.attempts > self.retries:  # 2 is a user's mistake: trying again cannot help
-            attempt.state = "failed"
-        else:
-            attempt.state = "waiting"
-            self.queue.append(attempt)
-
-    def stop(self, ended: _Ended) -> None:
-        """End what still runs: SIGTERM, and SIGKILL for what does not listen, or after a second Ctrl-C."""
-        running = [attempt.process for attempt in self.attempts if attempt.process is not None]
-        for process in running:
-            _signal_group(process, signal.SIGTERM)
-        deadline = time.monotonic() + _GRACE_SECONDS
-        while any(process.poll() is None for process in running) and ended.interrupts < 2 and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS / 5)
-        for process in running:
-            if process.poll() is None:
-                _signal_group(process, signal.SIGKILL)
-                process.wait()
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-class _Ended(threading.Event):
-    """Set once somebody asks for the end."""
-
+    told = False
     interrupts = 0
     """Ctrl-Cs so far."""
 
 
+class _Launcher:
+    """What the threads share."""
+
+    def __init__(self, cells: Sequence[Cell], at_once: int, nproc: int, retries: int, console: Any) -> None:
+        self.devices = visible_gpus()
+        if self.devices and at_once * nproc > len(self.devices):
+            asked = f"--at-once times --nproc asks for {at_once * nproc} GPUs"
+            raise UserError(f"{asked}, and there are {len(self.devices)}; lower one of them")
+        self.runs = [_Run(cell) for cell in cells]
+        self.nproc, self.retries, self.console = nproc, retries, console
+        self.free = list(range(at_once))
+        """Shares of the machine that no thread has: share i is GPUs i * nproc to (i + 1) * nproc - 1."""
+        self.threads = max(1, len(os.sched_getaffinity(0)) // (at_once * nproc))
+
+    def count(self, state: str) -> int:
+        return sum(run.state == state for run in self.runs)
+
+    def take_share(self, folder: Path) -> int:
+        """A free share: if possible the one that an earlier launch gave the cell in `folder`, which may still run there."""
+        with suppress(OSError, ValueError):
+            share = int((folder / ".slot").read_text())
+            self.free.remove(share)
+            return share
+        return self.free.pop(0)
+
+    def see_through(self, run: _Run, ended: _Ended) -> None:
+        """Bring one cell to its end, whatever its folder says now. A folder that cannot be used fails its own cell only."""
+        if run.share is None:
+            run.share = self.free.pop(0)  # there is one for every thread
+        try:
+            while not ended.told and not is_finished(run.cell.folder):
+                if is_locked(run.cell.folder):
+                    self._show(run, "elsewhere")
+                    time.sleep(_POLL_SECONDS)
+                elif run.code == 2 or run.attempts > self.retries:  # 2 is a user's mistake: trying again cannot help
+                    self._show(run, "failed")
+                    break
+                else:
+                    self._attempt(run, run.share, ended)
+            if is_finished(run.cell.folder):
+                self._show(run, "finished")
+        except (UserError, OSError) as error:
+            run.reason = str(error)
+            self._show(run, "failed")
+        finally:
+            self.free.append(run.share)
+
+    def _attempt(self, run: _Run, share: int, ended: _Ended) -> None:
+        """Start train.py once and wait for its end."""
+        run.attempts += 1
+        self._show(run, "running")
+        folder = run.cell.folder
+        (folder / ".slot").write_text(str(share))  # for a launch that finds the cell running after this one was killed
+        logs = (re.fullmatch(r"attempt-(\d+)\.log", path.name) for path in folder.iterdir())
+        log = folder / f"attempt-{max((int(log[1]) for log in logs if log), default=0) + 1}.log"
+        environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1", **os.environ}
+        if self.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[share * self.nproc : (share + 1) * self.nproc])
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command(run.cell, self.nproc),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C is ours to pass on
+            )
+        while process.poll() is None and not ended.told:
+            time.sleep(_POLL_SECONDS)
+        _end(process, ended)
+        run.code, said = process.returncode, _last_line(log)
+        run.reason = f"exit code {run.code}, {said} ({log})"
+        if run.code == EXIT_STOPPED or "another process is at work" in said:
+            run.attempts -= 1
+
+    def _show(self, run: _Run, state: str) -> None:
+        """Enter a state; on a terminal the live table shows it, elsewhere a line says so."""
+        if run.state == state and state != "running":  # it runs again after every attempt, and is elsewhere at every look
+            return
+        run.state = state
+        if not self.console.is_terminal:
+            done = f"[{self.count('finished')}/{len(self.runs)}]"
+            self.console.print(f"{done} {run.cell.name}: {run.describe()}", markup=False)
+
+    def table(self) -> Table:
+        """What runs and what failed first, then what else the terminal has room for."""
+        from rich.table import Column, Table
+
+        counts = ", ".join(f"{n} {state}" for state in _STATES if (n := self.count(state)))
+        columns = [Column(name, overflow="fold") for name in ("cell", "state", "step", "loss", "validation", "tokens/s")]
+        table = Table(*columns, title=f"{len(self.runs)} cells: {counts}")  # a live table cannot be wider than the terminal
+        room = max(3, shutil.get_terminal_size().lines - 7)
+        for run in sorted(self.runs, key=lambda run: _STATES.index(run.state))[:room]:
+            record = last_record(run.cell.folder)
+            table.add_row(
+                run.cell.name,
+                run.describe(),
+                f"{record.get('step', 0):,}/{run.cell.steps:,}",
+                _value(record.get("loss"), ".4f"),
+                _validation(record),
+                _value(record.get("tokens_per_second"), ",.0f"),
+            )
+        if len(self.runs) > room:
+            table.caption = f"and {len(self.runs) - room} more"
+        return table
+
+
+def _end(process: subprocess.Popen[bytes], ended: _Ended) -> None:
+    """End a process and its children: SIGTERM, and SIGKILL for what does not listen, or after a second Ctrl-C."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+    while process.poll() is None and ended.interrupts < 2 and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS / 2)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 @contextmanager
 def _told_to_end() -> Iterator[_Ended]:
-    """Set by Ctrl-C, SIGTERM and a closed terminal, as often as they come: no cell is left behind by a second one.
+    """Told by Ctrl-C, SIGTERM and a closed terminal, as often as they come: a second one leaves no cell behind.
 
     A signal that is ignored stays so: `nohup` means it.
     """
@@ -246,7 +238,7 @@ def _told_to_end() -> Iterator[_Ended]:
 
     def told(number: int, frame: object) -> None:
         ended.interrupts += number == signal.SIGINT
-        ended.set()
+        ended.told = True
 
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, told) for number in numbers}
@@ -257,79 +249,15 @@ def _told_to_end() -> Iterator[_Ended]:
             signal.signal(number, handler)
 
 
-def _last_line(attempt: _Attempt) -> str:
-    """The last words of an attempt's log."""
-    assert attempt.log is not None
-    text = attempt.log.read_bytes()[-4096:].decode(errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def _last_line(log: Path) -> str:
+    """The last error in a log, else its last line."""
+    lines = [line.strip() for line in log.read_bytes()[-4096:].decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error")]
     return (errors or lines or ["no output"])[-1][:300]
 
 
-# -- progress ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _live(launcher: _Launcher) -> Iterator[Any]:
-    """A function to call often: on a terminal it keeps a table up to date, else it prints a line when a state changes."""
-    from rich.console import Console
-    from rich.live import Live
-
-    console = Console(highlight=False, soft_wrap=True)
-    if console.is_terminal:
-        with Live(_progress(launcher), console=console, auto_refresh=False) as live:
-            yield lambda: live.update(_progress(launcher), refresh=True)
-        return
-    told: dict[str, tuple[str, int]] = {}
-
-    def tell() -> None:
-        for attempt in launcher.attempts:
-            now = (attempt.state, attempt.attempts)
-            if told.get(attempt.cell.name, ("waiting", 0)) != now:
-                told[attempt.cell.name] = now
-                done = sum(a.state == "finished" for a in launcher.attempts)
-                console.print(f"[{done}/{len(launcher.attempts)}] {attempt.cell.name}: {_describe(attempt)}", markup=False)
-
-    yield tell
-
-
-def _describe(attempt: _Attempt) -> str:
-    if attempt.state == "running":
-        return f"attempt {attempt.attempts} after {attempt.reason}" if attempt.attempts > 1 else "running"
-    if attempt.state == "failed":
-        return f"failed: {attempt.reason}"
-    return {"elsewhere": "running in another process"}.get(attempt.state, attempt.state)
-
-
-def _progress(launcher: _Launcher) -> Table:
-    """The live table: what runs and what failed first, then what else the terminal has room for."""
-    from rich.table import Column, Table
-
-    states = [attempt.state for attempt in launcher.attempts]
-    counts = ", ".join(
-        f"{states.count(s)} {s}" for s in ("finished", "running", "elsewhere", "waiting", "failed") if s in states
-    )
-    columns = [Column(name, overflow="fold") for name in ("cell", "state", "step", "loss", "validation", "tokens/s")]
-    table = Table(*columns, title=f"{len(states)} cells: {counts}")  # a live table cannot be wider than the terminal
-    rank = {"running": 0, "elsewhere": 0, "failed": 1, "waiting": 2, "finished": 3}
-    room = max(3, shutil.get_terminal_size().lines - 7)
-    for attempt in sorted(launcher.attempts, key=lambda attempt: rank[attempt.state])[:room]:
-        record = last_record(attempt.cell.folder)
-        table.add_row(
-            attempt.cell.name,
-            _describe(attempt),
-            f"{record.get('step', 0):,}/{attempt.cell.steps:,}",
-            _value(record.get("loss"), ".4f"),
-            _validation(record),
-            _value(record.get("tokens_per_second"), ",.0f"),
-        )
-    if len(launcher.attempts) > room:
-        table.caption = f"and {len(launcher.attempts) - room} more"
-    return table
-
-
 def _validation(record: dict[str, Any]) -> str:
-    """The loss, or what says more where there are right answers: words right at every symbol."""
+    """The loss, or for a problem with right answers the words that are right at every symbol, which says more."""
     right = record.get("validation_sequence_accuracy")
     return _value(record.get("validation_loss"), ".4f") if right is None else f"{right:.1%} right"
 

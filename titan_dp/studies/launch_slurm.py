@@ -1,7 +1,7 @@
 """The cells of a sweep as one SLURM array (launch/slurm_array.sbatch): submitted here, run and requeued by SLURM.
 
-Which cells are in which array is kept in `slurm.json` of the sweep's folder, and squeue says which of these are still
-pending or running; those are not submitted again. Everything else is read from the run folders, as for any launcher.
+`slurm.json` in the sweep's folder keeps which cells are in which array, and squeue says which of these are still pending or
+running; those are not submitted again. Everything else is read from the run folders, as for any launcher.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Job(BaseModel):
 
 
 def check_slurm() -> None:
-    """Raise UserError where SLURM is not installed, or this is not the project's root."""
+    """Raise UserError if SLURM is not installed, or this is not the project's root."""
     if shutil.which("sbatch") is None:
         raise UserError("--launch slurm: there is no sbatch on this machine; use --launch local, or --launch print")
     if not ARRAY_SCRIPT.exists():
@@ -42,24 +42,25 @@ def launch_slurm(sweep: Sweep, *, at_once: int, nproc: int | None, retries: int,
     """Submit every cell that is neither finished nor already with SLURM, at most `at_once` to run at a time.
 
     Args:
-        nproc: processes a cell; None for one a GPU of the node.
+        nproc: processes per cell; None for one per GPU of the node.
         options: for sbatch.
 
     Raises:
-        UserError: where SLURM refuses the options.
-        RunError: where SLURM does not answer.
+        UserError: if SLURM refuses the options.
+        RunError: if SLURM does not answer.
     """
-    jobs = _jobs(sweep)
+    path = sweep.folder / "slurm.json"
+    jobs = _read_jobs(path)
     queued = _queued(jobs)
     cells = [c for c in sweep.cells if c.name not in queued and not is_finished(c.folder) and not is_locked(c.folder)]
     if not cells:
         print(f"nothing to submit: {len(queued)} cells are with SLURM, the rest is finished")
         return
-    if not str(sweep.folder).isprintable():  # the listing has one a line
+    if not str(sweep.folder).isprintable():  # the listing has one cell per line
         raise UserError(
             f"--launch slurm: the name of {str(sweep.folder)!r} has control characters; choose another job.dump_folder"
         )
-    listing = sweep.folder / f"cells-{time.time_ns()}.txt"  # never one that an array of before still reads
+    listing = sweep.folder / f"cells-{time.time_ns()}.txt"  # a new one each time: an earlier array may still read its own
     listing.write_text("".join(f"{cell.folder / 'config.toml'}\n" for cell in cells))
     array = f"--array=0-{len(cells) - 1}%{at_once}"
     environment = {"VENV": sys.prefix} | os.environ | {"RETRIES": str(retries)} | ({"NPROC": str(nproc)} if nproc else {})
@@ -69,12 +70,11 @@ def launch_slurm(sweep: Sweep, *, at_once: int, nproc: int | None, retries: int,
         raise UserError(f"sbatch refuses the array: {result.stderr.strip()}; see --sbatch for options your site needs")
     job = result.stdout.strip().partition(";")[0]
     jobs.append(_Job(id=job, cells=[cell.name for cell in cells]))
-    write_json(sweep.folder / "slurm.json", [each.model_dump() for each in jobs])
+    write_json(path, [each.model_dump() for each in jobs])
     print(f"array {job}: {len(cells)} cells, {at_once} at once; this command without --launch shows how far they are")
 
 
-def _jobs(sweep: Sweep) -> list[_Job]:
-    path = sweep.folder / "slurm.json"
+def _read_jobs(path: Path) -> list[_Job]:
     try:
         return TypeAdapter(list[_Job]).validate_json(path.read_bytes(), strict=True)
     except FileNotFoundError:
@@ -87,9 +87,8 @@ def _jobs(sweep: Sweep) -> list[_Job]:
 
 def _queued(jobs: list[_Job]) -> set[str]:
     """Names of the cells whose array elements are pending or running."""
-    result = subprocess.run(
-        ["squeue", "--noheader", "--array", "--me", "--format=%F %K"], capture_output=True, text=True, check=False
-    )
+    squeue = ["squeue", "--noheader", "--array", "--me", "--format=%F %K"]
+    result = subprocess.run(squeue, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RunError(f"squeue fails: {result.stderr.strip()}; nothing was submitted")
     active = {tuple(line.split()) for line in result.stdout.splitlines()}

@@ -5,7 +5,8 @@
 
 A sweep's state is its run folders and nothing else: what is finished, cut off or running is read from them each time. So
 a sweep can be killed at any moment and started again, and cells may be run by any launcher, by several in turn, or by
-hand. A folder that has been trained with other settings is never touched.
+hand. A folder that has been trained with other settings is never touched. `titan-dp state-tracking train` writes and runs
+its cells with `cells_to_write` and `launch`, as this does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,36 +55,29 @@ def run(args: argparse.Namespace) -> int:
 
         check_slurm()
     sweep = load_sweep(args.file)
-    _check_folder(sweep)
     try:
+        sweep.folder.mkdir(parents=True, exist_ok=True)
         lock: RunLock | None = RunLock(sweep.folder)  # whoever writes run folders or starts cells is alone
+    except (FileExistsError, NotADirectoryError) as error:
+        remedy = "choose another job.dump_folder or [sweep] name"
+        raise UserError(f"{sweep.folder} cannot be a folder ({error}); {remedy}") from error
     except RunError as error:
         if args.launch in ("local", "slurm"):
             hint = f"titan-dp sweep {args.file} shows how far it is"
             raise RunError(f"another process is at work on this sweep ({sweep.folder}); {hint}") from error
         lock = None  # a launch is at work: show how far it is, and write nothing
-    try:
-        if lock is not None:
-            write_cells(sweep)
+    with closing(lock) if lock else nullcontext():
+        if lock:
+            _write(sweep)
         if args.launch != "print":  # whose output is for another program
-            _print_table(sweep, args.mfu * args.peak_tflops * 1e12)
-        if args.launch == "local":
-            from titan_dp.studies.launch_local import launch_local
-
-            launch_local(sweep.cells, at_once=args.at_once, nproc=args.nproc or 1, retries=args.retries)
-        elif args.launch == "slurm":
+            print_table(_cost_table(sweep, args.mfu * args.peak_tflops * 1e12))
+            print(f"runs in {sweep.folder}")
+        if args.launch == "slurm":
             from titan_dp.studies.launch_slurm import launch_slurm
 
             launch_slurm(sweep, at_once=args.at_once, nproc=args.nproc, retries=args.retries, options=options)
-        elif args.launch == "print":
-            from titan_dp.studies.launch_local import command
-
-            for cell in sweep.cells:
-                if not is_finished(cell.folder) and not is_locked(cell.folder):
-                    print(shlex.join(command(cell, args.nproc or 1, python="python", project=Path())))
-    finally:
-        if lock is not None:
-            lock.close()
+        elif args.launch:
+            launch(sweep.cells, args.launch, at_once=args.at_once, nproc=args.nproc or 1, retries=args.retries)
     return 0
 
 
@@ -93,51 +88,70 @@ def _sbatch_options(text: str) -> list[str]:
         raise UserError(f"--sbatch {text!r}: {error}; close the quotation") from error
 
 
-_WRITTEN = ("config.toml", ".config.toml.tmp", ".lock", ".slot")
-"""What a run folder holds before its run has begun."""
-
-# -- run folders -------------------------------------------------------------------------------------------------------
+# -- what every study shares -------------------------------------------------------------------------------------------
 
 
-def write_cells(sweep: Sweep) -> None:
-    """Write a run folder a cell with its config.toml, and sweep.json.
+def launch(cells: Sequence[Cell], how: str, *, at_once: int, nproc: int, retries: int) -> None:
+    """Run the cells that are not finished here (`how` is "local"), or print their commands ("print").
 
-    Raises UserError, before anything is written, where a folder was trained with other settings, or the sweep's folder
-    holds trained cells that the file does not name.
+    Raises what `launch_local` raises.
     """
-    listed = _listed(sweep)
-    new = [cell for cell in sweep.cells if not _is_written(cell, listed)]
-    for folder in _dropped(sweep, listed):
-        for name in _WRITTEN:
-            (folder / name).unlink(missing_ok=True)
+    from titan_dp.studies.launch_local import command, launch_local
+
+    if how == "local":
+        launch_local(cells, at_once=at_once, nproc=nproc, retries=retries)
+        return
+    for cell in cells:
+        if not is_finished(cell.folder) and not is_locked(cell.folder):
+            print(shlex.join(command(cell, nproc, python="python", project=Path())))
+
+
+def cells_to_write(cells: Sequence[Cell], remedy: str, written: dict[str, str] | None = None) -> list[Cell]:
+    """The cells whose config.toml is not there yet, or has changed before any training.
+
+    Args:
+        remedy: ends what is said of a folder that is in the way.
+        written: identities by name of what an earlier call has led to writing; None if nobody has kept them.
+
+    Raises:
+        UserError: if a folder was trained with other settings, or holds a config.toml that somebody wrote by hand; with
+            `written` also if somebody has changed one.
+    """
+    new = []
+    for cell in cells:
+        if holds_config(cell.folder, cell.config, cell.toml(), remedy):
+            continue
+        path = cell.folder / "config.toml"
+        if written is not None and path.exists():
+            cut_off = cell.toml().encode().startswith(path.read_bytes())
+            if not cut_off and not _is_as_written(cell.folder, written):
+                raise UserError(f"{path} is not what this sweep wrote, and would be overwritten; {remedy}")
+        new.append(cell)
+    return new
+
+
+# -- the folder of a sweep ---------------------------------------------------------------------------------------------
+
+
+def _write(sweep: Sweep) -> None:
+    """Write every cell's run folder with its config.toml, and sweep.json, the list of them.
+
+    Raises UserError, before anything is written, if a folder was trained with other settings, or the sweep's folder holds
+    trained cells that the file does not name.
+    """
+    written = _listed(sweep)
+    new = cells_to_write(sweep.cells, "give this sweep another [sweep] name, or move that folder away", written)
+    for folder in _dropped(sweep, written):
+        (folder / ".lock").unlink(missing_ok=True)
+        (folder / "config.toml").unlink()
         with suppress(OSError):  # somebody has put a file there meanwhile
             folder.rmdir()
     for cell in new:
         write_config(cell.folder, cell.toml())
-    listing = [
-        {
-            "name": cell.name,
-            "axes": cell.axes,
-            "identity": cell.identity,
-            "parameters": cell.parameters,
-            "flops_per_token": cell.flops_per_token,
-            "tokens": cell.tokens,
-            "flops": cell.flops,
-        }
-        for cell in sweep.cells
-    ]
-    facts = {"name": sweep.name, "description": sweep.description, "file": str(sweep.file), "cells": listing}
+    keys = ("name", "axes", "identity", "parameters", "flops_per_token", "tokens", "flops")
+    cells = [{key: getattr(cell, key) for key in keys} for cell in sweep.cells]
+    facts = {"name": sweep.name, "description": sweep.description, "file": str(sweep.file), "cells": cells}
     write_json(sweep.folder / "sweep.json", facts)
-
-
-def _check_folder(sweep: Sweep) -> None:
-    """Raise UserError where the sweep's folder cannot be one, and make it."""
-    try:
-        sweep.folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(
-            f"{sweep.folder} cannot be a folder ({error}); choose another job.dump_folder or [sweep] name"
-        ) from error
 
 
 def _listed(sweep: Sweep) -> dict[str, str]:
@@ -149,21 +163,21 @@ def _listed(sweep: Sweep) -> dict[str, str]:
         return {}
 
 
-def _is_as_written(folder: Path, listed: dict[str, str]) -> bool:
+def _is_as_written(folder: Path, written: dict[str, str]) -> bool:
     """Whether config.toml in `folder` says what the earlier expansion wrote into it."""
     path = folder / "config.toml"
     try:
-        return identity(config_from_toml(path.read_text(), str(path))) == listed.get(folder.name)
+        return identity(config_from_toml(path.read_text(), str(path))) == written.get(folder.name)
     except (OSError, ValueError):  # UserError is one
         return False
 
 
-def _dropped(sweep: Sweep, listed: dict[str, str]) -> list[Path]:
-    """Folders of cells an earlier expansion wrote, as it wrote them, never trained and no longer in the file.
+def _dropped(sweep: Sweep, written: dict[str, str]) -> list[Path]:
+    """Folders of cells that the file no longer names and that hold nothing but the config.toml an earlier expansion wrote.
 
-    Raises UserError where such a cell was trained: it is another sweep's, or the file has lost it.
+    Raises UserError if such a cell was trained: it is another sweep's, or the file has lost it.
     """
-    gone = [sweep.folder / name for name in sorted(listed.keys() - {cell.name for cell in sweep.cells})]
+    gone = [sweep.folder / name for name in sorted(written.keys() - {cell.name for cell in sweep.cells})]
     gone = [folder for folder in gone if folder.is_dir() and not folder.is_symlink()]
     for folder in gone:
         if read_run(folder) is not None or is_locked(folder):
@@ -171,26 +185,11 @@ def _dropped(sweep: Sweep, listed: dict[str, str]) -> list[Path]:
                 f"{folder} was trained and {sweep.file} does not name it: give this sweep another [sweep] name, put the cell "
                 "back, or move that folder away"
             )
-    return [
-        folder
-        for folder in gone
-        if {entry.name for entry in folder.iterdir()} <= set(_WRITTEN) and _is_as_written(folder, listed)
-    ]
+    alone = {"config.toml", ".lock"}
+    return [f for f in gone if {entry.name for entry in f.iterdir()} <= alone and _is_as_written(f, written)]
 
 
-def _is_written(cell: Cell, listed: dict[str, str]) -> bool:
-    """Whether the cell's config.toml is there. Raises UserError where there is one that somebody else wrote or changed."""
-    remedy = "give this sweep another [sweep] name, or move that folder away"
-    if holds_config(cell.folder, cell.config, cell.toml(), remedy):
-        return True
-    path = cell.folder / "config.toml"
-    cut_off = path.exists() and cell.toml().encode().startswith(path.read_bytes())
-    if path.exists() and not cut_off and not _is_as_written(cell.folder, listed):
-        raise UserError(f"{path} is not what this sweep wrote, and would be overwritten; {remedy}")
-    return False
-
-
-def state_of(cell: Cell) -> str:
+def _state_of(cell: Cell) -> str:
     """'finished', 'running', 'step 120' of a run cut off there, or 'new'."""
     facts = read_run(cell.folder)
     if facts is not None and facts.get("state") == "finished":
@@ -203,24 +202,17 @@ def state_of(cell: Cell) -> str:
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
-def _print_table(sweep: Sweep, flops_per_second: float) -> None:
-    print_table(_cost_table(sweep, flops_per_second))
-    print(f"runs in {sweep.folder}")
-
-
 def _cost_table(sweep: Sweep, flops_per_second: float) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"{sweep.name}: {len(sweep.cells)} cells. {sweep.description}", show_footer=True)
-    states = [state_of(cell) for cell in sweep.cells]
-    total, left = (
-        sum(cell.flops for cell, state in zip(sweep.cells, states, strict=True) if keep(state))
-        for keep in (lambda state: True, lambda state: state != "finished")
-    )
+    states = [_state_of(cell) for cell in sweep.cells]
+    total = sum(cell.flops for cell in sweep.cells)
+    left = sum(cell.flops for cell, state in zip(sweep.cells, states, strict=True) if state != "finished")
 
     def hours(flops: int) -> str:
         return f"{flops / flops_per_second / 3600:.4g}"
 
+    table = Table(title=f"{sweep.name}: {len(sweep.cells)} cells. {sweep.description}", show_footer=True)
     table.add_column("cell", "all", no_wrap=True)
     table.add_column("state", f"{states.count('finished')} finished")
     table.add_column("model", "")

@@ -1,10 +1,9 @@
 """A sweep file and the runs it stands for.
 
-A sweep file is a config (settings, `extends`) with a section [sweep]: axes, whose full grid is taken, or a list of
-cells, or both (every listed cell with every point of the grid). Each cell becomes one complete, checked configuration;
-with a matching rule its shape is solved so that all cells of one size are equally large. The invariant: a cell is its
-configuration. No two may be equal, and nothing about a cell is known only here. Reading and expanding
-write nothing.
+A sweep file is a config (settings, `extends`) with a section [sweep]: axes, of which every combination is a cell, or a list
+of cells, or both (every listed cell with every combination). Each cell becomes one complete, checked configuration; with a
+matching rule its shape is solved so that all cells of one size are equally large. The invariant: a cell is its
+configuration. No two may be equal, and nothing about a cell is known only here. Reading and expanding write nothing.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ class SweepSection(Section):
     match: Literal["heads", "head_dim", "intermediate_size", "hidden_size"] | None = None
     """The knob by which all cells of one size get equally large; default: shapes are taken as they are given."""
     match_quantity: Literal["parameters", "flops"] = "parameters"
-    """What the cells of one size have in common: parameters, or model FLOPs a token."""
+    """What the cells of one size have in common: parameters, or model FLOPs per token."""
     multiple: Positive = 64
     """Grid of all matrix dimensions that are solved for."""
     tolerance: Annotated[float, Field(gt=0, le=5)] | None = None
-    """Largest deviation of a solved size in percent; default: 0.1 where the grid allows, else 0.25."""
+    """Largest deviation of a solved size in percent; default: 0.1 if the grid allows it, else 0.25."""
     aspect_ratio: Positive | None = None
     """Width over depth of the solved shapes; default: every size has the base's number of layers."""
     axes: dict[str, list[Any]] = Field(default={})
@@ -56,12 +55,13 @@ class SweepSection(Section):
     """Listed cells: each a table of axis values, with a `name` if wanted; each is combined with every point of the axes."""
 
 
-# Axes that are no key of the configuration by the name of the axis: what they set.
+# What an axis sets if its name is not that of a key.
 _SHORT = {"lr": ("optimizer.lr",), "seed": ("debug.seed", "data.seed"), "tokens": ("training.tokens",)}
 _SOLVED = ("size", "tokens_per_parameter", "flops")
 _LENGTHS = ("tokens", "training.tokens", "training.steps", "tokens_per_parameter", "flops")
 
-# How values are written in the names of run folders; other axes stand with their key's last part in front.
+# How axes begin in the names of run folders; others begin with the last part of their key. Folders are found by these
+# names: a change here would train finished cells again.
 _PREFIX = {
     "num_householder": "nh",
     "num_heads": "h",
@@ -92,8 +92,17 @@ class Cell:
     tokens: int
     steps: int
 
+    @staticmethod
+    def of(folder: Path, name: str, axes: dict[str, Any], c: Config) -> Cell:
+        """The cell `name` of the sweep in `folder`. Raises UserError if no batch plan exists for `c`."""
+        job = c.job.model_copy(update={"dump_folder": str(folder), "run_name": name})
+        c = Config.model_validate(c.model_copy(update={"job": job}).model_dump())
+        size, plan = model_size(c.model, c.training.seq_len), plan_batches(c.training, 1)
+        return Cell(name, axes, c, identity(c), size.parameters, size.flops_per_token, plan.tokens, plan.steps)
+
     @property
     def flops(self) -> int:
+        """Of the whole run."""
         return self.flops_per_token * self.tokens
 
     @property
@@ -101,7 +110,11 @@ class Cell:
         return Path(self.config.job.dump_folder) / self.name
 
     def toml(self) -> str:
+        """config.toml of the run."""
         return Loaded(self.config, dict.fromkeys(all_keys(), "sweep")).resolved_toml()
+
+    def __str__(self) -> str:
+        return "(" + shorten(", ".join(f"{axis} = {value}" for axis, value in self.axes.items())) + ")"
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,10 @@ class _Point:
     axes: dict[str, Any]
     settings: list[Setting]
 
+    @property
+    def keys(self) -> set[str]:
+        return {setting.key for setting in self.settings}
+
 
 def load_sweep(path: Path) -> Sweep:
     """Read and expand a sweep file, by its path or by the name of a shipped one.
@@ -130,17 +147,20 @@ def load_sweep(path: Path) -> Sweep:
     """
     shipped = config_folder() / "sweeps" / path.with_suffix(".toml")
     path = shipped if not path.is_file() and shipped.is_file() else path
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.toml")))
+        raise UserError(f"there is no sweep file {path}; those of {shipped.parent} are {names}")
     section, base = _read(path)
-    _check_axes(path, section)
-    points = list(_points(path, section))
     try:
+        _check_axes(section)
+        points = list(_points(section, f"{path} [sweep]"))
         configs = _solve(section, base, points)
+        name = section.name or path.stem
+        folder = Path(configs[0].job.dump_folder) / name
+        cells = [Cell.of(folder, _checked_name(p.name), p.axes, c) for p, c in zip(points, configs, strict=True)]
+        _refuse_twins(cells)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    name = section.name or path.stem
-    folder = Path(configs[0].job.dump_folder) / name
-    cells = [_cell(path, point, c, folder) for point, c in zip(points, configs, strict=True)]
-    _refuse_twins(path, cells)
     return Sweep(name, section.description, path, folder, cells)
 
 
@@ -149,9 +169,6 @@ def load_sweep(path: Path) -> Sweep:
 
 def _read(path: Path) -> tuple[SweepSection, list[Setting]]:
     """The [sweep] section, and the settings of the base configuration with their origins."""
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in (config_folder() / "sweeps").glob("*.toml")))
-        raise UserError(f"there is no sweep file {path}; those of {config_folder() / 'sweeps'} are {names}")
     problems = Problems()
     sweep: dict[str, Any] = {}
     base = []
@@ -186,42 +203,38 @@ def _keys_of(axis: str) -> tuple[str, ...]:
     """The configuration keys an axis sets; none for axes that are solved."""
     if axis in _SOLVED:
         return ()
-    if axis in _SHORT:
-        return _SHORT[axis]
-    return (axis,) if "." in axis else (f"model.{axis}",)
+    return _SHORT.get(axis, (axis,) if "." in axis else (f"model.{axis}",))
 
 
-def _check_axes(path: Path, section: SweepSection) -> None:
+def _check_axes(section: SweepSection) -> None:
     """Raise UserError for unknown axes and for axes that contradict each other or the matching rule."""
     listed = [axis for cell in section.cells for axis in cell if axis != "name"]
     axes = dict.fromkeys([*section.axes, *listed])
     if not axes:
-        raise UserError(f"{path}: [sweep] has neither axes nor cells; give [sweep.axes] with num_householder = [1, 2], say")
-    for axis in axes:
-        for key in _keys_of(axis):
-            if key not in all_keys():
-                raise UserError(f"{path}: unknown axis {shorten(axis)}; {_explain_axis(axis, key)}")
+        raise UserError("[sweep] has neither axes nor cells; give [sweep.axes] with num_householder = [1, 2], say")
     owners: dict[str, str] = {}
     for axis in axes:
         for key in _keys_of(axis):
+            if key not in all_keys():
+                raise UserError(f"unknown axis {shorten(axis)}; {_explain_axis(axis, key)}")
             if (other := owners.setdefault(key, axis)) != axis:
-                raise UserError(f"{path}: the axes {other} and {axis} both set {key}; keep one")
-    idle = section.model_fields_set & {"match_quantity", "multiple", "tolerance", "aspect_ratio"}
-    if idle and section.match is None:
-        raise UserError(f"{path}: sweep.{min(idle)} has no effect without sweep.match; set match, or remove it")
-    for axis in section.axes:
-        if not section.axes[axis]:
-            raise UserError(f"{path}: the axis {axis} has no values; give some, or remove it")
+                raise UserError(f"the axes {other} and {axis} both set {key}; keep one")
+    for axis, values in section.axes.items():
+        if not values:
+            raise UserError(f"the axis {axis} has no values; give some, or remove it")
         if axis in listed:
-            raise UserError(f"{path}: {axis} is both an axis and set by a listed cell; keep one")
-    lengths = [axis for axis in axes if axis in _LENGTHS]
-    if len(lengths) > 1:
-        raise UserError(f"{path}: the axes {' and '.join(lengths)} both set the length of a run; keep one")
-    if "size" in axes and section.match is None:
-        raise UserError(f'{path}: the axis size needs a rule that finds shapes; set match = "heads" (or {_others("heads")})')
-    if section.match and (knob := KNOBS[section.match]) in {key.removeprefix("model.") for a in axes for key in _keys_of(a)}:
+            raise UserError(f"{axis} is both an axis and set by a listed cell; keep one")
+    if len(lengths := [axis for axis in axes if axis in _LENGTHS]) > 1:
+        raise UserError(f"the axes {' and '.join(lengths)} both set the length of a run; keep one")
+    if section.match is None:
+        idle = section.model_fields_set & {"match_quantity", "multiple", "tolerance", "aspect_ratio"}
+        if idle:
+            raise UserError(f"sweep.{min(idle)} has no effect without sweep.match; set match, or remove it")
+        if "size" in axes:
+            raise UserError(f'the axis size needs a rule that finds shapes; set match = "heads" (or {_others("heads")})')
+    elif f"model.{KNOBS[section.match]}" in owners:
         raise UserError(
-            f'{path}: the axis {knob} contradicts match = "{section.match}", which solves for it; '
+            f'the axis {KNOBS[section.match]} contradicts match = "{section.match}", which solves for it; '
             f"match by another of {_others(section.match)}, or drop the axis"
         )
 
@@ -242,59 +255,58 @@ def _others(knob: str) -> str:
     return ", ".join(f'"{other}"' for other in KNOBS if other != knob)
 
 
-def _points(path: Path, section: SweepSection) -> Iterator[_Point]:
+def _points(section: SweepSection, origin: str) -> Iterator[_Point]:
     """Every listed cell (or one without a name) with every combination of the axes, in the file's order."""
-    origin = f"{path} [sweep]"
     for listed in section.cells or [{}]:
         own = {axis: value for axis, value in listed.items() if axis != "name"}
+        first = [str(listed["name"])] if "name" in listed else [_label(axis, value) for axis, value in own.items()]
         for values in itertools.product(*section.axes.values()):
-            axes = own | dict(zip(section.axes, values, strict=True))
-            name = [str(listed["name"])] if "name" in listed else [_label(axis, value) for axis, value in own.items()]
-            name += [_label(axis, value) for axis, value in zip(section.axes, values, strict=True)]
-            settings = [Setting(key, value, origin) for axis, value in axes.items() for key in _keys_of(axis)]
-            yield _Point("-".join(name), axes, settings)
-
-
-def _checked_name(path: Path, name: str) -> str:
-    """`name` as the name of a folder. Raises UserError where it is none: empty, hidden, too long, or taken."""
-    clean = re.sub(r"[^A-Za-z0-9._+-]", "_", name)
-    if not re.match(r"[A-Za-z0-9]", clean) or len(clean) > 150 or clean in ("sweep.json", "slurm.json", "report"):
-        raise UserError(
-            f"{path}: a cell would be named {name[:60]!r}, which can be no run folder; give its cell a `name` of 1 to 150 "
-            "letters, digits, ., _ and -, beginning with a letter or digit"
-        )
-    return clean
+            point = dict(zip(section.axes, values, strict=True))
+            name = "-".join([*first, *(_label(axis, value) for axis, value in point.items())])
+            settings = [Setting(key, value, origin) for axis, value in (own | point).items() for key in _keys_of(axis)]
+            yield _Point(name, own | point, settings)
 
 
 def _label(axis: str, value: object) -> str:
+    """What an axis adds to the name of a run folder: 'nh2', 'lr0.001', 'gated'."""
     last = axis.rpartition(".")[2]
     if last in _FLAGS and isinstance(value, bool):
         return _FLAGS[last][value]
-    text = value if isinstance(value, str) else to_toml(value) if isinstance(value, bool | int | float) else str(value)
+    text = to_toml(value) if isinstance(value, bool | int | float) else str(value)
     return _PREFIX.get(last, last) + text
+
+
+def _checked_name(name: str) -> str:
+    """`name` as the name of a folder. Raises UserError if it is empty, hidden, too long, or taken."""
+    clean = re.sub(r"[^A-Za-z0-9._+-]", "_", name)
+    if not re.match(r"[A-Za-z0-9]", clean) or len(clean) > 150 or clean in ("sweep.json", "slurm.json", "report"):
+        raise UserError(
+            f"a cell would be named {name[:60]!r}, which can be no run folder; give its cell a `name` of 1 to 150 "
+            "letters, digits, ., _ and -, beginning with a letter or digit"
+        )
+    return clean
 
 
 # -- solving -----------------------------------------------------------------------------------------------------------
 
 
 def _solve(section: SweepSection, base: list[Setting], points: list[_Point]) -> list[Config]:
-    """The checked configuration of every point, but for its folder."""
+    """The checked configuration of every point, except for its folder."""
+    any_length = [Setting("training.tokens", 1, "sweep")]  # to check the rest with, if the real one follows from the size
+    solved = {"tokens_per_parameter", "flops"}
     problems = Problems()
-    proposals = [build_config([*base, *point.settings, *_any_length(point)], problems)[0] for point in points]
+    configs = [
+        build_config([*base, *point.settings, *(any_length if point.axes.keys() & solved else [])], problems)[0]
+        for point in points
+    ]
     if section.match is not None:
         like = build_config([*base, Setting("training.steps", 1, "sweep")], Problems())[0]
-        shapes = _match(section, like, proposals, points)
-        proposals = [c.model_copy(update={"model": m}) for c, m in zip(proposals, shapes, strict=True)]
-    return [_with_length(c, point) for c, point in zip(proposals, points, strict=True)]
+        models = _match(section, like, configs, points)
+        configs = [c.model_copy(update={"model": model}) for c, model in zip(configs, models, strict=True)]
+    return [_with_length(c, point.axes) for c, point in zip(configs, points, strict=True)]
 
 
-def _any_length(point: _Point) -> list[Setting]:
-    """A length to check the rest of a configuration with, where the real one follows from its size."""
-    solved = point.axes.keys() & {"tokens_per_parameter", "flops"}
-    return [Setting("training.tokens", 1, "sweep")] if solved else []
-
-
-def _match(section: SweepSection, like: Config, proposals: list[Config], points: list[_Point]) -> list[config.Model]:
+def _match(section: SweepSection, like: Config, configs: list[Config], points: list[_Point]) -> list[config.Model]:
     """The model of every cell: those of one target size are solved together, so that they differ as little as possible."""
     assert section.match is not None
     tolerance = None if section.tolerance is None else section.tolerance / 100
@@ -302,10 +314,10 @@ def _match(section: SweepSection, like: Config, proposals: list[Config], points:
     proportions = Proportions.of(like.model)
     groups: dict[tuple[int, int], dict[str, Variant]] = {}  # by target and sequence length, each model once
     where = []
-    for c, point in zip(proposals, points, strict=True):
-        keys = {key.removeprefix("model.") for axis in point.axes for key in _keys_of(axis)}
-        group, model = (_target(point, like, rule), c.training.seq_len), c.model.model_dump_json()
-        groups.setdefault(group, {})[model] = Variant(c.model, frozenset(keys & set(SHAPE_KEYS)))
+    for c, point in zip(configs, points, strict=True):
+        pinned = frozenset(key for key in SHAPE_KEYS if f"model.{key}" in point.keys)
+        group, model = (_target(point.axes, like, rule), c.training.seq_len), c.model.model_dump_json()
+        groups.setdefault(group, {})[model] = Variant(c.model, pinned)
         where.append((group, model))
     solved: dict[tuple[tuple[int, int], str], config.Model] = {}
     for (target, seq_len), variants in groups.items():
@@ -319,12 +331,12 @@ def _match(section: SweepSection, like: Config, proposals: list[Config], points:
     return [solved[key] for key in where]
 
 
-def _target(point: _Point, like: Config, rule: Rule) -> int:
-    """The size every cell of this point's group has: the axis `size`, or that of the base configuration."""
-    if "size" in point.axes:
-        return _count(point.axes["size"], "size")
-    counts = model_size(like.model, like.training.seq_len)
-    return counts.parameters if rule.quantity == "parameters" else counts.flops_per_token
+def _target(axes: dict[str, Any], like: Config, rule: Rule) -> int:
+    """The size of a cell: that of the axis `size`, or that of the base configuration."""
+    if "size" in axes:
+        return _count(axes["size"], "size")
+    size = model_size(like.model, like.training.seq_len)
+    return size.parameters if rule.quantity == "parameters" else size.flops_per_token
 
 
 def _count(value: object, axis: str) -> int:
@@ -334,46 +346,29 @@ def _count(value: object, axis: str) -> int:
     return round(number)
 
 
-def _with_length(c: Config, point: _Point) -> Config:
+def _with_length(c: Config, axes: dict[str, Any]) -> Config:
     """Solve the length of a run that is given by its size or its FLOPs."""
     if c.training.global_batch_size == -1:
         raise UserError("a sweep needs training.global_batch_size: with -1 the batch depends on how many processes run a cell")
     plan_batches(c.training.model_copy(update={"steps": 1, "tokens": None}), 1)  # refuses batches no process can make up
-    counts = model_size(c.model, c.training.seq_len)
-    if "tokens_per_parameter" in point.axes:
-        ratio = point.axes["tokens_per_parameter"]
+    size = model_size(c.model, c.training.seq_len)
+    if "tokens_per_parameter" in axes:
+        ratio = axes["tokens_per_parameter"]
         if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 < ratio < 1e9:
             raise UserError(f"the axis tokens_per_parameter holds {shown(ratio)}, which is no number above 0 such as 20")
-        tokens = round(ratio * counts.parameters)
-    elif "flops" in point.axes:
-        tokens = max(1, round(_count(point.axes["flops"], "flops") / counts.flops_per_token))
+        tokens = round(ratio * size.parameters)
+    elif "flops" in axes:
+        tokens = max(1, round(_count(axes["flops"], "flops") / size.flops_per_token))
     else:
         return c
-    training = c.training.model_copy(update={"tokens": tokens, "steps": None})
-    return c.model_copy(update={"training": training})
+    return c.model_copy(update={"training": c.training.model_copy(update={"tokens": tokens, "steps": None})})
 
 
-def _cell(path: Path, point: _Point, c: Config, folder: Path) -> Cell:
-    name = _checked_name(path, point.name)
-    job = c.job.model_copy(update={"dump_folder": str(folder), "run_name": name})
-    c = Config.model_validate(c.model_copy(update={"job": job}).model_dump())
-    counts = model_size(c.model, c.training.seq_len)
-    plan = plan_batches(c.training, 1)
-    return Cell(name, point.axes, c, identity(c), counts.parameters, counts.flops_per_token, plan.tokens, plan.steps)
-
-
-def _refuse_twins(path: Path, cells: list[Cell]) -> None:
+def _refuse_twins(cells: list[Cell]) -> None:
     seen: dict[str, Cell] = {}
     for cell in cells:
         for key in (cell.identity, f"name {cell.name}"):
             if key in seen:
                 same = "the same configuration" if key == cell.identity else "the same name"
-                raise UserError(
-                    f"{path}: the cells {_axes(seen[key])} and {_axes(cell)} have {same}; "
-                    "remove one, or let an axis tell them apart"
-                )
+                raise UserError(f"the cells {seen[key]} and {cell} have {same}; remove one, or let an axis tell them apart")
             seen[key] = cell
-
-
-def _axes(cell: Cell) -> str:
-    return "(" + shorten(", ".join(f"{axis} = {value}" for axis, value in cell.axes.items())) + ")"
