@@ -41,7 +41,7 @@ def read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Rea
             return load_config(["--config", "debug.toml", *arguments]).config
         for module in (estimate, match):
             monkeypatch.setattr(module, "load_config", stop)
-        monkeypatch.setattr(state_tracking, "write_folders", lambda cells: stop_with(cells[0].loaded.config))
+        monkeypatch.setattr(state_tracking, "write_folders", lambda cells: stop_with(cells[0].config))
         monkeypatch.setattr(state_tracking, "RunLock", lambda folder: stop_with)
         with pytest.raises(_ReadError) as stopped:
             dispatch([*commands[request.param], *arguments])
