@@ -1,7 +1,7 @@
 """Processes, devices and the mesh: one start for a laptop core, a torchrun of eight GPUs and many nodes.
 
-Every run has a process group, a single process included, so that there is one path through FSDP, checkpoints and
-reductions. The device is CUDA where there is any, else the CPU with gloo; nothing else in the project asks which.
+Every run has a process group, even a single process, so that there is one path through FSDP, checkpoints and reductions.
+The device is CUDA if there is any, else the CPU with gloo; nothing else in the project asks which.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from titan_dp.errors import StoppedError, UserError, leave
 LAUNCHER_PID = "TITAN_DP_LAUNCHER_PID"
 """Environment variable that launch/torchrun.py sets."""
 FLIGHT_RECORDER_ENTRIES = "2000"
-"""Collectives torch remembers (TORCH_FR_BUFFER_SIZE, where that is not set)."""
+"""Collectives torch remembers (TORCH_FR_BUFFER_SIZE, unless that is set)."""
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -55,10 +55,10 @@ def rank_from_env() -> int:
 
 @contextmanager
 def distributed(comm: config.Comm) -> Iterator[World]:
-    """Initialise the process group, and tear it down where all ranks leave together.
+    """Initialise the process group, and tear it down when all ranks leave together.
 
-    A rank that fails ends here, reported: tearing down may wait for ranks that wait for this one, on NCCL above all, and what
-    then kills it takes its reason and its exit code away.
+    A rank that fails ends here, reported: tearing down may wait for ranks that wait for this one (NCCL does), and whatever
+    kills it then takes its reason and its exit code away.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_launcher()
@@ -92,14 +92,14 @@ def end_with_launcher() -> None:
 
 
 def _own_gpu() -> int:
-    """The GPU of this process. Raises UserError where there are more processes than GPUs."""
+    """The GPU of this process. Raises UserError if there are more processes than GPUs."""
     own, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if own >= there:
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         raise UserError(
             f"this machine has {there} GPU{'s' if there > 1 else ''}"
             + ("" if named is None else f" to use (CUDA_VISIBLE_DEVICES={named})")
-            + f", and {os.environ.get('LOCAL_WORLD_SIZE', own + 1)} processes were started on it; start one a GPU "
+            + f", and {os.environ.get('LOCAL_WORLD_SIZE', own + 1)} processes were started on it; start one per GPU "
             f"(--nproc_per_node={there}), or train on CPUs (CUDA_VISIBLE_DEVICES= before the command)"
         )
     return own
@@ -112,7 +112,7 @@ def current_world() -> World:
 
 
 def set_timeout(seconds: int) -> None:
-    """Collectives slower than this are an error: generous while things compile, strict once the run is under way."""
+    """From now on collectives slower than this fail: generous while things compile, strict once the run is under way."""
     if dist.get_backend() != "gloo":
         from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -124,7 +124,7 @@ def set_timeout(seconds: int) -> None:
 def shard_degree(parallelism: config.Parallelism, world_size: int) -> int:
     """Ranks that share one copy of the model, those that share a row included.
 
-    Raises UserError where replicas times shards times context is not the number of ranks.
+    Raises UserError if replicas times shards times context is not the number of ranks.
     """
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     context = parallelism.context_parallel_degree
@@ -149,7 +149,7 @@ def data_world(parallelism: config.Parallelism, world: World) -> World:
 
 
 def context_group(parallelism: config.Parallelism, world: World) -> dist.ProcessGroup | None:
-    """The ranks that share rows with this one: neighbours, where the network is fastest. None where nobody does."""
+    """The ranks that share rows with this one: neighbours, where the network is fastest. None if rows are not shared."""
     context = parallelism.context_parallel_degree
     if context == 1:
         return None

@@ -1,9 +1,9 @@
-"""The one exception for a user's mistake, and how a command turns exceptions into exit codes.
+"""Errors that have a message for people, and how a command turns exceptions into exit codes.
 
-Exit codes are what a scheduler acts on (docs/reliability.md has the table of causes, each with its test): 0 done, 2 the user's
-mistake (one message, no traceback), 75 stopped by a signal with everything saved (the same command goes on), 1 anything else:
-worth another try. The machine's and the network's faults are one message, our own a traceback. 130 after Ctrl-C. Asserts are
-for ours. Nothing here imports torch.
+A scheduler acts on the exit code (docs/reliability.md has the table of causes, each with its test): 0 done; 2 the user's
+mistake, which no further try mends; 75 stopped by a signal with everything saved, so the same command goes on; 130 after
+Ctrl-C; 1 anything else, worth another try. Mistakes and faults of the machine or the network are one message; our own
+mistakes, asserts among them, are a traceback. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NoReturn
 
-# What a machine may lack, whoever wrote the program, and what to say beyond the operating system's own words.
+# Faults of the machine, and what to say beyond the operating system's own words.
 _MACHINE_FAULTS = {
     errno.ENOSPC: "free some space or choose another folder; what was committed before is unharmed",
     errno.EDQUOT: "free some of your quota or choose another folder; what was committed before is unharmed",
@@ -32,7 +32,7 @@ _MACHINE_FAULTS = {
     errno.ENOMEM: "the machine has too little memory",
 }
 
-# What a path may be other than the file or folder that is needed there: no further try changes it.
+# Something else lies at a path than the file or folder that is needed: no further try changes it.
 _WRONG_PATHS = {
     errno.ENOTDIR: "a file lies where a folder is needed; move it away, or choose another path",
     errno.EEXIST: "something else lies there; move it away, or choose another path",
@@ -41,12 +41,12 @@ _WRONG_PATHS = {
     errno.ELOOP: "symbolic links lead in a circle; choose another path",
 }
 
-# What may be over at the next try, whatever file or name it is about.
+# Faults that may be over at the next try.
 _PASSING = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.EINTR),
     *(errno.EIO, errno.ESTALE, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN),
 }
-# Base classes of a connection's faults in Python, requests, urllib3, httpx and aiohttp, by name: none is imported for it.
+# Base classes of network faults in Python, requests, urllib3, httpx and aiohttp, by name, so that none has to be imported.
 _NETWORK_FAULTS = {
     *("ConnectionError", "TimeoutError", "gaierror", "SSLError", "IncompleteRead"),
     *("Timeout", "ChunkedEncodingError", "ProtocolError", "TransportError", "ClientConnectionError", "ClientPayloadError"),
@@ -54,7 +54,7 @@ _NETWORK_FAULTS = {
 # The Hub's clients raise these for what no further try changes.
 _REFUSALS = {"OfflineModeIsEnabled", "DatasetNotFoundError"}
 
-# What gloo, NCCL and torch's store say when a process they talk to has ended. Others' connections fail with the same words.
+# What gloo, NCCL and torch's store say when a process they talk to has ended; other connections fail with the same words.
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe", "got 0 bytes")
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid.*|Pin memory thread exited unexpectedly")
 
@@ -64,18 +64,18 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on through nobody's mistake; one message says what happened and what to do, exit code 1."""
+    """A run that cannot go on, by nobody's mistake; the message says what happened and what to do. Exit code 1."""
 
 
 class StoppedError(RuntimeError):
-    """A signal asked the run to stop and everything is saved: exit code 75, on which a scheduler starts the same again."""
+    """A signal asked the run to stop and everything is saved. Exit code 75, on which a scheduler starts the same again."""
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What asks a run to stop at the end of a step (faults/interrupt.py); worker processes leave them to the rank."""
 EXIT_STOPPED = os.EX_TEMPFAIL
 STOPPED_FILE = "TITAN_DP_STOPPED_FILE"
-"""Environment variable: a file that a stopped process makes, for launch/torchrun.py, which torch does not tell exit codes."""
+"""Environment variable: a file that a stopped process makes, for launch/torchrun.py, which does not see exit codes."""
 
 
 def run_main(command: Callable[[], int]) -> int:
@@ -83,7 +83,7 @@ def run_main(command: Callable[[], int]) -> int:
     if path := os.environ.get(STOPPED_FILE):  # of an earlier life of this rank
         with suppress(OSError):
             os.unlink(path)
-    for stream in (sys.stdout, sys.stderr):  # whatever a name or a text holds, printing it is no reason to fail
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to fail
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -121,8 +121,9 @@ def report(error: Exception | KeyboardInterrupt) -> int:
 
 
 def explained(error: BaseException) -> UserError | RunError | None:
-    """`error` as one message, with nothing hanging on it that another process could not be sent; None where only a traceback
-    tells what happened. A UserError that was raised from what may pass is none: another try may succeed.
+    """`error` as one message, which can be sent to other processes; None if only a traceback tells what happened.
+
+    A UserError that was raised from a passing fault becomes a RunError: another try may succeed.
     """
     if isinstance(error, UserError) and (fault := passing_fault(error.__cause__)) is not None:
         reason = "" if _first_line(fault) in str(error) else f"; {_first_line(fault)}"
@@ -140,8 +141,8 @@ def explained(error: BaseException) -> UserError | RunError | None:
 def leave(error: BaseException) -> NoReturn:
     """Report `error` and end this process at once, with its exit code and without cleaning up.
 
-    For a rank that fails alone: what is torn down on the way out (a process group, atexit's functions) may wait for ranks that
-    wait for this one, until somebody kills it, and with it goes the reason.
+    For a rank that fails alone: tearing down a process group may wait for ranks that wait for this one, until somebody kills
+    it before it has said why.
     """
     code = report(error) if isinstance(error, Exception | KeyboardInterrupt) else 1
     for stream in (sys.stdout, sys.stderr):
@@ -163,7 +164,7 @@ def machine_fault(error: BaseException | None) -> str | None:
 
 
 def lost_worker(reason: str) -> str:
-    """The sentence for a process of the data loader that ended by itself."""
+    """The sentence for a worker of the data loader that has died."""
     return (
         f"a process that reads data has ended, often killed for want of memory ({reason.rstrip(' .')}); start the same command "
         "again, with a lower training.dataloader.num_workers or prefetch_factor if it was memory"
@@ -171,8 +172,9 @@ def lost_worker(reason: str) -> str:
 
 
 def passing_fault(error: BaseException | None) -> BaseException | None:
-    """What another try may not meet again (a server that answers 503, a connection that broke, a disk that failed): `error`
-    itself or what it was raised from. None for anything else, such as a server's answer that there is no such name.
+    """The fault, `error` or what it was raised from, that another try may not meet: a 503, a broken connection, a failed disk.
+
+    None for anything else, such as a server's answer that there is no such name.
     """
     for cause in _chain(error):
         status = getattr(getattr(cause, "response", None), "status_code", getattr(cause, "status", None))
@@ -206,10 +208,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _say(message: str) -> None:
-    """Print to stderr, once for all ranks where they all say the same.
+    """Print to stderr. If all ranks say the same, only rank 0 is heard.
 
-    torchrun ends the other ranks as soon as the first has left, so those wait a moment: they are heard only if rank 0
-    had nothing to say.
+    torchrun ends the other ranks as soon as the first has left, so those wait a moment: they are heard only if rank 0 has
+    nothing to say.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":

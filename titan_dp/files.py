@@ -1,8 +1,8 @@
 """Files: written whole or not at all, checked, named from elsewhere; JSON checked against a schema; text that is Unicode.
 
-Manifests, indexes and configurations name files and folders. Such a name is data: it is joined to a folder by `inside` only.
-Symbolic links are followed, as the Hub's cache and shards spread over disks need them: who can make a link in a folder is who
-made the folder, and a manifest cannot. Paths that a user gives as such (job.dump_folder, data.path) are free.
+Manifests, indexes and configurations name files and folders. Such a name is data: it is joined to a folder only by `inside`.
+Symbolic links are followed, because the Hub's cache and shards spread over disks need them; only the folder's owner can make
+one there, a manifest cannot. Paths that a user gives as such (job.dump_folder, data.path) are free.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from titan_dp.errors import UserError
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> str:
-    """Write a file so that it exists whole or not at all; returns its sha256."""
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that it exists whole or not at all, and is on the disk when this returns."""
     temporary = path.with_name(f".{path.name}.tmp")  # always the same, so that what a kill leaves behind is overwritten
     try:
         with temporary.open("wb") as file:
@@ -35,7 +35,6 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> str:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return file_sha256(path)
 
 
 def file_sha256(path: Path) -> str:
@@ -50,7 +49,7 @@ def checksum(path: Path) -> str:
 
 
 def to_json(value: object, **options: Any) -> str:
-    """`value` as JSON that every parser reads: NaN and infinities, for which JSON has no word, are null.
+    """`value` as JSON that every parser reads: NaN and infinities, for which JSON has no word, become null.
 
     The only writer of JSON in this project. `options` are those of json.dumps.
     """
@@ -60,7 +59,7 @@ def to_json(value: object, **options: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for every number in it that is not finite."""
+    """`value` with None in place of every number in it that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -68,14 +67,14 @@ def finite(value: Any) -> Any:
     return [finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def write_json(path: Path, value: object) -> str:
-    return write_atomically(path, lambda file: file.write((to_json(value, indent=1) + "\n").encode()))
+def write_json(path: Path, value: object) -> None:
+    write_atomically(path, lambda file: file.write((to_json(value, indent=1) + "\n").encode()))
 
 
 def check_own(folder: Path, record: str, keys: set[str], others: Iterable[str] = ()) -> None:
-    """Raises UserError where a command would write over a file that it did not write, or `folder` is none.
+    """Raises UserError if a command would write over a file that it did not write, or if `folder` is a file.
 
-    Its own are `record`, JSON with at least `keys`, which it writes before all else, and where that is there, the `others`.
+    Its own files are `record`, JSON with at least `keys`, which it writes first; and the `others` if that is there.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder")
@@ -102,7 +101,7 @@ def stays_inside(name: object, nested: bool = False) -> bool:
 
 
 def inside(folder: Path, name: object, named_by: object) -> Path:
-    """The path of `name` in `folder`. Raises UserError, with the file `named_by` that says so, where it could lie elsewhere."""
+    """The path of `name` in `folder`. Raises UserError, naming the file `named_by`, if it could lie elsewhere."""
     if not isinstance(name, str) or not stays_inside(name):
         raise UserError(f"{named_by} names {shown(name)}, which is not a file of its folder; take both from one source again")
     return folder / name
@@ -117,14 +116,14 @@ def shown(value: object) -> str:
 
 
 def shorten(text: str, most: int = 200) -> str:
-    """`text` cut to what one sentence can bear."""
+    """`text`, cut if it is too long for one sentence."""
     return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"
 
 
 # -- JSON from elsewhere -------------------------------------------------------------------------------------------------
 #
-# Manifests, run.json, sweep.json are checked against a schema before anything uses them: what it has accepted has the types it
-# says, and everything else ends in one UserError. Nothing is converted ("8" is no number), infinities and NaN are refused,
+# Manifests, run.json and sweep.json are checked against a schema before anything uses them: what it accepts has the types it
+# says, and everything else ends in one UserError. Nothing is converted ("8" is not a number), infinities and NaN are refused,
 # unknown entries are kept.
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
@@ -158,11 +157,11 @@ def first_mistake(error: ValidationError) -> str:
     return f"{key}: {message}" if first["type"] == "missing" else f"{key} = {shown(first['input'])}: {message}"
 
 
-# -- text that is no Unicode ---------------------------------------------------------------------------------------------
+# -- text that is not Unicode --------------------------------------------------------------------------------------------
 #
-# JSON ("\\ud800"), command lines and sloppy UTF-8 can hold lone surrogates. No UTF-8 file can, and tokenizers differ in what
-# they make of them. So wherever text is read each is replaced by U+FFFD, counted, and said; two that make a pair become the
-# character they mean. Bytes that are no UTF-8 at all are another mistake, a file of another encoding, and refused.
+# JSON ("\\ud800"), command lines and sloppy UTF-8 can hold lone surrogates. A UTF-8 file cannot, and tokenizers differ in what
+# they make of them. So each is replaced by U+FFFD where text is read, counted, and said; two that make a pair become the
+# character they mean. Bytes that are not UTF-8 at all mean a file of another encoding, and are refused.
 
 
 def as_unicode(text: str) -> str:
@@ -171,17 +170,17 @@ def as_unicode(text: str) -> str:
 
 
 class Replaced:
-    """Replaces, and counts what it has replaced.
+    """Replaces lone surrogates and counts them.
 
     Args:
-        what: is counted, in the plural: "documents", "prompts".
+        what: the texts are, in the plural: "documents", "prompts".
     """
 
     def __init__(self, what: str = "texts") -> None:
         self.what = what
         self.characters = self.texts = 0
         self.first = ""
-        """Where the first of them was."""
+        """Where the first one was."""
 
     def __call__(self, text: str, where: str = "") -> str:
         """`text` without lone surrogates; `where` it was found is for the message."""

@@ -1,14 +1,14 @@
 """What GPUs and networks can do, from their makers' data sheets: peaks for MFU and for planning. Nothing here is measured.
 
-Needs no torch. A peak is what the maker states for dense matrices; no program reaches it, and how much of it one reaches is an
-assumption of whoever uses these numbers, not a fact of this file. Latencies, which no data sheet has, are assumptions too.
+Needs no torch. A peak is what the maker states for dense matrices. No program reaches it; how much of it one reaches is an
+assumption of whoever uses these numbers. Latencies, which no data sheet has, are assumptions too.
 
 Also, for every launcher, which GPUs of this machine may be used:
 
-    python -m titan_dp.hardware     how many processes to start here: one per GPU, two where there is none
+    python -m titan_dp.hardware     how many processes to start here: one per GPU, two without GPUs
 
-nvidia-smi prints a line for each GPU, and below it one for each MIG instance it is cut into. CUDA_VISIBLE_DEVICES, where it is
-set, names what may be used, instances too, and ends at the first name that is none.
+nvidia-smi prints a line for each GPU, and below it one for each MIG instance it is cut into. CUDA_VISIBLE_DEVICES, if it is
+set, names what may be used, instances too, and ends at the first name that is not one.
 """
 
 from __future__ import annotations
@@ -50,53 +50,42 @@ class Network:
 
     name: str
     bandwidth: float
-    """Bytes/s a GPU and direction."""
+    """Bytes/s per GPU and direction."""
     latency: float
     """Seconds from node to node (an assumption)."""
 
 
-def _gpu(
-    name: str,
-    tflops: float,
-    float32_tflops: float,
-    terabytes: float,
-    gigabytes: float,
-    link_gigabytes: float,
-    arch: int,
-    processors: int,
-) -> tuple[str, GPU]:
-    return name, GPU(name, tflops, float32_tflops, terabytes * 1e12, gigabytes * 1e9, link_gigabytes * 1e9, arch, processors)
-
-
 # NVIDIA's data sheets (H200, H100, GH200, DGX B200, GB200 NVL72, A100, L40S, L40, L4, A10, A10G, and the Ada and Ampere
 # architecture papers of the RTX cards): dense bfloat16 and float32 TFLOP/s, memory TB/s and GB, NVLink or PCIe GB/s in one
-# direction (data sheets add up both).
-GPUS: dict[str, GPU] = dict(
-    (
-        _gpu("H200", 989.4, 66.9, 4.8, 141, 450, 90, 132),
-        _gpu("H200 NVL", 835.5, 60.0, 4.8, 141, 450, 90, 132),
-        _gpu("H100 PCIe", 756.0, 51.2, 2.0, 80, 64, 90, 114),
-        _gpu("H100 NVL", 835.0, 60.0, 3.9, 94, 300, 90, 132),
-        _gpu("H100", 989.4, 66.9, 3.35, 80, 450, 90, 132),
-        _gpu("GH200", 989.4, 66.9, 4.0, 96, 450, 90, 132),
-        _gpu("GH200 144GB", 989.4, 66.9, 4.9, 144, 450, 90, 132),
-        _gpu("GB200", 2500.0, 80.0, 8.0, 186, 900, 100, 148),
-        _gpu("B200", 2250.0, 75.0, 8.0, 180, 900, 100, 148),
-        _gpu("A100", 312.0, 19.5, 2.039, 80, 300, 80, 108),
-        _gpu("A100 40GB", 312.0, 19.5, 1.555, 40, 300, 80, 108),
-        _gpu("A100 PCIe", 312.0, 19.5, 1.935, 80, 32, 80, 108),
-        _gpu("A100 PCIe 40GB", 312.0, 19.5, 1.555, 40, 32, 80, 108),
-        _gpu("L40S", 362.0, 91.6, 0.864, 48, 32, 89, 142),
-        _gpu("L40", 181.0, 90.5, 0.864, 48, 32, 89, 142),
-        _gpu("L4", 121.0, 30.3, 0.3, 24, 32, 89, 58),
-        _gpu("A10", 125.0, 31.2, 0.6, 24, 32, 86, 72),
-        _gpu("A10G", 70.0, 35.0, 0.6, 24, 32, 86, 80),
-        _gpu("RTX 4090", 165.2, 82.6, 1.008, 24, 32, 89, 128),
-        _gpu("RTX 3090", 71.0, 35.6, 0.936, 24, 32, 86, 82),
-    )
+# direction (data sheets add up both), compute capability, multiprocessors.
+_SHEETS = (
+    ("H200", 989.4, 66.9, 4.8, 141, 450, 90, 132),
+    ("H200 NVL", 835.5, 60.0, 4.8, 141, 450, 90, 132),
+    ("H100 PCIe", 756.0, 51.2, 2.0, 80, 64, 90, 114),
+    ("H100 NVL", 835.0, 60.0, 3.9, 94, 300, 90, 132),
+    ("H100", 989.4, 66.9, 3.35, 80, 450, 90, 132),
+    ("GH200", 989.4, 66.9, 4.0, 96, 450, 90, 132),
+    ("GH200 144GB", 989.4, 66.9, 4.9, 144, 450, 90, 132),
+    ("GB200", 2500.0, 80.0, 8.0, 186, 900, 100, 148),
+    ("B200", 2250.0, 75.0, 8.0, 180, 900, 100, 148),
+    ("A100", 312.0, 19.5, 2.039, 80, 300, 80, 108),
+    ("A100 40GB", 312.0, 19.5, 1.555, 40, 300, 80, 108),
+    ("A100 PCIe", 312.0, 19.5, 1.935, 80, 32, 80, 108),
+    ("A100 PCIe 40GB", 312.0, 19.5, 1.555, 40, 32, 80, 108),
+    ("L40S", 362.0, 91.6, 0.864, 48, 32, 89, 142),
+    ("L40", 181.0, 90.5, 0.864, 48, 32, 89, 142),
+    ("L4", 121.0, 30.3, 0.3, 24, 32, 89, 58),
+    ("A10", 125.0, 31.2, 0.6, 24, 32, 86, 72),
+    ("A10G", 70.0, 35.0, 0.6, 24, 32, 86, 80),
+    ("RTX 4090", 165.2, 82.6, 1.008, 24, 32, 89, 128),
+    ("RTX 3090", 71.0, 35.6, 0.936, 24, 32, 86, 82),
 )
+GPUS: dict[str, GPU] = {
+    name: GPU(name, bf16, fp32, tb_s * 1e12, gb * 1e9, link * 1e9, arch, processors)
+    for name, bf16, fp32, tb_s, gb, link, arch, processors in _SHEETS
+}
 
-# Line rates of one port a GPU: InfiniBand HDR, NDR and XDR (InfiniBand Trade Association's roadmap), and Ethernet.
+# Line rates of one port per GPU: InfiniBand HDR, NDR and XDR (InfiniBand Trade Association's roadmap), and Ethernet.
 NETWORKS: dict[str, Network] = {
     network.name: network
     for network in (
@@ -115,7 +104,7 @@ _GRACE_GB = ("120GB", "480GB")  # of the CPU's memory, by which drivers call a G
 
 
 def gpu_of(device_name: str) -> GPU | None:
-    """The GPU of the table that a driver's name for a device means; None for one that is not there.
+    """The GPU of the table that a driver's name for a device means; None if it is not in the table.
 
     Every word must fit: "H200" is not in "GH200", and a laptop's, a slice (MIG) or a sibling of a card (4090 D) is another GPU.
     """
@@ -157,11 +146,11 @@ def find_network(name: str) -> Network:
 
 
 WITHOUT_GPUS = 2
-"""Processes where there are only CPUs."""
+"""Processes on a machine with CPUs only."""
 
 
 def visible_gpus() -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES, one a GPU; none on a machine without."""
+    """Names for CUDA_VISIBLE_DEVICES, one per GPU; empty on a machine without GPUs."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return list(itertools.takewhile(lambda gpu: gpu and gpu[0] != "-", map(str.strip, named.split(","))))

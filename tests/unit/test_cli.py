@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import subprocess
 import sys
@@ -13,31 +14,48 @@ from pathlib import Path
 import pytest
 
 from titan_dp.cli import COMMANDS
-from titan_dp.errors import UserError, machine_fault, run_main
+from titan_dp.errors import UserError, run_main
 
 
 def python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, timeout=600)
 
 
-KINDS = [(name, kind) for name, (where, _) in COMMANDS.items() if isinstance(where, dict) for kind in where]
-HELPS = {
-    "train.py": ["train.py", "--help"],
-    "titan-dp": ["-m", "titan_dp.cli", "--help"],
-    **{f"titan-dp {name}": ["-m", "titan_dp.cli", name, "--help"] for name in COMMANDS},
-    **{f"titan-dp {name} {kind}": ["-m", "titan_dp.cli", name, kind, "--help"] for name, kind in KINDS},
-}
+NESTED = [[name, kind] for name, (where, _) in COMMANDS.items() if isinstance(where, dict) for kind in where]
+HELPS = [[], *([name] for name in COMMANDS), *NESTED]
+# Each command in a child of its own: it prints its help, then what it has imported on the way.
+ASK_EACH = """
+import json, os, sys
+from titan_dp import cli
+for argv in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        try:
+            cli.dispatch([*argv, "--help"])
+        except SystemExit as end:
+            print("\\nEND", json.dumps([argv, end.code, sorted(sys.modules)]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
 
 
-@pytest.mark.parametrize("command", HELPS)
-def test_help_imports_little_and_so_answers_at_once(command: str, root: Path) -> None:
-    answer = python(root, "-X", "importtime", *HELPS[command])
-    assert answer.returncode == 0, answer.stderr
-    assert "usage:" in answer.stdout
+def test_every_help_imports_little_and_so_answers_at_once(root: Path) -> None:
+    answer = python(root, "-c", ASK_EACH, json.dumps(HELPS))
+    ends = [json.loads(line[4:]) for line in answer.stdout.splitlines() if line.startswith("END ")]
+    assert [argv for argv, *_ in ends] == HELPS, answer.stderr
+    assert answer.stdout.count("usage: titan-dp") == len(HELPS)
+    for argv, code, imported in ends:
+        assert code == 0, argv
+        assert not set(imported) & {"torch", "scipy", "matplotlib", "transformers"}, argv
+        assert len(imported) < 600, f"{argv}: a module takes about a millisecond"
+
+
+def test_the_help_of_train_py_imports_no_torch(root: Path) -> None:
+    answer = python(root, "-X", "importtime", "train.py", "--help")
     imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
+    assert (answer.returncode, "usage: train.py" in answer.stdout) == (0, True)
     assert "titan_dp.errors" in imported
-    assert not imported & {"torch", "scipy", "matplotlib", "transformers"}
-    assert len(imported) < 500, "a module takes about a millisecond"
+    assert "torch" not in imported
+    assert len(imported) < 500
 
 
 def test_the_list_of_commands_says_what_each_is_for(root: Path) -> None:
@@ -72,26 +90,31 @@ def test_a_commands_own_exit_code_passes_through() -> None:
     assert run_main(lambda: 1) == 1
 
 
-def test_the_users_mistakes_exit_with_2_and_interrupts_with_130_without_a_traceback(capfd: pytest.CaptureFixture[str]) -> None:
-    assert failing(UserError("training.steps = 0: give a positive number")) == 2
-    assert failing(KeyboardInterrupt()) == 130
-    assert capfd.readouterr().err == "error: training.steps = 0: give a positive number\nerror: interrupted\n"
+FULL = OSError(errno.ENOSPC, "No space left on device", "outputs/x")
+FULL_SAID = "error: [Errno 28] No space left on device: 'outputs/x'; free some space or choose another folder; "
+WRAPPED = RuntimeError("could not save")
+WRAPPED.__cause__ = FULL
 
 
-def test_a_full_disk_is_one_sentence_and_exit_code_1_even_when_wrapped(capfd: pytest.CaptureFixture[str]) -> None:
-    full = OSError(errno.ENOSPC, "No space left on device", "outputs/x")
-    wrapped = RuntimeError("could not save")
-    wrapped.__cause__ = full
-    assert failing(full) == failing(wrapped) == 1
-    error = capfd.readouterr().err
-    assert error.count("No space left on device: 'outputs/x'; free some space") == 2
-    assert "Traceback" not in error
-
-
-def test_our_own_mistakes_show_a_traceback_and_exit_with_1(capfd: pytest.CaptureFixture[str]) -> None:
-    assert failing(AssertionError("impossible")) == failing(FileNotFoundError("lost")) == 1
-    assert capfd.readouterr().err.count("Traceback") == 2
-    assert machine_fault(ValueError("no fault of the machine")) is None
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("training.steps = 0: give a positive number"), 2, "error: training.steps = 0: give a positive number\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (FULL, 1, FULL_SAID),
+        (WRAPPED, 1, FULL_SAID),
+        (AssertionError("impossible"), 1, "Traceback"),
+        (FileNotFoundError("lost"), 1, "Traceback"),
+    ],
+    ids=["the user's mistake", "Ctrl-C", "a full disk", "a full disk inside", "ours", "ours too"],
+)
+def test_an_error_is_one_message_and_an_exit_code(
+    error: BaseException, code: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert failing(error) == code
+    shown = capfd.readouterr().err
+    assert shown.startswith(said)
+    assert ("Traceback" in shown) == (said == "Traceback")
 
 
 def test_a_lost_rank_is_told_from_any_other_lost_connection(

@@ -87,7 +87,7 @@ def test_more_processes_than_gpus_are_refused_with_the_number_that_works(monkeyp
     with pytest.raises(UserError) as mistake, distributed(config.Comm()):
         pass
     assert str(mistake.value) == (
-        "this machine has 1 GPU to use (CUDA_VISIBLE_DEVICES=3), and 2 processes were started on it; start one a GPU "
+        "this machine has 1 GPU to use (CUDA_VISIBLE_DEVICES=3), and 2 processes were started on it; start one per GPU "
         "(--nproc_per_node=1), or train on CPUs (CUDA_VISIBLE_DEVICES= before the command)"
     )
 

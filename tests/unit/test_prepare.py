@@ -127,13 +127,13 @@ def prepare_killed(*arguments: str | Path) -> None:
     """`prepare`, which gets a SIGKILL while it writes the sixth shard."""
     write = shards.write_atomically
 
-    def write_or_die(path: Path, content: Callable[[Any], Any]) -> str:
+    def write_or_die(path: Path, content: Callable[[Any], Any]) -> None:
         def half(file: Any) -> None:
             file.write(bytes(1000))
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
-        return write(path, half if path.name == "shard-00005.npy" else content)
+        write(path, half if path.name == "shard-00005.npy" else content)
 
     shards.write_atomically = write_or_die
     prepare(*arguments)

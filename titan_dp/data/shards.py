@@ -125,10 +125,13 @@ class ShardWriter:
         lengths = np.array([len(document) for document in self._documents], dtype=np.int64)
         starts, tokens = np.cumsum(lengths) - lengths, np.concatenate(self._documents).astype(self.dtype)
         name = f"shard-{len(self.shards):05}"
-        sha256 = write_atomically(self.folder / f"{name}.npy", lambda file: np.save(file, tokens))
-        starts_sha256 = write_atomically(self.folder / f"{name}.starts.npy", lambda file: np.save(file, starts))
-        starts_file = f"{name}.starts.npy"
-        self.shards.append(Shard(f"{name}.npy", len(tokens), sha256, self._bytes, starts_file, len(starts), starts_sha256))
+        tokens_file, starts_file = self.folder / f"{name}.npy", self.folder / f"{name}.starts.npy"
+        write_atomically(tokens_file, lambda file: np.save(file, tokens))
+        write_atomically(starts_file, lambda file: np.save(file, starts))
+        hashes = file_sha256(tokens_file), file_sha256(starts_file)
+        self.shards.append(
+            Shard(tokens_file.name, len(tokens), hashes[0], self._bytes, starts_file.name, len(starts), hashes[1])
+        )
         self._documents, self._tokens, self._bytes = [], 0, 0
 
     def finish(self, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:

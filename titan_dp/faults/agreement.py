@@ -1,13 +1,13 @@
-"""What all ranks must have in common, compared before the first step; and what one rank does that all others go by.
+"""What all ranks must have in common, compared before the first step; and what one rank does on behalf of all.
 
-Each rank is started by itself, with its own command line, files, libraries and view of the disks. Settings that differ train
-a model nobody asked for, or hang; a run folder that is not shared loses half of every checkpoint. So `agree` compares a hash
-of everything that must be equal and proves the run folder shared: rank 0 writes a file of a new name there, the store of the
-process group tells its name, and every rank reads it. When all is well that is one collective, of 65 bytes per rank; when it
-is not, a second one fetches what was hashed, and every rank raises the same error, which names the first difference.
+Each rank starts with its own command line, files, libraries and view of the disks. Settings that differ train a model nobody
+asked for, or hang; a run folder that is not shared loses half of every checkpoint. So `agree` compares a hash of everything
+that must be equal, and proves that the run folder is shared: rank 0 writes a file of a new name there, tells the name through
+the store of the process group, and every rank reads it. If all is well that is one collective, of 65 bytes per rank. If not,
+a second one fetches what was hashed, and every rank raises the same error, which names the first difference.
 
-Afterwards what one rank finds or does is told to all (`on_main`), and what each does by itself succeeds on all or fails on
-all (`together`): no rank leaves while the others wait for it, and no two leave with different exit codes.
+Afterwards `on_main` does something on rank 0 and tells all ranks the result, and `together` does something on each rank that
+succeeds on all or fails on all: no rank leaves while the others wait for it, and no two leave with different exit codes.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from titan_dp import config
 from titan_dp.config.describe import all_keys
+from titan_dp.distributed import distributed
 from titan_dp.errors import RunError, UserError, explained
 from titan_dp.files import shorten, to_json
 
@@ -41,11 +42,11 @@ T = TypeVar("T")
 Facts = Mapping[str, object]
 
 SECONDS_TO_SEE = 30.0
-"""How long a rank waits for a file that another has written: network file systems show it to other machines late."""
+"""How long a rank waits for a file that another has written: network file systems show it late to other machines."""
 SECONDS_TO_SEE_PROBE = 10.0
 """The same for the probe of the run folder, whose name nobody has looked up before."""
 
-# Where things lie on a node, and how many processes read them there, is the node's affair: what is in them is compared.
+# Paths and the number of reading processes may differ by node: what the files hold is compared instead.
 _BY_RANK = ("job.dump_folder", "data.path", "data.tokenizer", "validation.path", "checkpoint.initial_load_path")
 _BY_RANK_SECTION = "training.dataloader"
 _PROBE = ".probe-"
@@ -122,20 +123,18 @@ def agree(
         facts: what must be equal, by name, in the order in which a difference is looked for.
         prepare: what this rank does by itself and may fail at, such as opening the data; returns further facts.
         by_rank: what may differ by rank.
-        folder: must be one and the same for all; there on rank 0 once it has prepared.
+        folder: must be the same for all; exists on rank 0 once it has prepared.
 
     Raises:
-        UserError: on every rank, where facts differ or `folder` is not shared.
-        Exception: on every rank, where `prepare` failed on one; see `together`.
+        UserError: on every rank, if facts differ or `folder` is not shared.
+        Exception: on every rank, if `prepare` failed on one; see `together`.
     """
     if _is_alone():
         prepare()
         return []
     own = _Rank(_as_json(facts), _as_json(by_rank or {}), folder=str(folder and folder.absolute()))
-    try:
-        own.found = _as_json(prepare())
-    except Exception as error:
-        own.failure = error
+    found, own.failure = _attempt(prepare)
+    own.found = _as_json(found or {})
     with _probe(folder, own):
         states = _gather_bytes(own.hashed())
         if len(set(states)) == 1 and own.is_well:
@@ -154,11 +153,10 @@ def agree(
 
 
 def share_failure(error: Exception) -> None:
-    """Tell the ranks that are in `agree` now, or soon will be, why this one cannot be; all of them leave alike.
+    """Tell the ranks that are in `agree`, or soon will be, why this one cannot join them; all leave alike.
 
-    Makes the process group for it, as this rank has no settings to make one by.
+    Initialises the process group for it, with default timeouts: this rank has no settings.
     """
-    from titan_dp.distributed import distributed
 
     def fail() -> Facts:
         raise error
@@ -169,7 +167,7 @@ def share_failure(error: Exception) -> None:
 
 @contextmanager
 def _probe(folder: Path | None, own: _Rank) -> Iterator[None]:
-    """Inside, rank 0 has written a file in `folder`, and `own` knows whether this rank has read it."""
+    """Inside, rank 0 has written a file in `folder`, and `own.sees` says whether this rank has read it."""
     key, path = f"titan_dp/probe/{_calls()}", None
     store = _get_default_store()
     if dist.get_rank() == 0:
@@ -193,7 +191,7 @@ def _probe(folder: Path | None, own: _Rank) -> Iterator[None]:
 
 
 def _calls() -> int:
-    """How often this process group has been here; the same on every rank, whatever each process did before."""
+    """How often this process group has been here; the same on every rank, unlike a counter of the process."""
     return _get_default_store().add(f"titan_dp/calls/{dist.get_rank()}", 1)
 
 
@@ -213,7 +211,7 @@ def _refuse_difference(ranks: Sequence[Mapping[str, str]], hosts: Sequence[str])
 
 
 def _differences(ranks: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> list[str]:
-    """'optimizer.lr: 0.001 on rank 0, 0.1 on ranks 1 to 3' for every fact that differs; who does not know it does not count."""
+    """'optimizer.lr: 0.001 on rank 0, 0.1 on ranks 1 to 3' for every fact that differs between ranks that know it."""
     found = []
     for name in dict.fromkeys(name for rank in ranks for name in rank):
         holders: dict[str, list[int]] = {}
@@ -236,7 +234,7 @@ def _as_text(value: str) -> str:
 
 
 def _named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """'rank 3', 'ranks 0 to 7 and 12'; with the host where that is another for other ranks."""
+    """'rank 3', 'ranks 0 to 7 and 12'; with the host if there are several and these ranks share one."""
     spans: list[str] = []
     for _, group in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]):
         members = [rank for _, rank in group]
@@ -251,46 +249,43 @@ def _named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
 
 
 def on_main(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """What `action` returns on rank 0; all ranks return it together, or raise together if it failed."""
+    """Call `action` on rank 0; all ranks return its result, or raise if it failed."""
     if _is_alone():
         return action()
-    outcome: list[Any] = [None, None]
-    failure: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except Exception as error:
-            failure = error
-            outcome[1] = _portable(error)
-    dist.broadcast_object_list(outcome, src=0, group=group, device=_CPU)
-    if outcome[1] is not None:
-        raise failure or outcome[1]
-    return outcome[0]
+    result, failure = _attempt(action) if dist.get_rank() == 0 else (None, None)
+    told: list[Any] = [result, _portable(failure)]
+    dist.broadcast_object_list(told, src=0, group=group, device=_CPU)
+    if told[1] is not None:
+        raise failure or told[1]
+    return told[0]
 
 
 def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """What `action` returns on this rank, once it has succeeded on all.
+    """Call `action` on every rank and return this rank's result once all have succeeded.
 
-    Raises what it raised on one of them, on every rank alike: a UserError if there is one, else the first rank's; RunError on
-    the other ranks where it is none of our errors.
+    If one failed, every rank raises the same kind of error: a UserError if there is one, else the first failing rank's; other
+    ranks raise RunError for an exception that is not ours.
     """
     if _is_alone():
         return action()
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
+    result, failure = _attempt(action)
     every = gather((_portable(failure), socket.gethostname()), group)
     _raise_alike(failure, [failed for failed, _ in every], [host for _, host in every])
-    return result
+    return result  # type: ignore[return-value]  # it is there if nothing failed
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
 
 
 def wait_to_see(check: Callable[[], bool], folder: Path, seconds: float | None = None) -> bool:
-    """Whether `check` comes true within `seconds` (SECONDS_TO_SEE); `folder` is where it looks.
+    """Whether `check`, which looks into `folder`, comes true within `seconds` (default: SECONDS_TO_SEE).
 
-    Between looks the folder and those above it are listed: a network file system then asks its server again. A look that
-    raises OSError has not seen it; what the caller does next says why.
+    Between looks the folder and those above it are listed, which makes a network file system ask its server again. A check
+    that raises OSError has seen nothing; what the caller does next says why.
     """
 
     def sees() -> bool:
@@ -313,7 +308,7 @@ def wait_to_see(check: Callable[[], bool], folder: Path, seconds: float | None =
 
 
 def _raise_alike(own: Exception | None, every: Sequence[Exception | None], hosts: Sequence[str]) -> None:
-    """Raise if a rank failed: on all of them the same kind of error."""
+    """Raise if a rank failed: the same kind of error on all ranks."""
     failed = [i for i, failure in enumerate(every) if failure is not None]
     if not failed:
         return
@@ -330,13 +325,13 @@ def _raise_alike(own: Exception | None, every: Sequence[Exception | None], hosts
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """`error` as other ranks can read it and leave with the same code, whatever class it is of and whatever it holds."""
+    """`error` in a form that can be sent, and by which other ranks leave with the same exit code."""
     if error is None:
         return None
     if isinstance(error, UserError):
         error = explained(error) or error
     if isinstance(error, UserError | RunError) and type(error).__module__.startswith("titan_dp."):
-        return type(error)(str(error))  # callers tell our kinds apart, and each takes a message
+        return type(error)(str(error))  # callers distinguish our kinds, and each takes a message
     if isinstance(error, UserError):
         return UserError(str(error))
     if isinstance(error, OSError) and error.errno is not None:

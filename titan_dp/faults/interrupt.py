@@ -1,10 +1,10 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C as a wish: at the end of a step all ranks agree to stop, save, and leave.
+"""SIGTERM, SIGUSR1 and Ctrl-C as a request: at the end of a step all ranks agree to stop, save, and leave.
 
-A signal may reach one rank or all, at any moment, so it sets a flag, and the flags are summed with the count of valid
-tokens that every step reduces anyway: no collective of its own. Every rank reads the same sum, so all stop after the same
-step. On a GPU the sum is read one step later, when it has long arrived: nothing waits for the device. After a Ctrl-C the next
-one ends the process at once, and so does the SIGTERM by which torchrun hands on a second one. A rank whose launcher dies is
-told by the kernel, with SIGTERM: no orphan trains on.
+A signal may reach one rank or all, at any moment, so it only sets a flag. The flags are summed together with the count of
+valid tokens that every step reduces anyway, so they need no collective of their own. Every rank reads the same sum, so all
+stop after the same step. On a GPU the sum is read one step later, when it has long arrived: nothing waits for the device.
+After a Ctrl-C the next one ends the process at once, and so does the SIGTERM by which torchrun passes on a second Ctrl-C. If
+the launcher dies, the kernel sends its ranks SIGTERM: no orphan trains on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Where the time of a step goes, on every rank: who is slow, and what stood still.
+"""Where the time of a step goes, on every rank: which ranks are slow, and what a run paused for.
 
-A synchronous step takes as long as its slowest rank, and every rank sees that same time; so each rank measures what it does
+A synchronous step takes as long as its slowest rank, and every rank sees that same time. So each rank measures what it does
 without the others: waiting for data, and `work`, the sections of a step without a collective (the loss and the optimizer's
-update), on a GPU by events that nothing waits for. Log steps gather two numbers a rank. Pauses (validation, checkpoints,
-compilation) are booked by name, so that a gap in a run is explained where it is.
+update); on a GPU by events that nothing waits for. Log steps gather two numbers per rank. Pauses (validation, checkpoints,
+compilation) are counted by name, so that a gap in a run is explained.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# A rank is reported if its work takes 1.3 times the median, or if it waits for data 10 % of the time longer than the median,
+# in two consecutive intervals: one may be chance.
 _SLOW_WORK = 1.3
-"""A rank is slow whose work takes so many times the median's ..."""
 _SLOW_DATA = 0.1
-"""... or that waits for data this fraction of a step longer; in two intervals one after the other, for one may be chance."""
+# A step is reported if it takes 3 times the interval's median and at least 1 s longer.
 _LONG_STEP = 3.0
-"""A step is remarkable that takes so many times the interval's median, and a second more."""
 
 
 class SectionClock:
-    """Seconds spent in a section that is entered many times: on a GPU the device's, read only by `read`."""
+    """Seconds spent in a section that is entered many times; on a GPU the device's time, for which only `read` waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -62,15 +62,15 @@ class Interval:
     """The steps between two log lines."""
 
     seconds: float
-    """Of training: pauses left out."""
+    """Of training, without pauses."""
     data_wait: float
     """Seconds this rank waited for data."""
     data_wait_slowest: float
-    """The same of the rank that waited longest."""
+    """Of the rank that waited longest."""
     work_slowest: float
-    """Longest work of a rank over the median of all ranks."""
+    """Longest work of a rank, divided by the median of all ranks."""
     paused: dict[str, float]
-    """Seconds by what for."""
+    """Seconds by reason: "validation", "checkpoint", "compile", ..."""
     remarks: list[str]
     """Sentences for people: ranks that hold the others up, steps that took long."""
 
@@ -107,7 +107,7 @@ class StepTimes:
 
     @contextmanager
     def paused(self, what: str) -> Iterator[None]:
-        """Not training: left out of tokens a second."""
+        """Not training: left out of tokens per second."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -130,7 +130,7 @@ class StepTimes:
         self._step_begin, self._paused_in_step = now, 0.0
 
     def end_interval(self) -> Interval:
-        """What happened since the last call; waits for the device. One collective of two numbers a rank."""
+        """What happened since the last call; waits for the device. One collective of two numbers per rank."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = max(time.perf_counter() - self._begin - sum(self._paused.values()), 1e-9)

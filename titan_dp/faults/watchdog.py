@@ -1,14 +1,14 @@
-"""What a hang leaves behind: where every rank stood, and its last collectives; then the end, so that a launcher starts again.
+"""A run that hangs: every rank writes where it stands and its last collectives, then ends, so that a launcher starts again.
 
 Every forward pass is a sign of life, in training and in validation. A rank that shows none for `limit` seconds writes
 
     <run folder>/hang/from-step-00000040/rank-3.txt     the Python stack of every thread
                                          rank-3.json    torch's flight recorder: the last collectives, which never ended
 
-waits a moment until the others have written theirs, as all of them wait for the one that hangs, and leaves with exit code 1.
-A thread of Python's does it; should the hanging code keep that from running, by holding Python's lock, one of C's writes the
-stacks to stderr and ends the process after an hour. A rank that is stopped altogether writes nothing: it is the one without a
-file. If all are stopped and go on, as when a scheduler suspends a job, nothing happens.
+waits a moment until the others have written theirs, because all of them wait for the one that hangs, and leaves with exit
+code 1. A Python thread does this. If the hanging code holds Python's lock, so that the thread cannot run, faulthandler's C
+thread writes the stacks to stderr and ends the process after an hour. A rank that is stopped altogether writes nothing: it is
+the one without a file. If all are stopped and go on, as when a scheduler suspends a job, nothing happens.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from types import TracebackType
 import torch._C._distributed_c10d as c10d
 
 _TICK = 1.0  # seconds between two looks at the clock
-_SUSPENDED = 5.0  # between two looks: the whole process stood still, which is no hang
+_SUSPENDED = 5.0  # seconds between two looks: the whole process was stopped, which is not a hang
 _LAST_RESORT = 3600.0
-_MOMENT = 20.0  # in which every rank that can still run finds out and writes, on a busy machine too
+_MOMENT = 20.0  # enough for every rank that still runs to notice and write, even on a busy machine
 
 
 class Watchdog:
@@ -61,13 +61,13 @@ class Watchdog:
         self._thread.join()
 
     def beat(self, limit: float | None = None) -> None:
-        """A sign of life; the next one must come within `limit` seconds, where given, else within the usual limit."""
+        """A sign of life; the next one must come within `limit` seconds (default: the usual limit)."""
         self._allowed = self.limit if limit is None else limit
         self._deadline = time.monotonic() + self._allowed
 
     @contextmanager
     def patience(self, limit: float) -> Iterator[None]:
-        """Something that may take up to `limit` seconds without a forward pass."""
+        """Around work that may take up to `limit` seconds without a forward pass."""
         self.beat(limit)
         yield
         self.beat()
@@ -89,12 +89,12 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _paths(self, rank: int | None = None) -> tuple[Path, Path]:
-        """The files of `rank`, of this one where none is given."""
+        """The files of `rank` (default: this one)."""
         rank = self.rank if rank is None else rank
         return self.folder / f"rank-{rank}.txt", self.folder / f"rank-{rank}.json"
 
     def _wait_for_others(self) -> None:
-        """Until every rank has written its files, or a moment: the end of this one breaks what the others wait in."""
+        """Wait a moment until every rank has written its files: our end breaks the collective that the others wait in."""
         deadline = time.monotonic() + _MOMENT
         while time.monotonic() < deadline and not all(self._paths(rank)[1].exists() for rank in range(self.ranks)):
             time.sleep(0.1)
@@ -119,7 +119,7 @@ class Watchdog:
 
 
 def _flight_record() -> bytes:
-    """The flight recorder's entries as JSON, of NCCL where there is any, else of gloo."""
+    """The flight recorder's entries as JSON, of NCCL if there is any, else of gloo."""
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
         if hasattr(c10d, name):
             return getattr(c10d, name)()
