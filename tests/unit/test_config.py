@@ -185,14 +185,17 @@ REFUSALS = [
     ("[data]\nseed = 2026-01-01", "data.seed = 2026-01-01: expected integer"),
     # rules between values
     ("training.tokens = 9", "training: give exactly one of steps and tokens (steps = 10 and tokens = 9)"),
-    ('[data]\npath = ["a", "b"]\n[validation]\npath = "b"', "data.path and validation.path both name 'b': validation must"),
+    (
+        '[data]\npath = ["a", "b"]\n[validation]\npath = "b"',
+        "data.path and validation.path both name 'b': validation must",
+    ),
     ('[model]\nmixer = "rwkv7"\n[compile]\nenable = true', "compile.enable = true with model.mixer = 'rwkv7'"),
     ('[model]\nmixer = "rwkv7"\nadaptive_householder = true', "adaptive_householder = true needs mixer = 'deltaproduct'"),
     ("[model]\nnum_householder = 1\nadaptive_householder = true", "no steps to choose from with num_householder = 1"),
     (
         "[model]\nadaptive_householder = true",
         "model.adaptive_householder = true without training.householder_cost: a router without a cost never learns to "
-        "switch a step off; set the cost, such as --training.householder_cost 0.001 (nats",
+        "switch a step off; set the cost, such as --training.householder_cost 0.001 (nats per",
     ),
 ]
 

@@ -425,8 +425,8 @@ def _broken_rules_across(values: dict[str, Any], unsound: set[str]) -> Iterator[
     """
     kinds: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items() if name not in unsound}
     sound = {name: kind.model_validate(values.get(name, {})) for name, kind in kinds.items()}
-    for sections_involved, text in Config.model_construct(**sound).problems_across_sections():
-        if not sections_involved & unsound:
+    for broken, involved, text in Config.model_construct(**sound).rules():
+        if broken and not unsound & set(involved.split()):
             yield text
 
 

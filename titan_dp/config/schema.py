@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -107,7 +108,7 @@ class Model(Section):
     expand_v: Annotated[float, Field(gt=0)] = 1.0
     """Value dimension of a head as a multiple of `head_dim`: dv = int(head_dim * expand_v)."""
     num_householder: Annotated[int, Field(ge=1, le=8)] = 2
-    """n_h: Householder steps a token; for rwkv7, transitions a token."""
+    """n_h: Householder steps per token; for rwkv7, transitions per token."""
     adaptive_householder: bool = False
     """A learned router decides for each token which of the n_h steps are taken; training.householder_cost is their price."""
     use_forget_gate: bool = False
@@ -186,7 +187,7 @@ class Model(Section):
             if heads % kv:
                 problems.append(f"attention_num_heads = {heads} is not a multiple of attention_num_kv_heads = {kv}")
         if self.mixer == "gla" and self.num_householder != 1:
-            problems.append(f"mixer = 'gla' takes one step a token, so num_householder = {self.num_householder} must be 1")
+            problems.append(f"mixer = 'gla' takes one step per token, so num_householder = {self.num_householder} must be 1")
         if self.adaptive_householder and self.mixer != "deltaproduct":
             problems.append(f"adaptive_householder = true needs mixer = 'deltaproduct', not {self.mixer!r}; set it to false")
         elif self.adaptive_householder and self.num_householder == 1:
@@ -210,9 +211,9 @@ class Data(Section):
     seed: int = 42
     """Seed of the sample order, apart from `debug.seed` so that data order and initialisation vary independently."""
     verify: bool = True
-    """Compare the contents of shards with their checksums while training: each file once a run, and again when it changed."""
+    """Compare the contents of shards with their checksums while training: each file once per run, and again if it changed."""
     tokenizer: str = ""
-    """Name or path of the tokenizer. Shards carry their own, so only source = hf needs it; where given, it must agree."""
+    """Name or path of the tokenizer. Shards carry their own, so only source = hf needs it; if given, it must agree."""
     hf_dataset: str = ""
     """source = hf: name or folder of the dataset."""
     hf_name: str = ""
@@ -247,14 +248,14 @@ class StateTracking(Section):
     table.csv), or a formal language (parity, even-pairs, cycle-navigation, modular-arithmetic, ...). Words are as long as
     training.seq_len holds: 1 + symbols * tokens_per_element."""
     min_length: Positive | None = None
-    """Draw the length of each word from here to the longest; default: a group's words are all of the longest, whose beginnings
-    are words too, and a language's strings have all lengths."""
+    """Shortest word; lengths are drawn from here to the longest. Default: a group's words are all of the longest length (their
+    beginnings are words too), a language's strings have all lengths."""
     curriculum_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the longest word grows, linearly, from min_length (or the shortest) to what training.seq_len holds."""
     max_moved: Positive | None = None
-    """Groups: draw only elements that move at most so many points (2: swaps and the identity); default: all elements."""
+    """Groups: draw only elements that move at most this many points (2: swaps and the identity); default: all elements."""
     tokens_per_element: Annotated[int, Field(ge=1, le=8)] = 1
-    """Groups: each element is followed by fillers up to so many tokens, and the answer is asked at the last."""
+    """Groups: tokens per element; fillers follow each element, and the answer is asked at the last token."""
     validation_samples: Positive = 512
     """Words of the training lengths on which a run is validated, stopped and chosen."""
     solved_accuracy: Annotated[float, Field(gt=0, le=1)] = 0.99
@@ -274,7 +275,7 @@ class StateTracking(Section):
 
 class Dataloader(Section):
     num_workers: Annotated[int, Field(ge=0)] = 0
-    """Worker processes a rank; memory-mapped shards need none, streaming is the better for one."""
+    """Worker processes per rank; memory-mapped shards need none, streaming is faster with one."""
     prefetch_factor: Positive = 2
     """Batches each worker prepares ahead (only with workers)."""
     pin_memory: bool = False
@@ -283,11 +284,11 @@ class Dataloader(Section):
 
 class Training(Section):
     local_batch_size: Positive = 8
-    """Sequences a rank processes at once (micro-batch)."""
+    """Sequences per rank and micro-batch."""
     global_batch_size: PositiveOrAll = -1
-    """Sequences an optimizer step, over all ranks and accumulation; -1: local_batch_size times ranks (no accumulation)."""
+    """Sequences per optimizer step, over all ranks and accumulation; -1: local_batch_size times ranks (no accumulation)."""
     seq_len: Positive = 2048
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     steps: Positive | None = None
     """Optimizer steps of the run. Give either steps or tokens."""
     tokens: Annotated[Count, Field(gt=0)] | None = None
@@ -301,10 +302,10 @@ class Training(Section):
     max_nonfinite_steps: Positive = 10
     """Stop after this many consecutive steps with a non-finite gradient (each is skipped)."""
     householder_cost: Annotated[float, Field(gt=0)] | None = None
-    """Price of a Householder step that model.adaptive_householder takes, in nats a step and token: the mean loss plus the
-    price times the steps of a token in all layers is minimised. Tokens after the last label of a row do not count."""
+    """Price of a Householder step that model.adaptive_householder takes, in nats per step and token: the mean loss plus the
+    price times the steps per token, summed over all layers, is minimised. Tokens after the last label of a row do not count."""
     gc_freq: Positive = 50
-    """Collect Python garbage every so many steps, on all ranks at once."""
+    """Steps between collections of Python's garbage, on all ranks at once."""
     dataloader: Dataloader = Dataloader()
 
 
@@ -339,9 +340,9 @@ class LRScheduler(Section):
     min_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Last learning rate as a fraction of the peak."""
     total_steps: Positive | None = None
-    """Step with which the schedule ends where that is not the run's last; default: the run's steps."""
+    """Step with which the schedule ends; default: the run's last."""
     start_step: Annotated[int, Field(ge=0)] = 0
-    """Step with which the schedule begins, warmup first: to let a run that is extended decay again from where it ended."""
+    """Step with which the schedule begins, warmup first; lets an extended run decay again from where it ended."""
 
 
 class Parallelism(Section):
@@ -417,7 +418,7 @@ class Metrics(Section):
     wandb_project: str = "titan_dp"
     """Project of the W&B run."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
-    """Dense peak of one device in TFLOP/s at the training dtype, for MFU; default: known GPUs by name."""
+    """Dense peak of one device in TFLOP/s at the training dtype, for MFU; default: by the name of a known GPU."""
 
 
 class Profiling(Section):
@@ -465,6 +466,10 @@ class Debug(Section):
     """Deterministic algorithms only (slower on GPUs; on CPU runs are bit-equal anyway)."""
 
 
+Rule = tuple[bool, str, str]
+"""Whether it is broken, the sections it is about, what to say."""
+
+
 class Config(Section):
     job: Job = Job()
     model: Model = Model()
@@ -484,63 +489,63 @@ class Config(Section):
     generate: Generate = Generate()
     debug: Debug = Debug()
 
-    def problems_across_sections(self) -> list[tuple[set[str], str]]:
-        """(sections involved, what is wrong) of every rule that needs more than one section or a whole run."""
-        problems: list[tuple[set[str], str]] = []
-        steps, tokens = self.training.steps, self.training.tokens
-        if (steps is None) == (tokens is None):
-            given = "neither is given" if steps is None else f"steps = {steps} and tokens = {tokens}"
-            problems.append(({"training"}, f"training: give exactly one of steps and tokens ({given})"))
-        if self.model.adaptive_householder and self.training.householder_cost is None:
-            rule = (
-                "model.adaptive_householder = true without training.householder_cost: a router without a cost never learns to "
-                "switch a step off; set the cost, such as --training.householder_cost 0.001 (nats a step and token)"
-            )
-            problems.append(({"model", "training"}, rule))
-        if self.compile.enable and self.model.mixer == "rwkv7":
-            rule = (
-                "compile.enable = true with model.mixer = 'rwkv7': the compiler would unroll its loop over tokens, which takes "
-                "hours; set compile.enable = false"
-            )
-            problems.append(({"model", "compile"}, rule))
-        if self.validation.enable and self.data.source == "shards":
-            for path in sorted(set(self.data.paths) & set(self.validation.paths)):
-                rule = f"data.path and validation.path both name {path!r}: validation must see text that training does not"
-                problems.append(({"data", "validation"}, rule))
-        if self.data.source == "state_tracking" and not self.state_tracking.task:
-            rule = "data.source = 'state_tracking' needs state_tracking.task (a group such as S3, or a formal language)"
-            problems.append(({"data", "state_tracking"}, rule))
-        return problems + self._context_problems()
-
-    def _context_problems(self) -> list[tuple[set[str], str]]:
-        """What cannot be split over ranks along the sequence."""
-        degree, seq_len = self.parallelism.context_parallel_degree, self.training.seq_len
-        if degree == 1:
-            return []
-        problems: list[tuple[set[str], str]] = []
-        key = f"parallelism.context_parallel_degree = {degree}"
-        if seq_len % degree:
-            rule = f"{key} does not divide training.seq_len = {seq_len}; choose a multiple of {degree} for seq_len"
-            problems.append(({"parallelism", "training"}, rule))
-        halo = self.model.conv_size - 1
-        if self.model.use_short_conv and self.model.mixer != "attention" and seq_len // degree < halo:
-            rule = (
-                f"{key} leaves {seq_len // degree} of training.seq_len = {seq_len} tokens a rank, fewer than the {halo} that "
-                f"model.conv_size = {self.model.conv_size} looks back; lower the degree"
-            )
-            problems.append(({"parallelism", "training", "model"}, rule))
-        if self.model.mixer == "rwkv7":
-            rule = f"{key} with model.mixer = 'rwkv7': its loop over tokens is not split; set context_parallel_degree = 1"
-            problems.append(({"parallelism", "model"}, rule))
-        if self.data.source == "state_tracking":
-            rule = (
-                f"{key} with data.source = 'state_tracking': its words are judged as whole rows; "
-                "set context_parallel_degree = 1"
-            )
-            problems.append(({"parallelism", "data"}, rule))
-        return problems
+    def rules(self) -> Iterator[Rule]:
+        """Yield every rule between sections, or about a whole run."""
+        m, t, data, degree = self.model, self.training, self.data, self.parallelism.context_parallel_degree
+        given = "neither is given" if t.steps is None else f"steps = {t.steps} and tokens = {t.tokens}"
+        yield (
+            (t.steps is None) == (t.tokens is None),
+            "training",
+            f"training: give exactly one of steps and tokens ({given})",
+        )
+        yield (
+            m.adaptive_householder and t.householder_cost is None,
+            "model training",
+            "model.adaptive_householder = true without training.householder_cost: a router without a cost never learns to "
+            "switch a step off; set the cost, such as --training.householder_cost 0.001 (nats per step and token)",
+        )
+        yield (
+            self.compile.enable and m.mixer == "rwkv7",
+            "model compile",
+            "compile.enable = true with model.mixer = 'rwkv7': the compiler would unroll its loop over tokens, which takes "
+            "hours; set compile.enable = false",
+        )
+        both = sorted(set(data.paths) & set(self.validation.paths))
+        yield (
+            self.validation.enable and data.source == "shards" and bool(both),
+            "data validation",
+            f"data.path and validation.path both name {', '.join(map(repr, both))}: validation must see other text",
+        )
+        yield (
+            data.source == "state_tracking" and not self.state_tracking.task,
+            "data state_tracking",
+            "data.source = 'state_tracking' needs state_tracking.task (a group such as S3, or a formal language)",
+        )
+        # What cannot be split over ranks along the sequence.
+        split, key, halo = degree > 1, f"parallelism.context_parallel_degree = {degree}", m.conv_size - 1
+        yield (
+            split and t.seq_len % degree != 0,
+            "parallelism training",
+            f"{key} does not divide training.seq_len = {t.seq_len}; choose a multiple of {degree} for seq_len",
+        )
+        yield (
+            split and m.use_short_conv and m.mixer != "attention" and t.seq_len // degree < halo,
+            "parallelism training model",
+            f"{key} leaves {t.seq_len // degree} of training.seq_len = {t.seq_len} tokens per rank, fewer than the {halo} that "
+            f"model.conv_size = {m.conv_size} looks back; lower the degree",
+        )
+        yield (
+            split and m.mixer == "rwkv7",
+            "parallelism model",
+            f"{key} with model.mixer = 'rwkv7': its loop over tokens is not split; set context_parallel_degree = 1",
+        )
+        yield (
+            split and data.source == "state_tracking",
+            "parallelism data",
+            f"{key} with data.source = 'state_tracking': its words are judged as whole rows; set context_parallel_degree = 1",
+        )
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
-        refuse([problem for _, problem in self.problems_across_sections()])
+        refuse([text for broken, _, text in self.rules() if broken])
         return self
