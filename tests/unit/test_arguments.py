@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 
 import pytest
 
 from titan_dp import config
 from titan_dp.cli import dispatch
+from titan_dp.config.arguments import above_zero, count, fraction, householder_list, natural, percent, positive
 from titan_dp.config.load import load_config
 from titan_dp.errors import UserError
 from titan_dp.estimate import command as estimate
@@ -54,38 +56,64 @@ def read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Rea
     return run
 
 
-def test_a_flag_alone_is_true(read: Read) -> None:
-    assert read("--model.tie_word_embeddings").model.tie_word_embeddings is True
-    assert read("--model.use_short_conv").model.use_short_conv is True
+CASES = {
+    "a flag alone": (["--model.use_short_conv"], {"use_short_conv": True}),
+    "a flag and a value": (["--model.use_short_conv", "false"], {"use_short_conv": False}),
+    "a flag = a value": (["--model.use_short_conv=false"], {"use_short_conv": False}),
+    "an option after a flag": (["--model.use_short_conv", "--model.head_dim", "16"], {"use_short_conv": True, "head_dim": 16}),
+    "two values": (["--model.head_dim", "16", "--model.head_dim=32"], {"head_dim": 32}),
+    "a list": (["--model.attention_layers", "[0]"], {"attention_layers": [0]}),
+}
 
 
-def test_a_flag_takes_a_value_as_well(read: Read) -> None:
-    for arguments in (["--model.use_short_conv", "false"], ["--model.use_short_conv=false"]):
-        assert read(*arguments).model.use_short_conv is False
+@pytest.mark.parametrize(("arguments", "expected"), CASES.values(), ids=CASES)
+def test_settings_are_read(read: Read, arguments: list[str], expected: dict[str, object]) -> None:
+    model = read(*arguments).model
+    assert {key: getattr(model, key) for key in expected} == expected
 
 
-def test_the_option_after_a_flag_is_read(read: Read) -> None:
-    c = read("--model.use_short_conv", "--model.head_dim", "16")
-    assert (c.model.use_short_conv, c.model.head_dim) == (True, 16)
-
-
-def test_the_last_of_two_values_counts(read: Read) -> None:
-    assert read("--model.head_dim", "16", "--model.head_dim=32").model.head_dim == 32
-
-
-def test_a_list_is_read(read: Read) -> None:
-    assert read("--model.attention_layers", "[0]").model.attention_layers == [0]
-
-
-def refused(read: Read, *arguments: str) -> str:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model.head_dim"], "command line: --model.head_dim needs a value; expected integer > 0"),
+        (["--model.head_dimm", "16"], "unknown key model.head_dimm; did you mean model.head_dim?"),
+    ],
+)
+def test_a_wrong_setting_is_told_the_way_out(read: Read, arguments: list[str], said: str) -> None:
     with pytest.raises(UserError) as error:
         read(*arguments)
-    return str(error.value)
+    assert said in str(error.value)
 
 
-def test_a_setting_that_needs_a_value_says_so(read: Read) -> None:
-    assert refused(read, "--model.head_dim") == "command line: --model.head_dim needs a value; expected integer > 0"
+@pytest.mark.parametrize("command", [["estimate", "--config", "debug.toml", "--nproc", "1"], ["report", "runs"]])
+def test_an_option_that_is_no_setting_is_refused_by_the_command(command: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        dispatch([*command, "--nprocs", "3"])
+    assert end.value.code == 2
+    assert "unrecognized arguments: --nprocs" in capsys.readouterr().err
 
 
-def test_an_unknown_setting_is_told_the_nearest_one(read: Read) -> None:
-    assert "unknown key model.head_dimm; did you mean model.head_dim?" in refused(read, "--model.head_dimm", "16")
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        (positive, "0", "integer > 0"),
+        (positive, "1.5", "integer > 0"),
+        (positive, "9" * 5000, "integer > 0"),
+        (natural, "-1", "integer >= 0"),
+        (fraction, "1.1", "number > 0 and <= 1"),
+        (fraction, "nan", "number > 0 and <= 1"),
+        (above_zero, "inf", "number > 0"),
+        (count, "19X", "count from 1 to 1e14"),
+        (householder_list, "1,1", "list of different n_h"),
+        (percent, "6", "percentage up to 5"),
+    ],
+)
+def test_a_wrong_number_is_told_what_is_expected(kind: Callable[[str], object], text: str, expected: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=f": expected {expected}"):
+        kind(text)
+
+
+def test_numbers_are_read_as_people_write_them() -> None:
+    assert (positive("1_000"), natural("0"), fraction(".5"), count("805M"), count("5G"), percent("0.25%")) == (
+        *(1000, 0, 0.5, 805_000_000, 5_000_000_000, 0.0025),
+    )

@@ -1,9 +1,9 @@
-"""What differs between a checkpoint and the run that takes it up: refused by key, allowed by key, or named. Without torch.
+"""What differs between a checkpoint and the run that goes on from it: refused by key, allowed by key, or named. Without torch.
 
-Three kinds of difference, for a resume and for a new run that starts from another's weights (`initial_load_path`) alike:
-tensors that do not match are refused whatever is allowed; settings that change what the weights or the data mean, with the
-same tensors, are refused unless `checkpoint.allow_changed` names them; every other setting that decides how training goes
-on is named with both values. The advice in a refusal is the flag that works, or none.
+There are three kinds of difference, for a resume and for a new run that starts from another's weights (`initial_load_path`):
+tensors that do not match are always refused; settings that change what the same tensors or the data mean are refused unless
+`checkpoint.allow_changed` names them; every other setting that decides how training goes on is named with both values. A
+refusal advises the flag that works, if there is one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from titan_dp.files import shorten, shown, to_json
 Changes = dict[str, tuple[object, object]]
 """Value in the checkpoint and in this run, by key."""
 
-# The data and what becomes of the moments; the architecture comes on top.
+# Keys a resumed run may not change, besides everything in [model] except backend.
 _FIXED = ("data.source", "data.weights", "data.document_boundaries", "data.seed", "training.seq_len", "optimizer.name")
 _STREAM = ("data.hf_dataset", "data.hf_name", "data.hf_split", "data.hf_column", "data.hf_shuffle_buffer")
 
-# What cannot change the course of a run. All else is named: a key that is added later counts until it stands here.
+# Keys that cannot change the course of a run. All others are named, a key that is added later too, until it stands here.
 _NO_MATTER = ("job.", "checkpoint.", "validation.", "metrics.", "profiling.", "comm.", "generate.", "training.dataloader.")
 _NO_MATTER_EITHER = {"training.gc_freq", "training.max_nonfinite_steps", "data.verify", "data.path", "data.tokenizer"}
 _NO_MATTER_EITHER |= {"training.global_batch_size", "state_tracking.test_length", "state_tracking.test_samples"}
@@ -35,12 +35,12 @@ _NO_MATTER_EITHER |= {"training.global_batch_size", "state_tracking.test_length"
 def check_resumable(
     saved: dict[str, Any], current: dict[str, Any], allow_changed: list[str], tensors: str | None = None
 ) -> None:
-    """Compare a manifest with the entries that the run which resumes it would save.
+    """Compare a manifest with what the run that resumes it would save.
 
     Args:
         saved, current: with `config` (TOML), `fingerprint`, `tokenizer`, `tokenizer_hash`, `global_batch_size`.
         allow_changed: keys that may differ.
-        tensors: what is different about the tensors themselves, which no key allows.
+        tensors: how the tensors themselves differ, which no key allows.
 
     Raises UserError naming every architecture or data key that differs and is not allowed, with both values.
     """
@@ -79,13 +79,12 @@ def changed_since(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
     before, now = saved_sections(saved["config"]), saved_sections(current["config"])
     keys = [k for k in _names(before) | _names(now) if not k.startswith(_NO_MATTER) and k not in _NO_MATTER_EITHER]
     pairs = {key: (saved_value(before, key), saved_value(now, key)) for key in keys}
-    named = {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not key.startswith("model.")}
-    backend = {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key == "model.backend"}
-    return {**_changed(saved, current), **named, **backend}
+    named = {k: (old, new) for k, (old, new) in pairs.items() if old != new and (k == "model.backend" or k[:6] != "model.")}
+    return {**_changed(saved, current), **named}
 
 
 def describe_changes(changes: Changes) -> str:
-    """'optimizer.lr (was 0.001, now 0.002), ...'; a key that this version does not know is said to be such."""
+    """'optimizer.lr (was 0.001, now 0.002), ...'; says so if this version does not know a key."""
     return ", ".join(
         f"{shorten(key)} (was {_show(old)}, now {'unknown to this version' if key not in all_keys() else _show(new)})"
         for key, (old, new) in sorted(changes.items())
@@ -93,7 +92,7 @@ def describe_changes(changes: Changes) -> str:
 
 
 def keeps_moments(saved: dict[str, Any], current: dict[str, Any]) -> bool:
-    """Whether the optimizer's state in a checkpoint is of the optimizer that this run has."""
+    """Whether this run has the optimizer whose state is in the checkpoint."""
     name = "optimizer.name"
     return saved_value(saved_sections(saved["config"]), name) == saved_value(saved_sections(current["config"]), name)
 
@@ -102,7 +101,7 @@ def keeps_moments(saved: dict[str, Any], current: dict[str, Any]) -> bool:
 
 
 def _changed(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
-    """Of what a resume refuses."""
+    """What a resume refuses unless it is allowed."""
     before, now = saved_sections(saved["config"]), saved_sections(current["config"])
     source = saved_value(now, "data.source")
     keys = (*_FIXED, *_STREAM) if source == "hf" else _FIXED
@@ -119,7 +118,7 @@ def _changed(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
 
 
 def _architecture(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
-    """Of [model], as far as it changes the tensors or what is computed from them."""
+    """What differs in [model] and changes the tensors or what is computed from them."""
     before, now = (_function(saved_sections(of["config"])["model"]) for of in (saved, current))
     return {f"model.{key}": (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
 
@@ -127,7 +126,7 @@ def _architecture(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
 def _function(section: dict[str, Any]) -> dict[str, Any]:
     """[model] with defaults that depend on other keys spelled out, without keys that have no effect in it.
 
-    The backend computes the same, and initial values are not those of weights that are loaded.
+    Nor do the backend, which computes the same, and the initialisation of weights that are loaded anyway.
     """
     try:
         c = config.Model.model_validate(section)
@@ -146,7 +145,7 @@ def _function(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _vocabulary(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
-    """What the tokens mean: by the tokenizer's hash, not by its name, which may be a path."""
+    """Whether tokens mean the same: by the tokenizer's hash, not by its name, which may be a path."""
     was, now = saved.get("tokenizer_hash"), current.get("tokenizer_hash")
     if now is None or (was is None and saved.get("tokenizer") == current.get("tokenizer")):
         return {}  # saved before hashes were kept: the name has to do
@@ -180,7 +179,7 @@ def _names(sections: dict[str, Any], prefix: str = "") -> set[str]:
 
 
 def _show(value: object) -> str:
-    """Fingerprints of data by their beginnings, anything else as it is."""
+    """Fingerprints of data by their first digits, anything else as it is."""
     parts = value.split() if isinstance(value, str) else []
     if parts and all(len(part) == 64 and part.isalnum() for part in parts):
         return f"tokens {', '.join(f'{part[:12]}...' for part in parts)}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -111,20 +111,10 @@ class Setting:
         return re.sub(r":\d+$", "", self.origin)
 
 
-class Problems(list[str]):
-    """What is wrong so far, a line each."""
-
-    unread = False
-    """A whole source could not be read: whatever it would have set is unknown, so rules between values are not asked."""
-
-    def add_unread(self, line: str) -> None:
-        self.append(line)
-        self.unread = True
-
-    def raise_if_any(self) -> None:
-        lines = list(dict.fromkeys(self))
-        if lines:
-            raise UserError("\n  ".join([f"{len(lines)} problems in the configuration:", *lines] if lines[1:] else lines))
+def _refused(problems: Iterable[str]) -> UserError:
+    """One error with all `problems`, a line each."""
+    lines = list(dict.fromkeys(problems))
+    return UserError("\n  ".join([f"{len(lines)} problems in the configuration:", *lines] if lines[1:] else lines))
 
 
 @dataclass
@@ -135,6 +125,8 @@ class CommandLine:
     print_config: bool = False
     dry_run: bool = False
     settings: list[Setting] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """What is neither an option nor a setting."""
 
 
 def load_config(argv: list[str]) -> Loaded:
@@ -146,17 +138,14 @@ def load_config(argv: list[str]) -> Loaded:
         if os.environ.get("RANK", "0") == "0":
             print(help_text())
         raise SystemExit(0)
-    problems = Problems()
-    line = parse_command_line(argv, problems)
-    settings: list[Setting] = []
-    if line.config is None:
-        problems.add_unread(f"command line: --config is missing; {_choices()}")
-    elif path := resolve_config_path(line.config):
-        from_files = [s for s in read_files(path, problems) if (s.key, s.value) != ("job.run_name", "")]
-        settings = [Setting("job.run_name", path.stem, "the file's name"), *from_files]
-    else:
-        problems.add_unread(f"command line: there is no config {line.config!r}; {_choices()}")
-    config, provenance = build_config([*settings, *line.settings], problems)
+    line = parse_command_line(argv)
+    path = resolve_config_path(line.config) if line.config else None
+    if path is None:  # what the file would set is unknown, so settings cannot be judged
+        missing = "--config is missing" if line.config is None else f"there is no config {line.config!r}"
+        raise _refused([*line.problems, f"command line: {missing}; {_choices()}"])
+    from_files = [s for s in read_files(path) if (s.key, s.value) != ("job.run_name", "")]
+    settings = [Setting("job.run_name", path.stem, "the file's name"), *from_files, *line.settings]
+    config, provenance = build_config(settings, line.problems)
     return Loaded(config, provenance, line.print_config, line.dry_run)
 
 
@@ -165,11 +154,10 @@ def config_from_toml(text: str, name: str = "configuration", newer: bool = False
 
     With `newer`, what this version does not know outside [model] is passed over: another version may have written it.
     """
-    problems = Problems()
-    settings = list(read_text(text, name, problems))
+    settings = list(read_text(text, name))
     if newer:
         settings = [s for s in settings if s.key.startswith("model.") or _is_known(s)]
-    return build_config(settings, problems)[0]
+    return build_config(settings)[0]
 
 
 def _is_known(setting: Setting) -> bool:
@@ -181,31 +169,29 @@ def _is_known(setting: Setting) -> bool:
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
-def parse_command_line(argv: list[str], problems: Problems) -> CommandLine:
-    """Take the arguments apart: `--key VALUE`, `--key=VALUE`, and `--flag` alone for true."""
-    line = CommandLine()
-    rest = [argument for argument in argv if argument.isascii() or as_unicode(argument) == argument]
-    if len(rest) < len(argv):
-        broken = next(argument for argument in argv if argument not in rest)
-        problems.add_unread(f"command line: {shown(broken)} is not UTF-8; a setting is written down, so write it in UTF-8")
+def parse_command_line(argv: list[str]) -> CommandLine:
+    """Take the arguments apart: `--key VALUE`, `--key=VALUE`, and `--flag` alone for true.
+
+    Raises UserError if one is not UTF-8.
+    """
+    line, rest = CommandLine(), list(argv)
+    if broken := next((word for word in argv if as_unicode(word) != word), None):
+        raise UserError(f"command line: {shown(broken)} is not UTF-8; a setting is written down, so write it in UTF-8")
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            hint = (
-                f"; write --config {shorten(argument)}" if argument.endswith(".toml") else "; a setting is --section.key VALUE"
-            )
-            problems.append(f"command line: unexpected {shown(argument)}{hint}")
+            ways = f"write --config {shorten(argument)}" if argument.endswith(".toml") else "a setting is --section.key VALUE"
+            line.problems.append(f"command line: unexpected {shown(argument)}; {ways}")
             continue
         name, has_value, text = argument[2:].partition("=")
-        if not has_value and rest and not rest[0].startswith("--") and name not in ("print-config", "dry-run"):
+        if name in ("print-config", "dry-run"):
+            setattr(line, name.replace("-", "_"), True)
+            continue
+        if not has_value and rest and not rest[0].startswith("--"):
             has_value, text = "=", rest.pop(0)
-        if name == "print-config":
-            line.print_config = True
-        elif name == "dry-run":
-            line.dry_run = True
-        elif name in ("config", "job.config_file"):
+        if name in ("config", "job.config_file"):
             if line.config is not None:
-                problems.append(f"command line: --config is given twice ({line.config} and {text})")
+                line.problems.append(f"command line: --config is given twice ({line.config} and {text})")
             line.config = text
         else:
             key = all_keys().get(name)
@@ -216,7 +202,7 @@ def parse_command_line(argv: list[str], problems: Problems) -> CommandLine:
 
 def keys_of(argv: list[str]) -> list[str]:
     """The keys that arguments of train.py set, in their order; wrong arguments are for `load_config` to refuse."""
-    return [setting.key for setting in parse_command_line(argv, Problems()).settings]
+    return [setting.key for setting in parse_command_line(argv).settings]
 
 
 def command_line_value(key: Key | None, text: str) -> object:
@@ -262,42 +248,40 @@ def _choices() -> str:
     return f"{config_folder()} holds {', '.join(names)}" if names else f"{config_folder()} holds none"
 
 
-def read_files(path: Path, problems: Problems, seen: tuple[Path, ...] = ()) -> list[Setting]:
-    """The settings of a file and of those it extends, the base's first."""
+def read_files(path: Path, seen: tuple[Path, ...] = ()) -> list[Setting]:
+    """The settings of a file and of those it extends, the base's first. Raises UserError for a file that cannot be read."""
     name = _display(path)
     if path.resolve() in seen:
-        problems.add_unread(f"{name}: `extends` goes round in a circle: {' -> '.join(_display(p) for p in (*seen, path))}")
-        return []
+        raise UserError(f"{name}: `extends` goes round in a circle: {' -> '.join(_display(p) for p in (*seen, path))}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        problems.add_unread(f"{name}: cannot be read as text: {error}")
-        return []
+        raise UserError(f"{name}: cannot be read as text: {error}") from error
     own, base = [], []
-    for setting in read_text(text, name, problems):
+    for setting in read_text(text, name):
         if setting.key != "extends":
             own.append(setting)
-        elif not isinstance(setting.value, str):
-            problems.add_unread(f"{setting.origin}: extends = {_show(setting.value)}: expected the name of one file")
-        elif not _is_file(parent := path.parent / setting.value):
-            problems.add_unread(f"{setting.origin}: extends = {_show(setting.value)}: there is no {shorten(str(parent))}")
-        else:
-            base = read_files(parent, problems, (*seen, path.resolve()))
+            continue
+        said = f"{setting.origin}: extends = {_show(setting.value)}"
+        if not isinstance(setting.value, str):
+            raise UserError(f"{said}: expected the name of one file")
+        if not _is_file(parent := path.parent / setting.value):
+            raise UserError(f"{said}: there is no {shorten(str(parent))}")
+        base = read_files(parent, (*seen, path.resolve()))
     return base + own
 
 
-def read_text(text: str, name: str, problems: Problems) -> Iterator[Setting]:
-    """The settings of TOML text in its order, each with its line; a syntax error becomes a problem."""
+def read_text(text: str, name: str) -> Iterator[Setting]:
+    """The settings of TOML text in its order, each with its line. Raises UserError with the line of a syntax error."""
     try:
         tomli.loads(text)
-    except RecursionError:
-        problems.add_unread(f"{name}: not valid TOML for this program: values are nested too deeply")
-        return
+    except RecursionError as error:
+        raise UserError(f"{name}: not valid TOML for this program: values are nested too deeply") from error
     except ValueError as error:  # TOMLDecodeError, or Python's on an integer of thousands of digits
         message, at = shorten(str(error)), re.search(r" \(at line (\d+), column (\d+)\)", str(error))
         where = f"{name}:{at[1]}" if at else f"{name}:{text.count(chr(10)) + 1}"
-        problems.add_unread(f"{where}: not valid TOML: {message.replace(at[0], f' (column {at[2]})') if at else message}")
-        return
+        message = message.replace(at[0], f" (column {at[2]})") if at else message
+        raise UserError(f"{where}: not valid TOML: {message}") from error
     # tomli keeps no line numbers. Valid TOML falls into statements (a header, or a key with its value) that parse on
     # their own; a statement ends with the first line at which what was gathered parses.
     header: list[str] = []
@@ -344,10 +328,10 @@ def _display(path: Path) -> str:
 # -- merging and checking ----------------------------------------------------------------------------------------------
 
 
-def build_config(settings: list[Setting], problems: Problems) -> tuple[Config, dict[str, str]]:
-    """Merge settings (later ones win) over the defaults and check everything; returns (config, provenance).
+def build_config(settings: list[Setting], problems: Iterable[str] = ()) -> tuple[Config, dict[str, str]]:
+    """Merge settings (later ones win) over the defaults and validate them; returns (config, provenance).
 
-    Raises UserError with `problems` and all that is found here, a line each.
+    Raises UserError with `problems` and all that is wrong here, a line each.
     """
     merged: dict[str, Setting] = {}
     for setting in settings:
@@ -361,22 +345,22 @@ def build_config(settings: list[Setting], problems: Problems) -> tuple[Config, d
         config, errors = Config.model_validate(values), []
     except ValidationError as error:
         config, errors = None, error.errors()
-    wrong = {_key_of(error["loc"]) for error in errors}
+    lines, wrong = list(problems), {_key_of(error["loc"]) for error in errors}
     for setting in settings:  # in their order, unknown keys and wrong values alike
         if setting.key not in all_keys():
-            problems.append(f"{setting.origin}: unknown key {shorten(setting.key)}; {explain_unknown(setting.key)}")
+            lines.append(f"{setting.origin}: unknown key {shorten(setting.key)}; {explain_unknown(setting.key)}")
         elif setting.key in wrong and setting is known.get(setting.key):
-            problems.append(_refusal(setting))
+            lines.append(_refusal(setting))
     allowed = known.get("checkpoint.allow_changed")
     if allowed is not None and allowed.key not in wrong:
         for name in (name for name in allowed.value if name not in all_keys()):  # type: ignore[attr-defined]  # a list
-            problems.append(f"{allowed.origin}: {allowed.key}: unknown key {shorten(name)}; {explain_unknown(name)}")
-    if not problems.unread:
-        unsound = {key.partition(".")[0] for key in (merged.keys() - known.keys()) | wrong}
-        problems += _broken_rules(errors, known, unsound)
-        problems += _broken_rules_across(values, unsound | {str(error["loc"][0]) for error in errors if error["loc"]})
-    problems.raise_if_any()
-    assert config is not None
+            lines.append(f"{allowed.origin}: {allowed.key}: unknown key {shorten(name)}; {explain_unknown(name)}")
+    # Rules over a section with a mistake would only repeat it.
+    unsound = {key.partition(".")[0] for key in (merged.keys() - known.keys()) | wrong}
+    lines += _broken_rules(errors, known, unsound)
+    lines += _broken_rules_across(values, unsound | {str(error["loc"][0]) for error in errors if error["loc"]})
+    if config is None or lines:
+        raise _refused(lines)
     return config, {key: known[key].origin if key in known else "default" for key in all_keys()}
 
 

@@ -23,7 +23,7 @@ from titan_dp import config
 from titan_dp.config import Config, Positive, Section
 from titan_dp.config.advice import HINTS, explain_unknown
 from titan_dp.config.describe import all_keys, to_toml
-from titan_dp.config.load import Loaded, Problems, Setting, build_config, config_folder, read_files
+from titan_dp.config.load import Loaded, Setting, build_config, config_folder, read_files
 from titan_dp.errors import UserError
 from titan_dp.files import shorten, shown
 from titan_dp.model.size import model_size
@@ -169,10 +169,9 @@ def load_sweep(path: Path) -> Sweep:
 
 def _read(path: Path) -> tuple[SweepSection, list[Setting]]:
     """The [sweep] section, and the settings of the base configuration with their origins."""
-    problems = Problems()
     sweep: dict[str, Any] = {}
     base = []
-    for setting in read_files(path, problems):
+    for setting in read_files(path):
         if not setting.key.startswith("sweep."):
             base.append(setting)
         elif setting.key.startswith("sweep.cells."):  # [[sweep.cells]]: read_files knows no arrays of tables
@@ -181,7 +180,6 @@ def _read(path: Path) -> tuple[SweepSection, list[Setting]]:
             sweep.setdefault("axes", {})[setting.key.removeprefix("sweep.axes.")] = setting.value
         else:
             sweep[setting.key.removeprefix("sweep.")] = setting.value
-    problems.raise_if_any()
     if not sweep and not re.search(r"^\s*\[sweep\b", path.read_text(), re.MULTILINE):
         raise UserError(f"{path} has no [sweep] section; it is a config for train.py, not a sweep")
     try:
@@ -294,13 +292,11 @@ def _solve(section: SweepSection, base: list[Setting], points: list[_Point]) -> 
     """The checked configuration of every point, except for its folder."""
     any_length = [Setting("training.tokens", 1, "sweep")]  # to check the rest with, if the real one follows from the size
     solved = {"tokens_per_parameter", "flops"}
-    problems = Problems()
     configs = [
-        build_config([*base, *point.settings, *(any_length if point.axes.keys() & solved else [])], problems)[0]
-        for point in points
+        build_config([*base, *point.settings, *(any_length if point.axes.keys() & solved else [])])[0] for point in points
     ]
     if section.match is not None:
-        like = build_config([*base, Setting("training.steps", 1, "sweep")], Problems())[0]
+        like = build_config([*base, Setting("training.steps", 1, "sweep")])[0]
         models = _match(section, like, configs, points)
         configs = [c.model_copy(update={"model": model}) for c, model in zip(configs, models, strict=True)]
     return [_with_length(c, point.axes) for c, point in zip(configs, points, strict=True)]
