@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from titan_dp.data.batch import Place
 from titan_dp.data.synthetic.groups import parse_group
-from titan_dp.data.synthetic.languages import LanguageProblem, find_language
+from titan_dp.data.synthetic.languages import find_language
 from titan_dp.data.synthetic.loader import SyntheticSet
 from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
@@ -196,7 +196,7 @@ def test_a_word_counts_at_a_length_if_it_is_right_up_to_there(n: int) -> None:
 
 
 def test_a_string_counts_at_its_own_length() -> None:
-    problem = LanguageProblem(find_language("parity"))
+    problem = find_language("parity")
     result = run_length_test(Oracle(problem, until=8), test_set_of(problem, 300, 4, 12), 4, CPU)  # type: ignore[arg-type]
     assert result.lengths == list(range(4, 13))
     assert sum(result.asked) == 300
@@ -218,7 +218,7 @@ def test_lengths_nobody_asked_about_have_no_accuracy() -> None:
 
 
 def test_strings_that_happen_to_be_as_many_at_every_length_are_no_prefixes() -> None:
-    problem = LanguageProblem(find_language("parity"))
+    problem = find_language("parity")
     result = run_length_test(Oracle(problem, until=99), test_set_of(problem, 30, 12, 12), 12, CPU)  # type: ignore[arg-type]
     assert result.lengths == [12]
     assert not result.answers_everywhere

@@ -7,6 +7,7 @@ import random
 import shutil
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,16 +30,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stream(
-    dataset: Path, rank: int = 0, world_size: int = 1, L: int = 4, buffer: int = 0, workers: int = 0, **data: object
+    dataset: Path, rank: int = 0, world_size: int = 1, L: int = 4, buffer: int = 0, workers: int = 0, **settings: Any
 ) -> Loader:
-    return build_dataloader(
-        config.Data(source="hf", hf_dataset=str(dataset), tokenizer="bytes", hf_shuffle_buffer=buffer, **data),  # type: ignore[arg-type]
-        config.Dataloader(num_workers=workers),
-        Place(T, L, G, rank, world_size), 300,
-    )  # fmt: skip
+    data = config.Data(source="hf", hf_dataset=str(dataset), tokenizer="bytes", hf_shuffle_buffer=buffer, **settings)
+    return build_dataloader(data, config.Dataloader(num_workers=workers), Place(T, L, G, rank, world_size), 300)
 
 
 def ids(loader: Loader, steps: int) -> torch.Tensor:
+    """[steps * rows, T]."""
     return torch.cat([batch["input_ids"] for batch in chain.from_iterable(islice(loader, steps))])  # type: ignore[misc]
 
 
@@ -80,8 +79,7 @@ def test_two_ranks_share_the_stream_of_one(dataset: Path, buffer: int) -> None:
         assert torch.equal(ids(stream(dataset, rank, 2, 2, buffer), 5).view(5, 2, T), whole[:, rank])
 
 
-@pytest.mark.parametrize("buffer", [0, 20])
-@pytest.mark.parametrize("stop", [1, 7, 30])
+@pytest.mark.parametrize(("buffer", "stop"), [(buffer, stop) for buffer in (0, 20) for stop in (1, 7, 30)])
 def test_a_stream_resumed_in_the_middle_of_a_document_goes_on_with_the_next_token(
     dataset: Path, buffer: int, stop: int
 ) -> None:

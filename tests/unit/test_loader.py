@@ -3,60 +3,61 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-import subprocess
-import sys
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from titan_dp import config
-from titan_dp.data.batch import Loader, Place
-from titan_dp.data.loader import ValidationLoader, build_dataloader, build_validation_loader
+from titan_dp.data.batch import Place
+from titan_dp.data.loader import ShardLoader, ValidationLoader, build_dataloader, build_validation_loader
 from titan_dp.data.shards import TokenShards
 from titan_dp.data.workers import read_in_workers
-from titan_dp.errors import RunError, UserError
+from titan_dp.errors import RunError, UserError, run_main
 
 T, G = 32, 8
 
 
-def loader(path: Path | list[Path], rank: int = 0, world_size: int = 1, L: int = 2, workers: int = 0, **data: object) -> Loader:
-    paths = [str(p) for p in path] if isinstance(path, list) else str(path)
-    place = Place(data.pop("seq_len", T), L, G, rank, world_size)  # type: ignore[arg-type]
-    return build_dataloader(config.Data(path=paths, **data), config.Dataloader(num_workers=workers), place, 300)  # type: ignore[arg-type]
+def loader(
+    path: Path | list[Path], rank: int = 0, world_size: int = 1, L: int = 2, workers: int = 0, seq_len: int = T, **data: Any
+) -> ShardLoader:
+    paths, place = [str(p) for p in path] if isinstance(path, list) else str(path), Place(seq_len, L, G, rank, world_size)
+    built = build_dataloader(config.Data(path=paths, **data), config.Dataloader(num_workers=workers), place, 300)
+    assert isinstance(built, ShardLoader)
+    return built
 
 
-def steps(path: Path, count: int, world_size: int, L: int, start: int = 0, **options: object) -> Tensor:
+def steps(path: Path, count: int, world_size: int, L: int, start: int = 0, workers: int = 0) -> Tensor:
     """Input ids [count, G, T] of `count` steps after `start` samples, put together from all ranks."""
-    accumulation = G // (L * world_size)
     ranks = []
     for rank in range(world_size):
-        one = loader(path, rank, world_size, L, **options)  # type: ignore[arg-type]
+        one = loader(path, rank, world_size, L, workers)
         one.load_state_dict({"samples": start})
         batches = list(chain.from_iterable(islice(one, count)))
         assert one.state_dict() == {"samples": start + count * G}
-        ranks.append(torch.stack([b["input_ids"] for b in batches]).view(count, accumulation, L, T))  # type: ignore[misc]
+        ranks.append(torch.stack([b["input_ids"] for b in batches]).view(count, -1, L, T))  # type: ignore[misc]
     return torch.stack(ranks, 2).view(count, G, T)
 
 
-@pytest.mark.parametrize(("world_size", "L"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
-def test_a_step_has_the_same_samples_in_the_same_order_on_any_ranks(shards: Path, world_size: int, L: int) -> None:
-    assert torch.equal(steps(shards / "train", 3, world_size, L), steps(shards / "train", 3, 1, 8))
-
-
-def test_resuming_at_any_step_on_other_ranks_goes_on_with_the_next_sample(shards: Path) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "L", "start", "workers"),
+    [(1, 2, 0, 0), (2, 4, 0, 0), (4, 2, 0, 0), (8, 1, 0, 0), (2, 1, 1, 0), (4, 1, 3, 0), (8, 1, 5, 0), (1, 2, 2, 1),
+     (2, 2, 0, 2)],
+)  # fmt: skip
+def test_any_ranks_and_workers_starting_at_any_step_read_the_same_samples(
+    shards: Path, world_size: int, L: int, start: int, workers: int
+) -> None:
     whole = steps(shards / "train", 6, 1, 8)
-    for start, world_size in ((1, 2), (3, 4), (5, 8)):
-        assert torch.equal(steps(shards / "train", 6 - start, world_size, 1, start * G), whole[start:])
-
-
-def test_workers_change_neither_order_nor_state(shards: Path) -> None:
-    assert torch.equal(steps(shards / "train", 3, 2, 2, workers=2), steps(shards / "train", 3, 2, 2))
+    assert torch.equal(steps(shards / "train", 6 - start, world_size, L, start * G, workers), whole[start:])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -74,171 +75,142 @@ def row_of(shards: TokenShards) -> tuple[np.ndarray, set[int]]:
     return tokens, set(shards.document_starts(0, len(shards)).tolist())
 
 
-def test_labels_are_the_next_tokens_but_none_where_a_document_ends(shards: Path) -> None:
+@pytest.mark.parametrize("boundaries", ["carry", "reset"])
+def test_labels_are_the_next_tokens_and_boundaries_are_where_documents_meet(shards: Path, boundaries: str) -> None:
     tokens, starts = row_of(TokenShards(shards / "train"))
     windows = {tuple(tokens[w : w + T]): w for w in range(0, len(tokens) - T, T)}
     joins = 0
-    for batch in chain.from_iterable(islice(loader(shards / "train"), 10)):
-        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):  # type: ignore[union-attr]
-            w = windows[tuple(ids)]
+    for batch in chain.from_iterable(islice(loader(shards / "train", document_boundaries=boundaries), 10)):
+        ids, labels, cu_seqlens = batch["input_ids"], batch["labels"], batch["cu_seqlens"]
+        assert ids is not None
+        assert labels is not None
+        for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
+            w = windows[tuple(row)]
             expected = [-100 if w + i + 1 in starts else int(tokens[w + i + 1]) for i in range(T)]
-            assert labels == expected
+            assert wanted == expected
             joins += expected.count(-100)
+        if boundaries == "carry":
+            assert cu_seqlens is None
+        else:
+            assert cu_seqlens is not None
+            begins = {0, T} | {int(i) for i in (ids.flatten() == 256).nonzero()}  # BOS begins each document
+            assert sorted(set(cu_seqlens.tolist())) == sorted(begins | {2 * T})
+            assert (cu_seqlens.dtype, len(cu_seqlens) % 64) == (torch.int32, 0)
     assert joins > 0
 
 
-def test_carry_has_no_boundaries_and_reset_marks_rows_and_documents_exactly(shards: Path) -> None:
-    assert next(iter(loader(shards / "train")))[0]["cu_seqlens"] is None
-    one = loader(shards / "train", document_boundaries="reset")
-    for batch in chain.from_iterable(islice(one, 10)):
-        ids, cu_seqlens = batch["input_ids"].flatten(), batch["cu_seqlens"]  # type: ignore[union-attr]
-        begins = {0, T} | {int(i) for i in (ids == 256).nonzero()}  # BOS begins each document
-        assert sorted(set(cu_seqlens.tolist())) == sorted(begins | {2 * T})  # type: ignore[union-attr]
-        assert cu_seqlens.dtype == torch.int32  # type: ignore[union-attr]
-        assert len(cu_seqlens) % 64 == 0  # type: ignore[arg-type]
-
-
 def test_a_mixture_reads_from_all_its_folders_in_proportion(shards: Path) -> None:
-    one = loader([shards / "train", shards / "validation"], weights=[3.0, 1.0])
-    assert "75.0%" in one.describe(1000)
-    assert "25.0%" in one.describe(1000)
+    said = loader([shards / "train", shards / "validation"], weights=[3.0, 1.0]).describe(1000)
+    assert "train 75.0%" in said
+    assert "validation 25.0%" in said
 
 
-def validation(shards: Path, rank: int, world_size: int, L: int) -> ValidationLoader:
-    return build_validation_loader(
-        config.Validation(path=str(shards / "validation")),
-        config.Data(path=str(shards / "train"), document_boundaries="reset"),
-        Place(T, L, L * world_size, rank, world_size),
-        300,
-        loader(shards / "train").sources,
-    )
+def validation(trained: Path, held_out: Path, rank: int = 0, world_size: int = 1, L: int = 1) -> ValidationLoader:
+    data, place = config.Data(path=str(trained), document_boundaries="reset"), Place(T, L, L * world_size, rank, world_size)
+    return build_validation_loader(config.Validation(path=str(held_out)), data, place, 300, [TokenShards(trained)])
 
 
 @pytest.mark.parametrize(("world_size", "L"), [(1, 3), (2, 4), (4, 1)])
 def test_validation_predicts_every_held_out_token_once_on_any_ranks(shards: Path, world_size: int, L: int) -> None:
     tokens, starts = row_of(TokenShards(shards / "validation"))
-    loaders = [validation(shards, rank, world_size, L) for rank in range(world_size)]
+    loaders = [validation(shards / "train", shards / "validation", rank, world_size, L) for rank in range(world_size)]
     assert len({len(one) for one in loaders}) == 1
     labels = torch.cat([batch["labels"].flatten() for one in loaders for batch in one])  # type: ignore[union-attr]
     expected = np.bincount([t for i, t in enumerate(tokens) if i and i not in starts], minlength=258)
     assert np.array_equal(np.bincount(labels[labels >= 0], minlength=258), expected)
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------------
+# -- data that does not fit ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def broken(shards: Path, tmp_path: Path) -> Path:
     """A copy of the training shards to damage."""
-    import shutil
-
     return Path(shutil.copytree(shards / "train", tmp_path / "train"))
 
 
-def edit(folder: Path, **changes: object) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+def edit(**changes: Any) -> Callable[[Path], object]:
+    """Changes the manifest; a dictionary changes the entries it has."""
+
+    def apply(folder: Path) -> None:
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        for key, value in changes.items():
+            manifest[key] = manifest[key] | value if isinstance(value, dict) else value
+        path.write_text(json.dumps(manifest))
+
+    return apply
 
 
-def refused(path: Path, message: str, **options: object) -> None:
-    with pytest.raises(UserError, match=message):
-        loader(path, **options)  # type: ignore[arg-type]
+def names_another_folder(folder: Path) -> None:
+    (first, *rest) = json.loads((folder / "manifest.json").read_text())["shards"]
+    edit(shards=[first | {"file": "../validation/shard-00000.npy"}, *rest])(folder)
 
 
-def test_a_missing_folder_says_how_to_make_it(tmp_path: Path) -> None:
-    refused(tmp_path / "train", r"there are no token shards in .*write them with `titan-dp prepare INPUT --out")
-
-
-def test_a_missing_shard_is_named(broken: Path) -> None:
-    (broken / "shard-00000.npy").unlink()
-    refused(broken, r"token shard .*shard-00000.npy is missing")
-
-
-def test_a_truncated_shard_is_named(broken: Path) -> None:
-    shard = broken / "shard-00000.npy"
-    shard.write_bytes(shard.read_bytes()[:-10])
-    refused(broken, r"token shard .*shard-00000.npy is cut off")
-
-
-def test_a_shard_of_another_dtype_is_named(broken: Path) -> None:
-    np.save(broken / "shard-00000.npy", np.zeros(10, np.int8))
-    refused(broken, r"shard-00000.npy holds \(10,\) int8, the manifest says")
+def cut_off(folder: Path) -> None:
+    os.truncate(folder / "shard-00000.npy", (folder / "shard-00000.npy").stat().st_size - 10)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("damage", "options", "message"),
     [
-        ({"format_version": 99}, "has format version 99, this program reads 1"),
-        ({"dtype": "float64"}, "dtype = 'float64'"),
-        ({"shards": "none"}, "is no manifest of token shards"),
+        (shutil.rmtree, {}, r"there are no token shards in .*write them with `titan-dp prepare INPUT --out"),
+        (lambda f: (f / "shard-00000.npy").unlink(), {}, r"token shard .*shard-00000.npy is missing"),
+        (cut_off, {}, r"token shard .*shard-00000.npy is cut off"),
+        (lambda f: np.save(f / "shard-00000.npy", np.zeros(10, np.int8)), {}, r"holds \(10,\) int8, the manifest says"),
+        (edit(format_version=99), {}, "has format version 99, this program reads 1"),
+        (edit(dtype="float64"), {}, "dtype = 'float64'"),
+        (edit(shards="none"), {}, "is no manifest of token shards"),
+        (names_another_folder, {}, "which is not a file of its folder"),
+        (edit(tokenizer={"vocab_size": 50_000}), {}, r"model.vocab_size = 300 is too small for data.path .* has 50000 ids"),
+        (
+            edit(tokenizer={"name": "gpt2", "hash": "x"}),
+            {"tokenizer": "bytes"},
+            r"data.tokenizer = 'bytes', but data.path .* was made with 'gpt2'",
+        ),
+        (lambda f: None, {"seq_len": 10**6}, r"fewer than one sample of training.seq_len"),
     ],
 )
-def test_a_manifest_that_does_not_fit_is_named(broken: Path, changes: dict, message: str) -> None:
-    edit(broken, **changes)
-    refused(broken, message)
+def test_shards_that_do_not_fit_are_refused(broken: Path, damage: Any, options: dict[str, Any], message: str) -> None:
+    damage(broken)
+    with pytest.raises(UserError, match=message):
+        loader(broken, **options)
 
 
-def test_a_manifest_cannot_name_files_elsewhere(broken: Path) -> None:
-    manifest = json.loads((broken / "manifest.json").read_text())
-    manifest["shards"][0]["file"] = "../validation/shard-00000.npy"
-    edit(broken, **manifest)
-    refused(broken, "which is not a file of its folder")
+def test_folders_of_two_tokenizers_are_refused(shards: Path, broken: Path) -> None:
+    edit(tokenizer={"name": "gpt2", "hash": "x"})(broken)
+    with pytest.raises(UserError, match=r"data.path mixes tokenizers: .* was made with 'gpt2', .* with 'bytes'; prepare both"):
+        loader([shards / "train", broken])
+    with pytest.raises(UserError, match=r"validation.path .* with tokenizer 'bytes', data.path .* with 'gpt2'; prepare both"):
+        validation(broken, shards / "validation")
 
 
-def test_a_vocabulary_larger_than_the_models_is_refused(broken: Path) -> None:
-    edit(broken, tokenizer={**json.loads((broken / "manifest.json").read_text())["tokenizer"], "vocab_size": 50_000})
-    refused(broken, r"model.vocab_size = 300 is too small for data.path .* has 50000 ids")
+def test_validation_that_may_hold_training_documents_is_refused(shards: Path, broken: Path) -> None:
+    edit(validation_fraction=0.01)(broken)  # of those that validation holds out, training has the most
+    for trained, held_out in ((shards / "train", shards / "train"), (broken, shards / "validation")):
+        with pytest.raises(UserError, match=r"may hold documents of data.path"):
+            validation(trained, held_out)
 
 
-def test_a_tokenizer_that_did_not_make_the_shards_is_refused(broken: Path) -> None:
-    edit(broken, tokenizer={**json.loads((broken / "manifest.json").read_text())["tokenizer"], "name": "gpt2", "hash": "x"})
-    refused(broken, r"data.tokenizer = 'bytes', but data.path .* was made with 'gpt2'", tokenizer="bytes")
+# -- workers that end ----------------------------------------------------------------------------------------------------
 
 
-def test_less_than_one_sample_is_refused(shards: Path) -> None:
-    refused(shards / "train", r"fewer than one sample of training.seq_len", seq_len=10**6)
+def test_a_killed_worker_is_one_sentence_and_worth_another_try(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def killed(worker: int, workers: int) -> Iterator[int]:
+        for index in range(worker, 9, workers):
+            if index == 3:
+                os.kill(os.getpid(), 9)
+            yield index
 
-
-def refused_validation(trained: Path, held_out: Path) -> None:
-    data, validation = config.Data(path=str(trained)), config.Validation(path=str(held_out))
-    with pytest.raises(UserError, match=r"may hold documents of data.path"):
-        build_validation_loader(validation, data, Place(T, 1, 1, 0, 1), 300, [TokenShards(trained)])
-
-
-def test_validation_on_the_training_tokens_is_refused(shards: Path) -> None:
-    refused_validation(shards / "train", shards / "train")
-
-
-def test_validation_held_out_by_a_larger_fraction_than_training_is_refused(shards: Path, broken: Path) -> None:
-    edit(broken, validation_fraction=0.01)
-    refused_validation(broken, shards / "validation")
-
-
-KILLED = """
-import os, sys
-import torch.utils.data._utils
-from titan_dp import config
-from titan_dp.data.workers import read_in_workers
-from titan_dp.errors import run_main
-
-torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # seconds between two looks for workers that have ended
-
-def killed(worker, workers):
-    for index in range(worker, 9, workers):
-        if index == 3:
-            os.kill(os.getpid(), 9)
-        yield index
-
-sys.exit(run_main(lambda: sum(read_in_workers(killed, config.Dataloader(num_workers=2)))))
-"""
-
-
-def test_a_killed_worker_is_one_sentence_and_worth_another_try(root: Path) -> None:
-    result = subprocess.run([sys.executable, "-c", KILLED], cwd=root, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: a process that reads data has ended, often killed for want of memory (")
-    assert "training.dataloader.num_workers" in result.stderr
-    assert "Traceback" not in result.stderr
+    # Seconds between two looks for workers that have ended.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+    assert run_main(lambda: sum(read_in_workers(killed, config.Dataloader(num_workers=2)))) == 1
+    said = capfd.readouterr().err
+    assert said.startswith("error: a process that reads data has ended, often killed for want of memory (")
+    assert "training.dataloader.num_workers" in said
+    assert "Traceback" not in said
 
 
 def broken_pipe() -> None:

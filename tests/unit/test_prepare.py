@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import itertools
 import json
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
 from tests.conftest import ROOT
 from tests.processes import SERVER, TIMEOUT_SECONDS
@@ -65,12 +67,6 @@ def as_texts(folder: Path) -> None:
         (folder / f"{i:04}.txt").write_text(text)
 
 
-def as_zst(path: Path) -> None:
-    import zstandard
-
-    path.write_bytes(zstandard.compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()))
-
-
 def as_parquet(path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -78,32 +74,32 @@ def as_parquet(path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, row_group_size=64)
 
 
+def compressed(compress: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()))
+
+
+def as_dataset(folder: Path) -> None:
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl")
+
+
 WRITERS: dict[str, Callable[[Path], object]] = {
     "folder": as_texts,
     "x.jsonl": write_jsonl,
-    "x.jsonl.gz": lambda p: p.write_bytes(gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in TEXTS).encode())),
-    "x.jsonl.zst": as_zst,
+    "x.jsonl.gz": compressed(gzip.compress),
+    "x.jsonl.zst": compressed(zstandard.compress),
     "x.parquet": as_parquet,
+    "a dataset": as_dataset,
+    "a streamed dataset": as_dataset,
 }
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, name: str) -> None:
-    WRITERS[name](tmp_path / name)
-    prepare(tmp_path / name, "--out", tmp_path / "out", "--workers", "1", "--validation-fraction", "0")
-    assert documents(tmp_path / "out/train") == [text.encode() for text in TEXTS]
-
-
-@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
-def test_a_hugging_face_dataset_gives_the_same_documents(
-    tmp_path: Path, jsonl: Path, streaming: list[str], monkeypatch
-) -> None:  # type: ignore[no-untyped-def]
+def test_every_kind_of_input_gives_the_same_documents(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    dataset = tmp_path / "dataset"
-    dataset.mkdir()
-    jsonl.rename(dataset / "train.jsonl")
-    common = ["--out", tmp_path / "out", "--workers", "1", "--validation-fraction", "0"]
-    prepare("--hf-dataset", dataset, *streaming, *common)
+    WRITERS[name](tmp_path / name)
+    source = ["--hf-dataset"] * name.endswith("dataset") + ["--streaming"] * ("streamed" in name)
+    prepare(*source[::-1], tmp_path / name, "--out", tmp_path / "out", "--workers", "1", "--validation-fraction", "0")
     assert documents(tmp_path / "out/train") == [text.encode() for text in TEXTS]
 
 
@@ -171,23 +167,17 @@ def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(tmp_path: Path) -> 
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_a_finished_folder_is_left_alone(tmp_path: Path, jsonl: Path, capsys: pytest.CaptureFixture) -> None:
-    prepare(jsonl, "--out", tmp_path / "out", "--workers", "1")
+def test_a_finished_folder_is_verified_and_left_alone_until_overwrite(
+    tmp_path: Path, jsonl: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [jsonl, "--out", tmp_path / "out", "--workers", "1"]
+    prepare(*arguments)
     before = contents(tmp_path / "out")
-    prepare(jsonl, "--out", tmp_path / "out", "--workers", "1")
+    prepare(*arguments)
     assert "nothing to do" in capsys.readouterr().out
-    assert contents(tmp_path / "out") == before
-
-
-def test_other_arguments_for_the_same_folder_are_refused_until_overwrite(tmp_path: Path, jsonl: Path) -> None:
-    prepare(jsonl, "--out", tmp_path / "out", "--workers", "1")
     with pytest.raises(UserError, match="was prepared with another validation_fraction"):
-        prepare(jsonl, "--out", tmp_path / "out", "--workers", "1", "--validation-fraction", "0.5")
-    prepare(jsonl, "--out", tmp_path / "out", "--workers", "1", "--validation-fraction", "0.5", "--overwrite")
-
-
-def test_verify_finds_a_flipped_bit_and_names_the_file(tmp_path: Path, jsonl: Path) -> None:
-    prepare(jsonl, "--out", tmp_path / "out", "--workers", "1")
+        prepare(*arguments, "--validation-fraction", "0.5")
+    assert contents(tmp_path / "out") == before
     prepare("--out", tmp_path / "out", "--verify")
     shard = tmp_path / "out/train/shard-00000.npy"
     raw = bytearray(shard.read_bytes())
@@ -195,20 +185,22 @@ def test_verify_finds_a_flipped_bit_and_names_the_file(tmp_path: Path, jsonl: Pa
     shard.write_bytes(raw)
     with pytest.raises(UserError, match=r"train/shard-00000.npy has sha256"):
         prepare("--out", tmp_path / "out", "--verify")
+    prepare(*arguments, "--validation-fraction", "0.5", "--overwrite")
+    prepare("--out", tmp_path / "out", "--verify")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b'{"text": "good"}\n{"text": \n', r"x.jsonl:2 is no JSON"),
+        ("x.jsonl", b'{"text": "good"}\n{"text": \n', r"x.jsonl:2 is not JSON"),
         ("x.jsonl", b'{"body": "good"}\n', r"x.jsonl:1 has no text under 'text' \(it has body\)"),
         ("x.jsonl", b'{"text": 7}\n', r"x.jsonl:1 has no text under 'text'"),
         ("x.jsonl", b'{"text": "\xff"}\n', r"x.jsonl:1 is not UTF-8"),
         ("x.jsonl", b"", "the input holds no documents"),
         ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-9], "x.jsonl.gz cannot be decompressed"),
         ("x.txt", b"caf\xe9", r"x.txt is not UTF-8 \(byte 3\)"),
-        ("x.parquet", b"no parquet", "x.parquet is no parquet file"),
-        ("x.pdf", b"%PDF", r"x.pdf' is none of .txt"),
+        ("x.parquet", b"no parquet", "x.parquet is not a parquet file"),
+        ("x.pdf", b"%PDF", r"x.pdf' is not one of .txt"),
     ],
 )
 def test_input_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -223,22 +215,14 @@ def test_input_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: 
         (["nowhere.txt"], "input 'nowhere.txt' does not exist"),
         ([], "give one of them"),
         (["--hf-dataset", "/no/such/dataset"], "Hugging Face dataset '/no/such/dataset' .* cannot be loaded"),
+        (["texts.jsonl", "--out", "."], "is not empty and holds no earlier prepare"),
+        (["texts.jsonl", "--tokenizer", "x.tiktoken", "--bos"], "--bos: tokenizer .* has no BOS token"),
     ],
 )
-def test_input_that_is_not_there_is_named(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_arguments_that_do_not_fit_are_named(
+    tmp_path: Path, jsonl: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.tiktoken").write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
     with pytest.raises(UserError, match=message):
-        prepare(*arguments, "--out", tmp_path / "out", "--workers", "1")
-
-
-def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path, jsonl: Path) -> None:
-    with pytest.raises(UserError, match="is not empty and holds no earlier prepare"):
-        prepare(jsonl, "--out", tmp_path)
-
-
-def test_a_boundary_token_the_tokenizer_lacks_is_refused(tmp_path: Path, jsonl: Path) -> None:
-    ranks = tmp_path / "x.tiktoken"
-    import base64
-
-    ranks.write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
-    with pytest.raises(UserError, match="--bos: tokenizer .* has no BOS token"):
-        prepare(jsonl, "--out", tmp_path / "out", "--tokenizer", ranks, "--bos")
+        prepare("--out", "out", "--workers", "1", *arguments)

@@ -38,10 +38,12 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(raw)
 
 
-def test_shards_as_prepared_are_good_and_noted(source: TokenShards, tmp_path: Path) -> None:
-    assert problem_of(source, tmp_path / "run") is None
-    noted = json.loads((tmp_path / "run" / RECORD).read_text())
-    assert len(noted) == 2 * len(source.shards)
+@pytest.mark.parametrize("record", [None, "{"], ids=["no record", "a record that cannot be read"])
+def test_shards_as_prepared_are_good_and_noted(source: TokenShards, tmp_path: Path, record: str | None) -> None:
+    if record:
+        (tmp_path / RECORD).write_text(record)
+    assert problem_of(source, tmp_path) is None
+    assert len(json.loads((tmp_path / RECORD).read_text())) == 2 * len(source.shards)
 
 
 @pytest.mark.parametrize("name", ["shard-00001.npy", "shard-00000.starts.npy"])
@@ -66,9 +68,3 @@ def test_a_file_found_good_is_hashed_again_only_after_a_change(source: TokenShar
     assert problem_of(source, tmp_path) is None, "same size and time: not read"
     os.utime(path)
     assert problem_of(source, tmp_path) is not None
-
-
-def test_a_record_that_cannot_be_read_is_as_good_as_none(source: TokenShards, tmp_path: Path) -> None:
-    (tmp_path / RECORD).write_text("{")
-    assert problem_of(source, tmp_path) is None
-    assert len(json.loads((tmp_path / RECORD).read_text())) == 2 * len(source.shards)

@@ -1,10 +1,10 @@
 """`titan-dp prepare`: text in, token shards out; parallel, resumable, verifiable.
 
-The result is a function of the input and the arguments alone: documents keep the order of the input, whatever the
-number of workers, and whether a document is held out is decided by the hash of its text, so that duplicates never end up
-on both sides. One process reads, workers tokenise batches, results are written in order, at most a few batches ahead.
-After every shard `progress.json` says how many documents each split has on disk; a run that was killed reads the input
-again up to there, tokenises only what is missing, and ends with the same bytes as one that was not.
+The result is a function of the input and the arguments alone. Documents keep the order of the input, whatever the number
+of workers. Whether a document is held out is decided by the hash of its text, so duplicates never end up on both sides.
+One process reads, workers tokenise batches, results are written in order, at most a few batches ahead. After every shard
+`progress.json` says how many documents each split has on disk. A run that was killed reads the input again up to there,
+tokenises only what is missing, and ends with the same bytes as one that was not.
 OUT may hold other people's files: `--overwrite` deletes the shards that OUT's own records list, and nothing else.
 """
 
@@ -18,13 +18,14 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
+from titan_dp.config.arguments import count, number
 from titan_dp.data import sources
 from titan_dp.data.shards import MANIFEST, PROGRESS, SPLITS, Shard, ShardWriter, Split, TokenShards, listed_shards, shard_name
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
@@ -35,45 +36,23 @@ _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from titan_dp.config.schema import parse_count
-
-    def count(text: str) -> int:
-        value = parse_count(text)
-        if not isinstance(value, int) or value < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is no positive count such as 100M")
-        return value
-
-    def fraction(text: str) -> float:
-        value = float(text)
-        if not 0 <= value < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not in [0, 1)")
-        return value
-
-    parser.add_argument(
-        "inputs", nargs="*", metavar="INPUT", help="files or folders: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write train/ and validation/ into")
-    parser.add_argument(
-        "--tokenizer", default="bytes", help="bytes, a tiktoken encoding, a .tiktoken file, or a Hugging Face tokenizer"
-    )
-    parser.add_argument("--column", default="text", help="key or column that holds the text (default: text)")
-    parser.add_argument("--hf-dataset", default="", help="read this Hugging Face dataset instead of files")
-    parser.add_argument("--hf-name", default="", help="configuration of the dataset")
-    parser.add_argument("--hf-split", default="train", help="split of the dataset (default: train)")
-    parser.add_argument("--streaming", action="store_true", help="stream the dataset instead of downloading it first")
-    parser.add_argument(
-        "--bos", action=argparse.BooleanOptionalAction, help="put BOS before every document (default: if there is one)"
-    )
-    parser.add_argument(
-        "--eos", action=argparse.BooleanOptionalAction, help="put EOS after every document (default: if there is one)"
-    )
-    parser.add_argument(
-        "--validation-fraction", type=fraction, default=0.01, help="share of documents held out (default: 0.01)"
-    )
-    parser.add_argument("--shard-tokens", type=count, default=100_000_000, help="tokens a shard, such as 100M (default)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="tokenising processes (default: all cores)")
-    parser.add_argument("--overwrite", action="store_true", help="delete the shards of an earlier prepare in OUT first")
-    parser.add_argument("--verify", action="store_true", help="check every byte of what is in OUT instead of writing")
+    add, either = parser.add_argument, argparse.BooleanOptionalAction
+    share = number(Annotated[float, Field(ge=0, lt=1)])
+    add("inputs", nargs="*", metavar="INPUT", help=f"files or folders: {', '.join(sources.READERS)}")
+    add("--out", type=Path, required=True, help="folder to write train/ and validation/ into")
+    add("--tokenizer", default="bytes", help="bytes, a tiktoken encoding, a .tiktoken file, or a Hugging Face tokenizer")
+    add("--column", default="text", help="key or column that holds the text (default: text)")
+    add("--hf-dataset", default="", help="read this Hugging Face dataset instead of files")
+    add("--hf-name", default="", help="configuration of the dataset")
+    add("--hf-split", default="train", help="split of the dataset (default: train)")
+    add("--streaming", action="store_true", help="stream the dataset instead of downloading it first")
+    add("--bos", action=either, help="put BOS before every document (default: if there is one)")
+    add("--eos", action=either, help="put EOS after every document (default: if there is one)")
+    add("--validation-fraction", type=share, default=0.01, help="share of documents held out (default: 0.01)")
+    add("--shard-tokens", type=count, default=100_000_000, help="tokens per shard, such as 100M (default)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="tokenising processes (default: all cores)")
+    add("--overwrite", action="store_true", help="delete the shards of an earlier prepare in OUT first")
+    add("--verify", action="store_true", help="check every byte of what is in OUT instead of writing")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
     files = sources.find_files(args.inputs)
     tokenizer = load_tokenizer(args.tokenizer)
     plan = _plan(args, files, tokenizer)
-    progress = _Progress.begin_again(args.out, plan) if args.overwrite else _Progress.open(args.out, plan)
-    if progress is None:
+    progress = _begin_again(args.out, plan) if args.overwrite else _go_on(args.out, plan)
+    if progress.finished:
         print(f"{args.out} is complete already: nothing to do (--overwrite starts again)")
         return 0
-    _write(args, files, tokenizer, plan, progress)
+    _write(args, files, tokenizer, progress)
     for split in SPLITS:
         if (args.out / split / MANIFEST).exists():
             shards = TokenShards(args.out / split)
@@ -117,142 +96,127 @@ def _boundary(role: str, wanted: bool | None, token: int | None, tokenizer: Toke
     return None if wanted is False else token
 
 
-class _Saved(JsonObject):
-    """progress.json."""
+# -- the record of what is on disk ---------------------------------------------------------------------------------------
+
+
+class _Progress(JsonObject):
+    """progress.json: what is safely on disk."""
 
     plan: dict[str, Any]
     finished: bool
     done: dict[Split, Natural]
+    """For each split, the input documents that its shards account for."""
     shards: dict[Split, list[Shard]]
 
-
-@dataclass
-class _Progress:
-    """What is safely on disk: for each split its shards and the number of input documents they account for."""
-
-    path: Path
-    plan: dict[str, Any]
-    shards: dict[Any, list[Shard]]
-    done: dict[Any, int]
+    @staticmethod
+    def nothing(plan: dict[str, Any]) -> _Progress:
+        return _Progress(plan=plan, finished=False, done=dict.fromkeys(SPLITS, 0), shards={"train": [], "validation": []})
 
     @staticmethod
-    def open(out: Path, plan: dict[str, Any]) -> _Progress | None:
-        """Where an earlier run stopped, or the beginning; None if it finished.
+    def read(out: Path) -> _Progress | None:
+        """The record in `out`, None if there is none.
 
-        Raises UserError where OUT holds something else.
+        Raises UserError if it cannot be read: then nobody knows what prepare wrote, and what somebody else did.
         """
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / PROGRESS
-        if not path.exists():
-            if any(out.iterdir()):
-                raise UserError(f"--out {out} is not empty and holds no earlier prepare; choose another folder")
-            return _Progress.nothing(path, plan)
-        saved, remedy = _read_record(path), "choose another folder, or --overwrite"
-        if differing := [key for key in plan if saved.plan.get(key) != plan[key]]:
-            raise UserError(f"--out {out} was prepared with another {', '.join(differing)}; repeat those arguments, {remedy}")
-        return None if saved.finished else _Progress(path, plan, saved.shards, saved.done)
+        path, remedy = out / PROGRESS, "choose another folder, or move it away and take --overwrite"
+        return parse_json(_Progress, path.read_bytes(), path, "record of an earlier prepare", remedy) if path.exists() else None
 
-    @staticmethod
-    def nothing(path: Path, plan: dict[str, Any]) -> _Progress:
-        return _Progress(path, plan, {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0))
-
-    @staticmethod
-    def begin_again(out: Path, plan: dict[str, Any]) -> _Progress:
-        """The beginning, the shards of an earlier prepare in `out` deleted; whatever else lies there stays.
-
-        Raises UserError, before anything is deleted, where `out` holds files and was not made by prepare, or where a file
-        that prepare would write is one that no record of it lists.
-        """
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out} is a file; choose a folder")
-        out.mkdir(parents=True, exist_ok=True)
-        record = out / PROGRESS
-        saved = _read_record(record) if record.exists() else None
-        own: list[Path] = []
-        foreign: list[Path] = []
-        for split in SPLITS:
-            if (folder := out / split).is_dir():
-                names = _own_names(folder, saved, split)
-                for path in sorted(folder.iterdir()):
-                    if path.name in names:
-                        own.append(path)
-                    elif shard_name(path.name):
-                        foreign.append(path)
-        if saved is None and not own and any(out.iterdir()):
-            raise UserError(
-                f"--overwrite: {out} holds files and was not made by prepare, so nothing is deleted; choose another folder"
-            )
-        if foreign:
-            raise UserError(
-                f"--overwrite: no earlier prepare lists {foreign[0]}, which would be overwritten; move it away, or choose "
-                "another folder"
-            )
-        # A kill from here on leaves a record that lists what there may still be and that no command but this one goes on from.
-        shards = {split: [asdict(shard) for shard in entries] for split, entries in saved.shards.items()} if saved else {}
-        finished = saved is not None and saved.finished
-        write_json(record, {"plan": {}, "finished": finished, "done": {}, "shards": shards})
-        for path in own:
-            path.unlink()
-        return _Progress.nothing(record, plan)
-
-    def save(self, finished: bool = False) -> None:
-        shards = {split: [asdict(shard) for shard in entries] for split, entries in self.shards.items()}
-        write_json(self.path, {"plan": self.plan, "finished": finished, "done": self.done, "shards": shards})
+    def save(self, out: Path) -> None:
+        write_json(out / PROGRESS, self.model_dump())
 
 
-def _read_record(path: Path) -> _Saved:
-    """Raises UserError where it is none: then nobody knows what prepare wrote, and what somebody else did."""
-    remedy = "choose another folder, or move it away and take --overwrite"
-    return parse_json(_Saved, path.read_bytes(), path, "record of an earlier prepare", remedy)
+def _go_on(out: Path, plan: dict[str, Any]) -> _Progress:
+    """Where an earlier run stopped, or the beginning. Raises UserError if OUT holds something else."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (saved := _Progress.read(out)) is None:
+        if any(out.iterdir()):
+            raise UserError(f"--out {out} is not empty and holds no earlier prepare; choose another folder")
+        return _Progress.nothing(plan)
+    if differing := [key for key in plan if saved.plan.get(key) != plan[key]]:
+        raise UserError(
+            f"--out {out} was prepared with another {', '.join(differing)}; repeat those arguments, choose another folder, or "
+            "--overwrite"
+        )
+    return saved
 
 
-def _own_names(folder: Path, saved: _Saved | None, split: Split) -> set[str]:
-    """Names of the files that prepare wrote into a split's folder: what its manifest and its record list and, where it was cut
+def _begin_again(out: Path, plan: dict[str, Any]) -> _Progress:
+    """The beginning: the shards of an earlier prepare in `out` are deleted, and whatever else lies there stays.
+
+    Raises UserError, before anything is deleted, if `out` holds files and was not made by prepare, or if a file that prepare
+    would write is there and no record lists it.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; choose a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    saved = _Progress.read(out)
+    there = [(path, split) for split in SPLITS if (out / split).is_dir() for path in sorted((out / split).iterdir())]
+    names = {split: _own_names(out / split, saved, split) for split in SPLITS}
+    own = [path for path, split in there if path.name in names[split]]
+    foreign = [path for path, split in there if path.name not in names[split] and shard_name(path.name)]
+    if saved is None and not own and any(out.iterdir()):
+        raise UserError(
+            f"--overwrite: {out} holds files and was not made by prepare, so nothing is deleted; choose another folder"
+        )
+    if foreign:
+        raise UserError(
+            f"--overwrite: no earlier prepare lists {foreign[0]}, which would be overwritten; move it away, or choose "
+            "another folder"
+        )
+    # A kill from here on leaves a record that lists what may still be there, with a plan that only --overwrite goes on from.
+    shards, finished = (saved.shards, saved.finished) if saved else ({}, False)
+    _Progress(plan={}, finished=finished, done={}, shards=shards).save(out)
+    for path in own:
+        path.unlink()
+    return _Progress.nothing(plan)
+
+
+def _own_names(folder: Path, saved: _Progress | None, split: Split) -> set[str]:
+    """Names of the files that prepare wrote into a split's folder: what its manifest and its record list and, if it was cut
     off, the shard it was at, which nothing lists yet.
     """
     listed = listed_shards(folder)
-    recorded = [] if saved is None else saved.shards.get(split, [])
+    recorded = saved.shards.get(split, []) if saved else []
     names = {name for shard in [*(listed or []), *recorded] for name in (shard.file, shard.starts_file) if shard_name(name)}
-    if listed is not None or (saved is not None and saved.finished):
+    if listed is not None or (saved and saved.finished):
         names.add(MANIFEST)
-    if saved is not None and not saved.finished:
+    if saved and not saved.finished:
         names |= {f"shard-{len(recorded):05}.npy", f"shard-{len(recorded):05}.starts.npy", f".{MANIFEST}.tmp"}
     return names | {f".{name}.tmp" for name in names}
 
 
-def _write(
-    args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, plan: dict[str, Any], progress: _Progress
-) -> None:
+# -- reading, tokenising, writing ----------------------------------------------------------------------------------------
+
+
+def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, progress: _Progress) -> None:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    plan, done = progress.plan, progress.done
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     writers = {split: ShardWriter(args.out / split, dtype, args.shard_tokens, progress.shards[split]) for split in SPLITS}
-    progress.save()
+    progress.save(args.out)
     replaced = Replaced("documents")
     texts = (
         sources.hugging_face_documents(args.hf_dataset, args.hf_name, args.hf_split, args.column, args.streaming, replaced)
         if args.hf_dataset
         else sources.documents(files, args.column, replaced)
     )
-    skip = min(progress.done.values())
-    total = sum(path.stat().st_size for path in files if path.suffix not in (".gz", ".zst", ".parquet"))
-    exact = total and len(files) == sum(path.suffix not in (".gz", ".zst", ".parquet") for path in files)
+    index = min(done.values())
     columns = (TextColumn("tokenising"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[count]}"))
-    index = skip
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=total if exact else None, count="")
-        for _ in islice(texts, skip):
+        task = bar.add_task("", total=sources.text_bytes(files), count="")
+        for _ in islice(texts, index):
             pass
         for batch in _tokenise(texts, args, plan):
             for ids, held_out, size in batch:
                 split = SPLITS[held_out]
                 index += 1
                 bar.advance(task, size)
-                if index <= progress.done[split] or not len(ids):  # on disk already, or empty without BOS and EOS
+                if index <= done[split] or not len(ids):  # on disk already, or empty without BOS and EOS
                     continue
                 if writers[split].add(ids, size):
-                    progress.done[split] = index
-                    progress.save()
+                    done[split] = index
+                    progress.save(args.out)
             bar.update(task, count=f"{index:,} documents")
         bar.update(task, total=1, completed=1)
     replaced.say()
@@ -271,8 +235,8 @@ def _write(
         else:
             with suppress(OSError):  # somebody else's files are in it
                 writer.folder.rmdir()
-    progress.done = dict.fromkeys(SPLITS, index)
-    progress.save(finished=True)
+    progress.done, progress.finished = dict.fromkeys(SPLITS, index), True
+    progress.save(args.out)
 
 
 _Tokenised = list[tuple[np.ndarray, bool, int]]

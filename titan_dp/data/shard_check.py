@@ -1,8 +1,8 @@
 """Are the tokens still those that were prepared? Contents are compared with the manifest while training goes on.
 
 Opening shards checks their sizes; reading hundreds of gigabytes at every start would cost minutes. So one thread of one
-process hashes every file once a run, notes in the run folder which ones it has found good, by size, time of their last
-change and inode, and looks again only at files that have changed since. Where nodes have copies of their own, that is one
+process hashes every file once per run, notes in the run folder which ones it has found good, by size, time of their last
+change and inode, and looks again only at files that have changed since. If nodes have copies of their own, that is one
 process for each copy: what rank 0 reads says nothing of another node's disk.
 """
 
@@ -23,7 +23,7 @@ RECORD = "data_verified.json"
 
 
 def copy_of(sources: list[TokenShards]) -> str:
-    """Equal on ranks that read the same files, other on those that read copies of them.
+    """The same on ranks that read the same files, different on ranks that read copies of them.
 
     Every client of a network file system sees the server's inodes and times; of local disks no two agree in all of them.
     """
@@ -32,7 +32,7 @@ def copy_of(sources: list[TokenShards]) -> str:
 
 
 class ShardCheck:
-    """Hashes in the background, from construction to `close`.
+    """Hashes in the background, from construction on.
 
     Args:
         sources: folders of shards.
@@ -44,14 +44,9 @@ class ShardCheck:
         self.sources, self.record = sources, run_folder / record
         self.problem: UserError | RunError | None = None
         """What was found: a changed file, or one that cannot be read."""
-        self._closed = threading.Event()
         run_folder.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._run, name="shard-check", daemon=True)
         self._thread.start()
-
-    def close(self) -> None:
-        """Stop after the file at hand; does not wait for it."""
-        self._closed.set()
 
     def wait(self) -> None:
         """Until every file is compared, or one was found changed."""
@@ -64,7 +59,7 @@ class ShardCheck:
             try:
                 status = path.stat()
                 state = [expected, status.st_size, status.st_mtime_ns, status.st_ino]
-                if self._closed.is_set() or good.get(str(path.resolve())) == state:
+                if good.get(str(path.resolve())) == state:
                     continue
                 if file_sha256(path) != expected:
                     self.problem = UserError(
@@ -87,9 +82,8 @@ class ShardCheck:
 
 
 def _read(record: Path) -> dict[str, list]:
-    """Files found good before; none where the record cannot be read."""
-    try:
-        found = json.loads(record.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """Files found good before; none if the record cannot be read."""
+    with suppress(OSError, ValueError):
+        if isinstance(found := json.loads(record.read_text()), dict):
+            return found
+    return {}

@@ -4,7 +4,7 @@ A folder holds `manifest.json`, `shard-00000.npy` (1-D uint16 or uint32 token id
 offsets at which documents begin in that shard; a document never spans shards), and so on. Every file is written under
 another name, synced and renamed; the manifest comes last, so a folder with a manifest is complete. The sha256 of the
 manifest, which holds those of the shards, is the data's fingerprint: the same tokens have the same fingerprint.
-A folder may come from anywhere: reading it runs no code, opens no file outside it, and ends in a UserError where it is damaged.
+A folder may come from anywhere: reading it runs no code, opens no file outside it, and ends in a UserError if it is damaged.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Shard:
     tokens: Natural
     sha256: str
     text_bytes: Natural
-    """UTF-8 bytes of the documents' text: turns nats a token into bits a byte."""
+    """UTF-8 bytes of the documents' text: turns nats per token into bits per byte."""
     starts_file: str
     documents: Natural
     starts_sha256: str
@@ -109,7 +109,7 @@ class ShardWriter:
         self._tokens = self._bytes = 0
 
     def add(self, document: np.ndarray, text_bytes: int) -> bool:
-        """Take a document's ids, made of so many bytes of text; True when that closed a shard."""
+        """Take the ids of a document of `text_bytes` bytes of text; True if that closed a shard."""
         self._documents.append(document)
         self._tokens += len(document)
         self._bytes += text_bytes
@@ -140,16 +140,8 @@ class ShardWriter:
         manifest = {
             "format_version": FORMAT_VERSION,
             "dtype": self.dtype.name,
-            "tokenizer": {
-                "name": tokenizer.name,
-                "hash": tokenizer.hash,
-                "vocab_size": tokenizer.vocab_size,
-                "bos_id": tokenizer.bos_id,
-                "eos_id": tokenizer.eos_id,
-            },
-            "tokens": sum(shard.tokens for shard in self.shards),
-            "documents": sum(shard.documents for shard in self.shards),
-            "text_bytes": sum(shard.text_bytes for shard in self.shards),
+            "tokenizer": {key: getattr(tokenizer, key) for key in _MadeWith.model_fields},
+            **_sums(self.shards),
             **facts,
             "shards": [asdict(shard) for shard in self.shards],
         }
@@ -159,8 +151,8 @@ class ShardWriter:
 class TokenShards:
     """Read-only view of a folder of shards as one long row of tokens, by memory map.
 
-    Raises UserError where the folder is no complete, readable set of shards; the check costs a few system calls a
-    shard (sizes, not contents: `verify` reads contents).
+    Raises UserError if the folder is not a complete, readable set of shards. The check costs a few system calls per shard:
+    it looks at sizes; `verify` reads contents.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -242,7 +234,7 @@ def shard_name(name: str) -> bool:
 
 
 def listed_shards(folder: Path) -> list[Shard] | None:
-    """What the manifest in `folder` lists; None where there is none."""
+    """What the manifest in `folder` lists; None if there is none."""
     path = folder / MANIFEST
     try:
         return _parse(path, path.read_bytes()).shards
@@ -251,26 +243,21 @@ def listed_shards(folder: Path) -> list[Shard] | None:
 
 
 def _where_else(folder: Path) -> str:
-    """What to do about a folder that holds no shards. None of it writes into a folder that holds something else."""
+    """What to do about a folder that holds no shards. No advice writes into a folder that holds something else."""
     near = [folder / split for split in SPLITS] + [folder.parent] * folder.is_file()
     if held := [repr(str(path)) for path in near if (path / MANIFEST).exists()]:
         return f"; there are some in {' and in '.join(held)}: name that folder"
     for out in (folder, folder.parent):
         if (out / PROGRESS).exists():
             return f"; `titan-dp prepare` into {str(out)!r} was cut off or held nothing out: give its command again, or {AGAIN}"
-    out = next(path for path in _candidates(folder) if _is_free(path))
+    # A folder for prepare to write into so that `folder`, or one beside it, comes to hold the shards.
+    out = folder.parent if folder.name in SPLITS else folder
+    stem = out.name if out.name not in ("", "..") else "data"
+    others = (out.parent / f"{stem}-tokens{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
+    out = next(path for path in itertools.chain([out], others) if _is_free(path))
     name = folder.name if folder.name in SPLITS else SPLITS[0]
     command = f"titan-dp prepare INPUT --out {shlex.quote(str(out))} --tokenizer NAME"
     return f"; write them with `{command}` and name {str(out / name)!r}"
-
-
-def _candidates(folder: Path) -> Iterator[Path]:
-    """Folders for `titan-dp prepare` to write into so that `folder`, or one beside it, comes to hold the shards."""
-    out = folder.parent if folder.name in SPLITS else folder
-    yield out
-    stem = out.name if out.name not in ("", "..") else "data"
-    for number in itertools.count(1):
-        yield out.parent / (f"{stem}-tokens" if number == 1 else f"{stem}-tokens-{number}")
 
 
 def _is_free(path: Path) -> bool:
@@ -284,13 +271,16 @@ def _is_free(path: Path) -> bool:
 
 
 def _parse(path: Path, raw: bytes) -> _Manifest:
-    """The manifest, its entries of the right types and its sums right. Raises UserError where it is none."""
+    """The manifest, its entries of the right types and its sums right. Raises UserError if it is not one."""
     remedy = AGAIN
     if (version := parse_json(_Version, raw, path, "manifest of token shards", remedy).format_version) != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; {remedy}")
     manifest = parse_json(_Manifest, raw, path, "manifest of token shards", remedy)
-    for name in ("tokens", "documents", "text_bytes"):
-        said, summed = getattr(manifest, name), sum(getattr(shard, name) for shard in manifest.shards)
-        if said != summed:
+    for name, summed in _sums(manifest.shards).items():
+        if (said := getattr(manifest, name)) != summed:
             raise UserError(f"{path} is damaged: {name} = {said}, but its shards have {summed}; {remedy}")
     return manifest
+
+
+def _sums(shards: list[Shard]) -> dict[str, int]:
+    return {name: sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents", "text_bytes")}

@@ -1,7 +1,8 @@
 """Documents from files or a Hugging Face dataset, in a fixed order and one at a time.
 
-A text file is one document; `.jsonl` (also `.gz`, `.zst`) one a line and `.parquet` one a row, both by `column`. Folders
-are walked in sorted order. Nothing is held in memory but the document at hand (a row group for parquet).
+A text file is one document; `.jsonl` (also `.gz`, `.zst`) has one per line and `.parquet` one per row, both by `column`.
+Folders are walked in sorted order. Nothing is held in memory except the document at hand (a row group for parquet).
+To read another format, write its reader and add a line to `READERS`; another compression is a line in `_DECOMPRESSORS`.
 """
 
 from __future__ import annotations
@@ -9,15 +10,12 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from titan_dp.errors import RunError, UserError, passing_fault
 from titan_dp.files import Replaced, shorten
-
-_JSON = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-_TEXT = (".txt", ".md", ".text")
 
 
 def find_files(inputs: list[str]) -> list[Path]:
@@ -29,33 +27,32 @@ def find_files(inputs: list[str]) -> list[Path]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) is not None)
+            found = sorted(p for p in path.rglob("*") if p.is_file() and _reader(p) is not None)
             if not found:
-                raise UserError(f"{name!r} holds no {', '.join((*_TEXT, *_JSON, '.parquet'))} file")
+                raise UserError(f"{name!r} holds no {', '.join(READERS)} file")
             files += found
         elif path.is_file():
-            if _kind(path) is None:
-                raise UserError(f"{name!r} is none of {', '.join((*_TEXT, *_JSON, '.parquet'))}; rename or convert it")
+            if _reader(path) is None:
+                raise UserError(f"{name!r} is not one of {', '.join(READERS)}; rename or convert it")
             files.append(path)
         else:
             raise UserError(f"input {name!r} does not exist")
     return files
 
 
+def text_bytes(files: list[Path]) -> int | None:
+    """About how many bytes of text `files` hold; None if a size does not say, because one is compressed."""
+    compressed = any(path.suffix in (*_DECOMPRESSORS, ".parquet") for path in files)
+    return None if compressed else sum(path.stat().st_size for path in files) or None
+
+
 def documents(files: list[Path], column: str, replaced: Replaced) -> Iterator[str]:
-    """The texts of all files as Unicode, what is none `replaced`; raises UserError naming file and line for what cannot be
-    read.
-    """
+    """The texts of all files, lone surrogates `replaced`. Raises UserError naming file and line for what cannot be read."""
     for path in files:
-        match _kind(path):
-            case "text":
-                yield replaced(_decode(path.read_bytes(), str(path)), str(path))
-            case "json":
-                for number, text in _json_lines(path, column):
-                    yield replaced(text, f"{path}:{number}")
-            case "parquet":
-                for number, text in enumerate(_parquet(path, column)):
-                    yield replaced(text, f"row {number} of {path}")
+        read = _reader(path)
+        assert read is not None
+        for where, text in read(path, column):
+            yield replaced(text, where)
 
 
 def hugging_face_documents(
@@ -70,7 +67,7 @@ def hugging_face_documents(
 def rows_of(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
     """The rows of dataset `name`.
 
-    Raises UserError where one is not UTF-8 or cannot be parsed, RunError where the connection to it breaks.
+    Raises UserError if one is not UTF-8 or cannot be parsed, RunError where the connection to it breaks.
     """
     try:
         yield from rows
@@ -93,7 +90,7 @@ def rows_of(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any
 def load_hugging_face(name: str, config: str, split: str, column: str, streaming: bool):  # type: ignore[no-untyped-def]
     """The `datasets` object, its column checked.
 
-    Raises UserError where the package, the dataset, the split or the column is missing.
+    Raises UserError if the package, the dataset, the split or the column is missing.
     """
     try:
         import datasets
@@ -119,21 +116,14 @@ def _reason(error: BaseException) -> str:
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
-def _kind(path: Path) -> str | None:
-    if path.name.endswith(_JSON):
-        return "json"
-    return {".parquet": "parquet", **dict.fromkeys(_TEXT, "text")}.get(path.suffix)
+# -- formats: a reader yields (where, text) for every document of a file ---------------------------------------------------
 
 
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8", "surrogatepass")  # some programs write surrogates as if they were characters
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 (byte {error.start}); convert it with iconv") from error
+def _text(path: Path, column: str) -> Iterator[tuple[str, str]]:
+    yield str(path), _decode(path.read_bytes(), str(path))
 
 
-def _json_lines(path: Path, column: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of every line."""
+def _json_lines(path: Path, column: str) -> Iterator[tuple[str, str]]:
     with _open(path) as file:
         lines = enumerate(file, 1)
         while True:
@@ -145,31 +135,18 @@ def _json_lines(path: Path, column: str) -> Iterator[tuple[int, str]]:
                 raise UserError(f"{path} cannot be decompressed: {error}") from error
             if not raw.strip():
                 continue
+            where = f"{path}:{number}"
             try:
-                record = json.loads(_decode(raw, f"{path}:{number}"))
+                record = json.loads(_decode(raw, where))
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number} is no JSON: {error.msg}") from error
+                raise UserError(f"{where} is not JSON: {error.msg}") from error
             if not isinstance(record, dict) or not isinstance(record.get(column), str):
                 keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise UserError(
-                    f"{path}:{number} has no text under {column!r} (it has {keys}); name the right one with --column"
-                )
-            yield number, record[column]
+                raise UserError(f"{where} has no text under {column!r} (it has {keys}); name the right one with --column")
+            yield where, record[column]
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError as error:
-            raise UserError(f"{path} needs the package `zstandard`: pip install 'titan_dp[data]'") from error
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))  # type: ignore[arg-type]
-    return path.open("rb")
-
-
-def _parquet(path: Path, column: str) -> Iterator[str]:
+def _parquet(path: Path, column: str) -> Iterator[tuple[str, str]]:
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -177,19 +154,56 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow's errors derive from them
-        raise UserError(f"{path} is no parquet file: {str(error)[:120]}") from error
+        raise UserError(f"{path} is not a parquet file: {str(error)[:120]}") from error
     if column not in file.schema_arrow.names:
         raise UserError(f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
     number = 0
     for batch in file.iter_batches(batch_size=256, columns=[column]):
-        texts: list[Any]
         try:
-            texts = batch.column(0).to_pylist()
+            texts, unchecked = batch.column(0).to_pylist(), False
         except UnicodeDecodeError:  # parquet does not check what calls itself a string
-            texts = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
-            texts = [_decode(raw, f"row {row} of {path}") if raw is not None else None for row, raw in enumerate(texts, number)]
+            texts, unchecked = batch.column(0).cast(pyarrow.large_binary()).to_pylist(), True
         for text in texts:
+            where = f"row {number} of {path}"
+            if unchecked and text is not None:
+                text = _decode(text, where)
             if not isinstance(text, str):
-                raise UserError(f"row {number} of {path} holds {type(text).__name__} under {column!r}, not text")
+                raise UserError(f"{where} holds {type(text).__name__} under {column!r}, not text")
             number += 1
-            yield text
+            yield where, text
+
+
+def _decode(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8", "surrogatepass")  # some programs write surrogates as if they were characters
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 (byte {error.start}); convert it with iconv") from error
+
+
+# -- compressions --------------------------------------------------------------------------------------------------------
+
+
+def _zstandard(path: Path) -> IO[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UserError(f"{path} needs the package `zstandard`: pip install 'titan_dp[data]'") from error
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))  # type: ignore[arg-type]
+
+
+def _open(path: Path) -> IO[bytes]:
+    decompressor = _DECOMPRESSORS.get(path.suffix)
+    return path.open("rb") if decompressor is None else decompressor(path)
+
+
+_DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _zstandard}
+READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, str]]]] = {
+    **dict.fromkeys((".txt", ".md", ".text"), _text),
+    **dict.fromkeys((".jsonl", *(f".jsonl{ending}" for ending in _DECOMPRESSORS)), _json_lines),
+    ".parquet": _parquet,
+}
+"""By the end of a file's name; called with the file and `column`, which text files ignore."""
+
+
+def _reader(path: Path) -> Callable[[Path, str], Iterator[tuple[str, str]]] | None:
+    return next((read for ending, read in READERS.items() if path.name.endswith(ending)), None)

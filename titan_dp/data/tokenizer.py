@@ -45,7 +45,7 @@ class Tokenizer:
     encode_batch: Callable[[list[str]], list[list[int]]]
     """Ids of each text, without bos or eos; a lone surrogate is read as U+FFFD."""
     decode: Callable[[list[int]], str]
-    """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+    """Text of ids; bytes that are not UTF-8 become U+FFFD."""
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -54,7 +54,7 @@ class Tokenizer:
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that `name` means (see the module's docstring).
 
-    Raises UserError where there is none, or where it would have to be downloaded and cannot be.
+    Raises UserError if there is none, or if it would have to be downloaded and cannot be.
     """
     encoding = tiktoken_encoding(name)
     return _from_hugging_face(name) if encoding is None else _from_tiktoken(encoding)
@@ -104,9 +104,9 @@ def _read_rank_file(path: Path) -> tiktoken.Encoding:
     except FileNotFoundError:
         raise UserError(f"tokenizer {str(path)!r}: there is no such rank file") from None
     except ValueError as error:
-        raise UserError(f"tokenizer {str(path)!r} is no tiktoken rank file: {_short(error)}") from error
+        raise UserError(f"tokenizer {str(path)!r} is not a tiktoken rank file: {_short(error)}") from error
     if len(ranks) < 256:
-        raise UserError(f"tokenizer {str(path)!r} is no tiktoken rank file: it has {len(ranks)} tokens, not even all bytes")
+        raise UserError(f"tokenizer {str(path)!r} is not a tiktoken rank file: it has {len(ranks)} tokens, not even all bytes")
     special = {"<|endoftext|>": max(ranks.values()) + 1}
     return tiktoken.Encoding(str(path), pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
@@ -132,7 +132,7 @@ def hugging_face_folder(name: str) -> Path:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json of a folder, {} where there is none: bos_token and eos_token are str or None, ORIGIN is
+    """tokenizer_config.json of a folder, {} if there is none: bos_token and eos_token are str or None, ORIGIN is
     {"name": str, "hash": str} or absent. Raises UserError for anything else.
     """
     path = folder / "tokenizer_config.json"

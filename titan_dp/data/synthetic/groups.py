@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, reduce
 from pathlib import Path
@@ -53,14 +55,19 @@ def parse_group(name: str) -> Group:
 
     D_n has order 2n: the symmetries of a regular n-gon; D_1 and D_2 are Z2 and Z2xZ2.
 
-    Raises UserError where there is no such group, it has more than MAX_ORDER elements, or a table is not one of a group.
+    Raises UserError if there is no such group, it has more than MAX_ORDER elements, or a table is not one of a group.
     """
     if name.endswith(".csv"):
         return _from_file(Path(name))
-    factors = [_factor(part, name) for part in name.split("x")]
-    order = 1
+    factors, order = [], 1
+    for part in name.split("x"):
+        match = re.fullmatch(r"([ZDSA])([1-9][0-9]*)", part)
+        if match is None:
+            what = f"{part!r} in group {name!r}" if part != name else f"group {name!r}"
+            raise UserError(f"{what} is not known; write {_KINDS}")
+        factors.append((match[1], int(match[2])))
     for kind, n in factors:
-        order *= _order(kind, n)
+        order *= _ORDERS[kind](n)
         if order > MAX_ORDER:
             raise UserError(f"group {name!r} has more elements than a vocabulary may have, {MAX_ORDER:,}; take a smaller one")
     return from_permutations(name, reduce(_side_by_side, (_PERMUTATIONS[kind](n) for kind, n in factors)))
@@ -88,10 +95,10 @@ def from_permutations(name: str, permutations: np.ndarray) -> Group:
 
 
 def check_axioms(table: np.ndarray, where: str) -> None:
-    """Raises UserError naming the axiom and elements where `table` [n, n] of integers is no group with identity 0."""
+    """Raises UserError naming the axiom and elements if `table` [n, n] of integers is not a group with identity 0."""
     n = len(table)
     if table.shape != (n, n) or n == 0:
-        raise UserError(f"{where} has shape {table.shape}; a multiplication table is square, one row and column an element")
+        raise UserError(f"{where} has shape {table.shape}; a multiplication table is square, one row and column per element")
     if table.min() < 0 or table.max() >= n:
         outside = table[(table < 0) | (table >= n)][0]
         raise UserError(f"{where} is not a group: it holds {outside}, but its elements are 0 to {n - 1} (closure)")
@@ -130,7 +137,9 @@ def _from_file(path: Path) -> Group:
     except OSError as error:
         raise UserError(f"group {str(path)!r} cannot be read ({error}); give comma-separated element numbers") from error
     except ValueError as error:
-        raise UserError(f"group {str(path)!r} is no table of integers ({error}); write row a, column b: a after b") from error
+        raise UserError(
+            f"group {str(path)!r} is not a table of integers ({error}); write row a, column b: a after b"
+        ) from error
     if len(table) > MAX_ORDER:
         raise UserError(f"group {str(path)!r} has over {MAX_ORDER:,} elements, the largest vocabulary; take a smaller one")
     check_axioms(table, f"group {str(path)!r}")
@@ -138,32 +147,12 @@ def _from_file(path: Path) -> Group:
     return Group(name, table, table)  # Cayley's theorem: a group permutes its own elements, b -> a b
 
 
-def _factor(part: str, name: str) -> tuple[str, int]:
-    match = re.fullmatch(r"([ZDSA])([1-9][0-9]*)", part)
-    if match is None:
-        what = f"{part!r} in group {name!r}" if part != name else f"group {name!r}"
-        raise UserError(f"{what} is none that is known; write {_KINDS}")
-    return match[1], int(match[2])
-
-
-def _order(kind: str, n: int) -> int:
-    """Elements, or more than MAX_ORDER where they are many."""
-    if kind in "ZD":
-        return n if kind == "Z" else 2 * n
-    factorial = 1
-    for i in range(2, n + 1):
-        factorial *= i
-        if factorial > 2 * MAX_ORDER:
-            return factorial
-    return factorial if kind == "S" else max(1, factorial // 2)
-
-
 def _cyclic(n: int) -> np.ndarray:
     return (np.arange(n)[:, None] + np.arange(n)) % n
 
 
 def _dihedral(n: int) -> np.ndarray:
-    """Rotations, then reflections, of n corners; of 2n points where n corners do not tell them apart (n < 3)."""
+    """Rotations, then reflections, of n corners; fewer than 3 corners do not tell them apart, so those get more points."""
     if n < 3:
         return _cyclic(2) if n == 1 else _side_by_side(_cyclic(2), _cyclic(2))
     return np.concatenate([_cyclic(n), (np.arange(n)[:, None] - np.arange(n)) % n])
@@ -175,11 +164,18 @@ def _symmetric(n: int) -> np.ndarray:
 
 def _alternating(n: int) -> np.ndarray:
     everything = _symmetric(n)
-    inversions = sum((everything[:, i] > everything[:, j]).astype(np.int64) for i in range(n) for j in range(i + 1, n))
-    return everything[np.asarray(inversions + np.zeros(len(everything), np.int64)) % 2 == 0]
+    inversions = np.triu(everything[:, :, None] > everything[:, None, :]).sum((1, 2))
+    return everything[inversions % 2 == 0]
 
 
 _PERMUTATIONS = {"Z": _cyclic, "D": _dihedral, "S": _symmetric, "A": _alternating}
+# A factorial stands in for all larger ones: 9! / 2 is above MAX_ORDER already.
+_ORDERS: dict[str, Callable[[int], int]] = {
+    "Z": lambda n: n,
+    "D": lambda n: 2 * n,
+    "S": lambda n: math.factorial(min(n, 9)),
+    "A": lambda n: max(1, math.factorial(min(n, 9)) // 2),
+}
 
 
 def _side_by_side(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -199,6 +195,6 @@ def _base(permutations: np.ndarray) -> list[int]:
 
 
 def _codes(permutations: np.ndarray) -> np.ndarray:
-    """One number a row, a random linear form modulo 2^64; `_base` sees to it that no two elements share theirs."""
+    """One number per row: a random linear form modulo 2^64. `_base` sees to it that no two elements share theirs."""
     weights = np.random.default_rng(0).integers(2**63, size=permutations.shape[-1])
     return (permutations * weights).sum(-1)

@@ -9,7 +9,6 @@ bracketed expressions alone read the device back, once a level of their trees. L
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,10 @@ from torch import Tensor
 
 from titan_dp.data.batch import IGNORE
 from titan_dp.data.synthetic.counter_rng import Random
+from titan_dp.data.synthetic.problem import Problem
 from titan_dp.errors import UserError
 
+Make = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 MODULUS = 5
 _PLUS, _MINUS, _TIMES = 5, 6, 7
 _OPEN, _CLOSE = 8, 9
@@ -26,97 +27,55 @@ _ARITHMETIC = tuple("01234+-*=")
 _BRACKETS = tuple("01234+-*()=")
 
 
-@dataclass(frozen=True)
-class Language:
-    """Strings of random lengths and their answers."""
+class Language(Problem):
+    """Strings of random lengths, and their answers as the labels of their last symbols.
 
-    name: str
-    symbols: tuple[str, ...]
-    """What the tokens 0, 1, ... stand for."""
-    answers: int
-    """The answers are 0 to answers - 1."""
-    make: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    """(numbers, lengths [B]) -> (tokens [B, L], answers [B]); numbers [B, L] are uniform in [0, 2^31), 0 after a row's end,
-    where the tokens may be anything."""
-    shortest: int = 1
-    step: int = 1
-    """Strings have `shortest`, `shortest` + `step`, ... symbols."""
+    Args:
+        symbols: what the tokens 0, 1, ... stand for.
+        answers: these are 0 to answers - 1. Multiplication makes 0 commoner than a uniform guess: see LANGUAGES.
+        make: (numbers, lengths [B]) -> (tokens [B, L], answers [B]); numbers [B, L] are uniform in [0, 2^31), and 0 after a
+            row's end, where the tokens may be anything.
+        shortest, step: strings have `shortest`, `shortest` + `step`, ... symbols.
+    """
 
-    @property
-    def chance(self) -> float:
-        """Accuracy of a uniform guess, as the papers count it. Multiplication makes 0 commoner than that: see LANGUAGES."""
-        return 1 / self.answers
+    def __init__(self, name: str, symbols: tuple[str, ...], answers: int, make: Make, shortest: int = 1, step: int = 1) -> None:
+        super().__init__(name, len(symbols), answers)
+        assert answers <= self.vocab_size, "answers are tokens too"
+        self.symbols, self.answers, self.make, self.shortest, self.step = symbols, answers, make, shortest, step
 
-    def valid_lengths(self, low: int, high: int) -> list[int]:
-        """The lengths in [low, high] that strings have, ascending."""
-        return list(self._lengths(low, high))
+    def describe(self) -> str:
+        return f"formal language {self.name}, {self.answers} answers"
 
-    def sample(self, random: Random, samples: Tensor, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Strings of `low` to `high` symbols; each valid length is as likely as another.
-
-        Args:
-            random: the stream.
-            samples: [B] int64 indices; a row depends on its index alone.
-
-        Returns:
-            tokens [B, high] int64, len(symbols) after each row's end; lengths [B] int64; answers [B] int64.
-
-        Raises UserError where no string has such a length.
-        """
-        valid = self._lengths(low, high)
+    def lengths(self, low: int, high: int) -> range:
+        steps = -(-max(0, low - self.shortest) // self.step)
+        valid = range(self.shortest + steps * self.step, high + 1, self.step)
         if not valid:
             some = ", ".join(str(self.shortest + i * self.step) for i in range(3))
             raise UserError(
                 f"{self.name} has no string of {low} to {high} symbols, only of {some}, ...; change --min-length or --length "
                 "(state_tracking.min_length, training.seq_len - 1)"
             )
+        return valid
+
+    def sample(self, random: Random, samples: Tensor, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`rows` without BOS: tokens [B, high] int64, fillers after each row's end; lengths [B] int64; answers [B] int64."""
+        valid = self.lengths(low, high)
         lengths = valid.start + valid.step * random.integers(samples, 1, len(valid))[:, 0]
         after = torch.arange(high, device=samples.device) >= lengths[:, None]
         numbers = random.integers(samples, high, 2**31, start=1).masked_fill_(after, 0)
         tokens, answers = self.make(numbers, lengths)
-        return tokens.masked_fill_(after, len(self.symbols)), lengths, answers
-
-    def _lengths(self, low: int, high: int) -> range:
-        steps = -(-max(0, low - self.shortest) // self.step)
-        return range(self.shortest + steps * self.step, high + 1, self.step)
-
-
-class LanguageProblem:
-    """Rows of `language` for a model: BOS, a string, and its answer as the label of its last symbol."""
-
-    tokens_per_element = 1
-    answers_everywhere = False
-
-    def __init__(self, language: Language) -> None:
-        self.language, self.name, self.answers, self.chance = language, language.name, language.answers, language.chance
-        self.filler, self.bos = len(language.symbols), len(language.symbols) + 1
-        self.vocab_size, self.shortest = len(language.symbols) + 2, language.shortest
-        assert self.answers <= self.vocab_size, "answers are tokens too"
-
-    def describe(self) -> str:
-        return f"formal language {self.name}, {self.answers} answers"
+        return tokens.masked_fill_(after, self.filler), lengths, answers
 
     def rows(self, random: Random, samples: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-        """Rows with strings of `low` to `high` symbols.
-
-        Args:
-            random: the stream.
-            samples: [B] int64 indices; a row depends on its index alone.
-
-        Returns:
-            input_ids [B, 1 + high] int64, fillers after a row's end; labels [B, 1 + high] int64, -100 but for the answer.
-
-        Raises UserError where no string has such a length.
-        """
-        tokens, lengths, answers = self.language.sample(random, samples, low, high)
+        tokens, lengths, answers = self.sample(random, samples, low, high)
         input_ids = F.pad(tokens, (1, 0), value=self.bos)
         return input_ids, torch.full_like(input_ids, IGNORE).scatter_(1, lengths[:, None], answers[:, None])
 
 
 def find_language(name: str) -> Language:
-    """The language called `name`. Raises UserError where there is none."""
+    """The language called `name`. Raises UserError if there is none."""
     if name not in LANGUAGES:
-        raise UserError(f"task {name!r} is none that is known; choose {', '.join(LANGUAGES)}, or a group such as S3")
+        raise UserError(f"task {name!r} is not known; choose {', '.join(LANGUAGES)}, or a group such as S3")
     return LANGUAGES[name]
 
 
@@ -157,7 +116,7 @@ def _arithmetic(numbers: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, values.sum(1) % MODULUS
 
 
-def _brackets(operators: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _brackets(operators: int) -> Make:
     """Bracketed expressions with the first `operators` of + - *.
 
     Those of 1 to 4 symbols are x, -x, (x) and (-x); a longer one is (left op right), its length split uniformly. Nodes of

@@ -10,51 +10,29 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from titan_dp import config
 from titan_dp.data.batch import IGNORE, Batch, Place
 from titan_dp.data.synthetic.counter_rng import Random
 from titan_dp.data.synthetic.groups import parse_group
-from titan_dp.data.synthetic.languages import LanguageProblem, find_language
+from titan_dp.data.synthetic.languages import find_language
+from titan_dp.data.synthetic.problem import Problem
 from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
-
-
-class Problem(Protocol):
-    """A task with right answers: `WordProblem` or `LanguageProblem`."""
-
-    name: str
-    vocab_size: int
-    chance: float
-    """Accuracy of guessing."""
-    tokens_per_element: int
-    answers_everywhere: bool
-    """Whether every symbol has an answer; otherwise a word has one, at its end."""
-    shortest: int
-    """Symbols of the shortest word."""
-    filler: int
-    """The token of what is no symbol."""
-
-    def describe(self) -> str: ...
-
-    def rows(self, random: Random, samples: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-        """input_ids and labels [B, 1 + high * tokens_per_element] of words of `low` to `high` symbols."""
 
 
 def build_problem(c: config.StateTracking) -> Problem:
     """The problem that `c.task` names: a formal language, or a group for its word problem. Raises UserError."""
     if not c.is_group:
-        return LanguageProblem(find_language(c.task))
+        return find_language(c.task)
     return WordProblem(parse_group(c.task), c.max_moved, c.tokens_per_element)
 
 
 class SyntheticLoader:
-    """The training batches of one rank."""
+    """The training batches of one rank; a `batch.Loader`."""
 
     tokenizer_name = "none"
     """Tokens are elements and symbols: there is no text."""
@@ -107,7 +85,7 @@ class SyntheticSet:
     """`size` samples of a stream of their own, split over ranks; all ranks have the same number of batches.
 
     Args:
-        low, high: symbols a word.
+        low, high: symbols per word.
     """
 
     text_bytes = bytes_per_token = None
@@ -140,8 +118,8 @@ def validation_set(c: config.StateTracking, place: Place, vocab_size: int, devic
 def test_set(c: config.StateTracking, place: Place, vocab_size: int, device: torch.device) -> SyntheticSet:
     """Words up to `test_length`, longer than those trained on; looked at once, when training is over.
 
-    Where every symbol has an answer, each word is as long as can be; strings have all lengths from the longest that was
-    trained on to test_length.
+    If every symbol has an answer, each word is as long as can be. Strings have all lengths from the longest that was trained
+    on to test_length.
     """
     problem, length = problem_that_fits(c, place.seq_len, vocab_size)
     longest = c.test_length or 4 * length
@@ -150,7 +128,7 @@ def test_set(c: config.StateTracking, place: Place, vocab_size: int, device: tor
 
 
 def problem_that_fits(c: config.StateTracking, seq_len: int, vocab_size: int) -> tuple[Problem, int]:
-    """The problem and the symbols a row of `seq_len` tokens holds. Raises UserError where something does not fit."""
+    """The problem and the symbols a row of `seq_len` tokens holds. Raises UserError if something does not fit."""
     problem = build_problem(c)
     each = problem.tokens_per_element
     length, rest = divmod(seq_len - 1, each)
@@ -173,15 +151,14 @@ def problem_that_fits(c: config.StateTracking, seq_len: int, vocab_size: int) ->
         raise UserError(
             f"state_tracking.test_length = {c.test_length} is shorter than the words trained on, {length}; give at least that"
         )
-    if isinstance(problem, LanguageProblem):
-        first = first_longest(c, problem, length)
-        for low, high in ((shortest(c, problem, first), first), (length, c.test_length or 4 * length)):
-            problem.rows(Random(""), torch.zeros(1, dtype=torch.int64), low, high)  # raises where no string is so long
+    first = first_longest(c, problem, length)
+    for low, high in ((shortest(c, problem, first), first), (length, c.test_length or 4 * length)):
+        problem.lengths(low, high)  # raises if no string is so long
     return problem, length
 
 
 def shortest(c: config.StateTracking, problem: Problem, longest: int) -> int:
-    """Symbols of the shortest words, where the longest have `longest`.
+    """Symbols of the shortest words of a step whose longest have `longest`.
 
     Words with an answer at every symbol hold shorter ones, so they are all of one length unless min_length says otherwise.
     """
@@ -189,7 +166,9 @@ def shortest(c: config.StateTracking, problem: Problem, longest: int) -> int:
 
 
 def first_longest(c: config.StateTracking, problem: Problem, length: int) -> int:
-    """Symbols of the longest words at the start: of two lengths at least where a language may lack every other one."""
+    """Initial maximum length of the curriculum. In languages that is a second length, because some only have strings of even
+    length.
+    """
     if c.curriculum_steps == 0:
         return length
     low = c.min_length or problem.shortest

@@ -13,26 +13,27 @@ from torch import Tensor
 from titan_dp.data.batch import IGNORE
 from titan_dp.data.synthetic.counter_rng import Random
 from titan_dp.data.synthetic.groups import Group
+from titan_dp.data.synthetic.problem import Problem
 from titan_dp.errors import UserError
 
 
-class WordProblem:
+class WordProblem(Problem):
     """Rows of the word problem of `group`.
 
     Args:
         group: its elements are the tokens 0 to order - 1.
         max_moved: draw only elements that move at most so many points (2: the swaps and the identity); None: all.
-        tokens_per_element: an element, then fillers, to give a layer more steps an element (Grazzi et al. 2025, "4 tokens
+        tokens_per_element: an element, then fillers, to give a layer more steps per element (Grazzi et al. 2025, "4 tokens
             per permutation"); the label stands at the last of them.
 
-    Raises UserError where `max_moved` leaves nothing to draw but the identity.
+    Raises UserError if `max_moved` leaves nothing to draw except the identity.
     """
 
+    answers_everywhere = True
+
     def __init__(self, group: Group, max_moved: int | None = None, tokens_per_element: int = 1) -> None:
-        self.name, self.group, self.tokens_per_element = group.name, group, tokens_per_element
-        self.answers_everywhere, self.shortest = True, 1
-        self.filler, self.bos = group.order, group.order + 1
-        self.vocab_size, self.chance = group.order + 2, 1 / group.order
+        super().__init__(group.name, group.order, group.order)
+        self.group, self.tokens_per_element = group, tokens_per_element
         drawn = torch.arange(group.order) if max_moved is None else torch.from_numpy((group.moved <= max_moved).nonzero()[0])
         if len(drawn) < 2 <= group.order:
             raise UserError(
@@ -47,16 +48,7 @@ class WordProblem:
         return f"word problem of {self.name}, {self.group.order:,} elements{some}{spread}"
 
     def rows(self, random: Random, samples: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-        """Rows of `low` to `high` elements, uniformly.
-
-        Args:
-            random: the stream.
-            samples: [B] int64 indices; a row depends on its index alone.
-
-        Returns:
-            input_ids and labels [B, 1 + high * tokens_per_element] int64; fillers after a row's end, labels -100 where
-            nothing is asked: at BOS, at all but the last token of an element, after the end.
-        """
+        """See `Problem.rows`. Every element has an answer, at its last token."""
         self.drawn, self.table = self.drawn.to(samples.device), self.table.to(samples.device)
         # Draw 0 is the length, whether it is needed or not, so that words do not change with `low`.
         length = low + random.integers(samples, 1, high - low + 1)
