@@ -41,6 +41,10 @@ train() {
         wait "$child" || code=$?
         kill -0 "$child" 2>/dev/null || break # a signal ends `wait`, not the command
     done
+    # srun reports the highest code of all nodes: 137 if it had to kill one after another had left with the user's mistake.
+    if ((code > 2)) && [[ -n ${logs:-} ]] && grep -qsx 2 "$logs"/node-*/exit_code; then
+        code=2
+    fi
     if ((code == 0 || code == 2)); then
         say "ended with exit code $code"
     elif [[ $near_limit ]] && ((code == 75 || code > 128)); then # above: a node ended by srun when another was done

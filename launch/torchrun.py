@@ -3,7 +3,7 @@
     python launch/torchrun.py --nproc-per-node=8 train.py --config 800m.toml
 
 1. It leaves with the exit code of the process that failed first (2: the user's mistake), where torchrun always says 1, so
-   that only what may succeed the next time is tried again.
+   that only what may succeed the next time is tried again. With --log-dir the code is in the file exit_code there as well.
 2. With several nodes gloo, which carries asynchronous checkpoints and CPU training, binds to the interface that leads to the
    first node. By itself it binds to whatever the node's own name resolves to: loopback on Debian, nothing on many clusters.
    A GLOO_SOCKET_IFNAME that is set is left alone. NCCL finds its interfaces by itself.
@@ -57,9 +57,13 @@ def main(argv: list[str]) -> int:
             # srun, told of another node's failure, ends this one: that must no longer change the exit code.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             code = error.get_first_failure()[1].exitcode  # negative: killed by that signal
+            code = code if code >= 0 else 128 - code
+            if args.log_dir:
+                Path(args.log_dir).mkdir(parents=True, exist_ok=True)
+                (Path(args.log_dir) / "exit_code").write_text(f"{code}\n")
             if code != EXIT_STOPPED:
                 print(error, file=sys.stderr, flush=True)
-            return code if code >= 0 else 128 - code
+            return code
         except SignalException as error:
             print(f"ended from outside by {error.sigval.name}", file=sys.stderr, flush=True)
             # 1, not 143: srun reports the highest code of all nodes, and the one that failed by itself must show. So 75 too is

@@ -51,7 +51,7 @@ KillWait=2
 ReturnToService=2
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
-PartitionName=normal Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=5
+PartitionName=normal Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=120
 PartitionName=urgent Nodes=n1,n2 PriorityTier=2 PreemptMode=OFF
 """
 

@@ -82,8 +82,10 @@ def test_the_launcher_leaves_with_the_exit_code_of_what_it_launched(
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"import os, sys\n{statement}\n")
-    result = run(root, sys.executable, "launch/torchrun.py", "--standalone", "--nproc-per-node=1", script)
+    logs = tmp_path / "logs"
+    result = run(root, sys.executable, "launch/torchrun.py", "--standalone", "--nproc-per-node=1", f"--log-dir={logs}", script)
     assert result.returncode == code, result.stderr
+    assert [int(file.read_text()) for file in logs.glob("exit_code")] == [code] * (code > 0)
     assert "Traceback" not in result.stderr
 
 
@@ -111,6 +113,20 @@ def test_a_signal_before_torch_is_imported_is_no_failure_of_its_own(root: Path, 
     """srun reports the highest exit code of all nodes: 143 here would hide the 2 of the node that failed."""
     (tmp_path / "torch.py").write_text("import sys, time\nprint('importing', file=sys.stderr, flush=True)\ntime.sleep(600)\n")
     assert signalled(root, tmp_path, "", "", "importing") == 1
+
+
+@pytest.mark.parametrize(("codes", "code"), [(["2", "137"], 2), (["2"], 2), (["137", "1"], 137)])
+def test_a_mistake_on_one_node_is_the_jobs_whatever_srun_did_to_the_others(
+    root: Path, tmp_path: Path, codes: list[str], code: int
+) -> None:
+    for node, text in enumerate(codes):
+        (tmp_path / f"node-{node}").mkdir()
+        (tmp_path / f"node-{node}/exit_code").write_text(f"{text}\n")
+    script = f"source {root}/launch/slurm_common.sh; logs={tmp_path}; train bash -c 'exit 137'"
+    result = subprocess.run(
+        ["bash", "-euc", script], cwd=tmp_path, env=ENV | {"SLURM_JOB_ID": "1"}, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == code, result.stderr
 
 
 def test_the_interface_towards_a_host_is_the_one_that_has_the_route() -> None:
