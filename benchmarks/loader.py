@@ -34,7 +34,7 @@ def write_shards(folder: Path) -> None:
         start, length = int(rng.integers(0, len(text) - 2 * DOCUMENT)), int(rng.integers(1, 2 * DOCUMENT))
         writer.add(text[start : start + length], length)
         written += length
-    writer.finish(tokenizer, {"split": "train", "validation_fraction": 0})
+    writer.finish(tokenizer, {"split": "train", "validation_fraction": 0, "adds_bos": False, "adds_eos": False})
 
 
 def open_loader(folder: Path, boundaries: str, workers: int = 0) -> Loader:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train/ and validation/ token shards of 300 made-up documents under the bytes tokenizer."""
+    from titan_dp.cli import dispatch
+
     folder = tmp_path_factory.mktemp("shards")
     rng = random.Random(0)
     words = "the a red green old young fox dog house river sees finds takes likes and or".split()
@@ -76,9 +76,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(300):
         text = " ".join(rng.choice(words) for _ in range(rng.randint(5, 60)))
         (documents / f"{i:03}.txt").write_text(f"Story {i}. {text}.")
-    command = [sys.executable, "-m", "titan_dp.cli", "prepare", str(documents), "--out", str(folder / "tokens")]
-    command += ["--tokenizer", "bytes", "--validation-fraction", "0.1", "--workers", "1"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=600)
+    command = ["prepare", str(documents), "--out", str(folder / "tokens"), "--validation-fraction", "0.1", "--workers", "1"]
+    assert dispatch(command) == 0
     return folder / "tokens"
 
 

@@ -136,7 +136,7 @@ def prepare_killed(*arguments: str | Path) -> None:
 
 
 def test_a_run_killed_with_sigkill_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "x.jsonl", [f"{i} " + "text " * 200 for i in range(6000)])
+    source = write_jsonl(tmp_path / "x.jsonl", [f"{i} " + "text " * 200 for i in range(2000)])
     arguments = ["--workers", "1", "--shard-tokens", "100K", "--validation-fraction", "0.3"]
     prepare(source, "--out", tmp_path / "whole", *arguments)
     process = SERVER.Process(target=prepare_killed, args=(source, "--out", tmp_path / "killed", *arguments))

@@ -96,24 +96,17 @@ def test_every_sample_is_new_and_a_seed_and_a_task_make_a_run() -> None:
     assert not set(ours) & (set(other) | set(words(steps(settings("D3"), 20, seed=seed)[:, 0])))
 
 
-def test_rows_fill_the_sequence_and_begin_with_bos() -> None:
-    for seq_len in (2, 3, 17, 33):
-        ids, labels = steps(settings(), 2, seq_len=seq_len).unbind(1)
-        assert ids.shape == (2, G, seq_len)
-        assert (ids[..., 0] == S3_BOS).all()
-        assert (ids[..., 1:] < 6).all()
-        assert (labels[..., 0] == -100).all()
-        assert (labels[..., 1:] >= 0).all()
-
-
-def test_words_of_many_lengths_keep_to_their_bounds() -> None:
-    rows = steps(settings(min_length=5), 100)
-    lengths = (rows[:, 1] != -100).sum(-1).flatten().tolist()
-    assert set(lengths) == set(range(5, 17))
-    for ids, labels, length in zip(rows[:, 0].flatten(0, 1), rows[:, 1].flatten(0, 1), lengths, strict=True):
-        assert (ids[1 : 1 + length] < 6).all()
-        assert (ids[1 + length :] == S3_FILLER).all()
-        assert (labels[1 + length :] == -100).all()
+@pytest.mark.parametrize(("min_length", "seq_len"), [(None, 2), (None, 3), (None, 17), (None, 33), (5, 17)])
+def test_rows_are_bos_words_of_the_lengths_asked_for_and_fillers(min_length: int | None, seq_len: int) -> None:
+    ids, labels = steps(settings(min_length=min_length), 100, seq_len=seq_len).unbind(1)
+    assert ids.shape == labels.shape == (100, G, seq_len)
+    lengths = (labels != -100).sum(-1, keepdim=True)
+    assert set(lengths.flatten().tolist()) == set(range(min_length or seq_len - 1, seq_len))
+    place = torch.arange(seq_len)
+    assert (ids[..., 0] == S3_BOS).all()
+    assert torch.equal(ids < S3_FILLER, (place > 0) & (place <= lengths))
+    assert torch.equal(labels >= 0, (place > 0) & (place <= lengths))
+    assert (ids[place.expand_as(ids) > lengths] == S3_FILLER).all()
 
 
 @pytest.mark.parametrize(
@@ -142,14 +135,6 @@ def test_a_curriculum_goes_on_with_the_next_step_when_steps_get_larger() -> None
     assert batch["labels"] is not None
     assert large.state_dict() == {"samples": 52 * G, "step": 51}
     assert int((batch["labels"][0] != -100).sum()) == large.longest(50)
-
-
-def test_several_tokens_an_element_take_several_places() -> None:
-    ids, labels = steps(settings(tokens_per_element=4), 3, seq_len=17).unbind(1)
-    assert (ids[..., 1::4] < 6).all()
-    assert all((ids[..., other::4] == S3_FILLER).all() for other in (2, 3, 4))
-    assert (labels[..., 4::4] >= 0).all()
-    assert (labels != -100).sum() == 3 * G * 4
 
 
 def test_describe_and_fingerprint_tell_one_training_set_from_another() -> None:

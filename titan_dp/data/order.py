@@ -2,7 +2,7 @@
 
 A source of W windows is read in epochs; epoch e visits its windows in a permutation keyed by (fingerprint, seed, e),
 computed for any index in O(1) by a Feistel network with cycle walking, so there is no array on disk and step 1,000,000
-is reached as fast as step 0. A mixture deals samples to sources in blocks of `_BLOCK`: in every block a source has a fixed
+is reached as fast as step 0. A mixture deals samples to sources in blocks of `_BLOCK`: every block gives each source a fixed
 number of places, in an order keyed by the block. Ranks, workers and batch sizes do not enter.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from titan_dp.errors import UserError
 
-_BLOCK = 4096
-_ROUNDS = 6
+_BLOCK = 4096  # so a weight is a multiple of 1 / 4096
+_ROUNDS = 6  # of the Feistel network; another number is another order, with which no run can go on
 
 
 def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:

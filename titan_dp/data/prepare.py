@@ -32,6 +32,8 @@ from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
 from titan_dp.files import JsonObject, Natural, Replaced, parse_json, write_json
 
+# A worker's batch ends with whichever comes first: many short documents share one message to a worker, and a few long ones do
+# not fill the memory (4 batches per worker are in flight).
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1_000_000
 
 

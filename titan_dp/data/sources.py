@@ -58,7 +58,7 @@ def documents(files: list[Path], column: str, replaced: Replaced) -> Iterator[st
 def hugging_face_documents(
     name: str, config: str, split: str, column: str, streaming: bool, replaced: Replaced
 ) -> Iterator[str]:
-    """The texts of a dataset on the Hub or in a local folder as Unicode, what is none `replaced`."""
+    """The texts of a dataset on the Hub or in a local folder, lone surrogates `replaced`."""
     rows = load_hugging_face(name, config, split, column, streaming)
     for number, row in enumerate(rows_of(rows, name)):
         yield replaced(row[column], f"row {number} of {name}")
@@ -67,7 +67,7 @@ def hugging_face_documents(
 def rows_of(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
     """The rows of dataset `name`.
 
-    Raises UserError if one is not UTF-8 or cannot be parsed, RunError where the connection to it breaks.
+    Raises UserError if one is not UTF-8 or cannot be parsed, RunError if the connection to it breaks.
     """
     try:
         yield from rows
@@ -100,7 +100,11 @@ def load_hugging_face(name: str, config: str, split: str, column: str, streaming
         dataset = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
     except Exception as error:
         message = _reason(error)
-        hint = "; code of a dataset is never run: where it loads, save it as .jsonl or .parquet" if "script" in message else ""
+        hint = (
+            "; code of a dataset is never run: load it elsewhere and save it as .jsonl or .parquet"
+            if "script" in message
+            else ""
+        )
         raise UserError(
             f"Hugging Face dataset {name!r} (name {config!r}, split {split!r}) cannot be loaded: {message}{hint}"
         ) from error

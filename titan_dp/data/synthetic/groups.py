@@ -77,7 +77,7 @@ def from_permutations(name: str, permutations: np.ndarray) -> Group:
     """The group of `permutations` [order, points], all of them different, closed under composition, the identity first.
 
     Elements are told apart by the images of a base, a few points that no two elements take to the same places. Raises
-    UserError where a product's images belong to no element.
+    UserError if a product's images belong to no element.
     """
     order, points = permutations.shape
     base = permutations[:, _base(permutations)]

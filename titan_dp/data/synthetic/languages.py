@@ -121,7 +121,7 @@ def _brackets(operators: int) -> Make:
 
     Those of 1 to 4 symbols are x, -x, (x) and (-x); a longer one is (left op right), its length split uniformly. Nodes of
     the tree are known by where they start in the flattened batch: no two longer ones start together. A position's number
-    is its digit or operator, or, where a longer expression opens, how that splits.
+    chooses its digit or operator, or, if a longer expression opens there, how that splits.
     """
 
     def make(numbers: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,6 +168,6 @@ LANGUAGES = {
 }
 """By name. Both bracket languages have one alphabet; the task of Grazzi et al.'s table 3 is the one without *.
 
-Answers are uniform but where there is *: answering always 0 is right for 30 % of "...-brackets-mult" at lengths 40 to 256,
-a scaled accuracy of 0.13 (27 % and 0.09 at 3 to 40; "modular-arithmetic": 20 %, and 21 % at 3 to 40).
+Answers are uniform except in languages with *: answering always 0 is right for 30 % of "...-brackets-mult" at lengths 40 to
+256, a scaled accuracy of 0.13 (27 % and 0.09 at 3 to 40; "modular-arithmetic": 20 %, and 21 % at 3 to 40).
 """
