@@ -182,10 +182,8 @@ def test_a_model_is_shown_by_the_run_that_validates_best_whatever_the_test_says(
 
 
 def test_models_come_in_the_order_of_their_runs_and_differ_by_every_setting_except_seeds_and_names(tmp_path: Path) -> None:
-    runs = [
-        write_run(tmp_path / name, [1.0], model=model)
-        for name, model in zip("1234", ["softmax attention", *MODELS], strict=False)
-    ]
+    ours, net, attention, _ = MODELS
+    runs = [write_run(tmp_path / str(i), [1.0], model=m) for i, m in enumerate((attention, ours, net, attention), 1)]
     text = (runs[1] / "config.toml").read_text()
     seeded = text.replace("[data]", "[data]\nseed = 7") + '[debug]\nseed = 7\n[job]\nrun_name = "b"\ndescription = "another"\n'
     (write_run(tmp_path / "5", [1.0]) / "config.toml").write_text(seeded)

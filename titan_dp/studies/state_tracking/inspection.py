@@ -1,4 +1,4 @@
-"""`titan-dp state-tracking inspect RUN`: what a trained model does with a group's elements, in numbers and one figure per layer.
+"""`titan-dp state-tracking inspect RUN`: what a trained model does with a group's elements, in numbers and figures.
 
 For each head: the step sizes (reflections have beta = 2, unused steps 0); how many dimensions the keys of the steps taken
 span; and the orbit of the state over random words, which falls into one cluster per element if the head tracks the group.

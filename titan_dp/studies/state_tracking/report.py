@@ -93,6 +93,7 @@ def read_outcome(folder: Path) -> Outcome | None:
     wanted = loaded.state_tracking.solved_accuracy
     reached = [r["step"] for r in validations if r["validation_sequence_accuracy"] >= wanted]
     solved_step = reached[0] if reached[-1:] == [validations[-1]["step"]] else None
+    up_to = [s for end, s in zip(ends, seconds, strict=True) if solved_step is not None and end <= solved_step]
     return Outcome(
         folder=folder,
         config=loaded,
@@ -102,8 +103,7 @@ def read_outcome(folder: Path) -> Outcome | None:
         data_wait=max([r["data_wait"] for r in steps[1:]], default=0.0),
         householder_steps=steps[-1].get("householder_steps"),
         solved_step=solved_step,
-        solved_seconds=solved_step
-        and max((s for end, s in zip(ends, seconds, strict=True) if end <= solved_step), default=0.0),
+        solved_seconds=None if solved_step is None else max(up_to, default=0.0),
         validations=validations,
         test=read_length_test(folder),
     )
