@@ -64,14 +64,14 @@ def run(args: argparse.Namespace) -> int:
 
     from titan_dp.studies.state_tracking.spectra import measure_all
 
-    names = [args.construction] if args.construction else list(CONSTRUCTIONS)
-    checks = [check for name in names for check in run_construction(name, args.tokens, args.seed)]
+    chosen = [args.construction] if args.construction else list(CONSTRUCTIONS)
+    checks = [check for name in chosen for check in run_construction(name, args.tokens, args.seed)]
     facts = [] if args.construction else list(measure_all(np.random.default_rng(args.seed), DRAWS))
-    header = ("construction", "group", "layers", "n_h", "dtype", "backend", "tokens", "errors", "solved")
-    _print("Constructed weights on random words", header, [(*astuple(check), check.errors == 0) for check in checks])
+    names = ["construction", "group", "layers", "n_h", "dtype", "backend", "tokens", "errors", "solved"]
+    _print("Constructed weights on random words", names, [(*astuple(check), check.errors == 0) for check in checks])
     if facts:
-        header = ("fact", "worst value", "draws", "found", "theory", "holds")
-        _print("Spectra of random transitions", header, [astuple(fact) for fact in facts])
+        names = ["fact", "worst value", "draws", "found", "theory", "holds"]
+        _print("Spectra of random transitions", names, [astuple(fact) for fact in facts])
     total, failed = len(checks) + len(facts), sum(c.errors > 0 for c in checks) + sum(not f.holds for f in facts)
     print(f"{failed} of {total} checks failed" if failed else f"all {total} checks are as the theory says")
     return 1 if failed else 0
@@ -108,11 +108,11 @@ def count_errors(model: Transformer, group: Group, tokens: int, seed: int) -> in
     return int(((logits.argmax(-1) != labels) | ~logits.isfinite().all(-1))[:, 1:].sum())
 
 
-def _print(title: str, header: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
+def _print(title: str, names: list[str], rows: list[tuple[object, ...]]) -> None:
     from rich.table import Table
 
     table = Table(title=title)
-    for name, value in zip(header, rows[0], strict=True):
+    for name, value in zip(names, rows[0], strict=True):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         table.add_column(name, justify="right" if is_number else "left")
     for row in rows:
