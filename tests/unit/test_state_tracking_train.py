@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -378,14 +376,3 @@ def test_a_number_that_is_none_is_refused_by_the_command_line(
     option, value = words.split()
     assert f"argument {option}: {value!r}: expected " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("kind", [[], ["train"], ["report"], ["inspect"], ["theory"]])
-def test_help_imports_little_and_so_answers_at_once(kind: list[str], root: Path) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "titan_dp.cli", "state-tracking", *kind, "--help"]
-    answer = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
-    assert answer.returncode == 0, answer.stderr
-    assert "usage:" in answer.stdout
-    imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
-    assert not imported & {"torch", "scipy", "matplotlib"}
-    assert len(imported) < 500, "a module takes about a millisecond"
