@@ -9,7 +9,7 @@ import os
 import sys
 from functools import partial
 
-from titan_dp.errors import UserError, run_main
+from titan_dp.errors import UserError, is_main_rank, run_main
 
 
 def main() -> int:
@@ -24,7 +24,7 @@ def main() -> int:
             share_failure(mistake)  # other nodes may have another command, or other files, and would wait for this one
         raise
     if loaded.print_config:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_rank():
             print(loaded.annotated_toml())
         return 0
     # torch takes seconds to import: only from here on.

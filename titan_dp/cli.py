@@ -76,6 +76,7 @@ def _add_commands(parser: argparse.ArgumentParser, commands: Commands, argv: lis
             _add_commands(subparser, where, argv[1:])
         else:
             module = import_module(where)
+            subparser.description = (module.__doc__ or summary).split("\n\n")[0]
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
 

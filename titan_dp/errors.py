@@ -78,6 +78,17 @@ STOPPED_FILE = "TITAN_DP_STOPPED_FILE"
 """Environment variable: a file that a stopped process makes, for launch/torchrun.py, which does not see exit codes."""
 
 
+def is_main_rank() -> bool:
+    """Whether this process is rank 0, or has no ranks beside it; needs no process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say_once(sentence: str) -> None:
+    """To stderr, once for all ranks."""
+    if is_main_rank():
+        print(sentence, file=sys.stderr, flush=True)
+
+
 def run_main(command: Callable[[], int]) -> int:
     """Run `command` and return the process's exit code, printing what went wrong to stderr."""
     if path := os.environ.get(STOPPED_FILE):  # of an earlier life of this rank
@@ -100,7 +111,7 @@ def report(error: Exception | KeyboardInterrupt) -> int:
     if isinstance(error, KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if isinstance(error, StoppedError):
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_rank():
             print(error, flush=True)
         if path := os.environ.get(STOPPED_FILE):
             open(path, "w").close()

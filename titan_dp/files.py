@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Annotated, Any, TypeVar
@@ -20,7 +19,7 @@ from typing import IO, Annotated, Any, TypeVar
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, say_once
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -200,11 +199,7 @@ class Replaced:
 
     def say(self) -> None:
         """One sentence on stderr, from the main rank, if anything was replaced."""
-        if self.characters and os.environ.get("RANK", "0") == "0":
+        if self.characters:
             first = f", the first in {self.first}" if self.first else ""
-            print(
-                f"warning: {self.characters:,} lone surrogate(s) in {self.texts:,} {self.what}{first}: no Unicode, replaced by "
-                "U+FFFD",
-                file=sys.stderr,
-                flush=True,
-            )
+            counted = f"{self.characters:,} lone surrogate(s) in {self.texts:,} {self.what}{first}"
+            say_once(f"warning: {counted}: not Unicode, replaced by U+FFFD")

@@ -93,30 +93,19 @@ def _check_config(config: Any) -> None:
     assert config.model.head_v_dim > 0
 
 
-def _toml_texts(_: Path) -> Prepared:
-    raw = mutated_bytes(_CONFIG.encode()).map(lambda b: b.decode(errors="replace"))
-    texts = st.one_of(_DOTTED, _CHANGED.map(_with_headers), raw, st.text(max_size=60))
-
-    def check(text: str) -> None:
-        _check_config(config_from_toml(text))
-
-    return texts, check
-
-
-def _toml_files(folder: Path) -> Prepared:
+def _configs(folder: Path) -> Prepared:
+    """A config file and the one that it may extend."""
     base, run = folder / "base.toml", folder / "run.toml"
-    names = st.sampled_from(["base.toml", "run.toml", "./base.toml", "../gone.toml", "/dev/zero", "/dev", *NAMES]).map(
-        json.dumps
+    names = st.sampled_from(["base.toml", "run.toml", "./base.toml", "../gone.toml", "/dev/zero", "/dev", *NAMES])
+    starts = names.map(lambda name: f"extends = {json.dumps(name)}\n".encode()) | st.just(b"")
+    texts = st.one_of(_DOTTED, _CHANGED.map(_with_headers), st.text(max_size=60)).map(
+        lambda text: text.encode("utf-8", "replace")
     )
-    starts = names.map(lambda name: f"extends = {name}\n".encode())
-    rest = st.one_of(
-        mutated_bytes(_CONFIG.encode()), _CHANGED.map(lambda c: _with_headers(c).encode("utf-8", "replace")), st.just(b"")
-    )
-    files = st.tuples(starts | st.just(b""), rest | st.binary(max_size=40))
+    files = st.tuples(starts, st.one_of(texts, mutated_bytes(_CONFIG.encode()), st.binary(max_size=40)))
 
     def check(case: tuple[tuple[bytes, bytes], tuple[bytes, bytes]]) -> None:
-        for path, (start, rest) in zip((run, base), case, strict=True):
-            path.write_bytes(start + rest)
+        for path, parts in zip((run, base), case, strict=True):
+            path.write_bytes(b"".join(parts))
         loaded = load_config(["--config", str(run)])
         _check_config(loaded.config)
         assert config_from_toml(loaded.resolved_toml()) == loaded.config
@@ -437,8 +426,7 @@ def _run_folders(folder: Path) -> Prepared:
 TARGETS = {
     target.name: target
     for target in (
-        Target("TOML text", 20, _toml_texts),
-        Target("TOML files with extends", 12, _toml_files),
+        Target("config files", 32, _configs),
         Target("command lines", 12, _command_lines),
         Target("token manifests", 15, _token_manifests),
         Target("token shards", 12, _shard_files),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -235,26 +236,26 @@ def test_only_what_was_set_aside_and_holds_nothing_else_is_advised_to_be_deleted
     assert "step-00000001.keep" in said, "a checkpoint under a name of its own is listed as one"
 
 
-def test_a_configuration_written_by_hand_is_not_written_over_by_a_run(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text("# the settings of my thesis\n[optimizer]\nlr = 1e-3\n")
-    c = load_config(["--config", "debug.toml"])
-    for check in (check_config_is_ours, lambda folder, remedy: holds_config(folder, c.config, c.resolved_toml(), remedy)):
-        with pytest.raises(UserError, match="config.toml was not written by a run, which would overwrite it; rename it"):
-            check(tmp_path, "rename it")
-
-
-@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
-def test_files_of_another_program_are_not_written_over_by_a_run(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text('{"loss": 1.0}\n')
-    with pytest.raises(UserError, match=f"{name} was not written by a run, which would overwrite it; rename it"):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.toml", "# the settings of my thesis\n[optimizer]\nlr = 1e-3\n"),
+        ("run.json", '{"loss": 1.0}\n'),
+        ("metrics.jsonl", '{"loss": 1.0}\n'),
+    ],
+)
+def test_files_of_others_are_not_written_over_by_a_run(tmp_path: Path, name: str, text: str) -> None:
+    loaded = load_config(["--config", "debug.toml"])
+    (tmp_path / name).write_text(text)
+    refusal = f"{name} was not written by a run, which would overwrite it; rename it"
+    with pytest.raises(UserError, match=refusal):
         check_config_is_ours(tmp_path, "rename it")
+    if name == "config.toml":
+        with pytest.raises(UserError, match=refusal):
+            holds_config(tmp_path, loaded.config, loaded.resolved_toml(), "rename it")
     (tmp_path / name).rename(tmp_path / "elsewhere")  # the advice
     check_config_is_ours(tmp_path, "rename it")
-
-
-def test_a_configuration_that_a_run_wrote_is(tmp_path: Path) -> None:
-    check_config_is_ours(tmp_path, "rename it")
-    (tmp_path / "config.toml").write_text(load_config(["--config", "debug.toml"]).annotated_toml())
+    (tmp_path / "config.toml").write_text(loaded.annotated_toml())  # what a run wrote
     check_config_is_ours(tmp_path, "rename it")
 
 
@@ -268,7 +269,57 @@ def test_advice_about_a_damaged_run_json_keeps_the_run(tmp_path: Path) -> None:
     assert read_run(tmp_path) == {"state": "training"}
 
 
-# -- reports, evaluations ----------------------------------------------------------------------------------------
+# -- sweeps, reports, evaluations ----------------------------------------------------------------------------------------
+
+CONFIG = Path(__file__).resolve().parents[2] / "train_configs/debug.toml"
+SWEEP = """
+extends = "debug.toml"
+[sweep]
+name = "study"
+[sweep.axes]
+num_householder = [{n_h}]
+"""
+
+
+def sweep(n_h: str) -> None:
+    path = Path("study.toml")
+    path.write_text(SWEEP.format(n_h=n_h).replace("debug.toml", str(CONFIG)))
+    dispatch(["sweep", str(path)])
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda folder: (folder / "notes.md").write_text("mine"),
+        lambda folder: (folder / "config.toml").write_text(
+            (folder / "config.toml").read_text().replace("warmup_steps = ", "warmup_steps = 1")
+        ),
+    ],
+    ids=["a file beside it", "a setting changed by hand"],
+)
+def test_a_sweep_that_loses_a_cell_leaves_a_folder_somebody_has_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, touch: Callable[[Path], object]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep("1, 2, 3")
+    touch(Path("outputs/study/nh3"))
+    before = files(Path("outputs/study/nh3"))
+    sweep("1")
+    assert not Path("outputs/study/nh2").exists()
+    assert files(Path("outputs/study/nh3")) == before
+
+
+def test_a_sweep_does_not_write_over_a_configuration_that_somebody_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep("1, 2")
+    config = Path("outputs/study/nh2/config.toml")
+    changed = config.read_text().replace("warmup_steps = ", "warmup_steps = 1")
+    config.write_text(changed)
+    with pytest.raises(UserError, match="config.toml is not what this sweep wrote, and would be overwritten; give this sweep"):
+        sweep("1, 2")
+    assert config.read_text() == changed
 
 
 def test_an_evaluation_that_begins_again_refuses_a_file_that_is_none(tmp_path: Path) -> None:
@@ -285,17 +336,32 @@ def test_an_evaluation_that_begins_again_refuses_a_file_that_is_none(tmp_path: P
     assert result.read_text() == '{"mine": true}'
 
 
-@pytest.mark.parametrize("name", ["summary.json", "summary.md", "curves.png"])
-def test_a_state_tracking_report_refuses_files_that_are_none(tmp_path: Path, name: str) -> None:
-    run, out = write_state_tracking_run(tmp_path / "run", [0.5, 1.0]), tmp_path / "out"
+EVALUATION = "was not written by an evaluation, .* move it away, or choose another --out"
+COMMAND = "is no file of this command, .* move it away, or choose another --out"
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "refusal"),
+    [
+        *(("state-tracking report", name, COMMAND) for name in ("summary.json", "summary.md", "curves.png")),
+        *(("evaluate recall", name, EVALUATION) for name in ("recall.png", "recall-run-step-00000007.csv")),
+    ],
+)
+def test_files_of_others_are_not_written_over_by_a_report(tmp_path: Path, command: str, name: str, refusal: str) -> None:
+    out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text("[]")
-    command = ["state-tracking", "report", str(run), "--out", str(out)]
-    with pytest.raises(UserError, match=f"{name} is no file of this command, .* move it away, or choose another --out"):
-        dispatch(command)
+    if command == "evaluate recall":
+        source = [str(save_checkpoint(tmp_path / "run")), "--pairs", "2", "--sequences", "2"]
+    else:
+        source = [str(write_state_tracking_run(tmp_path / "run", [0.5, 1.0]))]
+    argv = [*command.split(), *source, "--out", str(out)]
+    with pytest.raises(UserError, match=f"{name} {refusal}"):
+        dispatch(argv)
     assert (out / name).read_text() == "[]"
+    assert files(out) == {name}
     (out / name).rename(tmp_path / "elsewhere")  # the advice
-    assert dispatch(command) == dispatch(command) == 0
+    assert dispatch(argv) == dispatch([*argv, "--overwrite"] if command == "evaluate recall" else argv) == 0
 
 
 def test_a_state_tracking_study_refuses_them_before_it_trains(tmp_path: Path) -> None:
@@ -305,23 +371,10 @@ def test_a_state_tracking_study_refuses_them_before_it_trains(tmp_path: Path) ->
     assert files(tmp_path) == {"summary.json"}
 
 
-def test_what_is_found_in_a_models_heads_is_not_written_over_files_that_are_none(tmp_path: Path) -> None:
+def test_other_files_are_a_commands_own_only_beside_its_record(tmp_path: Path) -> None:
     (tmp_path / "layer-0.png").write_bytes(b"mine")
     keys = {"task", "run", "heads"}
     with pytest.raises(UserError, match="layer-0.png is no file of this command"):
         check_own(tmp_path, "inspect.json", keys, ("layer-0.png",))
     (tmp_path / "inspect.json").write_text(json.dumps(dict.fromkeys(keys)))
     check_own(tmp_path, "inspect.json", keys, ("layer-0.png",))
-
-
-@pytest.mark.parametrize("name", ["recall.png", "recall-run-step-00000007.csv"])
-def test_an_evaluation_refuses_a_file_beside_its_result_that_is_none(tmp_path: Path, name: str) -> None:
-    run, out = save_checkpoint(tmp_path / "run"), tmp_path / "out"
-    out.mkdir()
-    (out / name).write_text("mine")
-    command = ["evaluate", "recall", str(run), "--out", str(out), "--pairs", "2", "--sequences", "2"]
-    with pytest.raises(UserError, match=f"{name} was not written by an evaluation, .* move it away, or choose another --out"):
-        dispatch(command)
-    assert files(out) == {name}
-    (out / name).rename(tmp_path / "elsewhere")  # the advice
-    assert dispatch(command) == dispatch([*command, "--overwrite"]) == 0

@@ -132,7 +132,7 @@ def _function(section: dict[str, Any]) -> dict[str, Any]:
         c = config.Model.model_validate(section)
     except (ValidationError, ArithmeticError) as error:
         raise DamagedError(
-            "the checkpoint's [model] section is no model; take another step with checkpoint.load_step"
+            "the checkpoint's [model] section is not valid; take another step with checkpoint.load_step"
         ) from error
     kv_heads = c.attention_num_kv_heads or c.softmax_heads
     values = c.model_dump(exclude={"backend", "initializer_range"}) | {

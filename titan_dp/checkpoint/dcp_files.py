@@ -1,7 +1,7 @@
 """How torch.distributed.checkpoint's files are written and read here: with checksums, and without trust.
 
-The writer hashes what it writes while it writes it, so that a checkpoint is known by what was meant to be in it, and nothing
-is read back. The reader unpickles the index through an allow-list; tensors are read by torch with weights_only.
+The writer hashes data while it writes them, so that checksums are of what was meant to be saved, and nothing is read back. The
+reader unpickles the index through an allow-list; torch reads tensors with weights_only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -86,7 +86,7 @@ class Reader(dcp.FileSystemReader):
 
 
 def _read_index(path: Path) -> Metadata:
-    """Raises UserError where it is damaged, or lists anything but tensors, which torch would unpickle without a check."""
+    """Raises UserError if it is damaged, or lists anything except tensors, which torch would unpickle without a check."""
     try:
         index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
         if isinstance(index, Metadata):
@@ -97,17 +97,17 @@ def _read_index(path: Path) -> Metadata:
         reason = shorten(f"{type(error).__name__}: {error}")
         raise UserError(f"{path} is damaged ({reason}); take another step of the run") from error
     if not isinstance(index, Metadata):
-        raise UserError(f"{path} is no index of a checkpoint; take another step of the run")
+        raise UserError(f"{path} is not a checkpoint's index; take another step of the run")
     return index
 
 
 def _check_index(index: Metadata, path: Path) -> None:
-    """Every entry a tensor, in files of the folder, and no larger than these. Raises UserError, or anything at a wrong type."""
+    """Every entry must be a tensor that fits into files of the folder. Raises UserError, or anything for a wrong type."""
     listed = 0
     for name, entry in index.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             raise UserError(
-                f"{path} lists {shorten(str(name))}, which is no tensor: no checkpoint of ours has such; do not trust it"
+                f"{path} lists {shorten(str(name))}, which is no tensor: our checkpoints hold only tensors; do not trust it"
             )
         if not isinstance(name, str) or not isinstance(entry.properties.dtype, torch.dtype):
             raise ValueError(f"entry {shown(name)}")
@@ -125,29 +125,23 @@ def _check_index(index: Metadata, path: Path) -> None:
 
 
 class _IndexUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
-    """In Python: the one in C sets aside as much memory as the file asks for, however short it is."""
+    """Python's own, because the one in C reserves as much memory as the file asks for, however short it is."""
 
-    _NAMES = frozenset(
-        {
-            *((_DCP + ".metadata", name) for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata")),
-            *(
-                (_DCP + ".metadata", name)
-                for name in ("ChunkStorageMetadata", "TensorProperties", "MetadataIndex", "StorageMeta")
-            ),
-            (_DCP + ".metadata", "_MEM_FORMAT_ENCODING"),
-            (_DCP + ".filesystem", "_StorageInfo"),
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("torch._utils", "_get_dtype"),
-            ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"),
-            ("pathlib._local", "PosixPath"),
-        }
-    )
+    _NAMES: ClassVar = {
+        _DCP + ".metadata": "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
+        "MetadataIndex StorageMeta _MEM_FORMAT_ENCODING",
+        _DCP + ".filesystem": "_StorageInfo",
+        "torch": "Size",
+        "torch.serialization": "_get_layout",
+        "torch._utils": "_get_dtype",
+        "collections": "OrderedDict",
+        "pathlib": "PosixPath",
+        "pathlib._local": "PosixPath",
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) in self._NAMES or is_dtype:
+        if name in self._NAMES.get(module, "").split() or is_dtype:
             return super().find_class(module, name)
         raise UserError(
             f"a checkpoint's .metadata asks for {shorten(f'{module}.{name}')}, which none of ours needs; do not trust this "

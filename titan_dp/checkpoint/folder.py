@@ -8,9 +8,7 @@ is set aside, as step-00001000.damaged, and the one before is taken.
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,19 +26,13 @@ from titan_dp.checkpoint.manifest import (
     unhealthy,
 )
 from titan_dp.config.describe import all_keys
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, say_once
 from titan_dp.files import shorten, stays_inside
 
 SAVED = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|(\.manifest\.json\.tmp|manifest\.json)")
 """Names of the files that a save writes."""
 _ASIDE = re.compile(r"step-\d+\.(damaged|abandoned|unhealthy)(-\d+)?")
 """Names that `set_aside` gives."""
-
-
-def say(sentence: str) -> None:
-    """To stderr, once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(sentence, file=sys.stderr, flush=True)
 
 
 # -- which checkpoint a path means ---------------------------------------------------------------------------------------
@@ -56,7 +48,7 @@ def resolve_checkpoint(path: Path) -> Path:
     """
     if is_checkpoint(path):
         if why := unhealthy(read_manifest(path)):
-            say(f"WARNING: checkpoint {path} is not healthy ({why}); it is read because it was named itself")
+            say_once(f"WARNING: checkpoint {path} is not healthy ({why}); it is read because it was named itself")
         return path
     folder, passed = checkpoint_folder(path), list[str]()
     candidates = [step_folder(folder, step) for step in reversed(all_steps(folder))] or copies(folder)
@@ -64,7 +56,7 @@ def resolve_checkpoint(path: Path) -> Path:
         name = f"step {step}" if (step := step_of(checkpoint)) else checkpoint.name
         if not (why := _why_not(checkpoint)):
             if passed:
-                say(f"{folder}: {shorten('; '.join(passed), 600)}; taking {name}, the newest healthy checkpoint")
+                say_once(f"{folder}: {shorten('; '.join(passed), 600)}; taking {name}, the newest healthy checkpoint")
             return checkpoint
         passed.append(f"{name} {why}")
     if not (committed := [checkpoint for checkpoint in candidates if (checkpoint / MANIFEST).exists()]):

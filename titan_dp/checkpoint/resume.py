@@ -13,10 +13,10 @@ from typing import Any
 import torch.distributed as dist
 
 from titan_dp import config
-from titan_dp.checkpoint.folder import delete_checkpoint, health, loaded_step, say, set_aside
+from titan_dp.checkpoint.folder import delete_checkpoint, health, loaded_step, set_aside
 from titan_dp.checkpoint.manifest import MANIFEST, DamagedError, committed_steps, read_manifest, step_folder, unhealthy
 from titan_dp.checkpoint.seen import verify_together
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, say_once
 from titan_dp.faults.agreement import on_main
 
 Found = tuple[Path, dict[str, Any]]
@@ -55,7 +55,7 @@ def _step_to_load(load_step: int, folder: Path, steps: list[int], group: dist.Pr
         for step in sorted(newer.keys() - set(own)):
             aside = on_main(partial(set_aside, newer[step], "abandoned"), group)
             said = f"checkpoint {newer[step]} is set aside as {aside.name}: the run goes on from an earlier step"
-            say(f"{said} (checkpoint.load_step = {load_step})")
+            say_once(f"{said} (checkpoint.load_step = {load_step})")
     return max([load_step, *own])
 
 
@@ -65,7 +65,7 @@ def _good(checkpoint: Path, group: dist.ProcessGroup) -> Found:
     if problems := verify_together(checkpoint, manifest, group):
         raise UserError(f"checkpoint {checkpoint} is damaged: {problems[0]}; resume from another with checkpoint.load_step")
     if why := unhealthy(manifest):
-        say(f"WARNING: checkpoint {checkpoint} is not healthy ({why}); it is read because checkpoint.load_step names it")
+        say_once(f"WARNING: checkpoint {checkpoint} is not healthy ({why}); it is read because checkpoint.load_step names it")
     return checkpoint, manifest
 
 
@@ -92,7 +92,7 @@ def _newest_healthy(folder: Path, steps: list[int], group: dist.ProcessGroup) ->
             return checkpoint, manifest
         aside = on_main(partial(set_aside, checkpoint), group)
         instead = f"it is set aside as {aside.name}, and the one before is taken"
-        say(f"WARNING: checkpoint {checkpoint} is damaged: {'; '.join(problems)}; {instead}")
+        say_once(f"WARNING: checkpoint {checkpoint} is damaged: {'; '.join(problems)}; {instead}")
     for i, (checkpoint, why, finite) in enumerate(passed):
         if not finite:
             continue
@@ -100,7 +100,7 @@ def _newest_healthy(folder: Path, steps: list[int], group: dist.ProcessGroup) ->
         if not verify_together(checkpoint, manifest, group):
             _pass_over(passed[:i], f"the run goes on from {checkpoint.name}", group)
             taken = f"{checkpoint.name}, whose weights are finite, is taken ({why})"
-            say(f"WARNING: no checkpoint in {folder} is healthy; {taken}")
+            say_once(f"WARNING: no checkpoint in {folder} is healthy; {taken}")
             return checkpoint, manifest
     if passed:
         newest, why, _ = passed[0]
@@ -126,4 +126,4 @@ def _pass_over(passed: list[tuple[Path, str, bool]], instead: str, group: dist.P
     for checkpoint, why, _ in passed:
         on_main(partial(aside_only_once, checkpoint), group)
         aside = f"it is set aside as {checkpoint.name}.unhealthy, and {instead}"
-        say(f"WARNING: checkpoint {checkpoint} is not healthy ({why}); {aside}")
+        say_once(f"WARNING: checkpoint {checkpoint} is not healthy ({why}); {aside}")

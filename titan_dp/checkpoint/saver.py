@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from titan_dp import config
 from titan_dp.checkpoint.changed_settings import check_resumable, keeps_moments
 from titan_dp.checkpoint.dcp_files import Writer, os_error
-from titan_dp.checkpoint.folder import apply_retention, delete_checkpoint, make_empty, say, set_aside_folders
+from titan_dp.checkpoint.folder import apply_retention, delete_checkpoint, make_empty, set_aside_folders
 from titan_dp.checkpoint.manifest import MANIFEST, committed_steps, now, step_folder, write_manifest
 from titan_dp.checkpoint.resume import checkpoint_to_resume
 from titan_dp.checkpoint.seen import unseen
@@ -45,7 +45,7 @@ from titan_dp.checkpoint.state import (
 )
 from titan_dp.checkpoint.weights import CheckpointTensors, tensor_difference
 from titan_dp.distributed import local_tensor
-from titan_dp.errors import RunError, UserError
+from titan_dp.errors import RunError, UserError, say_once
 from titan_dp.faults.agreement import gather, on_main
 from titan_dp.files import shorten
 
@@ -223,7 +223,7 @@ class Checkpointer:
         restore_rng(rng, current["seed"], manifest["step"])
         if aside := self._on_main(lambda: [path.name for path in set_aside_folders(self.folder)]):
             kept = f"{len(aside)} checkpoint(s) were set aside and are kept: {shorten(', '.join(aside))}"
-            say(f"{kept}; `titan-dp checkpoint list {self.folder}` says how to delete them")
+            say_once(f"{kept}; `titan-dp checkpoint list {self.folder}` says how to delete them")
         return manifest
 
     def newest(self) -> Path:

@@ -30,7 +30,7 @@ class CheckpointTensors:
     Args:
         verified: its files have been compared with the manifest, which this rank may not even see yet.
 
-    Raises UserError where the checkpoint is cut off or damaged.
+    Raises UserError if the checkpoint is cut off or damaged.
     """
 
     def __init__(self, folder: Path, verified: bool = False) -> None:
@@ -70,7 +70,7 @@ def load_model_weights(
             vocabulary they are of.
         allow_changed: keys that may differ all the same.
 
-    Raises UserError where there is no healthy checkpoint, or it is damaged, not finite, or of another architecture or
+    Raises UserError if there is no healthy checkpoint, or it is damaged, not finite, or of another architecture or
     vocabulary.
     """
     # Rank 0 says which one is the newest, for all.
@@ -104,7 +104,7 @@ def tensor_difference(saved: Mapping[str, torch.Size], wanted: Mapping[str, Tens
 def save_model_weights(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """A committed checkpoint of weights alone, from one process; a run starts from it by `checkpoint.initial_load_path`.
 
-    Raises OSError where it cannot be written.
+    Raises OSError if it cannot be written.
     """
     make_empty(folder)
     with warnings.catch_warnings():

@@ -64,7 +64,7 @@ class Key:
 @cache
 def all_keys() -> dict[str, Key]:
     """Every key by its dotted name, in schema order."""
-    return {key.dotted: key for key in walk(Config, "")}
+    return {key.dotted: key for key in _walk(Config, "")}
 
 
 @cache
@@ -76,8 +76,7 @@ def sections() -> dict[str, list[Key]]:
     return result
 
 
-def walk(model: type[Section], section: str) -> Iterator[Key]:
-    """The keys of `model`, which is called `section`, then those of its subsections."""
+def _walk(model: type[Section], section: str) -> Iterator[Key]:
     properties = model.model_json_schema()["properties"]
     inner = []
     for name, field in model.model_fields.items():
@@ -86,7 +85,7 @@ def walk(model: type[Section], section: str) -> Iterator[Key]:
         else:
             yield Key(section, name, describe(properties[name]), field.description or "", field.default, field)
     for child, path in inner:
-        yield from walk(child, path)
+        yield from _walk(child, path)
 
 
 def describe(schema: dict[str, Any]) -> str:
@@ -157,7 +156,7 @@ PAGE = """\
 
 A run is described by one TOML file; any setting can be overridden on the command line:
 
-    source .venv/bin/activate    # once a shell: the environment that `make install` made
+    source .venv/bin/activate    # once per shell: the environment that `make install` made
     torchrun --nproc_per_node=8 train.py --config 800m.toml --optimizer.lr 1e-3 --compile.enable=false
 
 * `--config NAME` takes a file of `train_configs/` by its bare name, or any file by its path (with a `/`).

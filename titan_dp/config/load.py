@@ -10,23 +10,21 @@ What needs data, devices or the number of ranks is checked where those are known
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tomli
 from pydantic import ValidationError
 
 from titan_dp.config.advice import explain_unknown, ineffective_settings
-from titan_dp.config.describe import Key, all_keys, help_text, sections, to_toml, walk
-from titan_dp.config.schema import Config, Section
-from titan_dp.errors import UserError
+from titan_dp.config.describe import Key, all_keys, help_text, sections, to_toml
+from titan_dp.config.schema import Config
+from titan_dp.errors import UserError, is_main_rank
 from titan_dp.files import as_unicode, shorten, shown
 
 # Two spellings of one quantity: setting one undoes the other if that came from a lower source.
@@ -34,8 +32,6 @@ _ALTERNATIVES = {"training.steps": "training.tokens", "training.tokens": "traini
 
 _DEEPEST = 8  # parts of a key; no known key has half as many
 _MISSING = object()
-
-AnySection = TypeVar("AnySection", bound=Section)
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -115,7 +111,7 @@ class Setting:
 
 
 def _refused(problems: Iterable[str]) -> UserError:
-    """One error with all `problems`, a line each."""
+    """One error with all `problems`, one per line."""
     lines = list(dict.fromkeys(problems))
     return UserError("\n  ".join([f"{len(lines)} problems in the configuration:", *lines] if lines[1:] else lines))
 
@@ -138,7 +134,7 @@ def load_config(argv: list[str]) -> Loaded:
     Prints the help and raises SystemExit for --help. Raises UserError with all problems at once.
     """
     if "--help" in argv or "-h" in argv:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_rank():
             print(help_text())
         raise SystemExit(0)
     line = parse_command_line(argv)
@@ -321,7 +317,7 @@ def _flatten(parsed: dict[str, Any], path: list[str], origin: str) -> Iterator[S
 
 
 def _display(path: Path) -> str:
-    """`path` from the current directory where it lies below that, else as given."""
+    """`path` relative to the current directory if it lies below that, else as given."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
@@ -334,7 +330,7 @@ def _display(path: Path) -> str:
 def build_config(settings: list[Setting], problems: Iterable[str] = ()) -> tuple[Config, dict[str, str]]:
     """Merge settings (later ones win) over the defaults and validate them; returns (config, provenance).
 
-    Raises UserError with `problems` and all that is wrong here, a line each.
+    Raises UserError with `problems` and everything that is wrong here, one per line.
     """
     merged: dict[str, Setting] = {}
     for setting in settings:
@@ -353,7 +349,7 @@ def build_config(settings: list[Setting], problems: Iterable[str] = ()) -> tuple
         if setting.key not in all_keys():
             lines.append(f"{setting.origin}: unknown key {shorten(setting.key)}; {explain_unknown(setting.key)}")
         elif setting.key in wrong and setting is known.get(setting.key):
-            lines.append(_refusal(setting, all_keys()[setting.key]))
+            lines.append(_refusal(setting))
     allowed = known.get("checkpoint.allow_changed")
     if allowed is not None and allowed.key not in wrong:
         for name in (name for name in allowed.value if name not in all_keys()):  # type: ignore[attr-defined]  # a list
@@ -365,22 +361,6 @@ def build_config(settings: list[Setting], problems: Iterable[str] = ()) -> tuple
     if config is None or lines:
         raise _refused(lines)
     return config, {key: known[key].origin if key in known else "default" for key in all_keys()}
-
-
-def build_section(kind: type[AnySection], name: str, settings: list[Setting]) -> AnySection:
-    """A section that Config does not have, such as [sweep] of a sweep file. Raises UserError with all that is wrong in it."""
-    keys = {key.dotted: key for key in walk(kind, name)}
-    lines = []
-    for setting in settings:
-        if (key := keys.get(setting.key)) is None:
-            near = get_close_matches(setting.key, list(keys), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
-            lines.append(f"{setting.origin}: unknown key {shorten(setting.key)}; {hint}")
-        elif not key.accepts(setting.value):
-            lines.append(_refusal(setting, key))
-    if lines:
-        raise _refused(lines)
-    return kind.model_validate(_nested({setting.key: setting for setting in settings}).get(name, {}))
 
 
 def _nested(settings: dict[str, Setting]) -> dict[str, Any]:
@@ -401,8 +381,8 @@ def _key_of(location: tuple[int | str, ...]) -> str:
     return next((path for path in paths if path in all_keys()), "")
 
 
-def _refusal(setting: Setting, key: Key) -> str:
-    expected = f"expected {key.expected}"
+def _refusal(setting: Setting) -> str:
+    expected = f"expected {all_keys()[setting.key].expected}"
     if setting.value is _MISSING:
         return f"{setting.origin}: --{setting.key} needs a value; {expected}"
     return f"{setting.origin}: {setting.key} = {_show(setting.value)}: {expected}"

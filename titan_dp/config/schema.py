@@ -46,7 +46,7 @@ def _within(name: str) -> str:
 
 
 def refuse(problems: list[str]) -> None:
-    """Raise all `problems` of a section at once, a line each."""
+    """Raise all `problems` of a section at once, one per line."""
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -401,7 +401,7 @@ class Validation(Section):
     steps: PositiveOrAll = -1
     """Batches of each validation; -1: every held-out token once."""
     local_batch_size: Positive | None = None
-    """Sequences a rank evaluates at once; default: training.local_batch_size."""
+    """Sequences per rank and batch; default: training.local_batch_size."""
 
     @property
     def paths(self) -> list[str]:

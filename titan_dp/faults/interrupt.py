@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_dp.errors import SIGNALS
+from titan_dp.errors import SIGNALS, is_main_rank
 
 _CTRL_C = b"\nCtrl-C: the step is finished and saved; a second Ctrl-C leaves at once, back to the last save\n"
 
@@ -51,7 +51,7 @@ class Interrupt:
         if number == signal.SIGINT:
             for at_once in (signal.SIGINT, signal.SIGTERM):  # C's default action: it needs no Python, whatever is waited for
                 signal.signal(at_once, signal.SIG_DFL)
-            if os.environ.get("RANK", "0") == "0":
+            if is_main_rank():
                 os.write(2, _CTRL_C)  # print is not for signal handlers
 
     def flags(self) -> Tensor:
