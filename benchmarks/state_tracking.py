@@ -34,7 +34,7 @@ def measure_solving(report: Report, folder: Path) -> None:
     options = ["--group", "S3", "--num-householder", "2", "--stop-when-solved", "--solved-accuracy", "1.0", "--launch", "print"]
     command = [sys.executable, "-m", "titan_dp.cli", "state-tracking", "train", *options, "--seeds", str(SEEDS)]
     subprocess.run([*command, "--out", str(folder)], cwd=PROJECT, check=True, stdout=subprocess.DEVNULL)
-    for run in sorted(folder.iterdir()):
+    for run in sorted(path.parent for path in folder.glob("*/config.toml")):
         start = time.perf_counter()
         train = [sys.executable, "train.py", "--config", str(run / "config.toml")]
         subprocess.run(train, cwd=PROJECT, check=True, stdout=subprocess.DEVNULL)

@@ -18,14 +18,12 @@ from titan_dp.checkpoint.manifest import read_manifest, write_manifest
 from titan_dp.checkpoint.state import not_finite
 from titan_dp.checkpoint.weights import save_model_weights
 from titan_dp.cli import dispatch
-from titan_dp.config import Config, Training
 from titan_dp.errors import RunError, UserError
 from titan_dp.inference.hf.card import _measured_rows
 from titan_dp.inference.hf.export import export
 from titan_dp.inference.hf.folder import FolderSource
 from titan_dp.inference.hf.importer import import_folder
 from titan_dp.inference.pretrained import open_source
-from titan_dp.studies.state_tracking.results import Outcome, Summary
 from titan_dp.train.validate import accuracy_by_position, evaluate_answers
 
 CPU = torch.device("cpu")
@@ -182,15 +180,6 @@ def test_theory_counts_an_answer_of_nan_as_an_error() -> None:
 
     model: Any = lambda inputs: torch.full((*inputs.shape, 4), math.nan)  # noqa: E731
     assert count_errors(model, parse_group("Z2"), tokens=50, seed=0) == 50
-
-
-@pytest.mark.parametrize("bad", [math.nan, None])
-def test_of_equal_runs_the_one_whose_loss_is_no_number_is_not_chosen(bad: float | None) -> None:
-    def outcome(loss: float | None) -> Outcome:
-        validations = [{"step": 1, "validation_sequence_accuracy": 0.5, "validation_loss": loss}]
-        return Outcome(Path("run"), Config(training=Training(steps=1)), 1, 1, validations, {}, 0.0, None, test=None)  # type: ignore[arg-type]
-
-    assert Summary("model", [outcome(bad), outcome(2.0), outcome(1.0)]).chosen.last["validation_loss"] == 1.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, None])

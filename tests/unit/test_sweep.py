@@ -10,9 +10,9 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -121,20 +121,13 @@ def test_a_sweep_that_was_changed_before_any_training_is_written_anew(sweep: Run
         assert load_config(["--config", str(STUDY / cell / "config.toml")]).config.model.num_heads == 8
 
 
-def test_cells_that_are_gone_before_any_training_leave_no_folder_behind(sweep: Run) -> None:
-    sweep()
-    sweep(AXES.replace("[1, 2]\nseed", "[2]\nseed"))
-    assert sorted(path.name for path in STUDY.iterdir() if path.is_dir()) == ["nh2-s1", "nh2-s2"]
-
-
 def test_more_values_of_an_axis_add_cells_to_those_that_were_trained(sweep: Run) -> None:
     sweep()
     train("nh1-s1", "finished")
     before = contents()
     assert sweep(AXES.replace("seed = [1, 2]", "seed = [1, 2, 3]")).code == 0
-    assert {name: text for name, text in contents().items() if name in before and name != f"{STUDY}/sweep.json"} == {
-        name: text for name, text in before.items() if name != f"{STUDY}/sweep.json"
-    }
+    listing = f"{STUDY}/sweep.json"
+    assert {name: text for name, text in contents().items() if name in before} | {listing: ""} == before | {listing: ""}
     assert len(json.loads((STUDY / "sweep.json").read_text())["cells"]) == 6
 
 
@@ -155,7 +148,7 @@ def test_a_sweep_that_was_moved_trains_where_it_is_now(sweep: Run) -> None:
         assert job.dump_folder == "outputs/other"
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- folders that are not the sweep's to change ------------------------------------------------------------------------
 
 
 def check_refused(answer: Answer, *said: str) -> None:
@@ -167,98 +160,99 @@ def check_refused(answer: Answer, *said: str) -> None:
         assert part in answer.err
 
 
-@pytest.mark.parametrize("state", ["training", "finished"])
-def test_a_folder_that_was_trained_with_other_settings_is_refused_and_nothing_is_overwritten(state: str, sweep: Run) -> None:
+CELL = STUDY / "nh1-s1"
+OTHER = AXES + "[model]\nnum_heads = 8\n"
+# what has happened to a cell, the sweep that is given next, and what is said
+IN_THE_WAY: dict[str, tuple[Callable[[], object], str, tuple[str, ...]]] = {
+    "training": (lambda: train("nh1-s1", step=20), OTHER, ("model.num_heads was 4, is now 8", "give this sweep another")),
+    "finished": (lambda: train("nh1-s1", "finished", step=20), OTHER, ("model.num_heads was 4, is now 8", "name")),
+    "its config is cut off": (
+        lambda: (train("nh1-s1"), (CELL / "config.toml").write_text("[model]\nhidden_")),
+        AXES,
+        ("its config.toml cannot be read",),
+    ),
+    "its config is gone": (lambda: (train("nh1-s1"), (CELL / "config.toml").unlink()), AXES, ("no config.toml",)),
+    "run.json is cut off": (lambda: (CELL / "run.json").write_text('{"state": "trai'), AXES, ("/run.json",)),
+    "run.json is a list": (lambda: (CELL / "run.json").write_text("[1]"), AXES, ("/run.json",)),
+    "it is not named any more": (
+        lambda: train("nh1-s1", "finished"),
+        '[sweep]\nname = "study"\n[sweep.axes]\nlr = [1e-3]\n',
+        ("was trained and study.toml does not name it", "put the cell back"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_THE_WAY)
+def test_a_folder_that_was_trained_otherwise_is_refused_and_nothing_is_written(case: str, sweep: Run) -> None:
+    happens, text, said = IN_THE_WAY[case]
     sweep()
-    train("nh2-s1", state, step=20)
+    happens()
     before = contents()
-    answer = sweep(AXES + "[model]\nnum_heads = 8\n")
-    check_refused(answer, f"{STUDY}/nh2-s1", "model.num_heads was 4, is now 8", "name")
+    check_refused(sweep(text), f"{STUDY}/nh1-s1", *said)
     assert contents() == before
-
-
-def test_a_trained_folder_whose_config_is_cut_off_is_refused(sweep: Run) -> None:
-    sweep()
-    train("nh1-s1")
-    (STUDY / "nh1-s1" / "config.toml").write_text("[model]\nhidden_")
-    before = contents()
-    check_refused(sweep(), f"{STUDY}/nh1-s1", "cannot be read")
-    assert contents() == before
-
-
-def test_a_trained_folder_without_its_config_is_refused(sweep: Run) -> None:
-    sweep()
-    train("nh1-s1")
-    (STUDY / "nh1-s1" / "config.toml").unlink()
-    check_refused(sweep(), f"{STUDY}/nh1-s1", "no config.toml")
-
-
-@pytest.mark.parametrize("text", ['{"state": "trai', "[1]", '"finished"', "\x00\x00"])
-def test_a_run_json_that_cannot_be_read_is_refused(text: str, sweep: Run) -> None:
-    sweep()
-    (STUDY / "nh1-s1" / "run.json").write_text(text)
-    check_refused(sweep(), f"{STUDY}/nh1-s1/run.json")
 
 
 def test_a_cell_that_is_training_is_not_rewritten_though_it_has_not_reached_its_first_step(sweep: Run) -> None:
     sweep()
     before = contents()
-    lock = RunLock(STUDY / "nh1-s1")
-    try:
-        answer = sweep(AXES + "[model]\nnum_heads = 8\n")
-    finally:
-        lock.close()
-    check_refused(answer, f"{STUDY}/nh1-s1")
+    with closing(RunLock(CELL)):
+        check_refused(sweep(OTHER), f"{STUDY}/nh1-s1")
     assert contents() == before
 
 
-def test_another_sweep_of_the_same_name_does_not_take_over_the_folder(sweep: Run) -> None:
+def test_cells_that_are_gone_before_any_training_leave_no_folder_unless_somebody_has_touched_it(sweep: Run) -> None:
     sweep()
-    train("nh1-s1", "finished")
+    (STUDY / "nh1-s1/notes.md").write_text("mine")
+    config = STUDY / "nh1-s2/config.toml"
+    config.write_text(config.read_text().replace("warmup_steps = ", "warmup_steps = 1"))
     before = contents()
-    check_refused(sweep('[sweep]\nname = "study"\n[sweep.axes]\nlr = [1e-3]\n', file="another.toml"), str(STUDY))
+    assert sweep("[sweep.axes]\nnum_householder = [2]\nseed = [2]\n").code == 0
+    assert sorted(path.name for path in STUDY.iterdir() if path.is_dir()) == ["nh1-s1", "nh1-s2", "nh2-s2"]
+    kept = {name: text for name, text in before.items() if "/nh1-" in name}
+    assert kept.items() <= contents().items()
+
+
+def test_a_configuration_that_somebody_changed_is_not_written_over(sweep: Run) -> None:
+    sweep()
+    config = STUDY / "nh1-s2/config.toml"
+    config.write_text(config.read_text().replace("warmup_steps = ", "warmup_steps = 1"))
+    before = contents()
+    check_refused(sweep(), "config.toml is not what this sweep wrote, and would be overwritten; give this sweep")
     assert contents() == before
 
 
-def test_while_a_launch_is_at_work_the_table_is_shown_and_nothing_is_written(sweep: Run) -> None:
+def test_while_a_launch_is_at_work_the_table_is_shown_and_nothing_is_written_or_launched(sweep: Run) -> None:
     sweep()
-    before = (STUDY / "sweep.json").read_text()
-    lock = RunLock(STUDY)
-    try:
+    before = contents()
+    with closing(RunLock(STUDY)):
         assert sweep("[sweep.axes]\nseed = [7]\n").code == 0
-        assert (STUDY / "sweep.json").read_text() == before
-        assert not list(STUDY.glob("s7*"))
-    finally:
-        lock.close()
+        second = sweep(AXES, "--launch", "local")
+    assert second.code == 1
+    assert f"another process is at work on this sweep ({STUDY}); titan-dp sweep study.toml shows how far it is" in second.err
+    assert contents() == before
 
 
 def test_a_refused_sweep_writes_nothing(sweep: Run, tmp_path: Path) -> None:
     check_refused(sweep("[sweep.axes]\nnum_householder = [1, 1]\n"), "same configuration")
     check_refused(sweep("[sweep.axes]\nnum_househodler = [1]\n"), "did you mean num_householder?")
+    check_refused(sweep(AXES + '[job]\ndump_folder = "base.toml"\n'), "base.toml/study cannot be a folder")
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_dump_folder_that_is_a_file_is_one_message(sweep: Run) -> None:
-    answer = sweep(AXES + '[job]\ndump_folder = "base.toml"\n')
-    assert answer.code == 2
-    assert "base.toml" in answer.err
-    assert "Traceback" not in answer.err
+WRONG_OPTIONS = {
+    "--mfu": ("0", "-0.4", "1.5", "nan", "x"),
+    "--peak-tflops": ("0", "inf", "nan"),
+    "--at-once": ("0", "-1", "1.5", "x"),
+    "--nproc": ("0",),
+    "--retries": ("-1", "x"),
+    "--launch": ("kubernetes",),
+    "--lunch": ("local",),
+    "--sbatch": ("'",),
+}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        *(["--mfu", wrong] for wrong in ("0", "-0.4", "1.5", "40", "nan", "x")),
-        *(["--peak-tflops", wrong] for wrong in ("0", "-1", "inf", "nan", "x")),
-        *(["--at-once", wrong] for wrong in ("0", "-1", "1.5", "x")),
-        *(["--nproc", wrong] for wrong in ("0", "x")),
-        *(["--retries", wrong] for wrong in ("-1", "x")),
-        ["--launch", "kubernetes"],
-        ["--lunch", "local"],
-    ],
-    ids=" ".join,
-)
-def test_wrong_options_are_the_users_mistake(options: list[str], sweep: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(name, value) for name, values in WRONG_OPTIONS.items() for value in values], ids=" ".join)
+def test_wrong_options_are_the_users_mistake(options: tuple[str, str], sweep: Run, tmp_path: Path) -> None:
     answer = sweep(AXES, *options)
     assert (answer.code, answer.out) == (2, "")
     assert options[-1] in answer.err
@@ -290,11 +284,8 @@ def test_the_table_says_how_far_each_cell_is(sweep: Run) -> None:
     train("nh1-s1", "finished", step=1954)
     train("nh1-s2", "training", step=1230)
     train("nh2-s1", "training", step=40)
-    lock = RunLock(STUDY / "nh2-s1")
-    try:
+    with closing(RunLock(STUDY / "nh2-s1")):
         answer = sweep()
-    finally:
-        lock.close()
     states = {cell: row[0] for cell, row in rows(answer).items()}
     assert [states[cell] for cell in CELLS] == ["finished", "step 1,230", "running", "new"]
     assert states["all"] == "1 finished"
@@ -327,28 +318,17 @@ def commands(answer: Answer) -> list[list[str]]:
     return [shlex.split(line) for line in answer.out.splitlines()]
 
 
-def test_print_prints_one_command_a_cell_and_nothing_else(sweep: Run) -> None:
+def test_print_prints_one_command_per_unfinished_cell_and_nothing_else(sweep: Run) -> None:
     printed = commands(sweep(AXES, "--launch", "print"))
     assert printed == [["python", "train.py", "--config", f"{STUDY}/{cell}/config.toml"] for cell in CELLS]
     assert all(Path(command[-1]).is_file() for command in printed)
-
-
-def test_print_leaves_out_finished_cells_and_keeps_unfinished_ones(sweep: Run) -> None:
-    sweep()
     train("nh1-s1", "finished")
     train("nh2-s1", "training", step=10)
     names = [Path(command[-1]).parent.name for command in commands(sweep(AXES, "--launch", "print"))]
     assert names == ["nh1-s2", "nh2-s1", "nh2-s2"]
 
 
-def test_several_processes_are_started_by_torchrun(sweep: Run) -> None:
-    for command in commands(sweep(AXES, "--launch", "print", "--nproc", "4")):
-        assert command[0] == "python"
-        assert "torchrun" in command[1]
-        assert "--nproc-per-node=4" in command
-        assert command[-3:-1] == ["train.py", "--config"]
-
-
-def test_folders_with_spaces_survive_the_shell(sweep: Run) -> None:
-    answer: Any = sweep(AXES + '[job]\ndump_folder = "my outputs"\n', "--launch", "print")
-    assert commands(answer)[0][-1] == "my outputs/study/nh1-s1/config.toml"
+def test_printed_commands_start_several_processes_by_torchrun_and_survive_the_shell(sweep: Run) -> None:
+    answer = sweep(AXES + '[job]\ndump_folder = "my outputs"\n', "--launch", "print", "--nproc", "4")
+    torchrun = ["python", "launch/torchrun.py", "--standalone", "--nproc-per-node=4", "train.py", "--config"]
+    assert commands(answer) == [[*torchrun, f"my outputs/study/{cell}/config.toml"] for cell in CELLS]

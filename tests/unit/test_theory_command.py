@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 
 import pytest
 
@@ -47,9 +45,3 @@ def test_an_unknown_construction_is_refused_with_the_known_ones(capsys: pytest.C
     assert caught.value.code == 2
     assert "'S9-swaps'" in (message := capsys.readouterr().err)
     assert "S3-swaps" in message
-
-
-def test_arguments_need_no_torch() -> None:
-    code = "import argparse, sys; from titan_dp.studies.state_tracking import theory"
-    code += "; theory.add_arguments(argparse.ArgumentParser())"
-    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True, timeout=600)

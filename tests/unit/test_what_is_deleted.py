@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -269,57 +268,7 @@ def test_advice_about_a_damaged_run_json_keeps_the_run(tmp_path: Path) -> None:
     assert read_run(tmp_path) == {"state": "training"}
 
 
-# -- sweeps, reports, evaluations ----------------------------------------------------------------------------------------
-
-CONFIG = Path(__file__).resolve().parents[2] / "train_configs/debug.toml"
-SWEEP = """
-extends = "debug.toml"
-[sweep]
-name = "study"
-[sweep.axes]
-num_householder = [{n_h}]
-"""
-
-
-def sweep(n_h: str) -> None:
-    path = Path("study.toml")
-    path.write_text(SWEEP.format(n_h=n_h).replace("debug.toml", str(CONFIG)))
-    dispatch(["sweep", str(path)])
-
-
-@pytest.mark.parametrize(
-    "touch",
-    [
-        lambda folder: (folder / "notes.md").write_text("mine"),
-        lambda folder: (folder / "config.toml").write_text(
-            (folder / "config.toml").read_text().replace("warmup_steps = ", "warmup_steps = 1")
-        ),
-    ],
-    ids=["a file beside it", "a setting changed by hand"],
-)
-def test_a_sweep_that_loses_a_cell_leaves_a_folder_somebody_has_touched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, touch: Callable[[Path], object]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    sweep("1, 2, 3")
-    touch(Path("outputs/study/nh3"))
-    before = files(Path("outputs/study/nh3"))
-    sweep("1")
-    assert not Path("outputs/study/nh2").exists()
-    assert files(Path("outputs/study/nh3")) == before
-
-
-def test_a_sweep_does_not_write_over_a_configuration_that_somebody_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    sweep("1, 2")
-    config = Path("outputs/study/nh2/config.toml")
-    changed = config.read_text().replace("warmup_steps = ", "warmup_steps = 1")
-    config.write_text(changed)
-    with pytest.raises(UserError, match="config.toml is not what this sweep wrote, and would be overwritten; give this sweep"):
-        sweep("1, 2")
-    assert config.read_text() == changed
+# -- reports, evaluations ----------------------------------------------------------------------------------------
 
 
 def test_an_evaluation_that_begins_again_refuses_a_file_that_is_none(tmp_path: Path) -> None:

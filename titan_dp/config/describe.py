@@ -64,7 +64,7 @@ class Key:
 @cache
 def all_keys() -> dict[str, Key]:
     """Every key by its dotted name, in schema order."""
-    return {key.dotted: key for key in _walk(Config, "")}
+    return {key.dotted: key for key in walk(Config, "")}
 
 
 @cache
@@ -76,7 +76,8 @@ def sections() -> dict[str, list[Key]]:
     return result
 
 
-def _walk(model: type[Section], section: str) -> Iterator[Key]:
+def walk(model: type[Section], section: str) -> Iterator[Key]:
+    """The keys of `model`, which is called `section`, then those of its subsections."""
     properties = model.model_json_schema()["properties"]
     inner = []
     for name, field in model.model_fields.items():
@@ -85,7 +86,7 @@ def _walk(model: type[Section], section: str) -> Iterator[Key]:
         else:
             yield Key(section, name, describe(properties[name]), field.description or "", field.default, field)
     for child, path in inner:
-        yield from _walk(child, path)
+        yield from walk(child, path)
 
 
 def describe(schema: dict[str, Any]) -> str:

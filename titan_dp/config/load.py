@@ -14,16 +14,17 @@ import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli
 from pydantic import ValidationError
 
 from titan_dp.config.advice import explain_unknown, ineffective_settings
-from titan_dp.config.describe import Key, all_keys, help_text, sections, to_toml
-from titan_dp.config.schema import Config
+from titan_dp.config.describe import Key, all_keys, help_text, sections, to_toml, walk
+from titan_dp.config.schema import Config, Section
 from titan_dp.errors import UserError, is_main_rank
 from titan_dp.files import as_unicode, shorten, shown
 
@@ -32,6 +33,8 @@ _ALTERNATIVES = {"training.steps": "training.tokens", "training.tokens": "traini
 
 _DEEPEST = 8  # parts of a key; no known key has half as many
 _MISSING = object()
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -349,7 +352,7 @@ def build_config(settings: list[Setting], problems: Iterable[str] = ()) -> tuple
         if setting.key not in all_keys():
             lines.append(f"{setting.origin}: unknown key {shorten(setting.key)}; {explain_unknown(setting.key)}")
         elif setting.key in wrong and setting is known.get(setting.key):
-            lines.append(_refusal(setting))
+            lines.append(_refusal(setting, all_keys()[setting.key]))
     allowed = known.get("checkpoint.allow_changed")
     if allowed is not None and allowed.key not in wrong:
         for name in (name for name in allowed.value if name not in all_keys()):  # type: ignore[attr-defined]  # a list
@@ -361,6 +364,22 @@ def build_config(settings: list[Setting], problems: Iterable[str] = ()) -> tuple
     if config is None or lines:
         raise _refused(lines)
     return config, {key: known[key].origin if key in known else "default" for key in all_keys()}
+
+
+def build_section(kind: type[AnySection], name: str, settings: list[Setting]) -> AnySection:
+    """A section that Config does not have, such as [sweep] of a sweep file. Raises UserError with all that is wrong in it."""
+    keys = {key.dotted: key for key in walk(kind, name)}
+    lines = []
+    for setting in settings:
+        if (key := keys.get(setting.key)) is None:
+            near = get_close_matches(setting.key, list(keys), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+            lines.append(f"{setting.origin}: unknown key {shorten(setting.key)}; {hint}")
+        elif not key.accepts(setting.value):
+            lines.append(_refusal(setting, key))
+    if lines:
+        raise _refused(lines)
+    return kind.model_validate(_nested({setting.key: setting for setting in settings}).get(name, {}))
 
 
 def _nested(settings: dict[str, Setting]) -> dict[str, Any]:
@@ -381,8 +400,8 @@ def _key_of(location: tuple[int | str, ...]) -> str:
     return next((path for path in paths if path in all_keys()), "")
 
 
-def _refusal(setting: Setting) -> str:
-    expected = f"expected {all_keys()[setting.key].expected}"
+def _refusal(setting: Setting, key: Key) -> str:
+    expected = f"expected {key.expected}"
     if setting.value is _MISSING:
         return f"{setting.origin}: --{setting.key} needs a value; {expected}"
     return f"{setting.origin}: {setting.key} = {_show(setting.value)}: {expected}"

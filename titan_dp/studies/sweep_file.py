@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli
-from pydantic import Field, ValidationError
+from pydantic import Field, WithJsonSchema
 
 from titan_dp import config
 from titan_dp.config import Config, Positive, Section
 from titan_dp.config.advice import HINTS, explain_unknown
 from titan_dp.config.describe import all_keys, to_toml
-from titan_dp.config.load import Loaded, Setting, build_config, config_folder, read_files
+from titan_dp.config.load import Loaded, Setting, build_config, build_section, config_folder, read_files
 from titan_dp.errors import UserError
 from titan_dp.files import shorten, shown
 from titan_dp.model.size import model_size
@@ -31,11 +31,17 @@ from titan_dp.studies.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Varian
 from titan_dp.train.batch_plan import plan_batches
 from titan_dp.train.run_folder import identity
 
+_SweepName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"),
+    WithJsonSchema({"title": "name of letters, digits, ., _ and -"}),
+]
+
 
 class SweepSection(Section):
     """[sweep]: what is varied, and what is kept equal."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    name: _SweepName | None = None
     """Folder of the sweep inside job.dump_folder; default: the file's name without .toml."""
     description: str = ""
     """One line for people."""
@@ -49,9 +55,9 @@ class SweepSection(Section):
     """Largest deviation of a solved size in percent; default: 0.1 if the grid allows it, else 0.25."""
     aspect_ratio: Positive | None = None
     """Width over depth of the solved shapes; default: every size has the base's number of layers."""
-    axes: dict[str, list[Any]] = Field(default={})
+    axes: Annotated[dict[str, list[Any]], WithJsonSchema({"title": "table of lists of values"})] = Field(default={})
     """Values by axis; every combination is a cell."""
-    cells: list[dict[str, Any]] = Field(default=[])
+    cells: Annotated[list[dict[str, Any]], WithJsonSchema({"title": "list of tables"})] = Field(default=[])
     """Listed cells: each a table of axis values, with a `name` if wanted; each is combined with every point of the axes."""
 
 
@@ -169,32 +175,24 @@ def load_sweep(path: Path) -> Sweep:
 
 def _read(path: Path) -> tuple[SweepSection, list[Setting]]:
     """The [sweep] section, and the settings of the base configuration with their origins."""
-    sweep: dict[str, Any] = {}
-    base = []
+    base, own, axes = [], [], {}
     for setting in read_files(path):
-        if not setting.key.startswith("sweep."):
+        section, _, name = setting.key.partition(".")
+        if section != "sweep":
             base.append(setting)
-        elif setting.key.startswith("sweep.cells."):  # [[sweep.cells]]: read_files knows no arrays of tables
-            sweep["cells"] = tomli.loads(path.read_text())["sweep"]["cells"]
-        elif setting.key.startswith("sweep.axes."):
-            sweep.setdefault("axes", {})[setting.key.removeprefix("sweep.axes.")] = setting.value
+        elif name.startswith("axes."):  # any name may be an axis, so [sweep.axes] is one value: a table
+            if not isinstance(setting.value, list):
+                raise UserError(f"{setting.origin}: {shorten(setting.key)} = {shown(setting.value)}: expected a list of values")
+            axes[name.removeprefix("axes.")] = setting.value
+            own.append(Setting("sweep.axes", axes, setting.origin))
+        elif name.startswith("cells."):  # [[sweep.cells]]: read_files knows no arrays of tables
+            cells = tomli.loads(Path(setting.source).read_text(encoding="utf-8-sig"))["sweep"]["cells"]
+            own.append(Setting("sweep.cells", cells, setting.origin))
         else:
-            sweep[setting.key.removeprefix("sweep.")] = setting.value
-    if not sweep and not re.search(r"^\s*\[sweep\b", path.read_text(), re.MULTILINE):
-        raise UserError(f"{path} has no [sweep] section; it is a config for train.py, not a sweep")
-    try:
-        return SweepSection.model_validate(sweep), base
-    except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            key = shorten(".".join(map(str, item["loc"])))
-            if item["type"] == "extra_forbidden":
-                near = get_close_matches(key, list(SweepSection.model_fields), n=1)
-                hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(SweepSection.model_fields)}"
-                lines.append(f"unknown key sweep.{key}; {hint}")
-            else:
-                lines.append(f"sweep.{key} = {shown(item['input'])}: {item['msg']}")
-        raise UserError(f"{path}: " + "; ".join(lines)) from error
+            own.append(setting)
+    if not own:
+        raise UserError(f"{path} has no [sweep] section, or an empty one; as it is, it is a config for train.py")
+    return build_section(SweepSection, "sweep", own), base
 
 
 def _keys_of(axis: str) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
-"""`titan-dp state-tracking inspect RUN`: what a trained model does with a group's elements, in numbers and one figure a layer.
+"""`titan-dp state-tracking inspect RUN`: what a trained model does with a group's elements, in numbers and figures.
 
 For each head: the step sizes (reflections have beta = 2, unused steps 0); how many dimensions the keys of the steps taken
-span; and the orbit of the state over random words, which falls into one cluster an element where the head tracks the group.
-That S4 is learnt as the rotations of a cube shows as keys in three dimensions with beta near 2 (Siems et al. 2025, section
+span; and the orbit of the state over random words, which falls into one cluster per element if the head tracks the group.
+A model that has learnt S4 as the rotations of a cube has keys in three dimensions with beta near 2 (Siems et al. 2025, section
 5.1). Writes inspect.json and layer-N.png.
 """
 
@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from titan_dp.config.arguments import positive
 from titan_dp.errors import UserError
 from titan_dp.files import check_own, write_json
 from titan_dp.output import check_matplotlib, print_table, save_figure, subplots
@@ -48,17 +49,17 @@ class Head:
     steps_near_0: float
     """Fraction with beta < 0.1: steps not taken."""
     key_variance: list[float]
-    """Fraction of the keys' second moment, weighted by beta, in their first 1, 2, ... principal components; empty where every
+    """Fraction of the keys' second moment, weighted by beta, in their first 1, 2, ... principal components; empty if every
     beta is 0."""
     state_within: float
-    """Variance of the state within the words of equal product, as a fraction of all: 0 where it tells the element alone, 1
-    where it tells nothing."""
+    """Variance of the state within the words of equal product, as a fraction of all: 0 if it tells the element alone, 1 if it
+    tells nothing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="RUN", help="run folder or checkpoint of a word problem")
-    parser.add_argument("--length", type=int, default=128, help="elements a word (default: 128)")
-    parser.add_argument("--words", type=int, default=8, help="words (default: 8)")
+    parser.add_argument("--length", type=positive, default=128, help="elements per word (default: 128)")
+    parser.add_argument("--words", type=positive, default=8, help="words (default: 8)")
     parser.add_argument("--out", type=Path, help="where to write (default: inspect/ in the run folder)")
 
 
@@ -67,12 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
     from titan_dp.data.synthetic.loader import build_problem
     from titan_dp.data.synthetic.words import WordProblem
-    from titan_dp.inference.pretrained import CheckpointSource, load_model
+    from titan_dp.inference.pretrained import load_model
+    from titan_dp.inference.sources import CheckpointSource
 
     check_matplotlib()
-    for name in ("length", "words"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} = {getattr(args, name)}; give 1 or more")
     if not args.path.exists():
         raise UserError(f"{args.path} does not exist; give the folder of a run of `titan-dp state-tracking train`")
     source = CheckpointSource(args.path)
@@ -82,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.path} was not trained on a group's word problem; name a run that was")
     out = args.out or (run_of(args.path) or args.path) / "inspect"
     check_own(out, "inspect.json", {"task", "run", "heads"}, (f"layer-{i}.png" for i in range(c.model.num_hidden_layers)))
-    model = load_model(source, torch.device("cpu"))
-    traces = trace(model, problem, args.words, args.length)
+    traces = trace(load_model(source, torch.device("cpu")), problem, args.words, args.length)
     if not traces:
         raise UserError(f"{args.path} has no DeltaProduct layer to look into; name a run of one that has")
     heads = [describe(layer, head, t) for layer, t in traces.items() for head in range(t.beta.shape[-1])]
@@ -91,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "inspect.json", {"task": problem.name, "run": source.label, "heads": [asdict(head) for head in heads]})
     for layer, t in traces.items():
-        draw(layer, t, [head for head in heads if head.layer == layer], problem.name, out / f"layer-{layer}.png")
+        _draw(layer, t, [head for head in heads if head.layer == layer], problem.name, out / f"layer-{layer}.png")
     print(f"written: {out}")
     return 0
 
@@ -104,31 +102,19 @@ def trace(model: Transformer, problem: WordProblem, words: int, length: int) -> 
     from titan_dp.data.synthetic.counter_rng import Random
     from titan_dp.model.deltaproduct import DeltaProduct
     from titan_dp.model.loss import check_finite
+    from titan_dp.model.replay import replay
 
     tokens, labels = problem.rows(Random("inspect"), torch.arange(words), length, length)
-    asked = labels[0] != IGNORE  # BOS and fillers are left out
+    asked = (labels[0] != IGNORE).nonzero().flatten()  # BOS and fillers are left out
     x, traces = model.embeddings(tokens), {}
     for i, block in enumerate(model.blocks):
         if isinstance(block.attn, DeltaProduct):
             inputs = block.attn.recurrence_inputs(block.attn_norm.apply_to(x), None)
-            states = _states(inputs, block.attn.erase)
+            states = replay(inputs, block.attn.erase, asked.tolist())[0][:, :, 0]
             check_finite(states, f"the states of layer {i}")
-            traces[i] = Trace(inputs.beta[:, asked], inputs.k[:, asked], states[:, asked], labels[:, asked])
+            traces[i] = Trace(inputs.beta[:, asked], inputs.k[:, asked], states, labels[:, asked])
         x, _ = block(x)
     return traces
-
-
-def _states(inputs: Any, erase: bool) -> torch.Tensor:
-    """The state after every token [B, T, H, dk, dv]."""
-    import torch
-    from deltaproduct_kernels import gated_delta_product
-
-    states, state = [], None
-    for t in range(inputs.q.shape[1]):
-        token: Any = [None if x is None else x[:, t : t + 1] for x in inputs]
-        _, state = gated_delta_product(*token, initial_state=state, output_final_state=True, erase=erase, backend="recurrent")
-        states.append(state)
-    return torch.stack(states, 1)  # type: ignore[arg-type]
 
 
 def describe(layer: int, head: int, t: Trace) -> Head:
@@ -162,8 +148,8 @@ def _print(heads: list[Head], task: str) -> None:
     print_table(table)
 
 
-def draw(layer: int, t: Trace, heads: list[Head], task: str, path: Path) -> None:
-    """A row a head: step sizes, keys and states in their first principal components, states coloured by the product."""
+def _draw(layer: int, t: Trace, heads: list[Head], task: str, path: Path) -> None:
+    """One row per head: step sizes, keys and states in their first principal components, states coloured by the product."""
     shown = heads[:_SHOWN_HEADS]
     figure, rows = subplots(len(shown), 3, figsize=(12, 3.4 * len(shown)), squeeze=False)
     for head, (steps, keys, orbit) in zip(shown, rows, strict=True):

@@ -1,14 +1,15 @@
 """The theory as executable checks: models constructed to solve word problems, and the spectra of their transitions.
 
 Each construction reads random words in float64 and float32 and may not be wrong at a single token; each spectral fact is
-measured on random draws. The tables show what this run measured; the exit code is 1 where anything is not as the theory
+measured on random draws. The tables show what this run measured; the exit code is 1 if anything is not as the theory
 says. The constructions are explained in `constructions.py`, the facts in `spectra.py`; nothing is trained.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from titan_dp.config.arguments import natural, positive
@@ -17,7 +18,6 @@ from titan_dp.output import print_table
 if TYPE_CHECKING:
     from titan_dp.data.synthetic.groups import Group
     from titan_dp.model.transformer import Transformer
-    from titan_dp.studies.state_tracking.spectra import Fact
 
 # A function of `constructions.py`, and the groups it is run for.
 GROUPS = {
@@ -27,7 +27,6 @@ GROUPS = {
     "parity": ("Z2",),
 }
 CONSTRUCTIONS = {f"{group}-{kind}": (kind, group) for kind, groups in GROUPS.items() for group in groups}
-DTYPES = ("float64", "float32")
 ALSO_RECURRENT = ("S3-swaps",)
 """Run token by token too, as the recurrence is defined; the others by chunks only, which is many times faster."""
 DRAWS = 50_000
@@ -40,16 +39,12 @@ class Check:
     construction: str
     group: str
     layers: int
-    num_householder: int
+    n_h: int
     dtype: str
     backend: str
     tokens: int
     errors: int
     """Tokens at which the largest logit was not the product so far."""
-
-    @property
-    def solved(self) -> bool:
-        return self.errors == 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,19 +64,20 @@ def run(args: argparse.Namespace) -> int:
 
     from titan_dp.studies.state_tracking.spectra import measure_all
 
-    names = [args.construction] if args.construction else list(CONSTRUCTIONS)
-    checks = [check for name in names for check in run_construction(name, args.tokens, args.seed)]
+    chosen = [args.construction] if args.construction else list(CONSTRUCTIONS)
+    checks = [check for name in chosen for check in run_construction(name, args.tokens, args.seed)]
     facts = [] if args.construction else list(measure_all(np.random.default_rng(args.seed), DRAWS))
-    _print_checks(checks)
+    names = ["construction", "group", "layers", "n_h", "dtype", "backend", "tokens", "errors", "solved"]
+    _print("Constructed weights on random words", names, [(*astuple(check), check.errors == 0) for check in checks])
     if facts:
-        _print_facts(facts)
-    failed = sum(not check.solved for check in checks) + sum(not fact.holds for fact in facts)
-    total = len(checks) + len(facts)
+        names = ["fact", "worst value", "draws", "found", "theory", "holds"]
+        _print("Spectra of random transitions", names, [astuple(fact) for fact in facts])
+    total, failed = len(checks) + len(facts), sum(c.errors > 0 for c in checks) + sum(not f.holds for f in facts)
     print(f"{failed} of {total} checks failed" if failed else f"all {total} checks are as the theory says")
     return 1 if failed else 0
 
 
-def run_construction(name: str, tokens: int, seed: int) -> list[Check]:
+def run_construction(name: str, tokens: int, seed: int) -> Iterator[Check]:
     """`name` of CONSTRUCTIONS on one random word of `tokens` elements: by chunks in both dtypes, ALSO_RECURRENT both ways."""
     import torch
 
@@ -89,14 +85,13 @@ def run_construction(name: str, tokens: int, seed: int) -> list[Check]:
     from titan_dp.studies.state_tracking import constructions
 
     kind, group_name = CONSTRUCTIONS[name]
-    group, checks = parse_group(group_name), []
+    group = parse_group(group_name)
     for backend in ("torch", "recurrent") if name in ALSO_RECURRENT else ("torch",):
         model = getattr(constructions, kind)(group, backend)
         layers, n = len(model.blocks), model.blocks[0].attn.n
-        for dtype in DTYPES:  # float64 first, in which the weights are written
+        for dtype in ("float64", "float32"):  # float64 first, in which the weights are written
             errors = count_errors(model.to(getattr(torch, dtype)), group, tokens, seed)
-            checks.append(Check(name, group.name, layers, n, dtype, backend, tokens, errors))
-    return checks
+            yield Check(name, group.name, layers, n, dtype, backend, tokens, errors)
 
 
 def count_errors(model: Transformer, group: Group, tokens: int, seed: int) -> int:
@@ -113,25 +108,19 @@ def count_errors(model: Transformer, group: Group, tokens: int, seed: int) -> in
     return int(((logits.argmax(-1) != labels) | ~logits.isfinite().all(-1))[:, 1:].sum())
 
 
-def _print_checks(checks: list[Check]) -> None:
+def _print(title: str, names: list[str], rows: list[tuple[object, ...]]) -> None:
     from rich.table import Table
 
-    table = Table(title="Constructed weights on random words")
-    for name in ("construction", "group", "layers", "n_h", "dtype", "backend", "tokens", "errors", "solved"):
-        table.add_column(name, justify="right" if name in ("layers", "n_h", "tokens", "errors") else "left")
-    for c in checks:
-        numbers = (f"{c.tokens:,}", f"{c.errors:,}", "yes" if c.solved else "no")
-        table.add_row(c.construction, c.group, str(c.layers), str(c.num_householder), c.dtype, c.backend, *numbers)
+    table = Table(title=title)
+    for name, value in zip(names, rows[0], strict=True):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        table.add_column(name, justify="right" if is_number else "left")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row))
     print_table(table)
 
 
-def _print_facts(facts: list[Fact]) -> None:
-    from rich.table import Table
-
-    table = Table(title="Spectra of random transitions")
-    for name in ("fact", "draws", "worst value", "found", "theory", "holds"):
-        table.add_column(name, justify="right" if name in ("draws", "found") else "left")
-    for f in facts:
-        holds = "yes" if f.holds else "no"
-        table.add_row(f.statement, f"{f.draws:,}", f.quantity, f"{f.worst:.3g}", f.allowed, holds)
-    print_table(table)
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
