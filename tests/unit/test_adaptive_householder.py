@@ -19,7 +19,7 @@ from titan_dp.distributed import build_mesh, current_world
 from titan_dp.estimate.result import estimate
 from titan_dp.hardware import NETWORKS
 from titan_dp.model.deltaproduct import DeltaProduct
-from titan_dp.model.initialise import Initializer
+from titan_dp.model.layers import Initializer
 from titan_dp.model.parallelize import parallelize
 from titan_dp.model.transformer import Transformer, build_model
 from titan_dp.train.batch_plan import plan_batches

@@ -15,7 +15,7 @@ from titan_dp.data.batch import IGNORE, Place, make_batch
 from titan_dp.distributed import World, data_world, describe, shard_degree
 from titan_dp.errors import UserError
 from titan_dp.model.context_parallel import ContextParallel
-from titan_dp.model.packing import Packing
+from titan_dp.model.layers import Packing
 
 
 def parallelism(context: int, replicate: int = 1, shard: int = -1) -> config.Parallelism:

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from titan_dp import config
 from titan_dp.model.attention import Attention
 from titan_dp.model.deltaproduct import DeltaProduct, ForgetGate
-from titan_dp.model.initialise import Initializer
-from titan_dp.model.packing import Packing
-from titan_dp.model.short_conv import ShortConv
+from titan_dp.model.layers import Initializer, Packing, ShortConv
 from titan_dp.model.transformer import Transformer, build_model
 
 VARIANTS: dict[str, dict] = {

@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.unit.test_model import VARIANTS, make, settings, tokens_of
-from titan_dp.model.size import model_size, recurrence_flops, state_size
+from titan_dp.config.mixers import recurrence_flops
+from titan_dp.model.size import model_size, state_size
 from titan_dp.model.transformer import build_model
 
 B, T = 2, 40

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.test_model import settings
-from titan_dp.model.initialise import Initializer
+from titan_dp.model.layers import Initializer
 from titan_dp.model.rwkv7 import RWKV7, TransitionInputs, rwkv7_product
 
 H, DK, DV = 2, 4, 3

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 
 from titan_dp.config.describe import all_keys, sections
+from titan_dp.config.mixers import MIXERS
 from titan_dp.config.schema import Config, Model, StateTracking
 
 _BATCH = "set training.global_batch_size (sequences per optimizer step); accumulation follows from it and the ranks"
@@ -108,21 +109,17 @@ def _names(section: str) -> str:
 
 # -- settings without effect -------------------------------------------------------------------------------------------
 
-_MATRIX_STATE = "num_heads head_dim expand_v num_householder use_forget_gate allow_neg_eigval use_output_gate backend"
-_CONVOLUTION = "use_short_conv conv_size"
-_SOFTMAX = "attention_num_heads attention_num_kv_heads attention_window rope_theta"
-
 Rule = tuple[bool, str, str, str]
 """Applies, section, keys, reason."""
 
 
 def model_rules(model: Model) -> Iterator[Rule]:
     """Yield every way in which keys of [model] can be without effect."""
-    mixers = {model.mixer_of(layer) for layer in range(model.num_hidden_layers)}
-    yield mixers == {"attention"}, "model", f"{_MATRIX_STATE} {_CONVOLUTION}", "every layer is softmax attention"
-    yield "attention" not in mixers, "model", _SOFTMAX, "no layer is softmax attention"
+    families = " and ".join(f'"{name}"' for name in model.mixers())
+    used = {key for name in model.mixers() for key in MIXERS[name].uses.split()}
+    unused = {key for mixer in MIXERS.values() for key in mixer.uses.split()} - used
+    yield bool(unused), "model", " ".join(sorted(unused)), f"no layer uses it (mixer {families})"
     yield model.mixer == "attention", "model", "attention_layers", 'mixer = "attention" makes every layer one'
-    yield model.mixer == "rwkv7", "model", "use_forget_gate", 'mixer = "rwkv7" has decays of its own'
     yield not model.use_short_conv, "model", "conv_size", "model.use_short_conv is false"
 
 

@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from titan_dp.config.mixers import MIXERS
 from titan_dp.files import stays_inside
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -45,6 +46,12 @@ def _within(name: str) -> str:
     return name
 
 
+def _known_mixer(name: str) -> str:
+    if name not in MIXERS:
+        raise ValueError(f"is not one of {', '.join(MIXERS)}")
+    return name
+
+
 def refuse(problems: list[str]) -> None:
     """Raise all `problems` of a section at once, one per line."""
     if problems:
@@ -62,6 +69,9 @@ FolderName = Annotated[
     AfterValidator(_within),
     WithJsonSchema({"title": 'name without "..", leading "/" or control characters'}),
 ]
+
+
+MixerName = Annotated[str, AfterValidator(_known_mixer), WithJsonSchema({"enum": [*MIXERS]})]
 
 
 class Section(BaseModel):
@@ -94,7 +104,7 @@ class Job(Section):
 
 
 class Model(Section):
-    mixer: Literal["deltaproduct", "gla", "rwkv7", "attention"] = "deltaproduct"
+    mixer: MixerName = "deltaproduct"
     """Token mixer: DeltaProduct (n_h = 1 is DeltaNet), gated linear attention (the same op without erasing), products of
     n_h RWKV-7 transitions (a plain loop, for state tracking), or softmax."""
     hidden_size: Positive = 1024
@@ -159,36 +169,26 @@ class Model(Section):
     @property
     def family(self) -> str:
         """What the literature calls the mixer: 'DeltaNet', 'Gated DeltaProduct_2', 'RWKV-7', 'linear attention', ..."""
-        if self.mixer == "attention":
-            return "softmax attention"
-        if self.mixer == "gla":
-            return ("gated " if self.use_forget_gate else "") + "linear attention"
-        if self.mixer == "rwkv7":
-            return "RWKV-7" + (f" product_{self.num_householder}" if self.num_householder > 1 else "")
-        name = "DeltaNet" if self.num_householder == 1 else f"DeltaProduct_{self.num_householder}"
-        return ("adaptive " if self.adaptive_householder else "") + ("Gated " if self.use_forget_gate else "") + name
+        return MIXERS[self.mixer].family(self)
 
     def mixer_of(self, layer: int) -> str:
-        """The mixer of block `layer`: 'deltaproduct', 'gla', 'rwkv7' or 'attention'."""
+        """The mixer of block `layer`, a name in `MIXERS`."""
         return "attention" if layer in self.attention_layers else self.mixer
+
+    def mixers(self) -> dict[str, int]:
+        """How many blocks each mixer has."""
+        softmax = self.num_hidden_layers if self.mixer == "attention" else len(set(self.attention_layers))
+        both = {self.mixer: self.num_hidden_layers - softmax, "attention": softmax}
+        return {name: layers for name, layers in both.items() if layers}
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Model:
         problems = []
         if bad := [i for i in self.attention_layers if i >= self.num_hidden_layers]:
             problems.append(f"attention_layers names {bad}, but num_hidden_layers = {self.num_hidden_layers}")
-        if self.mixer == "attention" or self.attention_layers:
-            heads, kv = self.softmax_heads, self.attention_num_kv_heads or self.softmax_heads
-            if self.hidden_size % heads or self.hidden_size // heads % 2:
-                problems.append(
-                    f"hidden_size = {self.hidden_size} does not split into attention_num_heads = {heads} heads of an "
-                    "even dimension (rotary embedding turns pairs)"
-                )
-            if heads % kv:
-                problems.append(f"attention_num_heads = {heads} is not a multiple of attention_num_kv_heads = {kv}")
-        if self.mixer == "gla" and self.num_householder != 1:
-            problems.append(f"mixer = 'gla' takes one step per token, so num_householder = {self.num_householder} must be 1")
-        if self.adaptive_householder and self.mixer != "deltaproduct":
+        for name in dict.fromkeys(("attention", self.mixer) if self.attention_layers else (self.mixer,)):
+            problems += MIXERS[name].problems(self)
+        if self.adaptive_householder and "adaptive_householder" not in MIXERS[self.mixer].uses.split():
             problems.append(f"adaptive_householder = true needs mixer = 'deltaproduct', not {self.mixer!r}; set it to false")
         elif self.adaptive_householder and self.num_householder == 1:
             problems.append("adaptive_householder = true has no steps to choose from with num_householder = 1; set at least 2")
@@ -505,9 +505,9 @@ class Config(Section):
             "switch a step off; set the cost, such as --training.householder_cost 0.001 (nats per step and token)",
         )
         yield (
-            self.compile.enable and m.mixer == "rwkv7",
+            self.compile.enable and MIXERS[m.mixer].is_loop,
             "model compile",
-            "compile.enable = true with model.mixer = 'rwkv7': the compiler would unroll its loop over tokens, which takes "
+            f"compile.enable = true with model.mixer = {m.mixer!r}: the compiler would unroll its loop over tokens, which takes "
             "hours; set compile.enable = false",
         )
         both = sorted(set(data.paths) & set(self.validation.paths))
@@ -522,6 +522,7 @@ class Config(Section):
             "data.source = 'state_tracking' needs state_tracking.task (a group such as S3, or a formal language)",
         )
         # What cannot be split over ranks along the sequence.
+        convolves = m.use_short_conv and "use_short_conv" in MIXERS[m.mixer].uses.split()
         split, key, halo = degree > 1, f"parallelism.context_parallel_degree = {degree}", m.conv_size - 1
         yield (
             split and t.seq_len % degree != 0,
@@ -529,15 +530,15 @@ class Config(Section):
             f"{key} does not divide training.seq_len = {t.seq_len}; choose a multiple of {degree} for seq_len",
         )
         yield (
-            split and m.use_short_conv and m.mixer != "attention" and t.seq_len // degree < halo,
+            split and convolves and t.seq_len // degree < halo,
             "parallelism training model",
             f"{key} leaves {t.seq_len // degree} of training.seq_len = {t.seq_len} tokens per rank, fewer than the {halo} that "
             f"model.conv_size = {m.conv_size} looks back; lower the degree",
         )
         yield (
-            split and m.mixer == "rwkv7",
+            split and MIXERS[m.mixer].is_loop,
             "parallelism model",
-            f"{key} with model.mixer = 'rwkv7': its loop over tokens is not split; set context_parallel_degree = 1",
+            f"{key} with model.mixer = {m.mixer!r}: its loop over tokens is not split; set context_parallel_degree = 1",
         )
         yield (
             split and data.source == "state_tracking",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from titan_dp.config.arguments import above_zero, fraction, positive, take_settings
 from titan_dp.config.load import Loaded, load_config
+from titan_dp.config.mixers import MIXERS
 from titan_dp.errors import UserError
 from titan_dp.hardware import GPU, GPUS, NETWORKS, find_gpu, find_network, gpu_of
 from titan_dp.output import print_table
@@ -93,7 +94,7 @@ def dry_run(loaded: Loaded) -> None:
     if rank_from_env() != 0:
         return
     result = None
-    if c.model.mixer != "rwkv7":  # followed operator by operator, a loop over tokens takes minutes
+    if not MIXERS[c.model.mixer].is_loop:  # followed operator by operator, a loop over tokens takes minutes
         result = estimate(c, ranks, _gpu_here(), NETWORKS["ib-400"], search=False)
     print_table(_table(f"{loaded.run_name}: dry run", loaded, ranks, batch, result))
     for line in (*(result.notes if result else ()), *loaded.warnings()):

@@ -150,8 +150,7 @@ def fake_run(c: config.Config, ranks: int, gpu: GPU | None) -> Iterator[FakeRun]
     importlib.import_module("torch.distributed._tools.fake_collectives")  # for tensors on the meta device
     # The busiest rank: under context parallelism the last one, whose softmax layers attend to every earlier segment; otherwise
     # rank 0, which holds the largest shards.
-    softmax = c.model.mixer == "attention" or bool(c.model.attention_layers)
-    rank = c.parallelism.context_parallel_degree - 1 if softmax else 0
+    rank = c.parallelism.context_parallel_degree - 1 if "attention" in c.model.mixers() else 0
     if rank >= ranks:
         rank = 0  # the degrees do not fit, which build_mesh says
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from titan_dp import config
 from titan_dp.model.context_parallel import ContextParallel
-from titan_dp.model.initialise import Initializer
-from titan_dp.model.packing import Packing
+from titan_dp.model.layers import Packing, TokenMixer
 
 
 class AttentionCache(NamedTuple):
@@ -37,10 +36,8 @@ class AttentionCache(NamedTuple):
         return AttentionCache(k, v, torch.cat([cache.seen for cache in caches]))
 
 
-class Attention(nn.Module):
-    """Token mixer x [B, T, D] -> [B, T, D]; heads of dimension D / heads."""
-
-    context: ContextParallel | None = None
+class Attention(TokenMixer):
+    """The mixer "attention"; heads of dimension D / heads."""
 
     def __init__(self, c: config.Model) -> None:
         super().__init__()
@@ -54,9 +51,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, self.kv_heads * self.d, bias=False)
         self.o_proj = nn.Linear(D, D, bias=False)
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+    def mix(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, None]:
         if self.context is not None:
-            return self._forward_segment(self.context, x, packing)
+            return self._mix_segment(self.context, x, packing), None
+        return self._mix_rows(x, packing), None
+
+    def _mix_rows(self, x: Tensor, packing: Packing | None) -> Tensor:
         T = x.shape[1]
         position = torch.arange(T, device=x.device) if packing is None else packing.position
         q, k, v = self._project(x, position)
@@ -68,8 +68,8 @@ class Attention(nn.Module):
             mask = mask & (packing.document[:, None] == packing.document)
         return self._attend(q, k, v, mask)
 
-    def _forward_segment(self, context: ContextParallel, x: Tensor, packing: Packing | None) -> Tensor:
-        """`forward` of this rank's segment of each row; keys and values before it come from other ranks."""
+    def _mix_segment(self, context: ContextParallel, x: Tensor, packing: Packing | None) -> Tensor:
+        """The same of this rank's segment of each row; keys and values before it come from other ranks."""
         by_row = x if packing is None else x.view(packing.rows, -1, x.shape[-1])
         T = by_row.shape[1]
         index = context.rank * T + torch.arange(T, device=x.device)
@@ -117,9 +117,6 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(o.transpose(1, 2).flatten(2))
-
-    def init_weights(self, init: Initializer) -> None:
-        init.normal_(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight, self.o_proj.weight)
 
     def describe(self) -> str:
         window = f", window {self.window}" if self.window else ""

@@ -27,7 +27,7 @@ from deltaproduct_kernels import gated_delta_product, segment_adjoint, segment_s
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from titan_dp.model.packing import Packing
+from titan_dp.model.layers import Packing
 
 # torch 2.13 renamed them; the old names warn there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

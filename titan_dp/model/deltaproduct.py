@@ -1,7 +1,7 @@
 """The DeltaProduct mixer: DeltaNet, Gated DeltaNet, DeltaProduct and Gated DeltaProduct in one class.
 
 n_h = 1 is DeltaNet, gated or not; erase = False leaves gated linear attention, the diagonal model that cannot track
-state. Queries are one a token; keys, values and step sizes are n_h a token and come from one projection each, laid out
+state. A token has one query, and n_h keys, values and step sizes, which come from one projection each, laid out
 (n_h, heads, dim), which is flash-linear-attention's layout: a converted checkpoint is a rename. Source: Siems et al.
 2025 (arXiv 2502.10297), section 4; the gate is that of Gated DeltaNet (Yang et al. 2024). What does not depend on the
 transition is in `MatrixStateMixer`, which rwkv7.py shares. An adaptive model has a router that decides for each token which
@@ -11,6 +11,8 @@ of the n_h steps are taken; a step that is not taken is still computed, so it sa
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +21,7 @@ from deltaproduct_kernels import front_end, gated_delta_product
 from torch import Tensor, nn
 
 from titan_dp import config
-from titan_dp.model.context_parallel import ContextParallel
-from titan_dp.model.initialise import Initializer
-from titan_dp.model.norm import RMSNorm, upcast
-from titan_dp.model.packing import Packing
-from titan_dp.model.short_conv import ShortConv
+from titan_dp.model.layers import Float32, Initializer, Packing, RMSNorm, ShortConv, TokenMixer, upcast
 
 
 class MixerCache(NamedTuple):
@@ -49,8 +47,8 @@ class RecurrenceInputs(NamedTuple):
     g: Tensor | None  # [B, T, H]
 
 
-class ForgetGate(nn.Module):
-    """A_log and dt_bias [H] of the log decay; a holder, never called (as RMSNorm): `front_end` computes with them."""
+class ForgetGate(Float32):
+    """A_log and dt_bias [H] of the log decay; `front_end` computes with them."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -72,7 +70,7 @@ class StepRouter(nn.Linear):
     """Which of the n steps of each token are taken: x [B, T, D] -> gates [B, T, n], 1 or 0, in float32 at least.
 
     A step is taken where its logit is above 0. The gradient is that of the logit's sigmoid, the straight-through estimator of
-    Bengio et al. 2013 (arXiv 1308.3432). One decision a token and step, shared by all heads.
+    Bengio et al. 2013 (arXiv 1308.3432). One decision per token and step, shared by all heads.
     """
 
     def __init__(self, size: int, n: int) -> None:
@@ -89,58 +87,44 @@ class StepRouter(nn.Linear):
         init.fill_(self.bias, lambda full: full.fill_(max(1.0, 6 * init.std * math.sqrt(self.in_features))))
 
 
-class MatrixStateMixer(nn.Module):
-    """A token mixer x [B, T, D] -> [B, T, D] with a state [dk, dv] a head: all but the recurrence and its inputs.
+class MatrixStateMixer(TokenMixer):
+    """A mixer with a state [dk, dv] per head: all but the recurrence and its inputs.
 
-    A subclass registers projections, in the order in which their first values are drawn, with the helpers below, and says
-    what its recurrence reads (`_project`) and what it computes (`_recur`).
+    A subclass says what its recurrence reads (`_project`) and what it computes (`_recur`).
+
+    Args:
+        before: the subclass's own children by name, which come between the projections and the convolutions; and
+        after: those which come behind the convolutions. Children's first values are drawn in their order, and optimizers hold
+            parameters in it, so a checkpoint depends on it.
     """
 
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    q_conv1d: ShortConv | None
-    k_conv1d: ShortConv | None
-    v_conv1d: ShortConv | None
-    g_proj: nn.Linear | None
-    o_norm: RMSNorm
-    o_proj: nn.Linear
-    context: ContextParallel | None = None
-
-    def __init__(self, c: config.Model) -> None:
+    def __init__(
+        self, c: config.Model, before: dict[str, nn.Module], after: Mapping[str, nn.Module | None] = MappingProxyType({})
+    ) -> None:
         super().__init__()
         self.heads, self.dk, self.dv, self.n = c.num_heads, c.head_dim, c.head_v_dim, c.num_householder
         self.backend, self.family = c.backend, c.family
-
-    def _add_projections(self, c: config.Model) -> None:
         D, keys, values = c.hidden_size, self.heads * self.dk, self.heads * self.dv
         self.q_proj = nn.Linear(D, keys, bias=False)
         self.k_proj = nn.Linear(D, self.n * keys, bias=False)
         self.v_proj = nn.Linear(D, self.n * values, bias=False)
-
-    def _add_convolutions(self, c: config.Model) -> None:
-        keys, values = self.heads * self.dk, self.heads * self.dv
+        for name, module in before.items():
+            self.add_module(name, module)
         self.q_conv1d = ShortConv(keys, c.conv_size) if c.use_short_conv else None
         self.k_conv1d = ShortConv(self.n * keys, c.conv_size) if c.use_short_conv else None
         self.v_conv1d = ShortConv(self.n * values, c.conv_size) if c.use_short_conv else None
-
-    def _add_output(self, c: config.Model) -> None:
-        D, values = c.hidden_size, self.heads * self.dv
+        for name, child in after.items():
+            self.add_module(name, child)
         self.g_proj = nn.Linear(D, values, bias=False) if c.use_output_gate else None
         self.o_norm = RMSNorm(self.dv, c.norm_eps)
         self.o_proj = nn.Linear(values, D, bias=False)
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        return self.mix(x, packing)[0]
-
     def mix(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor | None]:
-        """`forward`, and the number of steps that a router took for each token, [B, T]; None without a router."""
         inputs, _, taken = self._project(x, packing, None) if self.context is None else self._project_segment(x, packing)
         o, _ = self._recur(inputs, None, packing, keep_state=False)
         return self._read_out(o, x), None if taken is None else taken.sum(-1)
 
     def step(self, x: Tensor, cache: MixerCache | None) -> tuple[Tensor, MixerCache]:
-        """The tokens x [B, T, D] after those in `cache`; T at once or one by one give the same."""
         inputs, projected, _ = self._project(x, None, cache)
         o, state = self._recur(inputs, cache.state if cache else None, None, keep_state=True)
         tails = cache.tails if cache else (None, None, None)
@@ -207,35 +191,27 @@ class MatrixStateMixer(nn.Module):
             o = o * F.silu(self.g_proj(x))
         return self.o_proj(o)
 
-    def init_weights(self, init: Initializer) -> None:
-        for module in self.children():
-            if type(module) is nn.Linear:
-                init.normal_(module.weight)
-            else:
-                module.init_weights(init)  # type: ignore[operator]  # every other child has it
-
     def describe(self) -> str:
         return f"{self.family}, {self.heads} heads, dk {self.dk}, dv {self.dv}"
 
 
 class DeltaProduct(MatrixStateMixer):
-    """Token mixer x [B, T, D] -> [B, T, D].
+    """The mixers "deltaproduct", and "gla" for no erasing."""
 
-    Args:
-        c: the model's configuration; `mixer` is "deltaproduct", or "gla" for no erasing.
-    """
+    b_proj: nn.Linear
+    a_proj: nn.Linear | None
+    forget_gate: ForgetGate | None
+    r_proj: StepRouter | None
 
     def __init__(self, c: config.Model) -> None:
-        super().__init__(c)
         D, H, n = c.hidden_size, c.num_heads, c.num_householder
+        after = {
+            "a_proj": nn.Linear(D, H, bias=False) if c.use_forget_gate else None,
+            "forget_gate": ForgetGate(H) if c.use_forget_gate else None,
+            "r_proj": StepRouter(D, n) if c.adaptive_householder else None,
+        }
+        super().__init__(c, {"b_proj": nn.Linear(D, n * H, bias=False)}, after)
         self.erase, self.max_beta = c.mixer != "gla", 2.0 if c.allow_neg_eigval else 1.0
-        self._add_projections(c)
-        self.b_proj = nn.Linear(D, n * H, bias=False)
-        self._add_convolutions(c)
-        self.a_proj = nn.Linear(D, H, bias=False) if c.use_forget_gate else None
-        self.forget_gate = ForgetGate(H) if c.use_forget_gate else None
-        self.r_proj = StepRouter(D, n) if c.adaptive_householder else None
-        self._add_output(c)
 
     def recurrence_inputs(self, x: Tensor, cache: MixerCache | None) -> RecurrenceInputs:
         """What the recurrence reads for the tokens x [B, T, D] after those in `cache`; to look inside, not to train."""

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from titan_dp import config
 from titan_dp.model.deltaproduct import MatrixStateMixer, MixerCache
-from titan_dp.model.initialise import Initializer
-from titan_dp.model.norm import upcast
-from titan_dp.model.packing import Packing
+from titan_dp.model.layers import Float32, Initializer, Packing, upcast
 
 _FASTEST_DECAY = math.exp(-0.5)  # w is never below exp(-exp(-0.5)) = 0.545
 
@@ -37,8 +35,8 @@ class TransitionInputs(NamedTuple):
     k_a: Tensor  # [n, H, dk]: how far the written keys follow a
 
 
-class TransitionBias(nn.Module):
-    """w0 and k_a [n H dk]; a holder, never called (as RMSNorm): they compute in float32."""
+class TransitionBias(Float32):
+    """w0 and k_a [n H dk]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -62,18 +60,17 @@ class TransitionBias(nn.Module):
 
 
 class RWKV7(MatrixStateMixer):
-    """Token mixer x [B, T, D] -> [B, T, D] for `mixer = "rwkv7"`; what it computes is said in `rwkv7_product`."""
+    """The mixer "rwkv7"; `rwkv7_product` says what it computes."""
+
+    a_proj: nn.Linear
+    w_proj: nn.Linear
+    transition_bias: TransitionBias
 
     def __init__(self, c: config.Model) -> None:
-        super().__init__(c)
         D, channels = c.hidden_size, c.num_householder * c.num_heads * c.head_dim
+        before: dict[str, nn.Module] = {name: nn.Linear(D, channels, bias=False) for name in ("a_proj", "w_proj")}
+        super().__init__(c, before | {"transition_bias": TransitionBias(channels)})
         self.scale = 2.0 if c.allow_neg_eigval else 1.0
-        self._add_projections(c)
-        self.a_proj = nn.Linear(D, channels, bias=False)
-        self.w_proj = nn.Linear(D, channels, bias=False)
-        self.transition_bias = TransitionBias(channels)
-        self._add_convolutions(c)
-        self._add_output(c)
 
     def _project(
         self, x: Tensor, packing: Packing | None, cache: MixerCache | None

@@ -2,12 +2,13 @@
 
 The mixer of each block is DeltaProduct, gated linear attention, a product of RWKV-7 transitions or softmax attention, as the
 configuration says; hybrids list their attention layers. Tensor names are flash-linear-attention's
-(`layers.N.attn.k_proj.weight`, ...), but for A_log and dt_bias, which sit in `attn.forget_gate`, and for what it does not have:
-a router (`attn.r_proj`), RWKV-7. Nothing here knows of ranks or devices.
+(`layers.N.attn.k_proj.weight`, ...), except A_log and dt_bias, which sit in `attn.forget_gate`, and what it does not have: a
+router (`attn.r_proj`), RWKV-7. Nothing here knows of ranks or devices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -20,43 +21,23 @@ from titan_dp import config
 from titan_dp.errors import UserError
 from titan_dp.model.attention import Attention
 from titan_dp.model.context_parallel import ContextParallel
-from titan_dp.model.deltaproduct import DeltaProduct, ForgetGate
-from titan_dp.model.initialise import Initializer
+from titan_dp.model.deltaproduct import DeltaProduct
+from titan_dp.model.layers import Float32, Initializer, Packing, RMSNorm, SwiGLU, TokenMixer, upcast
 from titan_dp.model.loss import summed_cross_entropy
-from titan_dp.model.norm import RMSNorm, upcast
-from titan_dp.model.packing import Packing
-from titan_dp.model.rwkv7 import RWKV7, TransitionBias
+from titan_dp.model.rwkv7 import RWKV7
 
-FLOAT32_MODULES = (RMSNorm, ForgetGate, TransitionBias)
-"""Holders of the parameters that compute in float32 whatever the dtype of the matrices is."""
-
-_MIXERS: dict[str, type[DeltaProduct | RWKV7 | Attention]] = {
+LAYERS: dict[str, Callable[[config.Model], TokenMixer]] = {
     "deltaproduct": DeltaProduct,
     "gla": DeltaProduct,
     "rwkv7": RWKV7,
     "attention": Attention,
 }
+"""By the name that model.mixer has; what a setting means for each is in config/mixers.py."""
 
 
 def build_model(c: config.Model) -> Transformer:
     """An uninitialised model; under `torch.device("meta")` it takes no memory."""
     return Transformer(c)
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x), x [..., D] (Shazeer 2020)."""
-
-    def __init__(self, size: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(size, hidden, bias=False)
-        self.up_proj = nn.Linear(size, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-    def init_weights(self, init: Initializer) -> None:
-        init.normal_(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -65,17 +46,13 @@ class Block(nn.Module):
     def __init__(self, c: config.Model, mixer: str) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.attn: DeltaProduct | RWKV7 | Attention = _MIXERS[mixer](c)
+        self.attn = LAYERS[mixer](c)
         self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = SwiGLU(c.hidden_size, c.mlp_size)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor | None]:
         """The block's output, and the Householder steps that its router took for each token [B, T]; None without one."""
-        normed = self.attn_norm.apply_to(x)
-        if isinstance(self.attn, Attention):
-            mixed, steps = self.attn(normed, packing), None
-        else:
-            mixed, steps = self.attn.mix(normed, packing)
+        mixed, steps = self.attn.mix(self.attn_norm.apply_to(x), packing)
         x = x + mixed
         return x + self.mlp(self.mlp_norm.apply_to(x)), steps
 
@@ -192,7 +169,7 @@ class Transformer(nn.Module):
 
     def fp32_modules(self) -> list[nn.Module]:
         """Holders of the parameters that compute in float32: norms, A_log and dt_bias, RWKV-7's biases."""
-        return [module for module in self.modules() if isinstance(module, FLOAT32_MODULES)]
+        return [module for module in self.modules() if isinstance(module, Float32)]
 
     def init_weights(self, seed: int) -> None:
         """Write every parameter, the same on any number of ranks."""

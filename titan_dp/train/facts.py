@@ -9,11 +9,12 @@ import torch
 
 from titan_dp import config
 from titan_dp.config.load import Loaded
+from titan_dp.config.mixers import Counts
 from titan_dp.data.batch import Loader
 from titan_dp.data.loader import ValidationLoader
 from titan_dp.data.synthetic.loader import SyntheticSet
 from titan_dp.distributed import World, device_name
-from titan_dp.model.size import Counts, embedding_parameters, model_size
+from titan_dp.model.size import embedding_parameters, model_size
 from titan_dp.train.batch_plan import BatchPlan
 
 

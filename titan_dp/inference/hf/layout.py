@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from titan_dp import config
+from titan_dp.config.mixers import MIXERS
 from titan_dp.errors import UserError
 from titan_dp.files import first_mistake, shorten, shown
 
@@ -81,7 +82,7 @@ def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
 
     Raises UserError where that type cannot express the model; names the format that can.
     """
-    if ours := _ours_alone(c):
+    if ours := MIXERS[c.mixer].not_exported(c):
         raise UserError(f"{ours} cannot be exported: no Hugging Face format has it; use the checkpoint itself")
     if reasons := _inexpressible(c, model_type):
         others = [name for name in MODEL_TYPES if not _inexpressible(c, name)]
@@ -127,20 +128,13 @@ def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
     return {**common, "expand_k": keys / c.hidden_size, "expand_v": values / c.hidden_size, "use_gate": c.use_output_gate}
 
 
-def _ours_alone(c: config.Model) -> str:
-    """What of `c` no type has a key for, or nothing."""
-    if c.mixer == "rwkv7":
-        return "mixer = 'rwkv7'"
-    return "adaptive_householder = true" if c.adaptive_householder else ""
-
-
 def _inexpressible(c: config.Model, model_type: str) -> list[str]:
     """What of `c` the type has no key for."""
     if model_type == REMOTE_CODE:
         return []
     reasons = []
-    if c.mixer == "gla":
-        reasons.append("mixer = 'gla'")
+    if not MIXERS[c.mixer].in_fla:
+        reasons.append(f"mixer = {c.mixer!r}")
     if int(c.head_dim * (c.head_v_dim / c.head_dim)) != c.head_v_dim:
         reasons.append(f"a value dimension of {c.head_v_dim} at head_dim = {c.head_dim}")
     if model_type != "gated_deltaproduct" and c.num_householder != 1:

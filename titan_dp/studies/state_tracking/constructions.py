@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from titan_dp import config
 from titan_dp.data.synthetic.groups import Group
 from titan_dp.model.deltaproduct import DeltaProduct
-from titan_dp.model.norm import RMSNorm
+from titan_dp.model.layers import RMSNorm
 from titan_dp.model.transformer import SwiGLU, Transformer, build_model
 from titan_dp.studies.state_tracking import representations
 
