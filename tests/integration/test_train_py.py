@@ -25,7 +25,7 @@ def train(root: Path, *arguments: str | Path, **env: str) -> subprocess.Complete
         (["--model.vocab_size", "100"], "model.vocab_size = 100 is too small"),
         (
             ["--training.global_batch_size", "3"],
-            "training.global_batch_size = 3 is no multiple of training.local_batch_size = 2",
+            "training.global_batch_size = 3 is not a multiple of training.local_batch_size = 2",
         ),
         (["--parallelism.data_parallel_shard_degree", "4"], "must be the number of ranks, which is 1"),
         (

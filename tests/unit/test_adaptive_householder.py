@@ -217,14 +217,7 @@ def sharded(mode: str, option: str | int, compile: bool) -> tuple[dict[str, Tens
 
 
 @pytest.mark.parametrize(
-    ("mode", "option", "compile"),
-    [
-        ("none", "op", False),
-        ("full", "op", False),
-        ("selective", "op", False),
-        ("selective", 2, False),
-        ("selective", "op", True),
-    ],
+    ("mode", "option", "compile"), [("full", "op", False), ("selective", 2, False), ("selective", "op", True)]
 )
 def test_sharded_recomputed_and_compiled_models_take_the_same_steps_with_the_same_gradients(
     mode: str, option: str | int, compile: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from titan_dp import config
 from titan_dp.cli import dispatch
+from titan_dp.config.load import load_config
 from titan_dp.errors import UserError
 from titan_dp.estimate import ledger, trace
 from titan_dp.estimate.collectives import Collective
+from titan_dp.estimate.command import dry_run, gib
 from titan_dp.estimate.ledger import Ledger, Work
 from titan_dp.estimate.result import ALLOWANCE, ALLOWANCE_SHARE, estimate
 from titan_dp.estimate.speed import Assumptions, links, predict, seconds_of
@@ -188,57 +191,34 @@ def test_a_step_takes_its_compute_and_what_communication_sticks_out() -> None:
     assert predict(work, [slow, slow], 1, H200, IB, False, a).exposed == pytest.approx(2 * speed.communication - 3)
 
 
-NAMES = {
-    "NVIDIA H200": "H200",
-    "NVIDIA H200 NVL": "H200 NVL",
-    "NVIDIA GH200 480GB": "GH200",
-    "NVIDIA GH200 120GB": "GH200",
-    "NVIDIA GH200 144G HBM3e": "GH200 144GB",
-    "NVIDIA H100 80GB HBM3": "H100",
-    "NVIDIA H100 PCIe": "H100 PCIe",
-    "NVIDIA H100 NVL": "H100 NVL",
-    "NVIDIA GB200": "GB200",
-    "NVIDIA B200": "B200",
-    "NVIDIA A100-SXM4-80GB": "A100",
-    "NVIDIA A100-SXM4-40GB": "A100 40GB",
-    "A100-PCIE-40GB": "A100 PCIe 40GB",
-    "NVIDIA A100 80GB PCIe": "A100 PCIe",
-    "NVIDIA L40S": "L40S",
-    "NVIDIA L40": "L40",
-    "NVIDIA L4": "L4",
-    "NVIDIA A10": "A10",
-    "NVIDIA A10G": "A10G",
-    "NVIDIA GeForce RTX 4090": "RTX 4090",
-}
+NAMES = """
+NVIDIA H200 = H200; NVIDIA H200 NVL = H200 NVL; NVIDIA GH200 480GB = GH200; NVIDIA GH200 120GB = GH200; NVIDIA B200 = B200;
+NVIDIA GH200 144G HBM3e = GH200 144GB; NVIDIA H100 80GB HBM3 = H100; NVIDIA H100 PCIe = H100 PCIe; NVIDIA GB200 = GB200;
+NVIDIA H100 NVL = H100 NVL; NVIDIA A100-SXM4-80GB = A100; NVIDIA A100-SXM4-40GB = A100 40GB; NVIDIA L40S = L40S;
+A100-PCIE-40GB = A100 PCIe 40GB; NVIDIA A100 80GB PCIe = A100 PCIe; NVIDIA L40 = L40; NVIDIA L4 = L4; NVIDIA A10 = A10;
+NVIDIA A10G = A10G; NVIDIA GeForce RTX 4090 = RTX 4090
+"""
 """What drivers call devices, and which of the table each is."""
-OTHERS = (
-    "NVIDIA H20, NVIDIA H800, NVIDIA A100X, NVIDIA L40G, NVIDIA B300 SXM6 AC, NVIDIA GB300, "
-    "GeForce 256, NVIDIA GeForce RTX 4090 Laptop GPU, NVIDIA GeForce RTX 4090 D, NVIDIA GeForce RTX 3090 Ti, "
-    "AMD Instinct MI300X, NVIDIA H100 80GB HBM3 MIG 1g.10gb, NVIDIA A100-40C, NVIDIA A100-SXM-64GB"
-)
+OTHERS = """
+NVIDIA H20; NVIDIA H800; NVIDIA A100X; NVIDIA L40G; NVIDIA B300 SXM6 AC; NVIDIA GB300; GeForce 256; AMD Instinct MI300X;
+NVIDIA GeForce RTX 4090 Laptop GPU; NVIDIA GeForce RTX 4090 D; NVIDIA GeForce RTX 3090 Ti; NVIDIA A100-SXM-64GB;
+NVIDIA H100 80GB HBM3 MIG 1g.10gb; NVIDIA A100-40C
+"""
 
 
-@pytest.mark.parametrize("device", NAMES)
-def test_a_device_is_the_gpu_that_every_word_of_its_name_fits(device: str) -> None:
-    gpu = gpu_of(device)
-    assert gpu is not None
-    assert gpu.name == NAMES[device]
-
-
-@pytest.mark.parametrize("device", OTHERS.split(", "))
-def test_a_device_that_is_not_in_the_table_is_not_taken_for_another(device: str) -> None:
-    assert gpu_of(device) is None
-    assert peak(device, "bfloat16") is None
+def test_a_device_is_the_gpu_that_every_word_of_its_name_fits_or_none() -> None:
+    known = dict(pair.strip().split(" = ") for pair in NAMES.split(";"))
+    assert {device: gpu.name if (gpu := gpu_of(device)) else None for device in known} == known
+    for device in OTHERS.split(";"):
+        assert gpu_of(device.strip()) is None, device
+        assert peak(device.strip(), "bfloat16") is None, device
+    assert find_gpu("rtx-4090").name == "RTX 4090", "in any case"
 
 
 def test_a_peak_is_that_of_the_dtype() -> None:
     assert peak("NVIDIA H100 80GB HBM3", "bfloat16") == pytest.approx(989.4e12)
     assert peak("NVIDIA H100 80GB HBM3", "float32") == pytest.approx(66.9e12)
     assert all(gpu.float32_tflops < gpu.tflops for gpu in GPUS.values())
-
-
-def test_a_gpu_is_named_in_any_case() -> None:
-    assert find_gpu("rtx-4090").name == "RTX 4090"
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -275,3 +255,26 @@ def test_a_cpu_has_no_predicted_speed(capsys: pytest.CaptureFixture[str]) -> Non
     assert "torch backend" in shown
     assert "predicted" not in shown
     assert "allowance" not in shown
+
+
+def test_a_gpu_without_a_data_sheet_has_memory_but_no_speed() -> None:
+    unknown = replace(H200, name="X900", **dict.fromkeys(("tflops", "float32_tflops", "bandwidth", "link"), math.nan))
+    known, found = (estimate(run_of(), 4, gpu, IB, search=False) for gpu in (H200, unknown))
+    assert (found.memory, found.speed, found.assumptions) == (known.memory, None, [])
+    assert found.notes[-1] == "no speed is predicted: X900 is not in the table of data sheets"
+
+
+def test_the_dry_run_is_the_estimate_for_what_is_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_config(["--config", "debug.toml", "--optimizer.muon_lr=1"])
+    dry_run(loaded)
+    shown = capsys.readouterr().out
+    counted = estimate(loaded.config, 1, None, IB, search=False)
+    assert f"{gib(counted.tensors)} per rank, {counted.peak_phase}" in shown
+    assert "warning: optimizer.muon_lr (command line) has no effect" in shown
+    dry_run(load_config(["--config", "debug.toml", "--model.mixer=rwkv7"]))
+    assert "not counted for rwkv7; titan-dp estimate does, in minutes" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="is not a multiple of"):
+        dry_run(loaded)

@@ -1,7 +1,9 @@
-"""A toy mixer, added as docs/contributing.md says: a record, a layer, and a line for each in its table. No other file knows it."""
+"""A toy mixer, added as docs/contributing.md says: a record, a layer, and for each a line in its table; nothing else."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 from collections.abc import Iterator
@@ -115,14 +117,16 @@ def test_it_packs_documents_and_decodes_as_every_mixer_must() -> None:
     torch.testing.assert_close(logits, model(tokens)[:, -1], rtol=1e-5, atol=1e-5)
 
 
-def train(path: Path) -> None:
-    with mock.patch.dict(MIXERS, average=MovingAverageRecord()), mock.patch.dict(LAYERS, average=MovingAverage):
+def train(path: Path) -> str:
+    """What a run of the toy says."""
+    tables = mock.patch.dict(MIXERS, average=MovingAverageRecord()), mock.patch.dict(LAYERS, average=MovingAverage)
+    with tables[0], tables[1], contextlib.redirect_stdout(io.StringIO()) as said:
         Trainer(load_config(["--config", str(path), "--model.mixer=average", "--training.steps=3"]), current_world()).train()
+    return said.getvalue()
 
 
-def test_it_trains_and_says_which_settings_mean_nothing_to_it(tiny_config: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run_ranks(1, train, tiny_config)
-    said = capfd.readouterr().out
+def test_it_trains_and_says_which_settings_mean_nothing_to_it(tiny_config: Path) -> None:
+    (said,) = run_ranks(1, train, tiny_config)
     assert "2 blocks, width 32: moving average, 0.9 kept" in said
     assert "model.num_heads (tiny.toml:" in said.replace(str(tiny_config.parent) + "/", "")
     assert 'has no effect: no layer uses it (mixer "average")' in said

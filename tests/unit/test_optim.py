@@ -1,13 +1,22 @@
-"""Parameter groups by role, and the guard's counting."""
+"""Parameter groups by role, Muon on one rank, the learning rate's schedule, and the guard's counting."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 
 from tests.unit.test_model import make
 from titan_dp import config
+from titan_dp.errors import UserError
+from titan_dp.train.lr_scheduler import build_lr_scheduler
+from titan_dp.train.muon import Muon
 from titan_dp.train.optim import NonFiniteError, NonFiniteGuard, build_optimizer, clip_grad_norm
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+ROLES = ("matrices", "embeddings", "convolutions", "norms and gates")
 
 
 def groups(**settings: object) -> dict[str, tuple[str, float, set[str]]]:
@@ -24,25 +33,18 @@ def groups(**settings: object) -> dict[str, tuple[str, float, set[str]]]:
     return found
 
 
-def test_only_matrices_decay() -> None:
+def test_only_matrices_decay_and_embeddings_by_choice() -> None:
     found = groups()
-    assert {role: decay for role, (_, decay, _) in found.items()} == {
-        "matrices": 0.1, "embeddings": 0.0, "convolutions": 0.0, "norms and gates": 0.0,
-    }  # fmt: skip
+    assert [found[role][1] for role in ROLES] == [0.1, 0.0, 0.0, 0.0]
     assert found["embeddings"][2] == {"embeddings.weight", "lm_head.weight"}
     assert {"layers.0.attn.forget_gate.A_log", "layers.1.attn.forget_gate.dt_bias", "norm.weight"} < found["norms and gates"][2]
-
-
-def test_embeddings_decay_by_choice() -> None:
     assert groups(decay_embeddings=True)["embeddings"][1] == 0.1
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     found = groups(name="Muon")
-    assert {role: optimizer for role, (optimizer, _, _) in found.items()} == {
-        "matrices": "Muon", "embeddings": "AdamW", "convolutions": "AdamW", "norms and gates": "AdamW",
-    }  # fmt: skip
-    assert all(".proj" in n or "_proj" in n for n in found["matrices"][2])
+    assert [found[role][0] for role in ROLES] == ["Muon", "AdamW", "AdamW", "AdamW"]
+    assert all("_proj" in n for n in found["matrices"][2])
 
 
 def test_the_schedules_factor_multiplies_each_groups_own_peak() -> None:
@@ -58,6 +60,60 @@ def test_clipping_leaves_small_gradients_as_they_are() -> None:
     assert parameter.grad.tolist() == pytest.approx([0.3, 0.4])
 
 
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
+def test_muon_without_other_ranks_is_torchs_bit_for_bit(shape: tuple[int, int]) -> None:
+    """Its shards on several ranks are tests/distributed/test_optim.py's."""
+
+    def trained(kind: type[torch.optim.Muon]) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(shape, generator=generator))
+        optimizer = kind([parameter], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for _ in range(3):
+            parameter.grad = torch.randn(shape, generator=generator)
+            optimizer.step()
+        return [parameter.detach(), optimizer.state[parameter]["momentum_buffer"]]
+
+    for own, theirs in zip(trained(Muon), trained(torch.optim.Muon), strict=True):
+        assert torch.equal(own, theirs)
+
+
+# -- the learning rate -------------------------------------------------------------------------------------------------
+
+
+def factors(steps: int = 100, **settings: object) -> list[float]:
+    factor = build_lr_scheduler(config.LRScheduler(**settings), steps)  # type: ignore[arg-type]
+    return [factor(step) for step in range(steps)]
+
+
+@pytest.mark.parametrize(("shape", "middle"), [("cosine", 0.55), ("linear", 0.55), ("sqrt", 0.1 + 0.9 * (1 - 0.5**0.5))])
+def test_each_shape_passes_its_middle_and_ends_at_the_floor(shape: str, middle: float) -> None:
+    values = factors(warmup_steps=0, decay_type=shape, min_lr_factor=0.1)
+    assert (values[49], values[-1]) == pytest.approx((middle, 0.1))
+    assert all(a > b for a, b in itertools.pairwise(values))
+
+
+def test_warmup_rises_from_above_zero_to_the_peak_which_decay_ratio_holds_until_the_last_part() -> None:
+    assert factors(warmup_steps=4)[:4] == [0.25, 0.5, 0.75, 1.0]
+    values = factors(warmup_steps=10, decay_ratio=0.2, decay_type="linear", min_lr_factor=0.0)
+    assert values[9:80] == [1.0] * 71
+    assert (values[80], values[-1]) == (pytest.approx(0.95), 0)
+
+
+@pytest.mark.parametrize("settings", [{"warmup_steps": 0}, {"warmup_steps": 100}, {"warmup_steps": 500}, {"decay_ratio": 1.0}])
+def test_extremes_stay_within_zero_and_the_peak(settings: dict) -> None:
+    assert all(0 < value <= 1 for value in factors(**settings))
+
+
+def test_a_schedule_may_be_longer_or_shorter_than_the_run_and_begin_anew_at_a_later_step() -> None:
+    assert factors(50, warmup_steps=0, total_steps=100) == factors(100, warmup_steps=0)[:50]
+    assert factors(100, warmup_steps=0, total_steps=50)[49:] == pytest.approx([0.1] * 51)
+    assert factors(100, start_step=60, warmup_steps=5)[60:] == factors(40, warmup_steps=5)
+    with pytest.raises(UserError, match=r"lr_scheduler.start_step = 12 is not before the end of the schedule, step 12"):
+        factors(12, start_step=12)
+
+
+# -- the guard ---------------------------------------------------------------------------------------------------------
+
 GOOD, BAD = torch.tensor(1.0), torch.tensor(float("nan"))
 
 
@@ -68,27 +124,20 @@ def after(*norms: torch.Tensor) -> NonFiniteGuard:
     return guard
 
 
-def test_the_guard_stops_after_the_limit_in_a_row() -> None:
+def test_the_guard_stops_after_the_limit_in_a_row_even_if_the_run_recovered_before_the_check() -> None:
     with pytest.raises(NonFiniteError, match=r"for 3 steps in a row \(training.max_nonfinite_steps = 3; 3 skipped in all\)"):
         after(GOOD, BAD, BAD, BAD).check(3)
-
-
-def test_a_run_of_bad_steps_that_recovered_before_the_check_counts_as_well() -> None:
     with pytest.raises(NonFiniteError):
         after(BAD, BAD, BAD, GOOD).check(3)
 
 
-def test_good_steps_in_between_start_the_count_anew() -> None:
+def test_good_steps_in_between_start_the_count_anew_and_checks_do_not() -> None:
     guard = after(BAD, BAD, GOOD, BAD, BAD)
     guard.check(3)
     assert guard.total == 4
     assert not guard.healthy()
     guard.update(GOOD)
-    guard.check(3)
     assert guard.healthy()
-
-
-def test_a_run_of_bad_steps_across_checks_is_one_run() -> None:
     guard = after(BAD, BAD)
     guard.check(3)
     guard.update(BAD)

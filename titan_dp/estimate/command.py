@@ -32,7 +32,7 @@ _GIB = 2**30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="NAME", help="as for train.py")
-    parser.add_argument("--nproc", type=positive, required=True, metavar="N", help="ranks of the run, one a GPU")
+    parser.add_argument("--nproc", type=positive, required=True, metavar="N", help="ranks of the run, one per GPU")
     parser.add_argument("--gpu", default="H200", metavar="NAME", help=f"cpu, {', '.join(GPUS)} (default: H200)")
     parser.add_argument("--network", default="ib-400", metavar="NAME", help=f"{', '.join(NETWORKS)} (default: ib-400)")
     parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="default: 8")

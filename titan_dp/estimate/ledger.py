@@ -1,9 +1,9 @@
 """A record of one training step on fake tensors: every storage's life, every collective, every operator's work.
 
 `Ledger` sees each operator below autograd. A storage's bytes are counted from the operator that made it until the last
-reference is gone, as an allocator would see them; which part of the memory it belongs to may be learnt later (a gradient
-is known as one when the optimizer holds it), because the peak is found by replaying the record when the step is over. Our
-own operators are opaque here as anywhere, so what they allocate within is counted once a shape by running their code on tensors
+reference is gone, as an allocator would see them. Which part of the memory it belongs to may be learnt later (a gradient is
+known as one once the optimizer holds it), because the peak is found by replaying the record when the step is over. Our own
+operators are one node each to it, so what they allocate within is counted once per shape, by running their code on tensors
 without data. What no operator shows is left out: scratch space inside ATen's and the vendors' kernels, allocators, libraries.
 """
 
@@ -65,7 +65,7 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         phase: what the step is doing: forward, backward or optimizer.
-        part: where new storages belong that nothing else is known of.
+        part: of the memory, where new storages belong unless something else is known of them.
         micro: index of the micro-batch.
     """
 
@@ -134,7 +134,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def watching_resizes(self) -> Iterator[None]:
-        """Within it, `UntypedStorage.resize_` is recorded: it is no operator."""
+        """Within it, `UntypedStorage.resize_` is recorded, which is not an operator."""
         original: Callable[..., Any] = torch.UntypedStorage.resize_
 
         def resize(storage: Any, size: int) -> Any:

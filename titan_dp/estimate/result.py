@@ -132,7 +132,7 @@ def estimate(
         largest_peak=largest[1],
     )
     if gpu is not None and math.isnan(gpu.tflops):
-        notes.append(f"no speed is predicted: there is no data sheet of {gpu.name} here")
+        notes.append(f"no speed is predicted: {gpu.name} is not in the table of data sheets")
     elif gpu is not None and c.training.mixed_precision_param == "bfloat16":
         compiled = c.compile.enable
         result.speed = predict(step.work, step.collectives, batch.accumulation, gpu, network, compiled, a)

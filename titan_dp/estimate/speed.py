@@ -1,9 +1,10 @@
 """How long a step should take on a named GPU and network: a roofline under assumptions that are printed with every result.
 
-An operator takes the longer of its FLOPs at a fraction of the peak and its bytes at a fraction of the memory's bandwidth.
-A collective takes its bytes in a ring over the links it crosses, and the latencies of its hops. Collectives of the forward and
-the backward pass hide behind that pass's compute, but for each micro-batch's first gather, the step's last reduction and
-what the context group exchanges within layers; those of the optimizer hide behind nothing. No number here is measured.
+An operator takes the longer of two times: its FLOPs at a fraction of the peak, and its bytes at a fraction of the memory's
+bandwidth. A collective takes the time of its bytes in a ring over the links it crosses, and the latencies of its hops.
+Collectives of the forward and the backward pass hide behind that pass's compute, except each micro-batch's first gather, the
+step's last reduction and what the context group exchanges within layers; those of the optimizer hide behind nothing. No number
+here is measured.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Assumptions:
     bandwidth: float = 0.8
     link: float = 0.8
     fusion: float = 3.0
-    """By so much torch.compile reduces the bytes of what is no matrix product and none of our operators."""
+    """torch.compile divides the bytes by this, of operators that are neither matrix products nor ours."""
     gpus_per_node: int = 8
 
     def sentences(self, gpu: GPU, network: Network, compiled: bool) -> list[str]:
@@ -40,7 +41,7 @@ class Assumptions:
             f"links reach {self.link:.0%} of {gpu.link / 1e9:g} GB/s a GPU inside a node of {self.gpus_per_node}, and of "
             f"{network.bandwidth / 1e9:g} GB/s a GPU between nodes ({network.name}); hops take {_HOP * 1e6:g} and "
             f"{network.latency * 1e6:g} us; rings, trees for small all-reduces",
-            "communication hides behind compute within each pass, but for a micro-batch's first gather, the last reduction, "
+            "communication hides behind compute within each pass, except a micro-batch's first gather, the last reduction, "
             "the exchanges of context parallelism and the optimizer's",
             "no data wait, no launch overhead, no stragglers, no validation or checkpoint",
         ]

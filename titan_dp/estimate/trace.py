@@ -128,7 +128,7 @@ class FakeRun:
         yield
 
     def _batch(self, rows: int) -> Batch:
-        """int64 ids and labels [B, T], and boundaries where documents are kept apart."""
+        """int64 ids and labels [B, T], and boundaries if documents are kept apart."""
         T = self.c.training.seq_len // self.c.parallelism.context_parallel_degree
         apart = self.c.data.source != "state_tracking" and self.c.data.document_boundaries == "reset"
         return {
@@ -142,8 +142,8 @@ class FakeRun:
 def fake_run(c: config.Config, ranks: int, gpu: GPU | None) -> Iterator[FakeRun]:
     """One of `ranks` that train `c` on `gpu` (None: CPUs), the one that needs the most.
 
-    Raises UserError where the ranks do not fit the degrees of parallelism or the backend does not fit the device. There must
-    be no process group: this makes one.
+    Raises UserError if the ranks do not fit the degrees of parallelism or the backend does not fit the device. Call it without
+    a process group: it makes one.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -169,7 +169,7 @@ def fake_run(c: config.Config, ranks: int, gpu: GPU | None) -> Iterator[FakeRun]
 
 
 def backend_on(c: config.Config, gpu: GPU | None) -> str:
-    """The recurrence's backend where `c` is trained. Raises UserError for one that cannot run there."""
+    """The recurrence's backend on the device that `c` is trained on. Raises UserError for one that cannot run there."""
     wanted, model = c.model.backend, c.model
     if gpu is None:
         try:
@@ -191,7 +191,7 @@ def _why_not(c: config.Config, gpu: GPU) -> str | None:
     if gpu.arch not in configs.ARCHITECTURES:
         return f"the kernels are set up for compute capability {', '.join(str(a / 10) for a in configs.ARCHITECTURES)}"
     if find_spec("triton") is None:
-        return None  # it will be where the run is
+        return None  # the machine of the run will have it
     from deltaproduct_kernels.triton_backend import launch
 
     with _replaced(launch, "INTERPRETED", True):  # the device is not looked at then, only sizes and dtype

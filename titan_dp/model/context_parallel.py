@@ -240,7 +240,12 @@ def continued(
     backend: str,
     group: str,
 ) -> Tensor:
-    """`o`, and in the backward pass the gradient of `final`, for which the context group comes together."""
+    """`o` unchanged. Its backward pass also gives the gradient of `final`, which other ranks know.
+
+    Autograd sees no path from this rank's final state to other ranks' outputs, so on its own it would call the gradient of
+    `final` zero. This identity is where we hand it the true one: its backward runs on every rank of the group, exchanges
+    (`adjoint_after`), and only then does the recurrence's own backward begin, as `o` must have its gradient first.
+    """
     return o.clone()
 
 
@@ -266,7 +271,7 @@ continued.register_autograd(_ask_later_ranks, setup_context=_save_inputs)
 
 @torch.library.custom_op("titan_dp::shift", mutates_args=())
 def shift(x: Tensor, by: int, group: str) -> Tensor:
-    """x of the rank that is `by` before this one; zeros where there is none. Its gradient goes back the same way."""
+    """x of the rank that is `by` before this one; zeros if there is none. Its gradient goes back the same way."""
     rank, size = _place(group)
     out, source = torch.zeros_like(x, memory_format=torch.contiguous_format), x.contiguous()
     sends, receives = [0] * size, [0] * size

@@ -69,7 +69,7 @@ class ForgetGate(Float32):
 class StepRouter(nn.Linear):
     """Which of the n steps of each token are taken: x [B, T, D] -> gates [B, T, n], 1 or 0, in float32 at least.
 
-    A step is taken where its logit is above 0. The gradient is that of the logit's sigmoid, the straight-through estimator of
+    A step is taken if its logit is above 0. The gradient is that of the logit's sigmoid, the straight-through estimator of
     Bengio et al. 2013 (arXiv 1308.3432). One decision per token and step, shared by all heads.
     """
 

@@ -1,8 +1,8 @@
 """Summed cross-entropy of hidden states against labels without the [tokens, vocabulary] float32 logits.
 
 torch 2.13's linear_cross_entropy does it in pieces, but returns the sum in the input's dtype: for bfloat16 that is wrong
-by a percent (measured: 50688 for 51422.05). So it is taken for float32 where the torch has it, and `_ChunkedLoss`
-otherwise, which keeps the sum in float32.
+by a percent (measured: 50688 for 51422.05). So it is taken for float32 if this torch has it, and `_ChunkedLoss` otherwise,
+which keeps the sum in float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ IGNORE = -100
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Raise RunError where `values` hold a NaN or an infinity; waits for the device.
+    """Raise RunError if `values` hold a NaN or an infinity; waits for the device.
 
     To be called before an argmax, a rank or a comparison, which would make a token or an accuracy of them.
     """
@@ -39,9 +39,9 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     Args:
         hidden: [N, D]; any float dtype.
         weight: [V, D] in hidden's dtype.
-        labels: [N] int64, -100 where there is none.
+        labels: [N] int64, -100 for none.
     """
-    if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same, and both ways would compute it
+    if not torch.is_grad_enabled():  # parameters require gradients even then, and both ways would compute them
         hidden, weight = hidden.detach(), weight.detach()
     if hidden.dtype == torch.float32 and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
@@ -56,7 +56,7 @@ def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor
     Args:
         hidden: [..., D]; any float dtype.
         weight: [V, D] in hidden's dtype.
-        labels: [...] int64, -100 where there is none: loss 0, False.
+        labels: [...] int64, -100 for none: loss 0, False.
     """
     flat, wanted = hidden.flatten(0, -2), labels.flatten()
     loss = torch.empty(len(flat), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
@@ -70,7 +70,7 @@ def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Gradients are taken chunk by chunk in the forward pass, so each chunk's logits live once and shortly."""
+    """Gradients are taken chunk by chunk in the forward pass, so that a chunk's logits are computed once and freed at once."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

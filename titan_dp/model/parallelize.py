@@ -21,8 +21,8 @@ from titan_dp import config
 from titan_dp.model import context_parallel
 from titan_dp.model.transformer import Transformer
 
-# Outputs that are dear to recompute and small to keep. Of the matmuls every second one is kept: half of the FLOPs of
-# a second forward for half of its memory (torchtitan's choice).
+# Outputs that are expensive to recompute and small to keep. Every second matmul is kept: half of the FLOPs of a second
+# forward for half of its memory (torchtitan's choice).
 _MATMULS = frozenset({torch.ops.aten.mm.default})
 _KEPT_OPS = frozenset(
     {
@@ -90,10 +90,10 @@ def _selective_context() -> Any:
 
 
 def apply_compile(model: Transformer) -> None:
-    """Compile every block into one graph: one for each kind of block, training or validation, and number of rows.
+    """Compile every block into one graph. There is one per kind of block, training or validation, and number of rows.
 
-    All blocks share one function, so those graphs share one cache of the compiler, whose usual limit of 8 a hybrid passes
-    hours after its start. Sizes are constants of a graph; only the number of documents is not (`Transformer.forward`).
+    All blocks share one function, so those graphs share one cache of the compiler. Its usual limit is 8 graphs, which a hybrid
+    exceeds hours after its start. Sizes are constants of a graph; only the number of documents is not (`Transformer.forward`).
     """
     torch._dynamo.config.recompile_limit = 64
     for block in model.layers:
@@ -104,9 +104,9 @@ def apply_compile(model: Transformer) -> None:
 def apply_fsdp(model: Transformer, mesh: DeviceMesh, training: config.Training, parallelism: config.Parallelism) -> None:
     """Shard every block, then the root; norms, A_log and dt_bias form one float32 group for the whole model.
 
-    FSDP2 has one compute dtype a group. A group of their own inside each block would put FSDP's hooks inside the
-    compiled block (a graph break) and cost two small collectives a block. One group whose modules are never called has
-    neither: it is gathered before the forward, once a step, and reduced when the backward ends.
+    FSDP2 has one compute dtype per group. A group of their own inside each block would put FSDP's hooks inside the compiled
+    block (a graph break) and cost two small collectives per block. One group whose modules are never called has neither: it is
+    gathered before the forward, once per step, and reduced when the backward ends.
     """
     reduce_dtype = getattr(torch, training.mixed_precision_reduce)
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, training.mixed_precision_param), reduce_dtype=reduce_dtype)
@@ -120,6 +120,9 @@ def apply_fsdp(model: Transformer, mesh: DeviceMesh, training: config.Training, 
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
     def gather_fp32(module: Any, args: Any) -> None:
+        # The holders are one FSDP group, so the first gathers all. Nobody calls them, so no hook of theirs reshards the
+        # parameters: they stay gathered (reshard_after_forward = False) until FSDP's last hook of the backward pass. In
+        # between this is a no-op: accumulation and validation gather once.
         holders[0].unshard()
 
     model.register_forward_pre_hook(gather_fp32)

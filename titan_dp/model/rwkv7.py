@@ -1,4 +1,4 @@
-"""The RWKV-7 mixer: a transition that is the product of n_h RWKV-7 transitions a token, to compare with DeltaProduct.
+"""The RWKV-7 mixer: a transition that is the product of n_h RWKV-7 transitions per token, to compare with DeltaProduct.
 
 Everything but the transition is DeltaProduct's (projections laid out (n, heads, dim), short convolution, SiLU, keys and
 queries of unit length, read-out), so that a comparison of the two is one of transitions; RWKV-7's token shift, LoRA

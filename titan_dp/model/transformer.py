@@ -80,7 +80,7 @@ class Transformer(nn.Module):
     """A causal language model over token ids [B, T].
 
     Attributes:
-        context: where this rank holds segments of rows only, the place it has among them; see `set_context`.
+        context: this rank's place among those that share rows, if it holds segments of rows only; see `set_context`.
         compiled: whether the blocks are.
     """
 

@@ -20,7 +20,7 @@ class BatchPlan:
     accumulation: int
     seq_len: int
     steps: int
-    """Of the whole run, those before it was resumed included."""
+    """Of the whole run, including those before it was resumed."""
     steps_before: int = 0
     tokens_before: int = 0
     """Done before the run was resumed, perhaps in steps of another size."""
@@ -38,14 +38,14 @@ class BatchPlan:
 def plan_batches(training: config.Training, world_size: int) -> BatchPlan:
     """Resolve global_batch_size = -1, gradient accumulation, and steps from tokens (rounded up).
 
-    Raises UserError where the global batch is no whole number of micro-batches.
+    Raises UserError if the global batch is not a whole number of micro-batches.
     """
     per_pass = training.local_batch_size * world_size
     total = per_pass if training.global_batch_size == -1 else training.global_batch_size
     if total < per_pass or total % per_pass:
         below = max(1, total // per_pass) * per_pass
         raise UserError(
-            f"training.global_batch_size = {training.global_batch_size} is no multiple of training.local_batch_size = "
+            f"training.global_batch_size = {training.global_batch_size} is not a multiple of training.local_batch_size = "
             f"{training.local_batch_size} times {world_size} rank(s); {below} or {below + per_pass} would be, "
             "or choose another local_batch_size"
         )
@@ -55,10 +55,10 @@ def plan_batches(training: config.Training, world_size: int) -> BatchPlan:
 
 
 def plan_rest(plan: BatchPlan, training: config.Training, step: int, tokens: int, last_step_tokens: int) -> BatchPlan:
-    """The plan of a run that goes on after `step` steps over `tokens` tokens, the last of which had `last_step_tokens`.
+    """The plan of a run that goes on after `step` steps over `tokens` tokens; the last step had `last_step_tokens`.
 
-    A run over training.tokens ends once it has seen them, whatever size its steps had. Raises UserError where more is done
-    than the settings ask for.
+    A run over training.tokens ends once it has seen them, whatever size its steps had. Raises UserError if more is done than
+    the settings ask for.
     """
     ways = "ask for at least that, go on from an earlier step with checkpoint.load_step, or choose another job.run_name"
     if training.tokens is None:

@@ -1,7 +1,7 @@
 """The test at the end of a run on a problem with right answers: accuracy at every length, kept as test.json.
 
-Where words have an answer at every symbol, a word counts at a length if it is right up to there (the paper's
-"accuracy", Siems et al. 2025, section 5.1); a language's strings count at their own length, where their answer stands.
+If words have an answer at every symbol, a word counts at a length if it is right up to there (the paper's "accuracy",
+Siems et al. 2025, section 5.1); a language's strings count at their own length, because their one answer is at the end.
 Reading test.json needs no torch: tables and plots over many runs start here.
 """
 
@@ -26,7 +26,7 @@ FILE = "test.json"
 
 @dataclass(frozen=True)
 class LengthTest:
-    """Counts at every length that was asked about; all lists have one entry a length."""
+    """Counts at every length that was asked about; all lists have one entry per length."""
 
     problem: str
     """What was asked, in words."""
@@ -45,7 +45,7 @@ class LengthTest:
     """Words whose answers up to there are all right."""
 
     def token_accuracy(self, low: int, high: int) -> float:
-        """Of all answers at lengths `low` to `high`; NaN where there are none."""
+        """Of all answers at lengths `low` to `high`; NaN if there are none."""
         inside = [i for i, length in enumerate(self.lengths) if low <= length <= high]
         asked = sum(self.asked[i] for i in inside)
         return sum(self.right[i] for i in inside) / asked if asked else float("nan")
@@ -73,7 +73,7 @@ class LengthTest:
 
 
 def read_length_test(run_folder: Path) -> LengthTest:
-    """Raises UserError where the run has none, or it cannot be read."""
+    """Raises UserError if the run has none, or it cannot be read."""
     path = run_folder / FILE
     try:
         return LengthTest(**json.loads(path.read_text()))

@@ -30,7 +30,7 @@ def build_lr_scheduler(c: config.LRScheduler, steps: int) -> Callable[[int], flo
             decay_ratio of the run (warmup-stable-decay; `sqrt` is the 1 - sqrt shape of Haegele et al. 2024).
         steps: of the run; c.total_steps takes precedence. All are counted from c.start_step.
 
-    Raises UserError where the schedule would end before it begins.
+    Raises UserError if the schedule would end before it begins.
     """
     total = (c.total_steps or steps) - c.start_step
     if total < 1:
@@ -58,10 +58,9 @@ _RATES = {"AdamW": ("optimizer.lr",), "Muon": ("optimizer.lr", "optimizer.muon_l
 
 
 def rate_jump(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
-    """What to say where the learning rate of the next step is far from what the saved run's own schedule has there.
+    """What to say if the learning rate of the next step is far from what the saved run's own schedule has for that step.
 
-    Past the end of that schedule, that is the rate it ended at. None where the rates are near, or the saved run's length is
-    not known.
+    A schedule that has ended keeps its last rate. None if the rates are near, or the saved run's length is not known.
     """
     before, now = saved_sections(saved["config"]), saved_sections(current["config"])
     step, old_steps = saved["step"], saved.get("steps", saved_value(before, "training.steps"))

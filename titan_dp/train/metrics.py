@@ -1,8 +1,8 @@
-"""What a person sees of a run: one line a log step, and the same record in metrics.jsonl, TensorBoard and W&B.
+"""What a person sees of a run: one line per log step, and the same record in metrics.jsonl, TensorBoard and W&B.
 
 `metrics.jsonl` is appended to and keyed by step. A resumed run first drops the records of steps it is about to repeat, so
-each step stands there once. Only rank 0 writes. Tokens a second and MFU are taken over the interval since the last line,
-without pauses, which `health.py` books; device tensors are read only here, once a line.
+each step is there once. Only rank 0 writes. Tokens per second and MFU are taken over the interval since the last line,
+without pauses, which faults/step_times.py books; device tensors are read only here, once per line.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import resource
 import secrets
 import sys
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,19 @@ import torch
 from rich.console import Console
 
 from titan_dp import config
-from titan_dp.distributed import World
+from titan_dp.config.load import Loaded
 from titan_dp.errors import RunError, UserError
 from titan_dp.faults.step_times import Interval
 from titan_dp.files import to_json, write_atomically
 from titan_dp.hardware import peak
+from titan_dp.train.facts import RunFacts
 from titan_dp.train.run_folder import read_records
 from titan_dp.train.step import StepResult
 from titan_dp.train.validate import Evaluation, bits_per_byte
 
 
 def peak_flops(c: config.Metrics, device: torch.device, dtype: str) -> float | None:
-    """FLOP/s one device can do at best in `dtype`, training.mixed_precision_param; None where that is not known (every CPU)."""
+    """FLOP/s one device can do at best in `dtype`, training.mixed_precision_param; None if it is not known, as for CPUs."""
     if c.peak_tflops is not None:
         return c.peak_tflops * 1e12
     if device.type != "cuda":
@@ -42,36 +42,17 @@ class Metrics:
     """The log of one run.
 
     Args:
-        c: the [metrics] section.
         run_folder: gets metrics.jsonl, tb/ and the identity of the W&B run.
-        settings: of the whole run by section, and `run_name`: what services outside the run folder are told of it.
-        world: this process; only rank 0 writes.
-        total_steps: of the run.
-        start_step, start_tokens: done before (resumed).
-        flops_per_token: model FLOPs, forward and backward.
-        dtype: matrix products are computed in, "bfloat16" or "float32".
-        bytes_per_token: of the validation text, for each predicted token; gives bits a byte.
+        start_step, start_tokens: done before the run was resumed.
     """
 
-    def __init__(
-        self,
-        c: config.Metrics,
-        run_folder: Path,
-        *,
-        world: World,
-        total_steps: int,
-        start_step: int,
-        start_tokens: int,
-        flops_per_token: int,
-        dtype: str,
-        bytes_per_token: float | None = None,
-        run_name: str = "",
-        settings: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.total_steps, self.start_step = total_steps, start_step
-        self.flops_per_token, self.bytes_per_token = flops_per_token, bytes_per_token
-        self.world = world
-        self.peak = peak_flops(c, world.device, dtype)
+    def __init__(self, run_folder: Path, facts: RunFacts, start_step: int, start_tokens: int) -> None:
+        settings, world = facts.loaded.config, facts.world
+        c = settings.metrics
+        self.world, self.start_step, self.total_steps = world, start_step, facts.batch.steps
+        self.flops_per_token = facts.size.flops_per_token
+        self.bytes_per_token = facts.held_out.bytes_per_token if facts.held_out else None
+        self.peak = peak_flops(c, world.device, settings.training.mixed_precision_param)
         self.validation_loss: float | None = None
         self._console = Console(highlight=False, quiet=not world.is_main, soft_wrap=True)
         self._last_step, self._last_tokens, self._step_seconds = start_step, start_tokens, 0.0
@@ -86,7 +67,7 @@ class Metrics:
 
                 self._tensorboard = SummaryWriter(str(run_folder / "tb"), purge_step=start_step + 1)
             if c.enable_wandb:
-                self._wandb = _start_wandb(c, run_folder, run_name or run_folder.name, settings or {})
+                self._wandb = _start_wandb(c, run_folder, facts.loaded)
         if self.peak is None and world.device.type == "cuda":
             name = torch.cuda.get_device_name(world.device)
             self._console.print(f'MFU n/a (unknown peak for "{name}"): set metrics.peak_tflops')
@@ -160,14 +141,14 @@ class Metrics:
         """Record a validation after `step` steps."""
         loss = self.validation_loss = result.loss
         record = {"step": step, "validation_loss": loss, "validation_tokens": result.tokens}
-        line = f"step {step:,} | validation loss [bold]{loss:.4f}[/bold] nats a token over {result.tokens:,} tokens"
+        line = f"step {step:,} | validation loss [bold]{loss:.4f}[/bold] nats per token over {result.tokens:,} tokens"
         if result.token_accuracy is not None and result.sequence_accuracy is not None:
             record["validation_token_accuracy"] = result.token_accuracy
             record["validation_sequence_accuracy"] = result.sequence_accuracy
             line += f" | right: {result.token_accuracy:.2%} of tokens, [bold]{result.sequence_accuracy:.2%}[/bold] of sequences"
         if self.bytes_per_token:
             record["validation_bits_per_byte"] = bits_per_byte(loss, self.bytes_per_token)
-            line += f" | {record['validation_bits_per_byte']:.4f} bits a byte"
+            line += f" | {record['validation_bits_per_byte']:.4f} bits per byte"
         self._console.print(line)
         self._write(step, record)
 
@@ -205,14 +186,14 @@ def memory_gib(device: torch.device) -> float:
 
 
 def drop_repeated_steps(path: Path, step: int) -> None:
-    """Keep only records of steps up to `step`; what is no record, such as a line cut off by a kill, goes as well."""
+    """Keep only records of steps up to `step`; lines that are not records, such as one cut off by a kill, go as well."""
     if path.exists():
         kept = "".join(to_json(record) + "\n" for record in read_records(path.parent) if record["step"] <= step)
         write_atomically(path, lambda file: file.write(kept.encode()))
 
 
-def _start_wandb(c: config.Metrics, run_folder: Path, run_name: str, settings: Mapping[str, Any]) -> Any:
-    """The W&B run of this run folder. Raises UserError where W&B cannot be used so, RunError where it does not answer."""
+def _start_wandb(c: config.Metrics, run_folder: Path, loaded: Loaded) -> Any:
+    """The W&B run of this run folder. Raises UserError if W&B refuses it, RunError if it does not answer."""
     try:
         import wandb
     except ImportError as error:
@@ -222,9 +203,9 @@ def _start_wandb(c: config.Metrics, run_folder: Path, run_name: str, settings: M
             project=c.wandb_project,
             id=wandb_id(run_folder),
             resume="allow",
-            name=run_name[-128:],  # its longest
+            name=loaded.run_name[-128:],  # its longest
             dir=str(run_folder),
-            config=dict(settings),
+            config=loaded.config.model_dump(mode="json"),
             allow_val_change=True,  # a resume may train with other settings, and says so itself
         )
     except wandb.errors.UsageError as error:

@@ -1,9 +1,9 @@
-"""Muon on sharded matrices: momentum where the shards are, Newton-Schulz where a matrix is whole.
+"""Muon on sharded matrices: every rank keeps the momentum of its shards; Newton-Schulz runs on whole matrices.
 
-Muon orthogonalises whole matrices, and every rank holds some rows of each. So the ranks that share them take a matrix each at
-a time: one all-to-all brings each rank all rows of its own matrix, in the bfloat16 that the iteration computes in, and another
-takes the results back. Each matrix travels once each way and is orthogonalised once; shards may be unequal or empty. The
-step never waits for the device: whether it counts is a tensor, the learning rate a number.
+Muon orthogonalises whole matrices, and every rank holds some rows of each. So the ranks that share parameters work on as many
+matrices at a time as there are ranks: one all-to-all brings each rank all rows of one matrix, in the bfloat16 that the
+iteration computes in, and another takes the results back. Each matrix travels once each way and is orthogonalised once; shards
+may be unequal or empty. The step never waits for the device: whether it counts is a tensor, the learning rate a number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon, its options and its state, for matrices that FSDP2 shards by rows.
 
     Attributes:
-        found_inf: a float32 scalar on the device, or None. Where it is 1, `step` leaves parameters and momentum as they are to
+        found_inf: a float32 scalar on the device, or None. If it is 1, `step` leaves parameters and momentum as they are to
             the last bit, as it does for fused AdamW.
     """
 
@@ -75,7 +75,7 @@ class Muon(torch.optim.Muon):
 
 
 def shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
-    """The ranks over which `tensor` is split; None where this rank has all of it. FSDP2 shards over one mesh dimension."""
+    """The ranks over which `tensor` is split; None if this rank has all of it. FSDP2 shards over one mesh dimension."""
     if not isinstance(tensor, DTensor):
         return None
     dims = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
@@ -95,7 +95,7 @@ def orthogonalise(matrix: Tensor, coefficients: tuple[float, float, float], step
 
 
 def _to_owners(shards: list[Tensor], shapes: list[torch.Size], ranks: dist.ProcessGroup) -> Tensor | None:
-    """Rank i's result is matrix i of `shapes`, of which every rank has some rows in `shards`; None where there is none."""
+    """On rank i, matrix i of `shapes`, of which every rank has some rows in `shards`; None if there is no such matrix."""
     sends, receives = _lengths(shards, shapes, ranks)
     whole = shards[0].new_empty(sum(receives))
     dist.all_to_all_single(whole, torch.cat([shard.flatten() for shard in shards]), receives, sends, group=ranks)

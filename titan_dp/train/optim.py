@@ -77,7 +77,7 @@ class Optimizers:
                 group["lr"] = group["peak_lr"] * factor
 
     def step(self, found_inf: Tensor) -> None:
-        """Update the parameters, or nothing at all where `found_inf` (a float32 scalar on the device) is 1."""
+        """Update the parameters, or nothing at all if `found_inf` (a float32 scalar on the device) is 1."""
         for optimizer in self.optimizers:
             optimizer.grad_scale, optimizer.found_inf = None, found_inf  # type: ignore[attr-defined]
             optimizer.step()
@@ -104,7 +104,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     """Scale gradients down to the global L2 norm `max_norm`; returns the norm before, a plain device tensor.
 
     Norms of local shards are squared and summed over the ranks that share a gradient, replicas left out: one small
-    reduction a mesh, whatever the number of parameters. A non-finite norm makes every gradient non-finite, which the
+    reduction per mesh, whatever the number of parameters. A non-finite norm makes every gradient non-finite, which the
     guard then refuses.
     """
     shards: dict[dist.ProcessGroup | None, list[Tensor]] = {}
@@ -137,7 +137,7 @@ class NonFiniteGuard:
         """Steps skipped so far, as of the last check."""
 
     def update(self, grad_norm: Tensor) -> Tensor:
-        """found_inf for this step: a float32 scalar, 1 where the norm is not finite."""
+        """found_inf for this step: a float32 scalar, 1 if the norm is not finite."""
         found = (~torch.isfinite(grad_norm)).float()
         self._run = (self._run + 1) * found
         self._longest = torch.maximum(self._longest, self._run)
@@ -145,7 +145,7 @@ class NonFiniteGuard:
         return found
 
     def check(self, limit: int) -> None:
-        """Read the counters. Raises NonFiniteError where `limit` steps in a row were skipped since the last check."""
+        """Read the counters. Raises NonFiniteError if `limit` steps in a row were skipped since the last check."""
         longest, total = (int(x) for x in torch.stack([self._longest, self._total]).tolist())
         self.total = total
         self._longest = self._run.clone()

@@ -38,7 +38,7 @@ def identity(config: Config) -> str:
 
 
 def write_config(folder: Path, text: str) -> None:
-    """config.toml of a run to be, and its folder; not forced to the disk, as it can be written anew until it is trained."""
+    """Write a future run's config.toml, and its folder. No fsync: it can be written again until the run is trained."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".config.toml.tmp"
     temporary.write_text(text)
@@ -46,8 +46,8 @@ def write_config(folder: Path, text: str) -> None:
 
 
 def check_config_is_ours(folder: Path, remedy: str) -> None:
-    """Raises UserError, ending with `remedy`, where a run would write its config.toml over one that somebody wrote by hand, or
-    its other files over those of another program.
+    """Raises UserError, ending with `remedy`, if a run would write its config.toml over one that somebody wrote by hand, or its
+    other files over those of another program.
 
     Runs and sweeps write every section there is, and a run that has begun has a run.json, which is written after config.toml
     and before metrics.jsonl.
@@ -69,8 +69,8 @@ def check_config_is_ours(folder: Path, remedy: str) -> None:
 def holds_config(folder: Path, wanted: Config, text: str, remedy: str) -> bool:
     """Whether config.toml in `folder` is `text`, or says the same.
 
-    Raises UserError, ending with `remedy`, where it was written by hand, or holds other settings, or none, that were trained or
-    are being trained.
+    Raises UserError, ending with `remedy`, if config.toml was written by hand, or if the folder's run was trained, or is being
+    trained, with other settings or with none that can be read.
     """
     path = folder / "config.toml"
     whole = text.encode()
@@ -107,7 +107,7 @@ def write_run(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """The run's facts, or None where no run has reached its first step. Raises UserError where they cannot be read."""
+    """The run's facts, or None if no run has reached its first step. Raises UserError if they cannot be read."""
     path = folder / "run.json"
     try:
         facts = json.loads(path.read_text())
@@ -137,7 +137,7 @@ class RunLock:
         patience: seconds to wait for whoever holds it.
 
     Raises:
-        RunError: where another process still holds it then: the same may succeed later. On a file system without locks
+        RunError: if another process still holds it then: the same may succeed later. On a file system without locks
             none is held.
     """
 
@@ -173,7 +173,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _try_lock(file: IO[str], kind: int) -> bool:
-    """Take the lock if it is free; true as well where there are no locks."""
+    """Take the lock if it is free; true as well on file systems without locks."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except OSError as error:

@@ -57,7 +57,7 @@ def train_step(
     2. for each micro-batch, all-gathers of parameters: the float32 group and the root at first, then block by block, in the
        backward pass once more for blocks that were resharded; and the exchanges of context parallelism within the mixers;
     3. in the backward pass of the last micro-batch, a reduce-scatter of gradients per block, one for the root and one for the
-       float32 group, each followed by an all-reduce over replicas where there are any;
+       float32 group, each followed by an all-reduce over replicas if there are any;
     4. one all-reduce of the squared gradient norm per group of ranks that share parameters;
     5. Muon only: two all-to-alls for as many matrices as ranks share;
     6. one all-reduce of the loss, and with routers one of the steps they took.

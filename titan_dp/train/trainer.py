@@ -189,24 +189,11 @@ class Trainer:
 
     def _open_run_folder(self) -> Metrics:
         """What rank 0 writes before the first step: the settings, what the run is, the log."""
-        c = self.config
         if self.world.is_main:
             text = self.loaded.annotated_toml().encode()
             write_atomically(self.run_folder / "config.toml", lambda file: file.write(text))
         self._write_run("training")
-        return Metrics(
-            c.metrics,
-            self.run_folder,
-            world=self.world,
-            total_steps=self.batch.steps,
-            flops_per_token=self.facts.size.flops_per_token,
-            dtype=c.training.mixed_precision_param,
-            start_step=self.step,
-            start_tokens=self.tokens,
-            bytes_per_token=self.task.held_out.bytes_per_token if self.task.held_out else None,
-            run_name=self.loaded.run_name,
-            settings=c.model_dump(mode="json"),
-        )
+        return Metrics(self.run_folder, self.facts, self.step, self.tokens)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -349,7 +336,7 @@ class Trainer:
         if self.world.is_main:
             say()
             if metrics.validation_loss is not None:
-                say(f"final validation loss  {metrics.validation_loss:.4f} nats a token")
+                say(f"final validation loss  {metrics.validation_loss:.4f} nats per token")
             if c.checkpoint.enable:
                 say(f"checkpoint             {newest}")
             if c.metrics.enable_tensorboard:

@@ -10,17 +10,14 @@ from titan_dp.errors import UserError
 from titan_dp.train.batch_plan import BatchPlan, plan_batches, plan_rest
 
 
-def plan(world_size: int, **settings: object):  # type: ignore[no-untyped-def]
+def plan(world_size: int, **settings: object) -> BatchPlan:
     return plan_batches(config.Training(**settings), world_size)  # type: ignore[arg-type]
 
 
 def test_accumulation_fills_the_global_batch_from_what_the_ranks_do_not() -> None:
     batch = plan(4, local_batch_size=2, global_batch_size=32, seq_len=10, steps=7)
     assert (batch.accumulation, batch.tokens_per_step, batch.tokens) == (4, 320, 2240)
-
-
-def test_without_a_global_batch_there_is_no_accumulation() -> None:
-    assert plan(4, local_batch_size=2, steps=1).global_batch_size == 8
+    assert plan(4, local_batch_size=2, steps=1).global_batch_size == 8, "without one there is no accumulation"
 
 
 def test_tokens_become_whole_steps_rounded_up() -> None:
@@ -45,30 +42,24 @@ def test_more_shards_than_ranks_are_refused(replicate: int, shard: int) -> None:
 
 
 def rest(step: int, seen: int, last_step_tokens: int = 40, **settings: object) -> BatchPlan:
-    """Of a run of 80 tokens a step."""
-    settings = {"local_batch_size": 8, "seq_len": 10, **settings}
-    training = config.Training(**settings)  # type: ignore[arg-type]
+    """Of a run of 80 tokens per step."""
+    training = config.Training(**{"local_batch_size": 8, "seq_len": 10, **settings})  # type: ignore[arg-type]
     return plan_rest(plan_batches(training, 1), training, step, seen, last_step_tokens)
-
-
-def test_the_tokens_of_a_run_are_those_it_has_seen_and_those_of_the_steps_that_are_left() -> None:
-    assert rest(8, 8 * 40, steps=16).tokens == 8 * 40 + 8 * 80
 
 
 @pytest.mark.parametrize(("seen", "steps"), [(320, 8 + 6), (321, 8 + 6), (319, 8 + 7), (800, 8), (839, 8)])
 def test_a_run_over_tokens_ends_when_it_has_seen_them_whatever_size_its_steps_had(seen: int, steps: int) -> None:
     batch = rest(8, seen, tokens=800)
-    assert batch.steps == steps
-    assert batch.tokens == seen + (steps - 8) * 80
+    assert (batch.steps, batch.tokens) == (steps, seen + (steps - 8) * 80)
+    assert rest(8, 8 * 40, steps=16).tokens == 8 * 40 + 8 * 80
 
 
-@pytest.mark.parametrize("settings", [{"steps": 7}, {"tokens": 240}])
-def test_less_than_is_done_is_refused_with_both_numbers(settings: dict) -> None:
-    (key, value), done = next(iter(settings.items())), {"steps": "done 8 steps", "tokens": "seen 320 tokens"}
-    with pytest.raises(UserError, match=rf"training.{key} = {value}, but the run to resume has {done[key]}; .*load_step"):
+@pytest.mark.parametrize(("settings", "done"), [({"steps": 7}, "done 8 steps"), ({"tokens": 240}, "seen 320 tokens")])
+def test_less_than_is_done_is_refused_with_both_numbers(settings: dict, done: str) -> None:
+    ((key, value),) = settings.items()
+    with pytest.raises(UserError, match=rf"training.{key} = {value}, but the run to resume has {done}; .*load_step"):
         rest(8, 320, **settings)
 
 
 def test_a_run_that_is_done_may_be_started_again() -> None:
-    assert rest(8, 320, steps=8).steps == 8
-    assert rest(8, 320, tokens=290).steps == 8
+    assert rest(8, 320, steps=8).steps == rest(8, 320, tokens=290).steps == 8
