@@ -65,16 +65,6 @@ def test_a_run_stopped_at_any_step_and_resumed_equals_one_never_stopped_bit_for_
     assert saved_tensors(tiny_config, "parts") == saved_tensors(tiny_config, "whole"), "generator states are among them"
 
 
-def test_two_runs_of_the_same_config_are_bit_equal(tiny_config: Path) -> None:
-    assert losses_of(tiny_config, 2, "first") == losses_of(tiny_config, 2, "second")
-
-
-def test_compiled_checkpointed_and_plain_blocks_give_the_same_losses(tiny_config: Path, undisturbed: dict[int, float]) -> None:
-    for option in ("full", "selective"):
-        losses = losses_of(tiny_config, 1, option, "--activation_checkpoint.mode", option)
-        assert losses == pytest.approx(undisturbed, abs=1e-6), option
-
-
 # -- another batch, another length -------------------------------------------------------------------------------------
 
 ALLOW = ("--checkpoint.allow_changed", '["training.global_batch_size", "training.seq_len"]')

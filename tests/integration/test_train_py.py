@@ -1,7 +1,8 @@
-"""train.py as a user calls it: exit codes, messages, the dry run, eight ranks."""
+"""train.py as a user calls it: exit codes, what it prints, a full disk, eight ranks; and what it refuses."""
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -9,32 +10,57 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_user_journey import losses
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_trainer import losses_of, said_by
+from tests.distributed.test_trainer import train as train_here
 from tests.processes import run_script, run_script_in_ranks
+from titan_dp.errors import UserError
 
 
 def train(root: Path, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     return run_script(root / "train.py", *arguments, env=env)
 
 
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+MISTAKES = [
+    (["--data.path", "nowhere"], "there are no token shards in 'nowhere'"),
+    (["--model.vocab_size", "100"], "model.vocab_size = 100 is too small"),
+    (
+        ["--training.global_batch_size", "3"],
+        "training.global_batch_size = 3 is not a multiple of training.local_batch_size = 2",
+    ),
+    (["--parallelism.data_parallel_shard_degree", "4"], "must be the number of ranks, which is 1"),
+    (["--checkpoint.initial_load_path", "nowhere"], "nowhere does not exist; give a run folder"),
+]
+
+
+def refusals(config: Path, commands: list[list[str]]) -> list[str]:
+    """What a run on each command's settings is refused with."""
+    said = []
+    for arguments in commands:
+        try:
+            train_here(config, *arguments)
+        except UserError as error:
+            said.append(str(error))
+        gc.collect()  # the trainer that failed holds the run folder's lock
+    return said
+
+
+def test_mistakes_are_refused_before_anything_is_saved(tiny_config: Path) -> None:
+    (said,) = run_ranks(1, refusals, tiny_config, [arguments for arguments, _ in MISTAKES])
+    for (arguments, message), text in zip(MISTAKES, said, strict=True):
+        assert message in text, arguments
+    assert not (tiny_config.parent / "outputs/tiny/checkpoint").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model.num_heads", "3.5"], "model.num_heads"),
-        (["--data.path", "nowhere"], "there are no token shards in 'nowhere'"),
-        (["--model.vocab_size", "100"], "model.vocab_size = 100 is too small"),
-        (
-            ["--training.global_batch_size", "3"],
-            "training.global_batch_size = 3 is not a multiple of training.local_batch_size = 2",
-        ),
-        (["--parallelism.data_parallel_shard_degree", "4"], "must be the number of ranks, which is 1"),
         (
             ["--model.backend", "triton"],
             "model.backend = 'triton' cannot run: it needs a CUDA device, not 'cpu'; choose 'torch'",
-        ),
-        (
-            ["--checkpoint.initial_load_path", "nowhere"],
-            "nowhere does not exist; give a run folder",
         ),
     ],
 )
@@ -43,21 +69,26 @@ def test_a_mistake_is_one_message_and_exit_code_2(tiny_config: Path, root: Path,
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
-    assert not (tiny_config.parent / "outputs/tiny/checkpoint").exists()
 
 
-def test_without_torchrun_one_process_trains(tiny_config: Path, root: Path) -> None:
+def test_changed_architecture_or_data_is_refused_on_resume_and_harms_nothing(tiny_config: Path) -> None:
+    run_ranks(1, train_here, tiny_config, "--training.steps", "2")
+    (said,) = run_ranks(1, refusals, tiny_config, [["--model.num_heads", "1"], ["--data.seed", "7"]])
+    assert ["was started with another model.num_heads" in said[0], "was started with another data.seed" in said[1]] == [
+        True
+    ] * 2
+    (again,) = run_ranks(1, said_by, tiny_config, "--training.steps", "3")
+    assert "resumed at step 2" in again
+
+
+# -- what a run does ---------------------------------------------------------------------------------------------------
+
+
+def test_without_torchrun_one_process_trains_and_shows_a_sample(tiny_config: Path, root: Path) -> None:
     result = train(root, "--config", tiny_config, "--training.steps", "3", "--metrics.enable_tensorboard")
     assert result.returncode == 0, result.stderr
-    for part in (
-        "1 rank(s)",
-        "torch backend",
-        "FLOPs per token",
-        "step 3/3 (100%)",
-        "validation loss",
-        "sample",
-        "checkpoint  ",
-    ):
+    shown = "1 rank(s)|torch backend|FLOPs per token|step 3/3 (100%)|validation loss|sample\n|checkpoint  "
+    for part in shown.split("|"):
         assert part in result.stdout, part
     run = tiny_config.parent / "outputs/tiny"
     files = {"checkpoint", "config.toml", "data_verified.json", "metrics.jsonl", "run.json", "tb", ".lock"}
@@ -72,23 +103,10 @@ def test_the_closing_sample_cannot_fail_a_run_that_is_done_and_saved(tiny_config
     assert json.loads((tiny_config.parent / "outputs/tiny/run.json").read_text())["state"] == "finished"
 
 
-def test_changed_architecture_or_data_is_refused_on_resume_and_harms_nothing(tiny_config: Path, root: Path) -> None:
-    assert train(root, "--config", tiny_config, "--training.steps", "2").returncode == 0
-    for change, key in ((["--model.num_heads", "1"], "model.num_heads"), (["--data.seed", "7"], "data.seed")):
-        result = train(root, "--config", tiny_config, *change)
-        assert result.returncode == 2
-        assert f"was started with another {key}" in result.stderr
-    again = train(root, "--config", tiny_config, "--training.steps", "3")
-    assert again.returncode == 0, again.stderr
-    assert "resumed at step 2" in again.stdout
-
-
-def test_weights_of_another_run_start_a_new_one(tiny_config: Path, root: Path) -> None:
-    assert train(root, "--config", tiny_config, "--training.steps", "15").returncode == 0
-    start = tiny_config.parent / "outputs/tiny"
-    result = train(root, "--config", tiny_config, "--job.run_name", "second", "--checkpoint.initial_load_path", start)
-    assert result.returncode == 0, result.stderr
-    first, second = losses(start), losses(tiny_config.parent / "outputs/second")
+def test_weights_of_another_run_start_a_new_one(tiny_config: Path) -> None:
+    first = losses_of(tiny_config, 1, "first", "--training.steps", "15")
+    start = str(tiny_config.parent / "outputs/first")
+    second = losses_of(tiny_config, 1, "second", "--checkpoint.initial_load_path", start, "--training.steps", "1")
     assert second[1] < first[1] - 0.5
 
 
@@ -125,42 +143,30 @@ def test_eight_ranks_train_the_debug_config(shards: Path, tmp_path: Path, root: 
     assert log.read_text().count("step 4/4 (100%)") == 1
 
 
-def test_the_dry_run_of_800m_under_torchrun_prints_one_summary_without_data(root: Path, tmp_path: Path) -> None:
+def test_the_dry_run_and_the_configuration_are_printed_once_without_data(tiny_config: Path, tmp_path: Path, root: Path) -> None:
     log = tmp_path / "log"
-    assert run_script_in_ranks(2, root / "train.py", "--config", "800m.toml", "--dry-run", log=log) == [0, 0], log.read_text()
-    assert log.read_text().count("dry run") == 1
-    for part in ("806,262,780", "FLOPs per token", "104,905 steps", "55 B tokens", "GiB per rank"):
-        assert part in log.read_text(), part
-
-
-def test_print_config_under_torchrun_prints_once(tiny_config: Path, root: Path) -> None:
+    settings = ["--config", str(tiny_config), "--data.path", "nowhere", "--dry-run"]
+    assert run_script_in_ranks(2, root / "train.py", *settings, log=log) == [0, 0], log.read_text()
+    assert log.read_text().count("dry run") == log.read_text().count("FLOPs per token") == 1
     for rank, lines in (("0", True), ("1", False)):
         assert bool(train(root, "--config", tiny_config, "--print-config", RANK=rank).stdout) == lines
 
 
 def test_a_profile_and_a_deterministic_run(tiny_config: Path, root: Path) -> None:
-    settings = [
-        "--profiling.enable_profiling",
-        "--profiling.profile_freq",
-        "5",
-        "--debug.deterministic",
-        "--training.steps",
-        "6",
-    ]
-    result = train(root, "--config", tiny_config, *settings)
+    profile = ["--profiling.enable_profiling", "--profiling.profile_freq", "5"]
+    result = train(root, "--config", tiny_config, *profile, "--debug.deterministic", "--training.steps", "6")
     assert result.returncode == 0, result.stderr
     trace = tiny_config.parent / "outputs/tiny/profile/step-5-rank-0.json"
     assert json.loads(trace.read_text())["traceEvents"]
 
 
-def test_a_stream_trains_too(tiny_config: Path, tmp_path: Path, root: Path) -> None:
+def test_a_stream_trains_and_resumes_too(tiny_config: Path, tmp_path: Path, root: Path) -> None:
     dataset = tmp_path / "dataset"
     dataset.mkdir()
     shutil.copy(root / "corpus/moby_dick.jsonl", dataset / "train.jsonl")
-    settings = ["--data.source", "hf", "--data.hf_dataset", str(dataset), "--data.tokenizer", "bytes", "--training.steps", "4"]
-    result = train(root, "--config", tiny_config, *settings, "--data.hf_shuffle_buffer", "16", "--validation.enable=false")
+    stream = ["--data.source", "hf", "--data.hf_dataset", str(dataset), "--data.tokenizer", "bytes"]
+    stream += ["--data.hf_shuffle_buffer", "16", "--validation.enable=false"]
+    result = train(root, "--config", tiny_config, *stream, "--training.steps", "4")
     assert result.returncode == 0, result.stderr
-    resumed = train(
-        root, "--config", tiny_config, *settings[:-1], "6", "--data.hf_shuffle_buffer", "16", "--validation.enable=false"
-    )
+    resumed = train(root, "--config", tiny_config, *stream, "--training.steps", "6")
     assert "resumed at step 4" in resumed.stdout, resumed.stderr

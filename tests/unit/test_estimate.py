@@ -25,6 +25,8 @@ from titan_dp.estimate.speed import Assumptions, links, predict, seconds_of
 from titan_dp.estimate.trace import fake_run
 from titan_dp.hardware import GPUS, NETWORKS, find_gpu, gpu_of, peak
 from titan_dp.model.transformer import build_model
+from titan_dp.train.batch_plan import plan_batches
+from titan_dp.train.facts import planned
 from titan_dp.train.optim import build_optimizer
 
 H200, IB = GPUS["H200"], NETWORKS["ib-400"]
@@ -161,6 +163,18 @@ def test_parameters_are_gathered_twice_and_gradients_scattered_once() -> None:
     assert sent["reduce-scatter of gradients"]["sent"] == 4 * total * 3 / 4
 
 
+def test_a_step_begins_with_one_all_reduce_of_counts_and_ends_with_those_of_norm_and_loss() -> None:
+    """The collectives are those that `train_step` lists; tests/distributed/test_estimate.py finds them in a real step."""
+    router = MODEL.model_copy(update={"adaptive_householder": True})
+    training = config.Training(steps=1, seq_len=64, local_batch_size=1, householder_cost=0.1)
+    for model, counts, last in ((MODEL, 4, ["norm", "loss"]), (router, 5, ["norm", "steps", "loss"])):
+        with fake_run(run_of(model, training=training), 4, H200) as run:
+            found = [(c.kind, c.size) for c in run.step(1, 1).collectives]
+        assert found[0] == ("all-reduce", 8 * counts), "three signals, valid labels, tokens that cost something"
+        assert found[-len(last) :] == [("all-reduce", 4)] * len(last)
+        assert {kind for kind, _ in found[1 : -len(last)]} == {"all-gather", "reduce-scatter"}
+
+
 def test_what_context_parallelism_exchanges_does_not_grow_with_the_rows() -> None:
     context = 4
     c = run_of(parallelism=config.Parallelism(context_parallel_degree=context))
@@ -221,6 +235,12 @@ def test_a_peak_is_that_of_the_dtype() -> None:
     assert all(gpu.float32_tflops < gpu.tflops for gpu in GPUS.values())
 
 
+def test_the_plan_of_a_run_is_in_numbers_that_are_known() -> None:
+    c = load_config(["--config", "800m.toml"]).config
+    text = " ".join(planned(c, plan_batches(c.training, 2), 2).values())
+    assert all(part in text for part in ("806,262,780", "104,905 steps", "55 B tokens"))
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +295,9 @@ def test_the_dry_run_is_the_estimate_for_what_is_here(
     assert "warning: optimizer.muon_lr (command line) has no effect" in shown
     dry_run(load_config(["--config", "debug.toml", "--model.mixer=rwkv7"]))
     assert "not counted for rwkv7; titan-dp estimate does, in minutes" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    dry_run(loaded)
+    assert capsys.readouterr().out == "", "other ranks say nothing"
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="is not a multiple of"):
         dry_run(loaded)

@@ -507,8 +507,8 @@ class Config(Section):
         yield (
             self.compile.enable and MIXERS[m.mixer].is_loop,
             "model compile",
-            f"compile.enable = true with model.mixer = {m.mixer!r}: the compiler would unroll its loop over tokens, which takes "
-            "hours; set compile.enable = false",
+            f"compile.enable = true with model.mixer = {m.mixer!r}: the compiler would unroll its loop over tokens, which "
+            "takes hours; set compile.enable = false",
         )
         both = sorted(set(data.paths) & set(self.validation.paths))
         yield (

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -29,23 +28,22 @@ Sample = Callable[[Path, torch.device], tuple[str, str]]
 """Title and text of what the model of a checkpoint writes; called on rank 0 only, and never fails."""
 
 
-class Task(Protocol):
-    @property
-    def loader(self) -> Loader: ...
+class Task:
+    """What does not hold for every task is what one without it does."""
 
-    @property
-    def held_out(self) -> ValidationLoader | SyntheticSet | None:
-        """What the run is validated on; None where validation is off."""
+    loader: Loader
+    held_out: ValidationLoader | SyntheticSet | None = None
+    """What the run is validated on; None if validation is off."""
+    may_end_early = False
+    """Whether `is_reached` ends a run."""
 
     def evaluate(self, model: Transformer, watched: Watched) -> Evaluation:
         """Evaluate `model` on held-out data; `watched` may cut the batches short."""
+        raise NotImplementedError
 
     def is_reached(self, result: Evaluation) -> bool:
         """Whether there is nothing left to learn, and the run may end before its last step."""
-
-    @property
-    def may_end_early(self) -> bool:
-        """Whether `is_reached` ends a run."""
+        return False
 
     def watch_data(self, run_folder: Path) -> None:
         """Begin to compare the data with what it is said to be, beside training."""
@@ -55,6 +53,7 @@ class Task(Protocol):
 
     def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> tuple[str, str] | None:
         """Title and text of what a trained model has to show, on rank 0; `checkpoint` is its last one, None without any."""
+        raise NotImplementedError
 
 
 def build_task(c: config.Config, batch: BatchPlan, world: World, sample: Sample | None = None) -> Task:
@@ -62,7 +61,7 @@ def build_task(c: config.Config, batch: BatchPlan, world: World, sample: Sample 
     return AnswerTask(c, batch, world) if c.data.source == "state_tracking" else TextTask(c, batch, world, sample)
 
 
-class TextTask:
+class TextTask(Task):
     """Next tokens of text; at the end a sample, read back from the checkpoint just written."""
 
     def __init__(self, c: config.Config, batch: BatchPlan, world: World, sample: Sample | None) -> None:
@@ -74,7 +73,6 @@ class TextTask:
         own = batch.local_batch_size
         place = Place(batch.seq_len, own, batch.global_batch_size, readers.rank, readers.size, *segment)
         self.loader = build_dataloader(c.data, c.training.dataloader, place, c.model.vocab_size)
-        self.held_out: ValidationLoader | None = None
         if c.validation.enable:
             own = c.validation.local_batch_size or own
             place = Place(batch.seq_len, own, own * readers.size, readers.rank, readers.size, *segment)
@@ -106,20 +104,13 @@ class TextTask:
             if int(all_reduce_sum(torch.tensor(int(problem is not None), device=self.world.device))):
                 together(tell)
 
-    @property
-    def may_end_early(self) -> bool:
-        return False
-
-    def is_reached(self, result: Evaluation) -> bool:
-        return False
-
     def finish(self, model: Transformer, run_folder: Path, checkpoint: Path | None) -> tuple[str, str] | None:
         if checkpoint is None or self.sample is None or not self.world.is_main:
             return None
         return self.sample(checkpoint, self.world.device)
 
 
-class AnswerTask:
+class AnswerTask(Task):
     """A word problem or a formal language; at the end the test on longer words, which nothing was chosen by."""
 
     def __init__(self, c: config.Config, batch: BatchPlan, world: World) -> None:
@@ -130,21 +121,12 @@ class AnswerTask:
         own = c.validation.local_batch_size or own
         place = Place(batch.seq_len, own, own * world.size, world.rank, world.size)
         self.held_out = validation_set(self.c, place, vocab_size, world.device) if c.validation.enable else None
+        self.may_end_early = self.c.stop_when_solved
         self.test = test_set(self.c, place, vocab_size, world.device)
 
     def evaluate(self, model: Transformer, watched: Watched) -> Evaluation:
         assert self.held_out is not None
         return evaluate_answers(model, watched(self.held_out), self.device)
-
-    def watch_data(self, run_folder: Path) -> None:
-        """Words are computed, not read."""
-
-    def check_data(self) -> None:
-        pass
-
-    @property
-    def may_end_early(self) -> bool:
-        return self.c.stop_when_solved
 
     def is_reached(self, result: Evaluation) -> bool:
         assert result.sequence_accuracy is not None
