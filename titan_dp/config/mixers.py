@@ -164,9 +164,6 @@ class RWKV7(MatrixState):
         flops += 3 * n * keys * c.head_v_dim
         return 2 * n * keys, 2 * n * keys, flops  # matrices of a and w; w0 and k_a
 
-    def not_exported(self, c: Model) -> str:
-        return "mixer = 'rwkv7'"
-
 
 class Softmax(Mixer):
     """Causal attention, windowed or not; also the attention layers of hybrids."""

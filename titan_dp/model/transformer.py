@@ -18,6 +18,7 @@ from deltaproduct_kernels import resolve_backend
 from torch import Tensor, nn
 
 from titan_dp import config
+from titan_dp.config.mixers import MIXERS
 from titan_dp.errors import UserError
 from titan_dp.model.attention import Attention
 from titan_dp.model.context_parallel import ContextParallel
@@ -200,4 +201,4 @@ def chosen_backend(model: config.Model, device: torch.device) -> str:
         chosen = resolve_backend(model.backend, device, dk=model.head_dim, dv=model.head_v_dim)
     except ValueError as error:
         raise UserError(f"model.{error}") from error
-    return f"torch loop ({chosen} front end)" if model.mixer == "rwkv7" else chosen
+    return f"torch loop ({chosen} front end)" if MIXERS[model.mixer].is_loop else chosen

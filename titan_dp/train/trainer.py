@@ -39,7 +39,7 @@ from titan_dp.files import write_atomically
 from titan_dp.model.parallelize import parallelize
 from titan_dp.model.size import model_size
 from titan_dp.model.transformer import build_model, chosen_backend
-from titan_dp.train.batch_plan import plan_batches, plan_rest
+from titan_dp.train.batch_plan import BatchPlan, plan_batches, plan_rest
 from titan_dp.train.facts import RunFacts, planned
 from titan_dp.train.lr_scheduler import build_lr_scheduler, rate_jump
 from titan_dp.train.metrics import Metrics
@@ -116,10 +116,10 @@ class Trainer:
             # First of all, so that a second run in the folder is refused before minutes of building.
             self.lock = RunLock(self.run_folder, patience=LOCK_PATIENCE)
         self.backend = chosen_backend(c.model, world.device)
-        self.batch = plan_batches(c.training, distributed.data_world(c.parallelism, world).size)
-        self.task = build_task(c, self.batch, world, self.sample)
+        batch = plan_batches(c.training, distributed.data_world(c.parallelism, world).size)
+        self.task = build_task(c, batch, world, self.sample)
         self.loader, held_out = self.task.loader, self.task.held_out
-        self.facts = RunFacts(self.loaded, world, model_size(c.model, c.training.seq_len), self.batch, self.loader, held_out)
+        self.facts = RunFacts(self.loaded, world, model_size(c.model, c.training.seq_len), batch, self.loader, held_out)
         return {
             "the device": world.device.type,
             "the backend of the recurrence": self.backend,
@@ -142,8 +142,7 @@ class Trainer:
             self.loader.load_state_dict(position)
             self.samples_before = position["samples"]
             last_step_tokens = manifest.get("tokens_per_step", self.batch.tokens_per_step)
-            self.batch = plan_rest(self.batch, self.config.training, self.step, manifest["tokens"], last_step_tokens)
-            self.facts.batch = self.batch
+            self.facts.batch = plan_rest(self.batch, self.config.training, self.step, manifest["tokens"], last_step_tokens)
             unused = f"; checkpoint.initial_load_path = {c.initial_load_path!r} is for a new job.run_name and not used"
             self.console.print(
                 f"resumed at step {self.step} from {self.checkpointer.folder}{unused if c.initial_load_path else ''}"
@@ -159,6 +158,10 @@ class Trainer:
             self.console.print(f"weights loaded from {c.initial_load_path}; optimizer, step and data start afresh")
             if changes := weights_changed(manifest, self.facts.manifest()):
                 self.console.print(f"changed since it was saved, as allowed: {describe_changes(changes)}", style="bold yellow")
+
+    @property
+    def batch(self) -> BatchPlan:
+        return self.facts.batch
 
     @property
     def tokens(self) -> int:
