@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from titan_dp import config
-from titan_dp.distributed import build_mesh, current_world
+from titan_dp.distributed import build_mesh, context_group, current_world
 from titan_dp.model.parallelize import parallelize
 from titan_dp.model.transformer import Transformer, build_model
 from titan_dp.train.optim import Optimizers, build_optimizer
@@ -29,11 +29,13 @@ def sharded_model(
     ac: config.ActivationCheckpoint | None = None,
     compile: bool = False,
     seed: int = 0,
+    c: config.Model = TINY,
+    context: int = 1,
 ) -> Transformer:
-    """TINY on all ranks, initialised as the trainer does it."""
-    parallelism = config.Parallelism(data_parallel_replicate_degree=replicate)
+    """A model on all ranks, initialised as the trainer does it; `context` ranks share rows."""
+    parallelism = config.Parallelism(data_parallel_replicate_degree=replicate, context_parallel_degree=context)
     with torch.device("meta"):
-        model = build_model(TINY)
+        model = build_model(c)
     parallelize(
         model,
         build_mesh(parallelism, current_world()),
@@ -41,6 +43,7 @@ def sharded_model(
         parallelism=parallelism,
         activation_checkpoint=ac or config.ActivationCheckpoint(),
         compile=config.Compile(enable=compile),
+        context=context_group(parallelism, current_world()),
     )
     model.to_empty(device="cpu")
     model.init_weights(seed)

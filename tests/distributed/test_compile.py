@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from tests.distributed.harness import run_ranks
+from tests.distributed.helpers import sharded_model
 from titan_dp import config
 from titan_dp.config.load import load_config
-from titan_dp.distributed import build_mesh, current_world
-from titan_dp.model.parallelize import parallelize
-from titan_dp.model.transformer import Transformer, build_model
+from titan_dp.distributed import current_world
 from titan_dp.train.trainer import Trainer
 
 # Softmax layers with other heads than the mixer has, and fewer keys and values: a hybrid's blocks differ in every size.
@@ -31,31 +30,14 @@ TOKENS = 192
 quick = mock.patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
 
 
-def compiled() -> Transformer:
-    with torch.device("meta"):
-        model = build_model(HYBRID)
-    parallelism = config.Parallelism()
-    with quick:
-        parallelize(
-            model,
-            build_mesh(parallelism, current_world()),
-            training=config.Training(mixed_precision_param="float32"),
-            parallelism=parallelism,
-            activation_checkpoint=config.ActivationCheckpoint(mode="selective"),
-            compile=config.Compile(enable=True),
-        )
-    model.to_empty(device="cpu")
-    model.init_weights(0)
-    return model
-
-
 def graphs_of_a_run() -> list[int]:
     """Graphs after the first training batch, after the first validation batch, and after many more of either."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    model = compiled()
+    with quick:
+        model = sharded_model(ac=config.ActivationCheckpoint(mode="selective"), compile=True, c=HYBRID)
 
     def run(rows: int, boundaries: int, training: bool) -> int:
         model.train(training)

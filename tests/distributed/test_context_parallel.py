@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.distributed.harness import run_ranks
-from tests.distributed.helpers import FLOAT32, clean
+from tests.distributed.helpers import clean, sharded_model
 from tests.distributed.test_trainer import losses_of
 from titan_dp import config
-from titan_dp.distributed import build_mesh, context_group, current_world, data_world
+from titan_dp.distributed import current_world
 from titan_dp.model.context_parallel import ContextParallel
-from titan_dp.model.parallelize import apply_activation_checkpoint, parallelize
+from titan_dp.model.parallelize import apply_activation_checkpoint
 from titan_dp.model.transformer import Transformer, build_model
 
 SMALL: dict[str, Any] = {
@@ -66,13 +66,13 @@ EIGHT = (*list(CASES)[:6], "gated linear attention, documents", "hybrid", "hybri
 """Cases for 8 ranks: every n_h, gated and not, and every other kind of layer."""
 
 
-def meta_model_of(case: dict[str, Any]) -> Transformer:
-    return build_model(config.Model(**SMALL | {k: v for k, v in case.items() if k not in ("documents", "gate", "beta")}))
+def settings_of(case: dict[str, Any]) -> config.Model:
+    return config.Model(**SMALL | {k: v for k, v in case.items() if k not in ("documents", "gate", "beta")})
 
 
 def model_of(case: dict[str, Any], dtype: torch.dtype) -> Transformer:
     extremes = {key: case[key] for key in ("gate", "beta") if key in case}
-    model = meta_model_of(case)
+    model = build_model(settings_of(case))
     model.init_weights(0)
     for name, parameter in model.named_parameters():
         if name.endswith("dt_bias"):
@@ -188,26 +188,11 @@ DOCUMENTS_AND_SOFTMAX = {**CASES["Gated DeltaProduct_2, documents"], "attention_
 
 def sharded(replicate: int, modes: list[str], seed: int) -> list[dict[str, Tensor]]:
     """Gradients of a model that is sharded, replicated and checkpointed, two ranks a row."""
-    parallelism, world = (
-        config.Parallelism(data_parallel_replicate_degree=replicate, context_parallel_degree=2),
-        current_world(),
-    )
-    gradients = []
+    world, gradients = current_world(), []
     for mode in modes:
-        with torch.device("meta"):
-            model = meta_model_of(DOCUMENTS_AND_SOFTMAX)
-        parallelize(
-            model,
-            build_mesh(parallelism, world),
-            training=FLOAT32,
-            parallelism=parallelism,
-            activation_checkpoint=config.ActivationCheckpoint(mode=mode),  # type: ignore[arg-type]
-            compile=config.Compile(),
-            context=context_group(parallelism, world),
-        )
-        model.to_empty(device="cpu")
-        model.init_weights(0)
-        tokens, labels = batch(seed + data_world(parallelism, world).rank)
+        recomputed = config.ActivationCheckpoint(mode=mode)  # type: ignore[arg-type]
+        model = sharded_model(replicate, ac=recomputed, c=settings_of(DOCUMENTS_AND_SOFTMAX), context=2)
+        tokens, labels = batch(seed + world.rank // 2)
         mine = slice(world.rank % 2 * T // 2, (world.rank % 2 + 1) * T // 2)
         loss = model(tokens[:, mine], labels[:, mine], torch.tensor(DOCUMENTS, dtype=torch.int32)).loss
         (loss * world.size).backward()

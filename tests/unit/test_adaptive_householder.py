@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from tests.distributed.harness import run_ranks
+from tests.distributed.helpers import clean, sharded_model
 from tests.unit.test_model import CU_SEQLENS, make, settings, tokens_of
 from titan_dp import config
-from titan_dp.distributed import build_mesh, current_world
 from titan_dp.estimate.result import estimate
 from titan_dp.hardware import NETWORKS
 from titan_dp.model.deltaproduct import DeltaProduct
 from titan_dp.model.layers import Initializer
-from titan_dp.model.parallelize import parallelize
 from titan_dp.model.transformer import Transformer, build_model
 from titan_dp.train.batch_plan import plan_batches
 from titan_dp.train.facts import planned
@@ -194,25 +193,11 @@ def sharded(mode: str, option: str | int, compile: bool) -> tuple[dict[str, Tens
 
     torch._dynamo.reset()
     counters.clear()
-    parallelism = config.Parallelism()
-    with torch.device("meta"):
-        model = build_model(SHARDED)
-    parallelize(
-        model,
-        build_mesh(parallelism, current_world()),
-        training=config.Training(mixed_precision_param="float32"),
-        parallelism=parallelism,
-        activation_checkpoint=config.ActivationCheckpoint(mode=mode, selective_ac_option=option),  # type: ignore[arg-type]
-        compile=config.Compile(enable=compile),
-    )
-    model.to_empty(device="cpu")
-    model.init_weights(0)
+    recomputed = config.ActivationCheckpoint(mode=mode, selective_ac_option=option)  # type: ignore[arg-type]
+    model = sharded_model(ac=recomputed, compile=compile, c=SHARDED)
     _undecided(model)
     loss, steps = _loss_and_steps(model)
-    gradients = {
-        name.replace("_checkpoint_wrapped_module.", ""): p.grad.full_tensor()  # type: ignore[union-attr]
-        for name, p in model.named_parameters()
-    }
+    gradients = {clean(name): p.grad.full_tensor() for name, p in model.named_parameters()}  # type: ignore[union-attr]
     return gradients, loss, steps, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 

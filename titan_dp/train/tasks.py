@@ -13,8 +13,9 @@ import torch
 
 from titan_dp import config
 from titan_dp.data.batch import Batch, Loader, Place
-from titan_dp.data.loader import ValidationLoader, build_dataloader, build_validation_loader
+from titan_dp.data.loader import ShardLoader, ValidationLoader, build_dataloader, build_validation_loader
 from titan_dp.data.shard_check import RECORD, ShardCheck, copy_of
+from titan_dp.data.stream import StreamLoader
 from titan_dp.data.synthetic.loader import SyntheticLoader, SyntheticSet, test_set, validation_set
 from titan_dp.distributed import World, all_reduce_sum, data_world
 from titan_dp.faults.agreement import gather, together
@@ -64,6 +65,9 @@ def build_task(c: config.Config, batch: BatchPlan, world: World, sample: Sample 
 class TextTask(Task):
     """Next tokens of text; at the end a sample, read back from the checkpoint just written."""
 
+    loader: ShardLoader | StreamLoader
+    held_out: ValidationLoader | None = None
+
     def __init__(self, c: config.Config, batch: BatchPlan, world: World, sample: Sample | None) -> None:
         self.world, self.validation, self.sample = world, c.validation, sample
         readers, parts = data_world(c.parallelism, world), c.parallelism.context_parallel_degree
@@ -112,6 +116,9 @@ class TextTask(Task):
 
 class AnswerTask(Task):
     """A word problem or a formal language; at the end the test on longer words, which nothing was chosen by."""
+
+    loader: SyntheticLoader
+    held_out: SyntheticSet | None = None
 
     def __init__(self, c: config.Config, batch: BatchPlan, world: World) -> None:
         self.world, self.c, self.device = world, c.state_tracking, world.device
