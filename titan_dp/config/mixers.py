@@ -58,8 +58,6 @@ class Mixer:
 
     uses: str = ""
     """Keys of [model] that it reads and that another mixer does not."""
-    has_steps = False
-    """Whether num_householder says something about it."""
     is_loop = False
     """Computed by a Python loop over tokens: too slow to compile and to trace, and not split over ranks."""
     in_fla = False
@@ -93,7 +91,6 @@ class MatrixState(Mixer):
     """
 
     uses = "num_heads head_dim expand_v num_householder allow_neg_eigval use_output_gate use_short_conv conv_size backend"
-    has_steps = True
 
     def transition(self, c: Model) -> tuple[int, int, int]:
         """Columns that it projects to, parameters that are in no matrix, and forward FLOPs per token of the recurrence."""
@@ -137,7 +134,6 @@ class LinearAttention(DeltaProduct):
     """The same operator with the erase term off."""
 
     uses = f"{MatrixState.uses} use_forget_gate"
-    has_steps = False
     in_fla = False
     erase = False
 
