@@ -24,62 +24,46 @@ from torch import nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 CHUNK_ROWS = 64
 L2_EPS = 1e-6
 FLOAT32 = ("A_log", "dt_bias", "attn_norm", "mlp_norm", "o_norm", "norm")
 
 
+DEFAULTS = {
+    "mixer": "deltaproduct",
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_heads": 8,
+    "head_dim": 128,
+    "expand_v": 1.0,
+    "num_householder": 2,
+    "use_forget_gate": False,
+    "allow_neg_eigval": True,
+    "use_output_gate": False,
+    "use_short_conv": True,
+    "conv_size": 4,
+    "intermediate_size": 2816,
+    "vocab_size": 32000,
+    "norm_eps": 1e-6,
+    "initializer_range": 0.006,
+    "attn": None,
+    "max_position_embeddings": 4096,
+    "use_cache": True,
+}
+
+
 class TitanDPConfig(PretrainedConfig):
-    """Every key is written by the exporter; `attn` lists softmax layers as in flash-linear-attention."""
+    """The exporter writes every key of DEFAULTS; `attn` lists softmax layers as in flash-linear-attention."""
 
     model_type = "titan_dp"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    def __init__(
-        self,
-        mixer="deltaproduct",
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_heads=8,
-        head_dim=128,
-        expand_v=1.0,
-        num_householder=2,
-        use_forget_gate=False,
-        allow_neg_eigval=True,
-        use_output_gate=False,
-        use_short_conv=True,
-        conv_size=4,
-        intermediate_size=2816,
-        vocab_size=32000,
-        norm_eps=1e-6,
-        initializer_range=0.006,
-        attn=None,
-        max_position_embeddings=4096,
-        use_cache=True,
-        tie_word_embeddings=True,
-        **kwargs,
-    ):
-        self.mixer = mixer
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_heads = num_heads
-        self.head_dim = head_dim
-        self.expand_v = expand_v
-        self.num_householder = num_householder
-        self.use_forget_gate = use_forget_gate
-        self.allow_neg_eigval = allow_neg_eigval
-        self.use_output_gate = use_output_gate
-        self.use_short_conv = use_short_conv
-        self.conv_size = conv_size
-        self.intermediate_size = intermediate_size
-        self.vocab_size = vocab_size
-        self.norm_eps = norm_eps
-        self.initializer_range = initializer_range
-        self.attn = attn
-        self.max_position_embeddings = max_position_embeddings
-        self.use_cache = use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+    def __init__(self, **kwargs):
+        for key, default in DEFAULTS.items():
+            setattr(self, key, kwargs.pop(key, default))
+        super().__init__(tie_word_embeddings=kwargs.pop("tie_word_embeddings", True), **kwargs)
 
 
 class Memory(CacheLayerMixin):
@@ -489,6 +473,7 @@ def boundaries(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k):
 class TitanDPPreTrainedModel(PreTrainedModel):
     config_class = TitanDPConfig
     base_model_prefix = "model"
+    _input_embed_layer = "embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -526,12 +511,7 @@ class TitanDPModel(TitanDPPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.embeddings
-
-    def set_input_embeddings(self, value):
-        self.embeddings = value
-
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -541,7 +521,6 @@ class TitanDPModel(TitanDPPreTrainedModel):
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=None,
-        return_dict=None,
         cu_seqlens=None,
         cu_seq_lens_q=None,
         cu_seq_lens_k=None,
@@ -586,16 +565,11 @@ class TitanDPModel(TitanDPPreTrainedModel):
                 x = self.norm(x)
             if wanted:
                 hidden_states += (x if back is None else take(x, back),)
-        out = BaseModelOutputWithPast(
+        return BaseModelOutputWithPast(
             last_hidden_state=x if back is None else take(x, back),
             past_key_values=past_key_values if use_cache else None,
             hidden_states=hidden_states,
         )
-        return out if wants_dict(self.config, return_dict) else out.to_tuple()
-
-
-def wants_dict(config, return_dict):
-    return getattr(config, "return_dict", True) if return_dict is None else return_dict
 
 
 class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
@@ -608,18 +582,7 @@ class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.model.embeddings
-
-    def set_input_embeddings(self, value):
-        self.model.embeddings = value
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, value):
-        self.lm_head = value
-
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -631,7 +594,6 @@ class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
         shift_labels=None,
         use_cache=None,
         output_hidden_states=None,
-        return_dict=None,
         logits_to_keep=0,
         num_items_in_batch=None,
         cu_seqlens=None,
@@ -676,7 +638,6 @@ class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
             reduction = "mean" if num_items_in_batch is None else "sum"
             loss = F.cross_entropy(predictions, wanted, ignore_index=-100, reduction=reduction)
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
-        out = CausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
-        return out if wants_dict(self.config, return_dict) else out.to_tuple()
