@@ -103,6 +103,25 @@ def checkpoint(checkpoint_of: Callable[..., Path]) -> Path:
     return checkpoint_of(seq_len=32, num_householder=2, use_forget_gate=True)
 
 
+@pytest.fixture(scope="session")
+def export_of(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder that `export(..., **how)` writes of `random_model(**changes)`, once per session. Nobody writes into it."""
+    from titan_dp.inference.hf.export import export
+    from titan_dp.inference.pretrained import open_source
+
+    made: dict[str, Path] = {}
+
+    def export_of(changes: dict[str, Any], **how: Any) -> Path:
+        key = repr((sorted(changes.items()), sorted(how.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("exported") / "model"
+            export(open_source(checkpoint_of(**changes)), folder, **how)
+            made[key] = folder
+        return made[key]
+
+    return export_of
+
+
 @pytest.fixture
 def tiny_config(shards: Path, tmp_path: Path) -> Path:
     """A config file for a run of seconds: two gated blocks, n_h = 2, float32, everything a user would have on."""

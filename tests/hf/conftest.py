@@ -1,4 +1,4 @@
-"""What the tests of Hugging Face folders share: code of exported folders is cached in the test's folder, not at home."""
+"""What the tests of Hugging Face folders share: their code is cached in a folder of the tests, not at home."""
 
 from __future__ import annotations
 

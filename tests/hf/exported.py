@@ -1,4 +1,4 @@
-"""A small trained model and its exported folder, for tests of what others make of the folder."""
+"""Models that exported folders are made of, and what their outputs are compared with."""
 
 from __future__ import annotations
 
@@ -8,46 +8,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.pretrained import random_model, save_checkpoint
-from titan_dp import config
-from titan_dp.inference.hf.export import export
-from titan_dp.inference.pretrained import open_source
 from titan_dp.model.transformer import Transformer
 
+UNTIED: dict[str, Any] = {"use_output_gate": True, "expand_v": 2.0, "tie_word_embeddings": False}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "DeltaProduct_2": {},
+    "DeltaNet, more heads than fit the width": {"num_householder": 1, "num_heads": 3, "norm_eps": 1e-2},
+    "Gated DeltaNet": {"num_householder": 1, "use_forget_gate": True},
+    "Gated DeltaProduct_3, output gate, expand_v 2, untied": {"num_householder": 3, "use_forget_gate": True, **UNTIED},
+    "DeltaProduct_3, beta in [0, 1], no convolution": {
+        "num_householder": 3,
+        "allow_neg_eigval": False,
+        "use_short_conv": False,
+    },
+    "narrow values, short convolution": {"use_output_gate": True, "expand_v": 0.5, "conv_size": 2, "norm_eps": 1e-2},
+    "gated linear attention": {"mixer": "gla", "num_householder": 1, "use_forget_gate": True},
+    "linear attention, output gate": {"mixer": "gla", "num_householder": 1, "use_output_gate": True},
+    "Transformer": {"mixer": "attention"},
+    "Transformer, windowed, grouped": {
+        "mixer": "attention",
+        "attention_num_heads": 4,
+        "attention_num_kv_heads": 2,
+        "attention_window": 9,
+    },
+    "hybrid": {"attention_layers": [1], "use_forget_gate": True, "rope_theta": 500.0},
+    "hybrid, windowed, grouped": {"attention_layers": [0], "attention_num_kv_heads": 1, "attention_window": 9},
+    "hybrid of gated linear attention": {
+        "mixer": "gla",
+        "num_householder": 1,
+        "use_forget_gate": True,
+        "attention_layers": [1],
+    },
+}
 
-def exported(folder: Path, changes: dict[str, Any], **how: Any) -> tuple[Transformer, Path]:
-    """The model with those [model] keys, and the Hugging Face folder that `export(..., **how)` writes of its checkpoint."""
-    _, model = random_model(**changes)
-    checkpoint = save_checkpoint(folder / "run", **changes)
-    export(open_source(checkpoint), folder / "exported", **how)
-    return model, folder / "exported"
+
+def load(folder: Path, **how: Any) -> Any:
+    """The folder in transformers; every tensor must find its place."""
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    return model
 
 
-def tokens(*shape: int, vocab_size: int = 256) -> Tensor:
-    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(1))
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1))
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Within 1e-4, and logits are large enough to tell models apart."""
+    assert float(expected.detach().std()) > 0.1
+    torch.testing.assert_close(actual.detach(), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def greedy(model: Transformer, prompt: Tensor, count: int) -> Tensor:
-    """The likeliest continuation [B, count] of prompt [B, T]: the last logits of a parallel forward for each token."""
+    """The likeliest continuation [B, count] of prompt [B, T]: for each token the last logits of a parallel forward."""
     seen = prompt
     for _ in range(count):
         seen = torch.cat([seen, model(seen)[:, -1:].argmax(-1)], 1)
     return seen[:, prompt.shape[1] :]
-
-
-def function_of(c: config.Model) -> dict[str, Any]:
-    """The settings that the function computed and its initialisation depend on, in one spelling: defaults filled in, the
-    keys of mixers that no layer has left out."""
-    values = c.model_dump(exclude={"backend", "mixer", "attention_layers"})
-    mixers = [c.mixer_of(i) for i in range(c.num_hidden_layers)]
-    values |= {"mixers": mixers, "intermediate_size": c.mlp_size, "expand_v": c.head_v_dim / c.head_dim}
-    values |= {"attention_num_heads": c.softmax_heads, "attention_num_kv_heads": c.attention_num_kv_heads or c.softmax_heads}
-    softmax = {"attention_num_heads", "attention_num_kv_heads", "attention_window", "rope_theta"}
-    shared = {"hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "tie_word_embeddings", "norm_eps"}
-    shared |= {"initializer_range", "mixers"}
-    if "attention" not in mixers:
-        values = {key: value for key, value in values.items() if key not in softmax}
-    if set(mixers) == {"attention"}:
-        values = {key: value for key, value in values.items() if key in softmax | shared}
-    return values

@@ -1,14 +1,16 @@
 """An exported folder computes in flash-linear-attention what the model it was made from computes.
 
-The folder is loaded by fla's own AutoModelForCausalLM. Its kernels are replaced by plain torch (fla_on_cpu.py; compared with
-the kernels in test_fla_kernels.py), and a few whole models run on the kernels with nothing replaced.
+The folder is loaded by fla's own AutoModelForCausalLM, and fla launches its own kernels, in Triton's interpreter if there is no
+GPU. Two things are replaced: the functions in front of fla's chunked kernels, which refuse float32, and flash-attention, which
+installs only with a GPU.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,169 +18,138 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.hf import fla_on_cpu
-from tests.hf.exported import exported, greedy, tokens
+from tests.hf.exported import UNTIED, VARIANTS, assert_same, greedy, load, tokens
+from tests.pretrained import random_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:ShortConvolution is crucial")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:ShortConvolution is crucial"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2"),  # of what a mask then leaves out
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-VARIANTS: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "DeltaProduct_2": (None, {}),
-    "Gated DeltaProduct_2": (None, {"use_forget_gate": True}),
-    "Gated DeltaProduct_3, output gate, expand_v 2, untied": (
-        None,
-        {
-            "num_householder": 3,
-            "use_forget_gate": True,
-            "use_output_gate": True,
-            "expand_v": 2.0,
-            "tie_word_embeddings": False,
-        },
-    ),
-    "DeltaProduct_3, beta in [0, 1], no convolution": (
-        None,
-        {"num_householder": 3, "allow_neg_eigval": False, "use_short_conv": False},
-    ),
-    "output gate, ungated, narrow values, short convolution": (
-        None,
-        {"use_output_gate": True, "expand_v": 0.5, "conv_size": 3, "norm_eps": 1e-2},
-    ),
-    "DeltaNet, more heads than fit the width": (None, {"num_householder": 1, "num_heads": 3}),
-    "Gated DeltaNet": (None, {"num_householder": 1, "use_forget_gate": True}),
-    "hybrid": (None, {"attention_layers": [1], "use_forget_gate": True, "rope_theta": 500.0}),
-    "hybrid, windowed, grouped": (
-        None,
-        {"attention_layers": [0], "attention_num_heads": 4, "attention_num_kv_heads": 2, "attention_window": 9},
-    ),
-    "Transformer": (None, {"mixer": "attention", "attention_num_kv_heads": 1}),
-    "gated_deltanet": ("gated_deltanet", {"num_householder": 1, "use_forget_gate": True}),
-    "gated_deltanet, output gate, expand_v 2, untied, beta in [0, 1]": (
-        "gated_deltanet",
-        {
-            "num_householder": 1,
-            "use_forget_gate": True,
-            "use_output_gate": True,
-            "expand_v": 2.0,
-            "tie_word_embeddings": False,
-            "allow_neg_eigval": False,
-            "norm_eps": 1e-2,
-        },
-    ),
-    "gated_deltanet, hybrid, no convolution": (
-        "gated_deltanet",
-        {"num_householder": 1, "use_forget_gate": True, "use_short_conv": False, "attention_layers": [1]},
-    ),
-    "delta_net": ("delta_net", {"num_householder": 1}),
-    "delta_net, output gate, three heads, expand_v 2, beta in [0, 1]": (
+GATED, UNGATED = {"num_householder": 1, "use_forget_gate": True}, {"num_householder": 1}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: ("gated_deltaproduct", changes) for name, changes in VARIANTS.items() if changes.get("mixer") != "gla"},
+    "gated_deltanet": ("gated_deltanet", GATED),
+    "gated_deltanet, output gate": ("gated_deltanet", {**GATED, **UNTIED, "allow_neg_eigval": False, "norm_eps": 1e-2}),
+    "gated_deltanet, hybrid": ("gated_deltanet", {**GATED, "use_short_conv": False, "attention_layers": [1]}),
+    "delta_net": ("delta_net", UNGATED),
+    "delta_net, output gate": (
         "delta_net",
-        {
-            "num_householder": 1,
-            "use_output_gate": True,
-            "num_heads": 3,
-            "expand_v": 2.0,
-            "allow_neg_eigval": False,
-            "norm_eps": 1e-2,
-        },
+        {**UNGATED, "use_output_gate": True, "num_heads": 3, "expand_v": 2.0, "allow_neg_eigval": False, "norm_eps": 1e-2},
     ),
-    "delta_net, hybrid, no convolution, untied": (
+    "delta_net, hybrid": (
         "delta_net",
-        {"num_householder": 1, "use_short_conv": False, "attention_layers": [0], "tie_word_embeddings": False},
+        {**UNGATED, "use_short_conv": False, "attention_layers": [0], "tie_word_embeddings": False},
     ),
 }
-ON_KERNELS = [
+IN_CHUNKS = [
+    "DeltaProduct_2",
     "Gated DeltaProduct_3, output gate, expand_v 2, untied",
-    "output gate, ungated, narrow values, short convolution",
     "hybrid, windowed, grouped",
-    "gated_deltanet, output gate, expand_v 2, untied, beta in [0, 1]",
-    "delta_net, output gate, three heads, expand_v 2, beta in [0, 1]",
+    "gated_deltanet, output gate",
+    "delta_net, output gate",
 ]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _fla() -> Iterator[None]:
-    """fla registers its models with transformers, and says once that there is no GPU."""
-    with warnings.catch_warnings():
+    """fla registers its models with transformers, and launches its kernels on what there is.
+
+    The interpreter cannot time configurations, so the first is taken; and its loop counters must have `.to`, as compiled.
+    """
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         importlib.import_module("fla")
+        if not torch.cuda.is_available():
+            run: Callable[..., Any] = lambda self, *args, **how: self.fn.run(*args, **how, **self.configs[0].all_kwargs())  # noqa: E731
+            patch.setattr("triton.runtime.autotuner.Autotuner.run", run)
+            for module in ("fla.ops.gated_delta_product.chunk_deltaproduct_h", "fla.ops.common.chunk_delta_h"):
+                patch.setattr(f"{module}.range", lambda *bounds: map(_Counter, range(*bounds)), raising=False)
+        patch.setattr("fla.layers.gated_deltaproduct.chunk_gated_delta_product", chunk_gated_delta_product)
+        patch.setattr("fla.layers.delta_net.chunk_delta_rule", chunk_delta_rule)
+        patch.setattr("fla.layers.attn.flash_attn_func", flash_attn_func, raising=False)
+        patch.setattr("fla.layers.attn.flash_attn_varlen_func", flash_attn_varlen_func, raising=False)
         yield
 
 
-@pytest.fixture
-def plain() -> Iterator[None]:
-    with fla_on_cpu.fla_on_cpu():
-        yield
+class _Counter(int):
+    def to(self, dtype: object) -> _Counter:
+        return self
 
 
-def load(folder: Path) -> Any:
-    """The folder as any user of flash-linear-attention loads it; every tensor must find its place."""
-    from transformers import AutoModelForCausalLM
+def chunk_gated_delta_product(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, num_householder: int, **how: Any
+) -> Any:
+    """What fla's function of that name does in other dtypes than float32."""
+    from fla.ops.gated_delta_product.chunk import ChunkGatedDeltaProductFunction
 
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert not report["mismatched_keys"]
+    return ChunkGatedDeltaProductFunction.apply(q, k, v, g, beta, k.shape[-1] ** -0.5, num_householder, *_rest(how))
+
+
+def chunk_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **how: Any) -> Any:
+    from fla.ops.delta_rule.chunk import ChunkDeltaRuleFunction
+
+    return ChunkDeltaRuleFunction.apply(q, k, v, beta, k.shape[-1] ** -0.5, *_rest(how))
+
+
+def _rest(how: dict[str, Any]) -> list[Any]:
+    """The last arguments that both take; fla's layers pass no others."""
+    rest = [how.pop(key, None) for key in ("initial_state", "output_final_state", "use_qk_l2norm_in_kernel", "cu_seqlens")]
+    assert not any(value is not None for value in how.values()), how
+    return rest
+
+
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+    """q [B, Tq, H, d], k and v [B, Tk, H / groups, d]; the last query is at the last key; `window_size[0]` keys before it."""
+    assert causal
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2).float() for x in (k, v))
+    key = torch.arange(k.shape[1], device=q.device)
+    query = key[k.shape[1] - q.shape[1] :, None]
+    visible = (key <= query) & ((query - key <= window_size[0]) | (window_size[0] < 0))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v).to(q.dtype)
+
+
+def flash_attn_varlen_func(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *longest: int, **how: Any
+) -> Tensor:
+    """The same for sequences one after another in q, k, v [tokens, H, d]."""
+    how = {key: value for key, value in how.items() if not key.startswith("max_seqlen")}
+    spans = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
+    return torch.cat([flash_attn_func(q[None, a:b], k[None, c:d], v[None, c:d], **how) for (a, b), (c, d) in spans], 1)[0]
+
+
+def load_fla(folder: Path) -> Any:
+    model = load(folder, attn_implementation="eager")
     assert type(model).__module__.startswith("fla.models.")
     return model.to(DEVICE)
 
 
+@pytest.mark.parametrize(("length", "name"), [*((11, name) for name in MODELS), *((66, name) for name in IN_CHUNKS)])
 @torch.no_grad()
-def logits(model: Any, ids: Tensor) -> Tensor:
-    return model(ids.to(DEVICE)).logits.float().cpu()
+def test_fla_computes_our_logits(length: int, name: str, export_of: Callable[..., Path]) -> None:
+    """In steps up to 64 tokens, in chunks beyond."""
+    model_type, changes = MODELS[name]
+    ids = tokens(1, length)
+    actual = load_fla(export_of(changes, model_type=model_type))(ids.to(DEVICE)).logits
+    assert_same(actual.float().cpu(), random_model(**changes)[1](ids))
 
 
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Within 1e-4, where logits are of a size to tell models apart."""
-    assert float(expected.detach().std()) > 0.1
-    torch.testing.assert_close(actual, expected.detach(), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.usefixtures("plain")
-@pytest.mark.parametrize("name", VARIANTS)
-def test_fla_computes_our_logits_in_chunks_and_in_steps(name: str, tmp_path: Path) -> None:
-    model_type, changes = VARIANTS[name]
-    ours, folder = exported(tmp_path, changes, model_type=model_type)
-    theirs = load(folder)
-    for length in (70, 20):  # fla's chunked path, and its recurrent path for up to 64 tokens
-        ids = tokens(2, length)
-        assert_same(logits(theirs, ids), ours(ids))
-
-
-@pytest.mark.usefixtures("plain")
-@pytest.mark.parametrize("name", ["Gated DeltaProduct_2", "hybrid, windowed, grouped", "gated_deltanet", "delta_net"])
-def test_fla_generates_our_continuation_token_by_token(name: str, tmp_path: Path) -> None:
-    model_type, changes = VARIANTS[name]
-    ours, folder = exported(tmp_path, changes, model_type=model_type)
-    prompt = tokens(2, 12)
-    written = load(folder).generate(
-        prompt.to(DEVICE), attention_mask=torch.ones_like(prompt), max_new_tokens=15, do_sample=False
+@pytest.mark.parametrize("name", ["Gated DeltaNet", "hybrid, windowed, grouped", "gated_deltanet", "delta_net"])
+def test_fla_generates_our_continuation_token_by_token(name: str, export_of: Callable[..., Path]) -> None:
+    model_type, changes = MODELS[name]
+    prompt = tokens(2, 6)
+    written = load_fla(export_of(changes, model_type=model_type)).generate(
+        prompt.to(DEVICE), attention_mask=torch.ones_like(prompt, device=DEVICE), max_new_tokens=5, do_sample=False
     )
-    assert torch.equal(written[:, 12:].cpu(), greedy(ours, prompt, 15))
+    assert torch.equal(written[:, 6:].cpu(), greedy(random_model(**changes)[1], prompt, 5))
 
 
 @pytest.mark.parametrize("model_type", ["gated_deltaproduct", "gated_deltanet"])
-def test_no_token_is_cut_off_from_fine_tuning(model_type: str, tmp_path: Path) -> None:
+def test_no_token_is_cut_off_from_fine_tuning(model_type: str, export_of: Callable[..., Path]) -> None:
     """fla makes pad_token_id the embedding's padding_idx, which gets no gradient: the end of the text must not be it."""
-    _, folder = exported(tmp_path, {"num_householder": 1, "use_forget_gate": True}, model_type=model_type)
-    theirs = load(folder)
+    theirs = load_fla(export_of(GATED, model_type=model_type))
     assert theirs.model.embeddings.padding_idx is None
     assert theirs.generation_config.pad_token_id is not None
-
-
-@pytest.mark.parametrize("name", ON_KERNELS)
-def test_fla_computes_our_logits_on_its_own_kernels(name: str, tmp_path: Path) -> None:
-    model_type, changes = VARIANTS[name]
-    ours, folder = exported(tmp_path, changes, model_type=model_type)
-    ids = tokens(1, 11)
-    with fla_on_cpu.fla_interpreted():
-        actual = logits(load(folder), ids)
-    assert_same(actual, ours(ids))
-
-
-def test_a_model_whose_weights_are_not_the_exported_ones_is_told_apart(tmp_path: Path) -> None:
-    ours, folder = exported(tmp_path, {"use_forget_gate": True})
-    theirs = load(folder)
-    with torch.no_grad():
-        theirs.model.layers[1].attn.dt_bias += 0.1
-    with fla_on_cpu.fla_on_cpu():
-        difference = (logits(theirs, tokens(2, 20)) - ours(tokens(2, 20)).detach()).abs().max()
-    assert float(difference) > 1e-2

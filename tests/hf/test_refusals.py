@@ -7,7 +7,7 @@ import pickle
 import resource
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.hf.exported import exported
 from tests.pretrained import save_checkpoint
 from titan_dp import config
 from titan_dp.checkpoint.weights import save_model_weights
@@ -70,11 +69,12 @@ INEXPRESSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", INEXPRESSIBLE)
-def test_a_model_that_the_format_cannot_express_is_not_exported(name: str, tmp_path: Path) -> None:
+def test_a_model_that_the_format_cannot_express_is_not_exported(
+    name: str, checkpoint_of: Callable[..., Path], tmp_path: Path
+) -> None:
     changes, how, match = INEXPRESSIBLE[name]
-    source = open_source(save_checkpoint(tmp_path / "run", **changes))
     with refused(tmp_path, match):
-        export(source, tmp_path / "out", **how)
+        export(open_source(checkpoint_of(**changes)), tmp_path / "out", **how)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -87,14 +87,18 @@ def test_a_model_that_is_ours_alone_has_no_format(model_type: str) -> None:
             to_hf(c, model_type, 64)
 
 
-def test_an_output_that_exists_is_not_touched(tmp_path: Path) -> None:
-    source = open_source(save_checkpoint(tmp_path / "run"))
+def test_an_output_that_exists_is_not_touched(
+    checkpoint_of: Callable[..., Path], export_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = open_source(checkpoint_of())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("out", "file"):
         with refused(tmp_path, f"{name} exists already"):
             export(source, tmp_path / name)
+        with refused(tmp_path, f"{name} exists already"):
+            import_folder(FolderSource(export_of({})), tmp_path / name)
 
 
 @contextmanager
@@ -108,73 +112,48 @@ def no_file_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.parametrize("why", ["a full disk", "Ctrl-C"])
 @pytest.mark.parametrize("what", ["export", "import"])
-def test_a_disk_that_fills_up_leaves_nothing_behind(what: str, tmp_path: Path) -> None:
-    _, folder = exported(tmp_path, {})
-    with no_file_larger_than(60_000), pytest.raises(OSError, match="File too large"):
-        if what == "export":
-            export(open_source(tmp_path / "run"), tmp_path / "out")
-        else:
-            import_folder(FolderSource(folder), tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "exported"}
-
-
-@pytest.mark.parametrize("what", ["export", "import"])
-def test_ctrl_c_leaves_nothing_behind(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ends_early_leaves_nothing_behind(
+    what: str,
+    why: str,
+    checkpoint_of: Callable[..., Path],
+    export_of: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    _, folder = exported(tmp_path, {})
-    # by what comes after the weights are written
-    monkeypatch.setattr(
-        "titan_dp.inference.hf.export.write_json" if what == "export" else "titan_dp.checkpoint.weights.write_manifest",
-        interrupted,
-    )
-    with pytest.raises(KeyboardInterrupt):
-        export(open_source(tmp_path / "run"), tmp_path / "out") if what == "export" else import_folder(
-            FolderSource(folder), tmp_path / "out"
-        )
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "exported"}
+    out, source, folder = tmp_path / "out", open_source(checkpoint_of()), FolderSource(export_of({}))
+    if why == "Ctrl-C":  # after the weights are written
+        after = "titan_dp.inference.hf.export.write_json" if what == "export" else "titan_dp.checkpoint.weights.write_manifest"
+        monkeypatch.setattr(after, interrupted)
+    limit = no_file_larger_than(60_000) if why == "a full disk" else nullcontext()
+    with limit, pytest.raises((OSError, KeyboardInterrupt), match="File too large" if why == "a full disk" else ""):
+        export(source, out) if what == "export" else import_folder(folder, out)
+    assert not list(tmp_path.iterdir())
 
 
-def no_checkpoint(folder: Path) -> Path:
-    (folder / "empty").mkdir()
-    return folder / "empty"
-
-
-def half_a_checkpoint(folder: Path) -> Path:
-    checkpoint = save_checkpoint(folder / "run")
+def without_manifest(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").unlink()
-    return checkpoint
 
 
-def a_run_of_half_a_checkpoint(folder: Path) -> Path:
-    half_a_checkpoint(folder)
-    return folder / "run"
+CUT_OFF: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "nowhere": ("nowhere", lambda c: None, "nowhere does not exist"),
+    "an empty folder": ("run", shutil.rmtree, "no committed checkpoint"),
+    "no manifest": ("run/checkpoint/step-00000007", without_manifest, "cut off"),
+    "a run without a manifest": ("run", without_manifest, "no committed checkpoint"),
+    "a cut-off file": ("run", lambda c: cut(next(c.glob("*.distcp"))), "damaged"),
+}
 
 
-def a_cut_off_file(folder: Path) -> Path:
-    checkpoint = save_checkpoint(folder / "run")
-    file = next(checkpoint.glob("*.distcp"))
-    file.write_bytes(file.read_bytes()[:-100])
-    return checkpoint
-
-
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda folder: folder / "nowhere", "nowhere does not exist"),
-        (no_checkpoint, "no committed checkpoint"),
-        (half_a_checkpoint, "cut off"),
-        (a_run_of_half_a_checkpoint, "no committed checkpoint"),
-        (a_cut_off_file, "damaged"),
-    ],
-    ids=["nowhere", "an empty folder", "no manifest", "a run without a manifest", "a cut-off file"],
-)
-def test_what_is_no_whole_checkpoint_is_no_source(make: Callable[[Path], Path], match: str, tmp_path: Path) -> None:
-    path = make(tmp_path)
+@pytest.mark.parametrize("name", CUT_OFF)
+def test_what_is_no_whole_checkpoint_is_no_source(name: str, tmp_path: Path) -> None:
+    path, spoil, match = CUT_OFF[name]
+    spoil(save_checkpoint(tmp_path / "run"))
     with refused(tmp_path, match):
-        export(open_source(path), tmp_path / "out")
+        export(open_source(tmp_path / path), tmp_path / "out")
 
 
 def checkpoint_with(folder: Path, value: float, name: str = "layers.1.mlp.up_proj.weight") -> Path:
@@ -234,17 +213,8 @@ def into_bin(folder: Path, what: object) -> None:
         pickle.dump(what, file, protocol=2)
 
 
-class Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (exec, ("raise SystemExit('this code must not run')",))
-
-
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
-
-
-def turn(held: dict[str, torch.Tensor], name: str) -> None:
-    held[name] = held[name].mT.contiguous()
 
 
 def remove_tokenizer(folder: Path) -> None:
@@ -257,6 +227,12 @@ def spoil_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
 
 
+def cut_vocabulary(folder: Path) -> None:
+    edit_config(folder, vocab_size=200)
+    edit_weights(folder, lambda held: held.update({"model.embeddings.weight": held["model.embeddings.weight"][:200].clone()}))
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
 ATTENTION = {"layers": [0], "num_heads": 2, "qkv_bias": True}
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config.json": (lambda f: (f / "config.json").unlink(), "config.json"),
@@ -275,10 +251,12 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         "layers.1.attn.b_proj",
     ),
     "a tensor too many": (lambda f: edit_weights(f, lambda h: h.update(extra=torch.zeros(3))), "extra"),
-    "a tensor of another shape": (lambda f: edit_weights(f, lambda h: turn(h, "model.layers.0.mlp.up_proj.weight")), "up_proj"),
+    "a tensor of another shape": (
+        lambda f: edit_weights(f, lambda h: h.update({UP: h[UP].mT.contiguous()})),
+        "up_proj",
+    ),
     "weights of another width": (lambda f: edit_config(f, intermediate_size=64), "gate_proj"),
     "weights of other steps": (lambda f: edit_config(f, num_householder=3), "k_proj"),
-    "a pickle that runs code": (lambda f: into_bin(f, Evil()), "pytorch_model.bin"),
     "a pickle of something else": (lambda f: into_bin(f, [1, 2]), "pytorch_model.bin"),
     "a number too large for float32": (
         lambda f: edit_weights(f, lambda h: h.update({"model.norm.weight": torch.full((32,), 1e39, dtype=torch.float64)})),
@@ -287,53 +265,21 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "more steps than a model of ours takes": (lambda f: edit_config(f, num_householder=10), "num_householder = 10"),
     "no tokenizer": (remove_tokenizer, "has no tokenizer.json.*--tokenizer"),
     "a tokenizer that is none": (spoil_tokenizer, "tokenizer.json is no tokenizer"),
+    "a tokenizer larger than the vocabulary": (cut_vocabulary, "258 ids.*vocab_size = 200"),
+    "shards, one missing": (lambda f: max(f.glob("model-*.safetensors")).unlink(), "lacks model-000.*copy the folder again"),
 }
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_a_spoilt_folder_is_not_imported(name: str, tmp_path: Path) -> None:
+def test_a_spoilt_folder_is_not_imported(name: str, export_of: Callable[..., Path], tmp_path: Path) -> None:
     spoil, match = SPOILT[name]
-    _, folder = exported(tmp_path, {})
+    folder = export_of({}, max_shard_bytes=10_000) if name.startswith("shards") else export_of({})
+    folder = Path(shutil.copytree(folder, tmp_path / "folder"))
     spoil(folder)
-    tokenizer = "" if "tokenizer" in name else "bytes"
     with refused(tmp_path, match):
-        import_folder(FolderSource(folder), tmp_path / "imported", tokenizer=tokenizer)
+        import_folder(FolderSource(folder), tmp_path / "imported", tokenizer="" if "tokenizer" in name else "bytes")
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    _, folder = exported(tmp_path, {}, max_shard_bytes=10_000)
-    gone = sorted(folder.glob("model-*.safetensors"))[1]
-    gone.unlink()
-    with refused(tmp_path, gone.name):
-        import_folder(FolderSource(folder), tmp_path / "imported")
-
-
-def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
-    _, folder = exported(tmp_path, {}, max_shard_bytes=10_000)
-    index = folder / "model.safetensors.index.json"
-    shard = sorted(folder.glob("model-*.safetensors"))[0]
-    shard.rename(tmp_path / shard.name)
-    index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
-    with refused(tmp_path, f"../{shard.name}"):
-        import_folder(FolderSource(folder), tmp_path / "imported")
-
-
-def test_a_tokenizer_larger_than_the_vocabulary_is_not_taken(tmp_path: Path) -> None:
-    c = {"vocab_size": 258}
-    _, folder = exported(tmp_path, c)
-    edit_config(folder, vocab_size=200)
-    edit_weights(folder, lambda held: held.update({"model.embeddings.weight": held["model.embeddings.weight"][:200].clone()}))
-    with refused(tmp_path, "258 ids.*vocab_size = 200"):
-        import_folder(FolderSource(folder), tmp_path / "imported")
-
-
-def test_a_run_folder_that_exists_is_not_imported_into(tmp_path: Path) -> None:
-    _, folder = exported(tmp_path, {})
-    with refused(tmp_path, "run exists already"):
-        import_folder(FolderSource(folder), tmp_path / "run")
-
-
-def test_a_checkpoint_of_ours_is_no_folder_to_import(tmp_path: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "run")
-    with refused(tmp_path, "config.json"):
-        import_folder(FolderSource(checkpoint), tmp_path / "imported")
+def test_a_checkpoint_of_ours_is_no_folder_to_import(checkpoint_of: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="is no Hugging Face folder: it has no config.json"):
+        FolderSource(checkpoint_of())

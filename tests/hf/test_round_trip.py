@@ -7,6 +7,8 @@ written here, tensor by tensor, from a checkpoint of ours.
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +18,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.distributed.test_trainer import losses_of
-from tests.hf.exported import exported, function_of, tokens
-from tests.pretrained import random_model, save_checkpoint
+from tests.hf.exported import tokens
+from tests.pretrained import random_model
+from titan_dp import config
 from titan_dp.checkpoint.manifest import verify
 from titan_dp.checkpoint.weights import load_model_weights
-from titan_dp.inference.hf.export import export
+from titan_dp.inference.hf.export import FORMATS, export
 from titan_dp.inference.hf.folder import FolderSource
 from titan_dp.inference.hf.importer import import_folder
+from titan_dp.inference.hf.layout import our_names
 from titan_dp.inference.pretrained import load_pretrained, open_source
 from titan_dp.model.transformer import build_model
 
+CPU = torch.device("cpu")
 GATED = {"num_householder": 1, "use_forget_gate": True}
+WINDOWED = {"attention_num_kv_heads": 1, "attention_window": 9}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "gated_deltaproduct": ({"target": "fla"}, {"use_forget_gate": True, "num_householder": 3}),
+    "gated_deltaproduct": ({}, {"use_forget_gate": True, "num_householder": 3}),
     "gated_deltaproduct, output gate, untied": (
-        {"target": "fla"},
+        {},
         {"use_output_gate": True, "expand_v": 0.5, "tie_word_embeddings": False, "norm_eps": 1e-5, "allow_neg_eigval": False},
     ),
-    "gated_deltaproduct, no convolution": ({"target": "fla"}, {"use_short_conv": False, "intermediate_size": None}),
-    "gated_deltaproduct, hybrid": (
-        {"target": "fla"},
-        {"attention_layers": [1], "attention_num_kv_heads": 1, "attention_window": 9, "rope_theta": 500.0, "conv_size": 3},
-    ),
-    "gated_deltaproduct, Transformer": ({"target": "fla"}, {"mixer": "attention", "attention_num_heads": None}),
+    "gated_deltaproduct, no convolution": ({}, {"use_short_conv": False, "intermediate_size": None}),
+    "gated_deltaproduct, hybrid": ({}, {**WINDOWED, "attention_layers": [1], "rope_theta": 500.0, "conv_size": 3}),
+    "gated_deltaproduct, Transformer": ({}, {"mixer": "attention", "attention_num_heads": None}),
     "gated_deltanet": ({"model_type": "gated_deltanet"}, {**GATED, "use_output_gate": True, "expand_v": 2.0}),
     "gated_deltanet, hybrid": ({"model_type": "gated_deltanet"}, {**GATED, "attention_layers": [0]}),
     "delta_net": ({"model_type": "delta_net"}, {"num_householder": 1, "num_heads": 3, "expand_v": 2.0}),
@@ -51,9 +54,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "remote-code, gated linear attention": ({"target": "remote-code"}, {**GATED, "mixer": "gla"}),
     "remote-code, hybrid, untied": (
         {"target": "remote-code"},
-        {"attention_layers": [0], "attention_num_kv_heads": 1, "attention_window": 9, "tie_word_embeddings": False},
+        {**WINDOWED, "attention_layers": [0], "tie_word_embeddings": False},
     ),
     "remote-code, Transformer": ({"target": "remote-code"}, {"mixer": "attention", "rope_theta": 500.0}),
+    "shards": ({"max_shard_bytes": 10_000}, {"use_forget_gate": True}),
 }
 
 
@@ -71,23 +75,40 @@ def assert_same_checkpoint(imported: Path, original: Path) -> None:
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+def function_of(c: config.Model) -> dict[str, Any]:
+    """The settings that the function computed and its initialisation depend on, in one spelling: defaults filled in, the
+    keys of mixers that no layer has left out."""
+    values = c.model_dump(exclude={"backend", "mixer", "attention_layers"})
+    mixers = [c.mixer_of(i) for i in range(c.num_hidden_layers)]
+    values |= {"mixers": mixers, "intermediate_size": c.mlp_size, "expand_v": c.head_v_dim / c.head_dim}
+    values |= {"attention_num_heads": c.softmax_heads, "attention_num_kv_heads": c.attention_num_kv_heads or c.softmax_heads}
+    softmax = {"attention_num_heads", "attention_num_kv_heads", "attention_window", "rope_theta"}
+    shared = {"hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "tie_word_embeddings", "norm_eps"}
+    shared |= {"initializer_range", "mixers"}
+    if "attention" not in mixers:
+        values = {key: value for key, value in values.items() if key not in softmax}
+    if set(mixers) == {"attention"}:
+        values = {key: value for key, value in values.items() if key in softmax | shared}
+    return values
+
+
 # -- ours to theirs and back -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_shard_bytes", [2 * 10**9, 10_000], ids=["one file", "shards"])
 @pytest.mark.parametrize("name", CASES)
-def test_an_exported_checkpoint_comes_back_bit_for_bit(name: str, max_shard_bytes: int, tmp_path: Path) -> None:
+def test_an_exported_checkpoint_comes_back_bit_for_bit(
+    name: str, export_of: Callable[..., Path], checkpoint_of: Callable[..., Path], tmp_path: Path
+) -> None:
     how, changes = CASES[name]
-    _, folder = exported(tmp_path, changes, max_shard_bytes=max_shard_bytes, **how)
-    assert (folder / "model.safetensors.index.json").exists() == (max_shard_bytes == 10_000)
-    checkpoint = import_folder(FolderSource(folder), tmp_path / "imported")
+    checkpoint = import_folder(FolderSource(export_of(changes, **how)), tmp_path / "imported")
     assert checkpoint == tmp_path / "imported" / "checkpoint" / "step-00000000"
     assert verify(checkpoint) == []
-    assert_same_checkpoint(checkpoint, tmp_path / "run")
+    assert_same_checkpoint(checkpoint, checkpoint_of(**changes))
 
 
-def test_shards_keep_to_the_size_asked_for_and_the_index_lists_every_tensor_once(tmp_path: Path) -> None:
-    _, folder = exported(tmp_path, {}, max_shard_bytes=10_000)
+def test_shards_keep_to_the_size_asked_for_and_the_index_lists_every_tensor_once(export_of: Callable[..., Path]) -> None:
+    how, changes = CASES["shards"]
+    folder = export_of(changes, **how)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
     assert len(files) > 3
@@ -97,55 +118,65 @@ def test_shards_keep_to_the_size_asked_for_and_the_index_lists_every_tensor_once
     assert index["metadata"]["total_size"] == sum(map(sum, sizes.values()))
 
 
-def test_bfloat16_rounds_matrices_and_leaves_norms_and_gates_as_they_were(tmp_path: Path) -> None:
-    _, folder = exported(tmp_path, {"use_forget_gate": True}, dtype=torch.bfloat16)
-    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-    imported = tensors(import_folder(FolderSource(folder), tmp_path / "imported"))
-    for name, tensor in tensors(tmp_path / "run").items():
-        kept = "norm" in name or "forget_gate" in name
-        assert torch.equal(imported[name].float(), tensor if kept else tensor.bfloat16().float()), name
-
-
-@pytest.mark.parametrize("target", ["fla", "remote-code"])
-def test_an_exported_folder_is_a_source_like_a_checkpoint(target: str, tmp_path: Path) -> None:
-    ours, folder = exported(tmp_path, {"use_forget_gate": True}, target=target)
-    loaded = load_pretrained(folder, torch.device("cpu"))
-    ids = tokens(2, 40)
-    assert torch.equal(loaded.model(ids), ours(ids))
-    assert loaded.tokenizer.encode("whale") == list(b"whale")
-    other = "remote-code" if target == "fla" else "fla"
-    export(open_source(folder), tmp_path / "again", target=other)
-    assert_same_checkpoint(import_folder(FolderSource(tmp_path / "again"), tmp_path / "imported"), tmp_path / "run")
-
-
-# -- training goes on --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_imported_weights_load_into_a_model_to_be_trained(tmp_path: Path) -> None:
-    """From bfloat16 too: what is trained is in float32."""
-    _, folder = exported(tmp_path, {"use_forget_gate": True}, dtype=torch.bfloat16)
+def test_bfloat16_rounds_matrices_and_leaves_norms_and_gates_as_they_were(
+    export_of: Callable[..., Path], checkpoint_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """And what is trained on from it is in float32."""
+    folder = export_of({"use_forget_gate": True}, dtype=torch.bfloat16)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     checkpoint = import_folder(FolderSource(folder), tmp_path / "imported")
-    model, stored = build_model(open_source(checkpoint).config), tensors(checkpoint)
+    model, original = build_model(open_source(checkpoint).config), tensors(checkpoint_of(use_forget_gate=True))
     load_model_weights(checkpoint, model)
     for name, parameter in model.named_parameters():
+        kept = "norm" in name or "forget_gate" in name
         assert parameter.dtype == torch.float32
-        assert torch.equal(parameter, stored[name].float()), name
+        assert torch.equal(parameter, original[name] if kept else original[name].bfloat16().float()), name
 
 
-def test_a_run_from_imported_weights_is_the_run_from_the_original_ones(tiny_config: Path, tmp_path: Path) -> None:
-    _, folder = exported(tmp_path, {"num_householder": 2, "use_forget_gate": True, "intermediate_size": 64})
-    imported = import_folder(FolderSource(folder), tmp_path / "imported")
-    starts = {"original": tmp_path / "run", "imported": imported}
+@pytest.mark.parametrize("target", FORMATS)
+def test_an_exported_folder_is_a_source_like_a_checkpoint(
+    target: str, export_of: Callable[..., Path], checkpoint_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = export_of({"use_forget_gate": True}, target=target)
+    loaded, ids = load_pretrained(folder, CPU), tokens(2, 40)
+    assert torch.equal(loaded.model(ids), random_model(use_forget_gate=True)[1](ids))
+    assert loaded.tokenizer.encode("whale") == list(b"whale")
+    export(open_source(folder), tmp_path / "again", target=next(other for other in FORMATS if other != target))
+    imported = import_folder(FolderSource(tmp_path / "again"), tmp_path / "imported")
+    assert_same_checkpoint(imported, checkpoint_of(use_forget_gate=True))
+
+
+def test_a_run_from_imported_weights_is_the_run_from_the_original_ones(
+    tiny_config: Path, export_of: Callable[..., Path], checkpoint_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes = {"num_householder": 2, "use_forget_gate": True, "intermediate_size": 64}
+    imported = import_folder(FolderSource(export_of(changes)), tmp_path / "imported")
+    starts = {"original": checkpoint_of(**changes), "imported": imported}
     options = ("--training.steps", "2", "--lr_scheduler.total_steps", "20", "--checkpoint.initial_load_path")
     losses = {name: losses_of(tiny_config, 1, name, *options, str(path)) for name, path in starts.items()}
     assert losses["imported"] == losses["original"]
 
 
+@pytest.mark.parametrize("what", ["a .bin file", "a .bin file as torch 1.5 wrote it", "a tied matrix twice"])
+def test_other_ways_to_hold_the_weights_are_read_alike(
+    what: str, export_of: Callable[..., Path], checkpoint_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(export_of({}), tmp_path / "folder"))
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    file.unlink()
+    if "twice" in what:
+        save_file(held | {"lm_head.weight": held["model.embeddings.weight"].clone()}, file, metadata={"format": "pt"})
+    else:
+        torch.save(held, folder / "pytorch_model.bin", _use_new_zipfile_serialization="1.5" not in what)
+    assert_same_checkpoint(import_folder(FolderSource(folder), tmp_path / "imported"), checkpoint_of())
+
+
 # -- the authors' layout -----------------------------------------------------------------------------------------------
 
 
-def released(folder: Path, changes: dict[str, Any]) -> None:
+def released(folder: Path, changes: dict[str, Any]) -> Path:
     """A folder as released with the paper: a matrix for each Householder step, fewer keys, no tokenizer."""
     c, model = random_model(**changes)
     held: dict[str, Tensor] = {}
@@ -179,75 +210,43 @@ def released(folder: Path, changes: dict[str, Any]) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**settings, **{key: getattr(c, key) for key in same}}))
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_householder": 2, "use_forget_gate": True},
-        {"num_householder": 3, "use_forget_gate": True, "use_output_gate": True, "expand_v": 2.0, "tie_word_embeddings": False},
-        {"num_householder": 1, "allow_neg_eigval": False},
-        {"num_householder": 2, "use_short_conv": False},
-    ],
-    ids=["gated, n_h 2", "gated, n_h 3, output gate", "ungated, n_h 1", "no convolution"],
-)
-def test_the_layout_the_paper_was_released_in_becomes_the_model_it_was_made_from(
-    changes: dict[str, Any], tmp_path: Path
-) -> None:
-    c, model = random_model(**changes)
-    released(tmp_path / "released", changes)
-    checkpoint = import_folder(FolderSource(tmp_path / "released"), tmp_path / "imported", tokenizer="bytes")
-    loaded = load_pretrained(checkpoint, torch.device("cpu"))
-    ids = tokens(2, 40)
-    assert torch.equal(loaded.model(ids), model(ids))
-    assert open_source(checkpoint).config.use_output_gate == c.use_output_gate
+RELEASED: dict[str, dict[str, Any]] = {
+    "gated, n_h 2": {"num_householder": 2, "use_forget_gate": True},
+    "gated, n_h 3, output gate": {
+        "num_householder": 3,
+        "use_forget_gate": True,
+        "use_output_gate": True,
+        "expand_v": 2.0,
+        "tie_word_embeddings": False,
+    },
+    "ungated, n_h 1": {"num_householder": 1, "allow_neg_eigval": False},
+    "no convolution": {"num_householder": 2, "use_short_conv": False},
+    "another name": {"num_householder": 3, "allow_neg_eigval": False},
+}
 
 
-def test_a_published_configuration_of_another_name_is_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_layout_the_paper_was_released_in_becomes_the_model_it_was_made_from(name: str, tmp_path: Path) -> None:
     """Two of the authors' files say gated_delta_product, know no forget gate, and hold keys that nobody reads."""
-    changes = {"num_householder": 3, "allow_neg_eigval": False}
-    _, model = random_model(**changes)
-    released(tmp_path / "released", changes)
-    path = tmp_path / "released" / "config.json"
-    values = json.loads(path.read_text()) | {"model_type": "gated_delta_product", "clamp_min": None, "use_beta_conv1d": False}
-    del values["use_forget_gate"]
-    path.write_text(json.dumps(values))
-    checkpoint = import_folder(FolderSource(tmp_path / "released"), tmp_path / "imported", tokenizer="bytes")
-    ids = tokens(2, 40)
-    assert torch.equal(load_pretrained(checkpoint, torch.device("cpu")).model(ids), model(ids))
+    c, model = random_model(**RELEASED[name])
+    folder = released(tmp_path / "released", RELEASED[name])
+    if name == "another name":
+        values = json.loads((folder / "config.json").read_text())
+        values |= {"model_type": "gated_delta_product", "clamp_min": None, "use_beta_conv1d": False}
+        del values["use_forget_gate"]
+        (folder / "config.json").write_text(json.dumps(values))
+    checkpoint = import_folder(FolderSource(folder), tmp_path / "imported", tokenizer="bytes")
+    loaded, ids = load_pretrained(checkpoint, CPU), tokens(2, 40)
+    assert torch.equal(loaded.model(ids), model(ids))
+    assert loaded.source.config.use_output_gate == c.use_output_gate
+    assert loaded.source.tokenizer == "bytes"
 
 
-def test_twelve_steps_of_the_old_layout_would_be_joined_in_their_order(tmp_path: Path) -> None:
-    """Numbers, not strings: step 10 comes after step 9."""
-    from titan_dp.inference.hf.layout import our_names
-
+def test_steps_of_the_old_layout_are_joined_in_the_order_of_numbers() -> None:
+    """Step 10 comes after step 9."""
     parts = [f"model.layers.0.attn.k_projs.{i}.weight" for i in (10, 2, 0, 1, 11, 9, 3, 4, 5, 6, 7, 8)]
     joined = our_names(parts)["layers.0.attn.k_proj.weight"]
     assert joined == sorted(parts, key=lambda name: int(name.split(".")[-2]))
-
-
-def test_weights_in_a_bin_file_are_imported_like_safetensors(tmp_path: Path) -> None:
-    _, folder = exported(tmp_path, {"tie_word_embeddings": False})
-    held = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    torch.save(held, folder / "pytorch_model.bin")
-    assert_same_checkpoint(import_folder(FolderSource(folder), tmp_path / "imported"), tmp_path / "run")
-
-
-def test_a_tied_matrix_held_twice_is_taken_once(tmp_path: Path) -> None:
-    _, folder = exported(tmp_path, {})
-    held = load_file(folder / "model.safetensors")
-    held["lm_head.weight"] = held["model.embeddings.weight"].clone()
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    assert_same_checkpoint(import_folder(FolderSource(folder), tmp_path / "imported"), tmp_path / "run")
-
-
-def test_the_tokenizer_named_on_import_is_the_checkpoints(tmp_path: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "run")
-    export(open_source(checkpoint), tmp_path / "exported")
-    for file in (tmp_path / "exported").glob("tokenizer*"):
-        file.unlink()
-    assert (
-        open_source(import_folder(FolderSource(tmp_path / "exported"), tmp_path / "imported", tokenizer="bytes")).tokenizer
-        == "bytes"
-    )

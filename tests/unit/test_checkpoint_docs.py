@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.pretrained import random_model, save_checkpoint
-from titan_dp.inference.hf.export import export
-from titan_dp.inference.pretrained import open_source
 
 MODEL = {"num_householder": 2, "use_forget_gate": True, "tie_word_embeddings": False}
 
@@ -55,9 +54,8 @@ def test_dcp_to_torch_gives_the_same_under_flat_names(shown: Path) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
 
 
-def test_what_is_made_for_flame_are_the_tensors_of_an_fla_export(checkpoint: Path, shown: Path, tmp_path: Path) -> None:
-    export(open_source(checkpoint), tmp_path / "fla", target="fla")
-    expected = load_file(tmp_path / "fla/model.safetensors")
+def test_what_is_made_for_flame_are_the_tensors_of_an_fla_export(shown: Path, export_of: Callable[..., Path]) -> None:
+    expected = load_file(export_of(MODEL) / "model.safetensors")
     found = torch.load(shown / "flame.pt", weights_only=True)["model"]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -7,15 +7,18 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.pretrained import random_model, save_checkpoint
+from tests.pretrained import random_model
+from titan_dp import config
 from titan_dp.cli import dispatch
 from titan_dp.data.tokenizer import load_tokenizer
 from titan_dp.errors import RunError, UserError
+from titan_dp.inference.generate import sample_text
 from titan_dp.inference.sampling import Sampling, TextStream, continue_text, encode_prompt, generate_ids
 from titan_dp.model.transformer import Transformer
 
@@ -34,13 +37,6 @@ GREEDY = Sampling(temperature=0)
 @pytest.fixture(params=VARIANTS, ids=str)
 def model(request: pytest.FixtureRequest) -> Transformer:
     return random_model(**VARIANTS[request.param])[1]
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "little"
-    save_checkpoint(folder, use_forget_gate=True)
-    return folder
 
 
 def ids_of(length: int, seed: int) -> list[int]:
@@ -64,19 +60,13 @@ def test_greedy_ids_are_those_the_parallel_forward_finds_likeliest(model: Transf
     assert row == logits.argmax(-1)[len(prompt) - 1 : -1].tolist()
 
 
-def test_prompts_of_different_lengths_in_one_batch_go_on_as_each_alone(model: Transformer) -> None:
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=40)], ids=["greedy", "drawn"])
+def test_a_row_goes_on_the_same_whatever_else_is_in_the_batch(sampling: Sampling, model: Transformer) -> None:
     prompts = [ids_of(length, length) for length in (3, 20, 1, 11)]
-    together = continued(model, prompts, 30)
-    assert together == [continued(model, [prompt], 30)[0] for prompt in prompts]
-
-
-def test_a_row_draws_the_same_whatever_else_is_in_the_batch() -> None:
-    model, sampling = random_model()[1], Sampling(temperature=1.0, top_k=40)
-    prompts = [ids_of(5, seed) for seed in range(3)]
     together = continued(model, prompts, 20, sampling)
-    alone = generate_ids(model, [prompts[2]], sampling=sampling, seeds=[2], vocab_size=258)
-    assert together[2] == [row[0] for row in itertools.islice(alone, 20)]
-    assert together[0] != together[1]
+    for seed, prompt in enumerate(prompts):
+        alone = generate_ids(model, [prompt], sampling=sampling, seeds=[seed], vocab_size=258)
+        assert together[seed] == [row[0] for row in itertools.islice(alone, 20)]
 
 
 def test_a_prompt_longer_than_a_segment_is_read_in_pieces_to_the_same_effect(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,21 +106,21 @@ def drawn(sampling: Sampling, count: int = 4000) -> torch.Tensor:
     return torch.bincount(sampling.choose(logits, generators), minlength=5) / count
 
 
-def test_temperature_1_draws_by_probability() -> None:
-    torch.testing.assert_close(drawn(Sampling(1.0)), PROBABILITIES, atol=0.03, rtol=0)
-
-
-def test_temperature_one_half_squares_the_odds() -> None:
-    torch.testing.assert_close(drawn(Sampling(0.5)), PROBABILITIES**2 / (PROBABILITIES**2).sum(), atol=0.03, rtol=0)
-
-
-def test_top_k_keeps_the_k_likeliest_in_their_proportions() -> None:
-    torch.testing.assert_close(drawn(Sampling(1.0, top_k=2)), torch.tensor([0, 4 / 7, 0, 3 / 7, 0]), atol=0.03, rtol=0)
-
-
-@pytest.mark.parametrize(("top_p", "kept"), [(0.4, [1]), (0.41, [1, 3]), (0.85, [1, 3, 4]), (1.0, [0, 1, 2, 3, 4])])
-def test_top_p_keeps_the_fewest_ids_that_reach_it(top_p: float, kept: list[int]) -> None:
-    assert drawn(Sampling(1.0, top_p=top_p)).nonzero().flatten().tolist() == kept
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(1.0), PROBABILITIES),
+        (Sampling(0.5), PROBABILITIES**2 / (PROBABILITIES**2).sum()),
+        (Sampling(1.0, top_k=2), torch.tensor([0, 4 / 7, 0, 3 / 7, 0])),
+        (Sampling(1.0, top_p=0.4), torch.tensor([0, 1.0, 0, 0, 0])),
+        (Sampling(1.0, top_p=0.41), torch.tensor([0, 4 / 7, 0, 3 / 7, 0])),
+        (Sampling(1.0, top_p=0.85), torch.tensor([0, 4 / 8.5, 0, 3 / 8.5, 1.5 / 8.5])),
+    ],
+)
+def test_ids_are_drawn_by_the_probability_that_the_settings_leave_them(sampling: Sampling, expected: torch.Tensor) -> None:
+    found = drawn(sampling)
+    torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
+    assert torch.equal(found > 0, expected > 0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1e-40, 5e-324])
@@ -218,50 +208,70 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_one_prompt_is_continued_on_stdout(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = output(capsys, str(run_folder), "--prompt", "Once", "--max-new-tokens", "20", "--seed", "3")
-    _, model = random_model(use_forget_gate=True)
+def test_one_prompt_is_continued_on_stdout(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, str(checkpoint), "--prompt", "Once", "--max-new-tokens", "20", "--seed", "3")
+    _, model = random_model(use_forget_gate=True, num_householder=2)
     expected = continue_text(model, BYTES, "Once", max_new_tokens=20, sampling=Sampling(), seed=3)
     assert text == f"Once{expected}\n"
 
 
 def test_several_prompts_and_samples_are_one_json_object_a_line(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "A"}\n{"prompt": "Bc"}\n')
-    arguments = [str(run_folder), "--prompt-file", str(tmp_path / "prompts.jsonl"), "--samples", "2", "--json"]
+    arguments = [str(checkpoint), "--prompt-file", str(tmp_path / "prompts.jsonl"), "--samples", "2", "--json"]
     records = [json.loads(line) for line in output(capsys, *arguments, "--max-new-tokens", "6").splitlines()]
     assert sorted((r["index"], r["prompt"]) for r in records) == [(0, "A"), (1, "A"), (2, "Bc"), (3, "Bc")]
     assert all(r["tokens"] <= 6 and r["finish"] in ("length", "eos") for r in records)
 
 
 def test_a_prompt_comes_from_stdin_and_speed_goes_to_stderr(
-    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("From a pipe"))
-    assert dispatch(["generate", str(run_folder), "--prompt-file", "-", "--max-new-tokens", "5"]) == 0
+    assert dispatch(["generate", str(checkpoint), "--prompt-file", "-", "--max-new-tokens", "5"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("From a pipe")
     assert "tokens/s" in err
 
 
-@pytest.mark.parametrize(
-    "wrong", ["--top-p 1.5", "--top-k 0", "--temperature -1", "--temperature nan", "--max-new-tokens none", "--samples 0"]
-)
-def test_settings_that_make_no_sense_are_the_users_mistake(wrong: str, run_folder: Path) -> None:
+WRONG = ["--top-p 1.5", "--top-k 0", "--temperature -1", "--temperature nan", "--max-new-tokens none", "--samples 0"]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, f"--seed {2**62}"])
+def test_settings_that_make_no_sense_are_the_users_mistake(wrong: str, checkpoint: Path) -> None:
     with pytest.raises(SystemExit) as left:
-        dispatch(["generate", str(run_folder), *wrong.split()])
+        dispatch(["generate", str(checkpoint), *wrong.split()])
     assert left.value.code == 2
 
 
-def test_a_folder_that_holds_no_model_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no committed checkpoint"):
-        dispatch(["generate", str(tmp_path)])
-    with pytest.raises(UserError, match="does not exist"):
-        dispatch(["generate", str(tmp_path / "nowhere")])
+def test_what_cannot_be_continued_is_the_users_mistake(
+    checkpoint_of: Callable[..., Path], checkpoint: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "A"}\n{"text": "B"}\n')
+    small = checkpoint_of(vocab_size=256)
+    refused = {
+        "holds no committed checkpoint": [tmp_path],
+        "does not exist": [tmp_path / "nowhere"],
+        "'bytes' has 258 ids.*vocab_size = 256": [small],
+        "prompts.jsonl:2 is no JSON object with a text under 'prompt'": [checkpoint, "--prompt-file", prompts],
+        "nowhere.txt' cannot be read": [checkpoint, "--prompt-file", tmp_path / "nowhere.txt"],
+        "--stop '' would end": [checkpoint, "--stop", ""],
+    }
+    for match, arguments in refused.items():
+        with pytest.raises(UserError, match=match):
+            dispatch(["generate", *map(str, arguments)])
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "small", vocab_size=256)
-    with pytest.raises(UserError, match=r"'bytes' has 258 ids.*vocab_size = 256"):
-        dispatch(["generate", str(tmp_path / "small")])
+# -- at the end of a run ------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_the_continuation_or_says_why_there_is_none(checkpoint: Path, tmp_path: Path) -> None:
+    c, cpu = config.Generate(prompt="Once", max_new_tokens=8), torch.device("cpu")
+    _, model = random_model(use_forget_gate=True, num_householder=2)
+    expected = continue_text(model, BYTES, "Once", max_new_tokens=8, sampling=Sampling(), seed=3)
+    assert sample_text(checkpoint, cpu, c, 3) == ("sample", f"Once{expected}")
+    title, why = sample_text(tmp_path, cpu, c, 3)
+    assert title == "no sample"
+    assert "holds no committed checkpoint" in why

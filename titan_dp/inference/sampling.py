@@ -1,8 +1,8 @@
 """Continuing token ids with a model, in a batch: prompts of any lengths, then one token a step for all rows.
 
 Each row draws from a generator of its own, so a continuation depends on its prompt, its seed and the settings, and not on
-what else is in the batch. Prompts are read in segments and a step carries each layer's cache (`Transformer.step`): for
-recurrent mixers and windowed attention, time and memory a token do not grow with the length.
+what else is in the batch. Prompts are read in segments, and each step passes the layers' caches on (`Transformer.step`): with
+recurrent mixers and windowed attention, time and memory per token do not grow with the length.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _SEGMENT = 2048
 _LOOKS_SPECIAL = re.compile(r"<\|[^<>|\s][^<>|]*\|>")
 _UNFINISHED = "\ufffd"
 _LONGEST_CHARACTER = 4
-"""UTF-8 bytes; so many that are no text are no beginning of a character."""
+"""In UTF-8 bytes. A run of that many broken bytes cannot be the beginning of a character."""
 _CONTEXT = 8
-"""Ids decoded again with each new one."""
+"""Ids that are decoded again with each new one."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class Sampling:
     """The fewest tokens whose probabilities reach this sum are kept (Holtzman et al. 2020)."""
 
     def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """One id for each row of `logits` [B, V], drawn with the row's generator; [B] int64.
+        """One id per row of `logits` [B, V], drawn with the row's generator: [B] int64.
 
-        Raises RunError where the logits are not finite.
+        Raises RunError if the logits are not finite.
         """
         if self.temperature == 0:
             check_finite(logits, "the model's logits")
             return logits.argmax(-1)
-        # From the largest, so that any temperature above 0 is one: the quotients then overflow to probability 0 only.
+        # The largest logit becomes 0, so that any temperature above 0 works: quotients can only overflow to probability 0.
         logits = logits.float() - logits.amax(-1, keepdim=True).float()
         probabilities = torch.softmax(logits / max(self.temperature, 1e-30), -1)
         check_finite(probabilities, "the model's logits")
         if self.top_k or self.top_p < 1:
-            # Rarer ids are cut off in falling order; top_k alone needs no more of that order than its beginning.
+            # Likeliest ids first; with top_k, sorting only the first k is enough.
             count = min(self.top_k or probabilities.shape[-1], probabilities.shape[-1])
             sorted_p, ids = probabilities.topk(count, -1)
             total = sorted_p.sum(-1, keepdim=True)
@@ -65,9 +65,9 @@ class Sampling:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, bos: bool = True, raw: bool = False) -> list[int]:
-    """Ids of a prompt: BOS first (unless it begins with it), special tokens as what they are unless `raw`.
+    """Ids of a prompt: BOS first (once), and the names of special tokens become these tokens unless `raw`.
 
-    Raises UserError for what looks like a special token and is none of this tokenizer, and for a prompt of no tokens.
+    Raises UserError if the prompt has no tokens, or holds what looks like a special token and is not one of this tokenizer's.
     """
     special = {} if raw else tokenizer.special_tokens
     if not raw and (unknown := [token for token in _LOOKS_SPECIAL.findall(text) if token not in special]):
@@ -99,14 +99,14 @@ def read_prompt(model: Transformer, prompt: list[int], device: torch.device) -> 
 def generate_ids(
     model: Transformer, prompts: list[list[int]], *, sampling: Sampling, seeds: Sequence[int], vocab_size: int
 ) -> Iterator[list[int]]:
-    """Without end, the next id of every prompt, all at a time.
+    """In each step the next id of every prompt, without end.
 
     Args:
         model: in evaluation mode.
         prompts: ids, at least one each.
         sampling: how to choose.
-        seeds: one a prompt.
-        vocab_size: ids from here on, which no token has, are never chosen.
+        seeds: one per prompt.
+        vocab_size: number of ids that have a token; the model may have more, which are never chosen.
     """
     device = next(model.parameters()).device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -121,37 +121,50 @@ def generate_ids(
 
 
 class TextStream:
-    """Turns ids into text as they come: a piece is held back while it may change or may be the start of a stop string.
+    """Turns ids into text as they come. A piece is held back while later ids may change it or complete a stop string.
 
-    Pieces concatenate to the decoded continuation, cut before the stop string that is complete first.
+    All pieces together are the decoded continuation, cut before whichever stop string is complete first.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: list[int], stop: Sequence[str] = (), max_tokens: int | None = None
+    ) -> None:
+        self.tokenizer, self.prompt, self.stop, self.max_tokens = tokenizer, prompt, tuple(stop), max_tokens
         self._ids = prompt[-_CONTEXT:]  # what comes before decides about spaces in some tokenizers
         self._decoded = len(self.tokenizer.decode(self._ids))
         """Characters of the decoded ids that have been taken."""
         self._held = ""
+        self.text = ""
+        """All pieces so far."""
         self.tokens = 0
         """Ids taken, the end-of-text token included."""
         self.finished: str | None = None
-        """Why the text has ended: 'eos' or 'stop'; None while it goes on."""
+        """Why the text has ended: 'eos', 'stop' or 'length', that is, after `max_tokens`; None while it goes on."""
 
     def push(self, token: int) -> str:
         """Take an id; returns the text that is now certain, often a word, sometimes nothing."""
         self.tokens += 1
         if token == self.tokenizer.eos_id:
-            text = self.close()
+            piece = self.close()
             self.finished = self.finished or "eos"
-            return text
-        self._ids.append(token)
+        else:
+            self._ids.append(token)
+            piece = self._through_stops(self._certain())
+            if not self.finished and self.tokens == self.max_tokens:
+                piece += self.close()
+                self.finished = self.finished or "length"
+        self.text += piece
+        return piece
+
+    def _certain(self) -> str:
+        """What of the decoded ids has not been taken and will not change."""
         text = self.tokenizer.decode(self._ids)
         unsure = len(text) - len(text.rstrip(_UNFINISHED))  # the last of them may be the beginning of a character
         piece = self._take(text, len(text) - min(unsure, _LONGEST_CHARACTER - 1))
         if not unsure and len(self._ids) > 2 * _CONTEXT:
             self._ids = self._ids[-_CONTEXT:]
             self._decoded = len(self.tokenizer.decode(self._ids))
-        return self._through_stops(piece)
+        return piece
 
     def close(self) -> str:
         """What was still held back, when generation ends for another reason."""
@@ -177,15 +190,22 @@ class TextStream:
         return text[: len(text) - held]
 
 
+def stream_texts(
+    model: Transformer, streams: Sequence[TextStream], sampling: Sampling, seeds: Sequence[int]
+) -> Iterator[tuple[int, str]]:
+    """Continue the prompts of all `streams` in one batch until each has finished; yields (row, its next piece of text)."""
+    prompts, vocab_size = [stream.prompt for stream in streams], streams[0].tokenizer.vocab_size
+    for tokens in generate_ids(model, prompts, sampling=sampling, seeds=seeds, vocab_size=vocab_size):
+        for row, (stream, token) in enumerate(zip(streams, tokens, strict=True)):
+            if not stream.finished:
+                yield row, stream.push(token)
+        if all(stream.finished for stream in streams):
+            return
+
+
 def continue_text(
     model: Transformer, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, sampling: Sampling, seed: int
 ) -> str:
     """The continuation of one prompt, up to the end-of-text token. Raises UserError as `encode_prompt`."""
-    ids = encode_prompt(tokenizer, prompt)
-    stream, text = TextStream(tokenizer, ids), ""
-    steps = generate_ids(model, [ids], sampling=sampling, seeds=[seed], vocab_size=tokenizer.vocab_size)
-    for _, (token,) in zip(range(max_new_tokens), steps, strict=False):
-        text += stream.push(token)
-        if stream.finished:
-            return text
-    return text + stream.close()
+    stream = TextStream(tokenizer, encode_prompt(tokenizer, prompt), max_tokens=max_new_tokens)
+    return "".join(piece for _, piece in stream_texts(model, [stream], sampling, [seed]))

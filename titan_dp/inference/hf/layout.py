@@ -1,4 +1,4 @@
-"""One model in two languages: our [model] keys and tensor names, and those of a Hugging Face folder. No files, no torch.
+"""Translates between our [model] keys and tensor names and those of a Hugging Face folder. No files, no torch.
 
 Four model types are spoken: flash-linear-attention's gated_deltaproduct, gated_deltanet and delta_net, and our own titan_dp
 (modeling_titan_dp.py), which has gated_deltaproduct's keys and `mixer`. `to_hf` refuses what a type cannot express and
@@ -26,11 +26,11 @@ FLA_TYPES = {
     "delta_net": "DeltaNetForCausalLM",
 }
 MODEL_TYPES = {**FLA_TYPES, REMOTE_CODE: "TitanDPForCausalLM"}
-# What some of the configurations that the paper's authors published call it; no library has a model of that name.
+# Some configurations that the paper's authors published use this name, which no library knows.
 _OTHER_NAMES = {"gated_delta_product": "gated_deltaproduct"}
 _MODELING_FILE = "modeling_titan_dp"
 
-# Keys that flash-linear-attention wants and that change nothing of the function computed.
+# Keys that flash-linear-attention wants and that do not change what the model computes.
 _FLA_RUNTIME = {
     "attn_mode": "chunk",
     "attnres_block_size": None,
@@ -40,13 +40,13 @@ _FLA_RUNTIME = {
     "fuse_swiglu": True,
     "use_l2warp": False,
 }
-# Keys with the only values our model can have; the first of each is what is written.
+# The values of a key that describe our model; the first is what we write, any other value is refused.
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "": {"hidden_act": ("swish", "silu"), "attnres_block_size": (None,)},
     "gated_deltanet": {"num_v_heads": (None,), "output_gate_activation": ("swish", "silu")},
     "delta_net": {"qk_activation": ("silu",), "qk_norm": ("l2",), "use_beta": (True,), "use_output_norm": (True,)},
 }
-# What flash-linear-attention 0.6 takes where a config.json is silent; files of older versions are.
+# What flash-linear-attention 0.6 takes for a key that config.json lacks, as files of older versions do.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "": {
         "allow_neg_eigval": False,
@@ -72,15 +72,19 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "delta_net": {"expand_k": 1.0, "expand_v": 1.0, "num_heads": 16, "use_gate": False},
 }
 _NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size")
+# Keys with the same name and meaning in every type and in ours.
+_SAME = [*_NEEDED, "num_heads", "tie_word_embeddings", "norm_eps", "initializer_range", "allow_neg_eigval"]
+_SAME += ["use_short_conv", "conv_size"]
+_PRODUCT = ("num_householder", "use_forget_gate", "use_output_gate")
 
 
 # -- settings -----------------------------------------------------------------------------------------------------------
 
 
 def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
-    """config.json of `c` as `model_type`, but for the tokenizer's ids and the dtype.
+    """config.json of `c` as `model_type`, without the tokenizer's ids and the dtype.
 
-    Raises UserError where that type cannot express the model; names the format that can.
+    Raises UserError if that type cannot express the model; it names the format that can.
     """
     if ours := MIXERS[c.mixer].not_exported(c):
         raise UserError(f"{ours} cannot be exported: no Hugging Face format has it; use the checkpoint itself")
@@ -91,35 +95,20 @@ def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
     common = {
         "model_type": model_type,
         "architectures": [MODEL_TYPES[model_type]],
-        "hidden_size": c.hidden_size,
-        "num_hidden_layers": c.num_hidden_layers,
-        "num_heads": c.num_heads,
+        **{key: getattr(c, key) for key in _SAME},
         "intermediate_size": c.mlp_size,
-        "vocab_size": c.vocab_size,
-        "tie_word_embeddings": c.tie_word_embeddings,
-        "norm_eps": c.norm_eps,
-        "initializer_range": c.initializer_range,
         "max_position_embeddings": seq_len,
         "use_cache": True,
-        "allow_neg_eigval": c.allow_neg_eigval,
-        "use_short_conv": c.use_short_conv,
-        "conv_size": c.conv_size,
         "attn": _softmax_layers(c),
     }
-    product = {
-        "head_dim": c.head_dim,
-        "expand_v": c.expand_v,
-        "num_householder": c.num_householder,
-        "use_forget_gate": c.use_forget_gate,
-        "use_output_gate": c.use_output_gate,
-    }
+    product = {key: getattr(c, key) for key in ("head_dim", "expand_v", *_PRODUCT)}
     if model_type == REMOTE_CODE:
         auto = {"AutoConfig": "TitanDPConfig", "AutoModel": "TitanDPModel", "AutoModelForCausalLM": "TitanDPForCausalLM"}
         auto_map = {name: f"{_MODELING_FILE}.{target}" for name, target in auto.items()}
         return {**common, **product, "mixer": c.mixer, "auto_map": auto_map}
     fixed = {key: values[0] for key, values in {**_FIXED[""], **_FIXED.get(model_type, {})}.items()}
     common |= {**_FLA_RUNTIME, **fixed, "hidden_ratio": 4}
-    expand_v = c.head_v_dim / c.head_dim  # fla wants a whole number of head_dim times this
+    expand_v = c.head_v_dim / c.head_dim  # fla computes the value dimension as int(head_dim * expand_v)
     if model_type == "gated_deltaproduct":
         return {**common, **product, "expand_v": expand_v}
     if model_type == "gated_deltanet":
@@ -129,21 +118,18 @@ def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
 
 
 def _inexpressible(c: config.Model, model_type: str) -> list[str]:
-    """What of `c` the type has no key for."""
+    """The settings of `c` that the type cannot have."""
     if model_type == REMOTE_CODE:
         return []
-    reasons = []
-    if not MIXERS[c.mixer].in_fla:
-        reasons.append(f"mixer = {c.mixer!r}")
-    if int(c.head_dim * (c.head_v_dim / c.head_dim)) != c.head_v_dim:
-        reasons.append(f"a value dimension of {c.head_v_dim} at head_dim = {c.head_dim}")
-    if model_type != "gated_deltaproduct" and c.num_householder != 1:
-        reasons.append(f"num_householder = {c.num_householder}")
-    if model_type == "gated_deltanet" and not c.use_forget_gate:
-        reasons.append("use_forget_gate = false")
-    if model_type == "delta_net" and c.use_forget_gate:
-        reasons.append("use_forget_gate = true")
-    return reasons
+    dv = int(c.head_dim * (c.head_v_dim / c.head_dim))  # as fla computes it
+    reasons = {
+        f"mixer = {c.mixer!r}": not MIXERS[c.mixer].in_fla,
+        f"a value dimension of {c.head_v_dim} at head_dim = {c.head_dim}": dv != c.head_v_dim,
+        f"num_householder = {c.num_householder}": model_type != "gated_deltaproduct" and c.num_householder != 1,
+        "use_forget_gate = false": model_type == "gated_deltanet" and not c.use_forget_gate,
+        "use_forget_gate = true": model_type == "delta_net" and c.use_forget_gate,
+    }
+    return [reason for reason, applies in reasons.items() if applies]
 
 
 def _softmax_layers(c: config.Model) -> dict[str, Any] | None:
@@ -161,8 +147,7 @@ def _softmax_layers(c: config.Model) -> dict[str, Any] | None:
 
 
 def from_hf(values: dict[str, Any], where: str) -> tuple[config.Model, int, list[str]]:
-    """Our settings of a config.json; its sequence length; and the keys it lacks that change the function computed, with the
-    defaults that were taken.
+    """Of a config.json: our settings, the sequence length, and "key = default" for each key it lacks and the model depends on.
 
     Raises UserError for another type of model, a missing key that has no default, or what our model cannot express.
     """
@@ -197,12 +182,10 @@ def from_hf(values: dict[str, Any], where: str) -> tuple[config.Model, int, list
 
 
 def _shared_keys(v: dict[str, Any]) -> dict[str, Any]:
-    keys = ["hidden_size", "num_hidden_layers", "num_heads", "vocab_size", "tie_word_embeddings", "norm_eps"]
-    keys += ["initializer_range", "allow_neg_eigval", "use_short_conv", "conv_size"]
     width = v["intermediate_size"]
     if width is None:
         width = 256 * -(-int(v["hidden_size"] * (v["hidden_ratio"] or 4) * 2 / 3) // 256)
-    return {**{key: v[key] for key in keys}, "intermediate_size": width}
+    return {**{key: v[key] for key in _SAME}, "intermediate_size": width}
 
 
 def _mixer_keys(v: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -214,8 +197,7 @@ def _mixer_keys(v: dict[str, Any], kind: str) -> dict[str, Any]:
     common = {"head_dim": v["head_dim"], "expand_v": float(v["expand_v"])}
     if kind == "gated_deltanet":
         return {**common, "num_householder": 1, "use_forget_gate": True, "use_output_gate": v["use_gate"]}
-    keys = ("num_householder", "use_forget_gate", "use_output_gate")
-    return {**common, **{key: v[key] for key in keys}, "mixer": v.get("mixer", "deltaproduct")}
+    return {**common, **{key: v[key] for key in _PRODUCT}, "mixer": v.get("mixer", "deltaproduct")}
 
 
 def _attention_keys(v: dict[str, Any], where: str) -> dict[str, Any]:
@@ -249,7 +231,7 @@ def hf_name(name: str) -> str:
 
 
 def our_names(names: Iterable[str]) -> dict[str, list[str]]:
-    """For each of our tensors, those of the folder that make it, to be concatenated along dimension 0."""
+    """For each of our tensors the names in the folder that it is made of, to be concatenated along dimension 0."""
     found: dict[str, list[str]] = {}
     for name in names:
         base, index = _without_step(name)
@@ -267,5 +249,5 @@ def _without_step(name: str) -> tuple[str, int]:
 
 
 def stays_float32(name: str) -> bool:
-    """Whether the tensor is kept in float32 whatever the rest is: norms, A_log and dt_bias, as in training."""
+    """Whether the tensor is float32 whatever dtype the matrices have: norms, A_log and dt_bias, as in training."""
     return name.endswith(("norm.weight", "A_log", "dt_bias"))

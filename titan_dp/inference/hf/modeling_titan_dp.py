@@ -5,15 +5,16 @@
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 It covers DeltaNet, Gated DeltaNet, DeltaProduct and Gated DeltaProduct (Siems et al. 2025, arXiv 2502.10297), gated linear
-attention, softmax attention, and hybrids of them. Plain torch, differentiable, on CPU and GPU: made to be right and to be
+attention, softmax attention, and hybrids of them. Plain torch, differentiable, on CPU and GPU: written to be correct and to be
 read, not to train fast. Needs transformers 4.57 or later.
 
-Padding changes nothing, wherever it is: inside, the tokens of a row are moved to its left, and padded columns neither enter a
-convolution nor a state nor are attended to. The output at a padded column is that of the token before it. Documents packed
-into a row see nothing of each other where `position_ids` restart at 0, or `cu_seqlens`, `cu_seq_lens_q`, `seq_idx` or numbers
-above 1 in `attention_mask` delimit them. What would change the result and cannot be had is refused, not ignored.
+Padding changes no result, wherever it is in a row: the tokens of a row are moved to its left, and padded columns enter no
+convolution and no state and are not attended to. The output at a padded column is that of the token before it. Documents packed
+into a row do not see each other if `position_ids` restart at 0, or if `cu_seqlens`, `cu_seq_lens_q`, `seq_idx` or numbers
+above 1 in `attention_mask` delimit them. An argument that would change the result and is not supported is refused, not ignored.
 
-The cache is transformers' DynamicCache with layers of its own; it has constant size but for softmax layers without a window.
+The cache is transformers' DynamicCache with our own layers (`Memory`); its size is constant, except for softmax layers without
+a window.
 """
 
 from typing import NamedTuple
@@ -67,7 +68,7 @@ class TitanDPConfig(PretrainedConfig):
 
 
 class Memory(CacheLayerMixin):
-    """What a layer remembers of the columns before: `held`, its tensors [B, ...], and `real` [B, columns], True for tokens."""
+    """What a layer remembers of earlier columns: `held`, its tensors [B, ...], and `real` [B, columns], True for tokens."""
 
     is_sliding = False
     is_croppable = False  # a state cannot be rolled back to fewer tokens
@@ -110,7 +111,7 @@ class Memory(CacheLayerMixin):
     def crop(self, *_):
         raise ValueError("the cache of a titan_dp model cannot be cropped: a state cannot be rolled back to fewer tokens")
 
-    def offload(self):  # constant in size: it stays where it is
+    def offload(self):  # of constant size, so it may stay on the device
         pass
 
     prefetch = offload
@@ -122,7 +123,7 @@ class Memory(CacheLayerMixin):
 
 
 def memories_of(cache, layers):
-    """The memory of every layer, kept in `cache`, a DynamicCache that is new or was filled by this model."""
+    """The list of the layers' memories, which `cache` holds: a DynamicCache that is new or was filled by this model."""
     if not isinstance(cache, DynamicCache):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__}; a titan_dp model keeps its states in a DynamicCache: pass "
@@ -136,12 +137,12 @@ def memories_of(cache, layers):
 
 
 class Rows(NamedTuple):
-    """The columns of a batch, of each row its tokens first and padding after them."""
+    """The columns of a batch, rearranged: in each row first the tokens, then the padding."""
 
     real: torch.Tensor  # [B, T], True for tokens
-    document: torch.Tensor  # [B, T], counts from 0, what the memory is of; padding has its row's last
-    position: torch.Tensor  # [B, T], tokens of the row before this one
-    documents: int  # the largest document
+    document: torch.Tensor  # [B, T], number of the document; the memory is of document 0, padding counts to the row's last
+    position: torch.Tensor  # [B, T], number of tokens before this one in the row
+    documents: int  # the largest number in `document`
 
 
 def take(x, columns):
@@ -150,17 +151,17 @@ def take(x, columns):
 
 
 def with_before(number, real):
-    """For each column of number [B, T] that of the last token before it in its row, and whether there is one; real [B, T]."""
+    """For each column: `number` [B, T] at the last token before it in its row, and whether there is one. real [B, T]."""
     column = torch.arange(real.shape[1], device=real.device).where(real, -1)
     before = F.pad(column.cummax(1).values[:, :-1], (1, 0), value=-1)
     return number.gather(1, before.clamp(min=0)), before >= 0
 
 
 def document_starts(real, attention_mask, position_ids, cu_seqlens, seq_idx):
-    """Where in its row a document begins that is not what came before it: [B, T] bool.
+    """The tokens that begin another document than that of the token before them: [B, T] bool.
 
-    real [B, T], True for tokens; attention_mask [B, T or more] with a number for each document, or None; position_ids and
-    seq_idx [B or 1, T] or None; cu_seqlens [N + 1] or None, for one row.
+    real [B, T], True for tokens; attention_mask [B, T or more] with a number per document, or None; position_ids and
+    seq_idx [B or 1, T] or None; cu_seqlens [N + 1], for a batch of one row, or None.
     """
     T = real.shape[1]
     starts, numbers = torch.zeros_like(real), []
@@ -194,9 +195,10 @@ def document_starts(real, attention_mask, position_ids, cu_seqlens, seq_idx):
 
 
 def lay_out(shape, seen, attention_mask, position_ids, cu_seqlens, seq_idx):
-    """(rows, real [B, T], order, back) of new columns of `shape` [B, T]: real as in the batch; order [B, T] are the columns in
-    the order of `rows`, and back [B, T] where a column's output is found there; both are None where all columns are tokens.
+    """How to arrange new columns of `shape` (B, T): (rows, real, order, back).
 
+    real [B, T] is True for tokens, in the batch's order. Column order[b, i] of the batch becomes column i of `rows`, and the
+    output for column i of the batch stands in column back[b, i] of `rows`; both are None if there is no padding.
     seen [B, columns before], True for tokens; attention_mask [B, T] or [B, columns before + T] or None.
     """
     new, order, back = shape[1], None, None
@@ -216,14 +218,14 @@ def lay_out(shape, seen, attention_mask, position_ids, cu_seqlens, seq_idx):
         order = torch.argsort(~real, dim=1, stable=True)
         back = (real.cumsum(1) - 1).clamp(min=0)
         starts, ours = take(starts, order), take(real, order)
-    starts[:, :1] &= seen.any(1, keepdim=True)  # with nothing before it, a document goes on from the empty memory
+    starts[:, :1] &= seen.any(1, keepdim=True)  # a row's very first document is number 0: the memory before it is empty
     document = starts.cumsum(1)
     position = seen.sum(1, keepdim=True) + torch.arange(new, device=seen.device)
     return Rows(ours, document, position, int(document.max())), real, order, back
 
 
 def checked_mask(mask, seen, new):
-    """An attention_mask of `new` columns, or of those before, too, of which it must say what it said."""
+    """`mask` of the `new` columns, or of those before as well, about which it must say what it said when they were read."""
     if mask.dim() != 2 or mask.shape[1] not in (new, seen.shape[1] + new) or bool((mask < 0).any()):
         raise ValueError(
             f"attention_mask has shape {list(mask.shape)}; a titan_dp model takes [batch, tokens] with 0 for padding and 1 for "
@@ -258,12 +260,12 @@ def delta_product(q, k, v, beta, g, document, state, erase):
 
         S <- exp(g_t) S;   S <- S + k_tj (beta_tj (v_tj - S^T k_tj))^T;   o_t = scale S^T q_t
 
-    A chunk of tokens at a time: the updates u of its rows solve (I + tril(beta D o K K^T, -1)) u = beta (V - d K S), where D is
-    the decay from one row to a later one and d that from the chunk's beginning; both are 0 across documents.
+    Computed per chunk of tokens: the updates u of its rows solve (I + tril(beta D o K K^T, -1)) u = beta (V - d K S), where D
+    is the decay from one row to a later one and d that from the chunk's beginning; both are 0 across documents.
 
-    q [B, T, H, dk], k [B, T, n, H, dk], v [B, T, n, H, dv], beta [B, T, n, H], g [B, T, H] or None, document [B, T], state
-    [B, H, dk, dv] or None; but document all float32 or float64. Returns o [B, T, H, dv] and the last state, that of the last
-    document. Without `erase`, S^T k_tj is left out.
+    q [B, T, H, dk], k [B, T, n, H, dk], v [B, T, n, H, dv], beta [B, T, n, H], g [B, T, H] or None, state [B, H, dk, dv] or
+    None, all float32 or float64; document [B, T]. Returns o [B, T, H, dv] and the state after the last document. Without
+    `erase`, the term S^T k_tj is left out.
     """
     B, T, n, H, dk = k.shape
     state = q.new_zeros(B, H, dk, v.shape[-1]) if state is None else state
@@ -276,7 +278,7 @@ def delta_product(q, k, v, beta, g, document, state, erase):
         b = beta[:, token].flatten(1, 2).transpose(1, 2)[..., None]
         G, doc = g[:, token].transpose(1, 2), document[:, token]  # [B, H, C], [B, C]
         same = (doc[:, :, None] == doc[:, None, :]).tril()[:, None]
-        # Sums over the tokens between, not differences of running sums: those lose everything beside one strong decay.
+        # Sums over the tokens between, not differences of running sums: beside one strong decay these lose all digits.
         decay = G[..., None].expand(*G.shape, G.shape[-1]).tril(-1).cumsum(-2).exp() * same  # [B, H, C, C]
         decay = decay.repeat_interleave(n, -1)  # from a row to a token
         first = G.cumsum(-1).exp() * (doc == current)[:, None]  # from the chunk's beginning to a token
@@ -293,16 +295,17 @@ def delta_product(q, k, v, beta, g, document, state, erase):
 
 
 class ShortConvolution(nn.Conv1d):
-    """In the dtype of its input [B, channels, L]; without padding, so the output is taps - 1 shorter."""
+    """Computes in the dtype of its input [B, channels, L]; does not pad, so the output is taps - 1 shorter."""
 
     def forward(self, x):
         return F.conv1d(x, self.weight.to(x.dtype), groups=self.groups)
 
 
 def convolve(convolution, gap, x, rows, tail):
-    """The causal convolution, of gap + 1 taps, of x [B, T, channels] within documents; and the inputs [B, gap, channels] that
-    the next call needs, which `tail` (or None) is of the call before."""
-    at = torch.arange(x.shape[1], device=x.device) + gap * rows.document  # where the line below has gap zeros before a document
+    """The causal convolution of gap + 1 taps of x [B, T, channels], within documents; and the last `gap` inputs
+    [B, gap, channels], which the next call takes as `tail` (None at first)."""
+    # All documents of a row on one line, with gap zeros before each, so that no tap reaches into the one before.
+    at = torch.arange(x.shape[1], device=x.device) + gap * rows.document
     line = x.new_zeros(len(x), gap, x.shape[-1]) if tail is None else tail
     line = F.pad(line, (0, 0, 0, x.shape[1] + gap * rows.documents))
     line = line.scatter(1, (at + gap)[..., None].expand_as(x), x)
@@ -338,7 +341,7 @@ class DeltaProduct(nn.Module):
         self.o_proj = nn.Linear(values, D, bias=False)
 
     def forward(self, x, rows, memory):
-        """x [B, T, D]; memory of the tokens before, or None. Padding is written nowhere: its inputs, betas and gates are 0."""
+        """x [B, T, D]; memory of the tokens before, or None. Padding leaves no trace: its inputs, betas and gates are 0."""
         B, T, _ = x.shape
         real = rows.real[..., None]
         state, *tails = memory or (None, None, None, None)
@@ -377,13 +380,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
     def forward(self, x, rows, memory):
-        """x [B, T, D]; memory: keys and values [B, S, heads, d] of the S columns before, their positions, which are seen."""
+        """x [B, T, D]; memory of the S columns before, or None: keys and values [B, S, heads, d], positions and real [B, S]."""
         T = x.shape[1]
         q, k, v = (p(x).unflatten(-1, (-1, self.d)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self._rotate(q, rows.position), self._rotate(k, rows.position)
         held = (k, v, rows.position, rows.real, rows.document)
         if memory is not None:
-            memory = (*memory, torch.zeros_like(memory[2]))  # of document 0
+            memory = (*memory, torch.zeros_like(memory[2]))  # the memory is of document 0
             held = tuple(torch.cat(pair, 1) for pair in zip(memory, held, strict=True))
         k, v, position, real, document = held
         distance = rows.position[:, :, None] - position[:, None, :]
@@ -441,7 +444,7 @@ class Block(nn.Module):
 
 
 def refuse_others(arguments, columns):
-    """Raises where `arguments` (a dict that may be changed) would have to be ignored; columns: the first new one, how many."""
+    """Raises if one of `arguments`, a dict it may change, would have to be ignored. columns: the first new one, how many."""
     if arguments.pop("output_attentions", None):
         raise ValueError("output_attentions: a titan_dp model has no attention matrices to return; leave it out")
     if arguments.pop("is_causal", None) is False:
@@ -459,7 +462,7 @@ def refuse_others(arguments, columns):
 
 
 def boundaries(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k):
-    """The one of three names for the same thing that is given, or None."""
+    """The boundaries of documents, for which transformers has three names: whichever is given, or None."""
     given = [x for x in (cu_seqlens, cu_seq_lens_q, cu_seq_lens_k) if x is not None]
     if any(not isinstance(x, torch.Tensor) or x.dim() != 1 or bool((x.diff() < 0).any()) for x in given):
         raise ValueError(
@@ -481,14 +484,14 @@ class TitanDPPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # generation that rolls back drafted tokens cannot work on states
 
     def post_init(self):
-        """FLOAT32 stays float32 whatever the dtype of the model; transformers 4 refuses names that it does not have."""
+        """FLOAT32 stays float32 whatever the model's dtype is; transformers 4 refuses names of parts that a model lacks."""
         parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
         self._keep_in_fp32_modules_strict = [name for name in FLOAT32 if name in parts]
         super().post_init()
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
-        return False  # generate leaves the cache to the model, whatever `cache_implementation` says
+        return False  # so that `generate` leaves the cache to the model, whatever `cache_implementation` says
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -535,7 +538,7 @@ class TitanDPModel(TitanDPPreTrainedModel):
         checkpointing = self.gradient_checkpointing and self.training
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        use_cache = use_cache and not checkpointing  # what is computed again is not remembered twice
+        use_cache = use_cache and not checkpointing  # the backward pass would write the memory again
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
         count = len(self.layers)
@@ -603,9 +606,10 @@ class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
         token_type_ids=None,
         **kwargs,
     ):
-        """With labels, which are shifted here, or shift_labels, which are the next tokens, also their loss: the mean over those
-        that are not -100, or the sum over `num_items_in_batch`, which transformers' Trainer gives when it accumulates
-        gradients. The first token of a packed document is predicted from nothing, so its label does not count.
+        """Logits, and a loss if there are labels (which are shifted here) or shift_labels (which are the next tokens already).
+
+        The loss is the mean over labels that are not -100, or their sum over `num_items_in_batch`, which transformers' Trainer
+        gives when it accumulates gradients. Nothing predicts the first token of a packed document, so its label does not count.
         """
         out = self.model(
             input_ids,

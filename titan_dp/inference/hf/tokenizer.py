@@ -1,7 +1,7 @@
-"""The tokenizer of a folder: copied if it is Hugging Face's already, converted if it is a tiktoken encoding.
+"""The tokenizer of a folder: copied if it is already Hugging Face's, converted if it is a tiktoken encoding.
 
-What is written encodes as the original does, and says which it was (`tokenizer.ORIGIN`): shards made with one are read
-with the other.
+What is written encodes as the original does and names the original (`tokenizer.ORIGIN`), so that shards made with one are
+read with the other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def save_tokenizer(original: Tokenizer, folder: Path, seq_len: int) -> Tokenizer
         folder: exists.
         seq_len: longest sequence the model was trained on, for `model_max_length`.
 
-    Raises UserError where what was written does not encode alike.
+    Raises UserError if what was written encodes differently.
     """
     name = original.name
     encoding = tiktoken_encoding(name)
@@ -43,14 +43,11 @@ def save_tokenizer(original: Tokenizer, folder: Path, seq_len: int) -> Tokenizer
         declared = read_settings(folder) or {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:
         _convert(encoding).save(str(folder / "tokenizer.json"))
-        ids = {token_id: token for token, token_id in original.special_tokens.items()}
+        names = {token_id: token for token, token_id in original.special_tokens.items()}
         declared = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         declared["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 adds token types otherwise
-        for role, token_id in (("bos_token", original.bos_id), ("eos_token", original.eos_id)):
-            if token_id is not None:
-                declared[role] = ids[token_id]
-        if original.eos_id is not None:
-            declared["pad_token"] = ids[original.eos_id]
+        roles = {"bos_token": original.bos_id, "eos_token": original.eos_id, "pad_token": original.eos_id}
+        declared |= {role: names[token_id] for role, token_id in roles.items() if token_id is not None}
     declared |= {ORIGIN: declared.get(ORIGIN, {"name": name, "hash": original.hash}), "model_max_length": seq_len}
     settings.write_text(to_json(declared, indent=1) + "\n")
     written = load_tokenizer(str(folder))
@@ -89,7 +86,7 @@ def _convert(encoding: tiktoken.Encoding) -> HFTokenizer:
 
 
 def _spelt(token: bytes) -> str:
-    """A token as byte-level BPE writes it: printable bytes as themselves, the others as characters from 256 on."""
+    """A token as byte-level BPE writes it: printable bytes as themselves, the other bytes as characters from 256 on."""
     return "".join(map(_CHARACTERS.__getitem__, token))
 
 

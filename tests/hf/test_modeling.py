@@ -1,13 +1,17 @@
-"""A remote-code folder under those who call it: packed rows, padding, caches, offloading, checkpointing, adapters.
+"""A remote-code folder is a Hugging Face model like any other, for all who call it, and needs no code of ours.
 
-Each is compared with the model in memory that the folder was made from. What cannot be had is refused in one sentence: an
-argument that would change the result is never ignored.
+What it computes is compared with the model in memory that the folder was made from. What cannot be had is refused in one
+sentence: an argument that would change the result is never ignored.
 """
 
 from __future__ import annotations
 
+import copy
+import json
+import subprocess
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +20,53 @@ import torch
 import transformers
 from deltaproduct_kernels import gated_delta_product
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModel, AutoTokenizer, DynamicCache, StaticCache
 
-from tests.hf.exported import exported, greedy, tokens
-from tests.hf.test_remote_code import HARD, VARIANTS, assert_same, load
-from titan_dp.inference.hf.modeling_titan_dp import delta_product
+from tests.hf import exported
+from tests.hf.exported import VARIANTS, assert_same, greedy, tokens
+from tests.pretrained import random_model
+from titan_dp.inference.hf.modeling_titan_dp import DEFAULTS, delta_product
 from titan_dp.model.transformer import Transformer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),  # its name in transformers 4
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd"),
 ]
+HARD = ["Gated DeltaProduct_3, output gate, expand_v 2, untied", "hybrid", "hybrid, windowed, grouped"]
 LENGTHS = (70, 1, 2, 40)  # of documents: longer than a chunk, shorter than a convolution
+ROW = tokens(2, 8)
+
+
+def load(folder: Path, **how: Any) -> Any:
+    return exported.load(folder, trust_remote_code=True, **how)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Transformer, Path]]:
-    """For every hard variant the model in memory and its folder."""
-    return {name: exported(tmp_path_factory.mktemp("variant"), VARIANTS[name], target="remote-code") for name in HARD}
+def folder_of(export_of: Callable[..., Path]) -> Callable[[str], Path]:
+    return lambda name: export_of(VARIANTS[name], target="remote-code")
 
 
 @pytest.fixture(scope="module")
-def loaded(folders: dict[str, tuple[Transformer, Path]]) -> dict[str, Any]:
-    """The same folders in transformers, to be used and not changed."""
-    return {name: load(folder) for name, (_, folder) in folders.items()}
+def loaded(folder_of: Callable[[str], Path]) -> dict[str, Any]:
+    """Every variant in transformers, to be used and not changed."""
+    return {name: load(folder_of(name)) for name in VARIANTS}
 
 
 @pytest.fixture(params=HARD)
-def pair(
-    request: pytest.FixtureRequest, folders: dict[str, tuple[Transformer, Path]], loaded: dict[str, Any]
-) -> tuple[Transformer, Any]:
+def pair(request: pytest.FixtureRequest, loaded: dict[str, Any]) -> tuple[Transformer, Any]:
     """The model in memory, and in transformers."""
-    return folders[request.param][0], loaded[request.param]
+    return random_model(**VARIANTS[request.param])[1], loaded[request.param]
 
 
 @pytest.fixture(params=HARD)
-def fresh(request: pytest.FixtureRequest, folders: dict[str, tuple[Transformer, Path]]) -> tuple[Transformer, Any]:
+def fresh(request: pytest.FixtureRequest, loaded: dict[str, Any]) -> tuple[Transformer, Any]:
     """The same, to be changed."""
-    ours, folder = folders[request.param]
-    return ours, load(folder)
+    return random_model(**VARIANTS[request.param])[1], load(Path(loaded[request.param].name_or_path))
 
 
 @pytest.fixture
-def folder(folders: dict[str, tuple[Transformer, Path]]) -> Path:
-    return folders["hybrid"][1]
+def folder(folder_of: Callable[[str], Path]) -> Path:
+    return folder_of("hybrid")
 
 
 @pytest.fixture
@@ -69,8 +76,141 @@ def theirs(loaded: dict[str, Any]) -> Any:
 
 @pytest.fixture(autouse=True)
 def _no_gradients(request: pytest.FixtureRequest) -> Iterator[None]:
-    with torch.set_grad_enabled("trains" in request.node.name):
+    with torch.set_grad_enabled("gradients" in request.node.name or "trains" in request.node.name):
         yield
+
+
+# -- every variant -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_are_ours_at_once_and_in_blocks_with_a_cache(name: str, loaded: dict[str, Any]) -> None:
+    ids, cache, blocks = tokens(2, 150), None, []  # several chunks, the last cut off
+    expected = random_model(**VARIANTS[name])[1](ids)
+    assert_same(loaded[name](ids).logits, expected)
+    for block in ids.split([70, 1, 1, 7, 1, 70], 1):
+        out = loaded[name](block, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        blocks.append(out.logits)
+    assert_same(torch.cat(blocks, 1), expected)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_generation_is_the_likeliest_token_of_our_parallel_forward(name: str, loaded: dict[str, Any]) -> None:
+    prompt = tokens(2, 30)
+    written = loaded[name].generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
+    expected = greedy(random_model(**VARIANTS[name])[1], prompt, 12)
+    assert 257 not in expected, "the end of the text: take another seed"
+    assert torch.equal(written[:, 30:], expected)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_bfloat16_stays_near_float32_and_keeps_its_float32_islands(
+    name: str, loaded: dict[str, Any], folder_of: Callable[[str], Path]
+) -> None:
+    narrow, ids = load(folder_of(name), dtype=torch.bfloat16), tokens(2, 70)
+    for parameter_name, parameter in narrow.named_parameters():
+        island = parameter_name.endswith(("norm.weight", "A_log", "dt_bias"))
+        assert parameter.dtype == (torch.float32 if island else torch.bfloat16), parameter_name
+    expected, actual = loaded[name](ids, labels=ids).loss, narrow(ids, labels=ids).loss
+    assert float(actual) == pytest.approx(float(expected), rel=0.05)
+
+
+def test_the_loss_and_its_gradients_are_ours(fresh: tuple[Transformer, Any]) -> None:
+    """The mean over labels that are not ignored; or over the whole batch's, if transformers' Trainer gives their number."""
+    ours, theirs = fresh
+    ids = tokens(2, 40)
+    labels = ids.clone()
+    labels[0, 5:9] = -100
+    wanted = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], 1)
+    ours.requires_grad_(True)
+    expected = ours(ids, wanted).loss / (wanted != -100).sum()
+    expected.backward()
+    loss = theirs(ids, labels=labels).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    found = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        name = name if name.startswith("lm_head") else "model." + name.replace(".forget_gate", "")
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+    part = theirs(ids, labels=labels, num_items_in_batch=4 * int((wanted != -100).sum())).loss
+    torch.testing.assert_close(part, expected / 4)
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+ALONE = """
+import importlib.abc, json, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("titan_dp", "deltaproduct_kernels", "fla", "tiktoken", "einops", "tests"):
+            raise ImportError(name + " is out of reach")
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folders, text, out = json.loads(sys.argv[1])
+results = []
+for folder in folders:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    with torch.no_grad():
+        results.append((ids, model(ids).logits, written))
+assert not {"titan_dp", "deltaproduct_kernels", "fla"} & set(sys.modules)
+torch.save(results, out)
+"""
+
+
+def test_a_folder_needs_torch_and_transformers_alone(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    text = "It is a way I have of driving off the spleen."
+    arguments = json.dumps([[str(folder_of(name)) for name in HARD], text, str(tmp_path / "results.pt")])
+    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", "-c", ALONE, arguments]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for name, (ids, logits, written) in zip(HARD, torch.load(tmp_path / "results.pt"), strict=True):
+        ours = random_model(**VARIANTS[name])[1]
+        assert ids.tolist() == [list(text.encode())]
+        assert_same(logits, ours(ids))
+        assert torch.equal(written[:, ids.shape[1] :], greedy(ours, ids, 8))
+
+
+def test_a_model_saved_by_transformers_loads_again_bit_for_bit(pair: tuple[Transformer, Any], tmp_path: Path) -> None:
+    _, theirs = pair
+    theirs.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved")(ROW).logits, theirs(ROW).logits)
+
+
+def test_transformers_reads_every_setting_from_config_json(folder_of: Callable[[str], Path]) -> None:
+    """A key that config.json lacks would be whatever default its reader has."""
+    folder = folder_of("hybrid, windowed, grouped")
+    written = json.loads((folder / "config.json").read_text())
+    read = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    keys = [*DEFAULTS, "tie_word_embeddings"]
+    assert {key: getattr(read, key) for key in keys} == {key: written[key] for key in keys}
+
+
+def test_sampling_ends_at_the_tokenizers_end_of_text(folder: Path) -> None:
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model.model.norm.weight.zero_()  # every logit is 0; so eos is as likely as any
+    torch.manual_seed(0)
+    written = model.generate(**tokenizer(["Call me Ishmael."], return_tensors="pt"), max_new_tokens=3000)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 257
+    assert written[0, -1] == 257
+    assert written.shape[1] < 3000
+
+
+def test_generation_without_a_cache_and_in_beams_works(pair: tuple[Transformer, Any]) -> None:
+    _, theirs = pair
+    prompt = tokens(2, 10)
+    how: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(theirs.generate(prompt, **how), theirs.generate(prompt, use_cache=False, **how))
+    beams = theirs.generate(prompt, num_beams=3, **how)
+    assert torch.equal(beams, theirs.generate(prompt, num_beams=3, use_cache=False, **how))
 
 
 # -- packed rows -------------------------------------------------------------------------------------------------------
@@ -99,11 +239,9 @@ def test_documents_packed_into_a_row_see_nothing_of_each_other(how: str, pair: t
 
 
 @pytest.mark.parametrize("how", PACKED)
-def test_the_loss_of_a_packed_row_is_that_of_its_documents(
-    how: str, folders: dict[str, tuple[Transformer, Path]], theirs: Any
-) -> None:
+def test_the_loss_of_a_packed_row_is_that_of_its_documents(how: str, theirs: Any) -> None:
     """The first token of a document is predicted from nothing: its label does not count, as in training."""
-    ours = folders["hybrid"][0]
+    ours = random_model(**VARIANTS["hybrid"])[1]
     row = tokens(1, sum(LENGTHS))
     losses = [
         torch.nn.functional.cross_entropy(ours(document)[0, :-1], document[0, 1:], reduction="sum")
@@ -189,7 +327,6 @@ def test_a_padded_prompt_is_continued_as_without_padding(side: str, pair: tuple[
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
-ROW = tokens(2, 8)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a mask of pairs": ({"attention_mask": torch.ones(2, 1, 8, 8)}, "attention_mask has shape .2, 1, 8, 8."),
     "a mask to be added": ({"attention_mask": torch.zeros(2, 8) - 1e9}, "attention_mask has shape"),
@@ -268,8 +405,6 @@ def test_generation_with_any_kind_of_cache_of_the_library_writes_the_same(kind: 
 
 
 def test_a_cache_copied_and_repeated_goes_on_in_every_row(pair: tuple[Transformer, Any]) -> None:
-    import copy
-
     ours, theirs = pair
     prompt, ends, cache = tokens(2, 20), tokens(6, 4), DynamicCache()
     theirs(prompt, past_key_values=cache)
@@ -324,8 +459,6 @@ def test_hidden_states_are_the_inputs_of_the_layers_and_the_last_is_after_the_no
     for block in ours.layers:
         block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     ours(ids[:1])
-    for block in ours.layers:
-        block._forward_pre_hooks.clear()
     out = theirs(ids, attention_mask=mask, output_hidden_states=True)
     assert len(out.hidden_states) == len(seen) + 1
     for theirs_of, ours_of in zip(out.hidden_states, seen, strict=False):
@@ -345,7 +478,7 @@ def test_hidden_states_that_nobody_asked_for_are_not_kept(folder: Path) -> None:
 
 
 def test_the_configuration_may_ask_for_hidden_states_and_tuples(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_hidden_states=True)
+    model = load(folder, output_hidden_states=True)
     logits, cache, states = model(ROW, return_dict=False)
     assert logits.shape == (2, 8, 320)
     assert cache.get_seq_length() == 8
@@ -382,17 +515,16 @@ def test_gradient_checkpointing_trains_with_the_same_gradients(reentrant: bool, 
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_either_name_for_attention_gives_our_logits(name: str, folders: dict[str, tuple[Transformer, Path]]) -> None:
-    ours, folder = folders["hybrid, windowed, grouped"]
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation=name)
+def test_either_name_for_attention_gives_our_logits(name: str, folder_of: Callable[[str], Path]) -> None:
+    model = load(folder_of("hybrid, windowed, grouped"), attn_implementation=name)
     assert model.config._attn_implementation == name
-    assert_same(model(ROW).logits, ours(ROW))
+    assert_same(model(ROW).logits, random_model(**VARIANTS["hybrid, windowed, grouped"])[1](ROW))
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "no_such_thing"])
 def test_another_kind_of_attention_is_refused(name: str, folder: Path) -> None:
     with pytest.raises((ValueError, ImportError), match="(?i)support"):
-        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation=name)
+        load(folder, attn_implementation=name)
 
 
 # -- accelerate and peft -----------------------------------------------------------------------------------------------
@@ -407,15 +539,12 @@ ON_DISK = {
 @pytest.mark.parametrize("what", ON_DISK)
 @pytest.mark.parametrize("name", HARD)
 def test_weights_on_disk_give_our_logits_every_time(
-    name: str, what: str, folders: dict[str, tuple[Transformer, Path]], tmp_path: Path
+    name: str, what: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     if what == "all" and transformers.__version__ < "5":
         pytest.skip("transformers 4 reads no single file of weights to disk")
-    ours, folder = folders[name]
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, device_map=ON_DISK[what], offload_folder=str(tmp_path)
-    )
-    ids = tokens(2, 30)
+    ours, ids = random_model(**VARIANTS[name])[1], tokens(2, 30)
+    model = load(folder_of(name), device_map=ON_DISK[what], offload_folder=str(tmp_path))
     for _ in range(2):
         assert_same(model(ids).logits, ours(ids))
     written = model.generate(ids, max_new_tokens=4, do_sample=False)
