@@ -1,4 +1,4 @@
-"""Generation on a CPU: time a token near position 100 and near position 4,000, in one run.
+"""Generation on a CPU: time per token near position 100 and near position 4,000, in one run.
 
     python benchmarks/generation.py    prints the table and writes benchmarks/results/generation.{md,json}
 
@@ -51,7 +51,7 @@ def step_seconds(c: Model, batch: int) -> list[float]:
 
 
 def main() -> None:
-    report = Report("generation", "Generation on a CPU: time a token by position")
+    report = Report("generation", "Generation on a CPU: time per token by position")
     for name, c in settings().items():
         for batch in (1, 8) if name == "debug.toml" else (1,):
             runs = [step_seconds(c, batch) for _ in range(REPEATS)]
@@ -63,7 +63,7 @@ def main() -> None:
                 {
                     "model": name,
                     "batch": batch,
-                    **{f"ms a step at {position:,}": 1e3 * seconds for position, seconds in zip(POSITIONS, near, strict=True)},
+                    **{f"ms per step at {position:,}": 1e3 * seconds for position, seconds in zip(POSITIONS, near, strict=True)},
                     "ratio": near[1] / near[0],
                     "tokens/s": batch / near[1],
                 }

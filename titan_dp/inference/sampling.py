@@ -1,4 +1,4 @@
-"""Continuing token ids with a model, in a batch: prompts of any lengths, then one token a step for all rows.
+"""Continuing token ids with a model, in a batch: prompts of any lengths, then one token per step for every row.
 
 Each row draws from a generator of its own, so a continuation depends on its prompt, its seed and the settings, and not on
 what else is in the batch. Prompts are read in segments, and each step passes the layers' caches on (`Transformer.step`): with
@@ -20,7 +20,7 @@ from titan_dp.errors import UserError
 from titan_dp.model.loss import check_finite
 from titan_dp.model.transformer import Transformer
 
-_SEGMENT = 2048
+_SEGMENT = 2048  # tokens of a prompt per forward: a longer prompt takes no more memory for activations
 _LOOKS_SPECIAL = re.compile(r"<\|[^<>|\s][^<>|]*\|>")
 _UNFINISHED = "\ufffd"
 _LONGEST_CHARACTER = 4

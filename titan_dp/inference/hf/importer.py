@@ -1,8 +1,8 @@
 """`titan-dp import FOLDER OUT`: the weights of a Hugging Face folder as a checkpoint a run can start from.
 
 Reads flash-linear-attention's gated_deltaproduct, gated_deltanet and delta_net, the layout in which the paper's authors
-released theirs (one projection for each Householder step), and our own. The checkpoint holds weights alone; a run takes them
-up with `checkpoint.initial_load_path = "OUT"` and the [model] section printed here.
+released theirs (one projection per Householder step), and our own. The checkpoint holds weights alone; a run loads them
+with `checkpoint.initial_load_path = "OUT"` and the [model] section printed here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="Hugging Face folder of a DeltaProduct or DeltaNet model")
     parser.add_argument("out", type=Path, metavar="OUT", help="run folder to write; must not exist")
-    parser.add_argument("--tokenizer", default="", help="name of the tokenizer, where the folder has none")
+    parser.add_argument("--tokenizer", default="", help="name of the tokenizer, if the folder has none")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ def import_folder(source: FolderSource, out: Path, *, tokenizer: str = "") -> Pa
     try:
         save_model_weights(checkpoint, tensors, _manifest(source, name, origin.get("hash", loaded.hash)))
     except BaseException:
-        with suppress(OSError):  # what somebody else has put there meanwhile stays
+        with suppress(OSError):  # what somebody else has meanwhile put there stays
             delete_checkpoint(checkpoint)
             checkpoint.parent.rmdir()
             out.rmdir()
@@ -86,14 +86,14 @@ def _tokenizer_name(source: FolderSource) -> str:
     from titan_dp.data.tokenizer import load_tokenizer
 
     if origin := source.tokenizer_origin:
-        with suppress(UserError):  # out of reach here: what was exported does as well
+        with suppress(UserError):  # it cannot be had here, and the exported one does as well
             if load_tokenizer(origin["name"]).hash == origin["hash"]:
                 return origin["name"]
     return str(Path(source.tokenizer).resolve())
 
 
 def _manifest(source: FolderSource, tokenizer: str, tokenizer_hash: str) -> dict[str, Any]:
-    """What a checkpoint's manifest holds beside its files."""
+    """What the checkpoint's manifest holds beside its list of files."""
     from titan_dp import config
     from titan_dp.config.describe import all_keys
     from titan_dp.config.load import Loaded

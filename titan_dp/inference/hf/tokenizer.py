@@ -60,8 +60,10 @@ def save_tokenizer(original: Tokenizer, folder: Path, seq_len: int) -> Tokenizer
 
 
 def _convert(encoding: tiktoken.Encoding) -> HFTokenizer:
-    """The byte-level BPE of `tokenizers` that splits and merges as the encoding does: a token's rank is its id and its merge's
-    place, and a piece of text that is a token is taken whole."""
+    """The byte-level BPE of `tokenizers` that splits and merges as the encoding does.
+
+    A token's rank is its id and also the place of its merge; a piece of text that is a token is taken whole.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     ranks = encoding._mergeable_ranks
