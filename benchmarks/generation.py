@@ -63,7 +63,7 @@ def main() -> None:
                 {
                     "model": name,
                     "batch": batch,
-                    **{f"ms per step at {position:,}": 1e3 * seconds for position, seconds in zip(POSITIONS, near, strict=True)},
+                    **{f"ms per step at {at:,}": 1e3 * seconds for at, seconds in zip(POSITIONS, near, strict=True)},
                     "ratio": near[1] / near[0],
                     "tokens/s": batch / near[1],
                 }
