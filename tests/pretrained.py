@@ -11,6 +11,7 @@ import torch
 from titan_dp import config
 from titan_dp.checkpoint.manifest import step_folder
 from titan_dp.checkpoint.weights import save_model_weights
+from titan_dp.cli import dispatch
 from titan_dp.config.describe import all_keys
 from titan_dp.config.load import Loaded
 from titan_dp.model.transformer import Transformer, build_model
@@ -71,3 +72,10 @@ def save_checkpoint(
     }
     save_model_weights(folder, dict(model.state_dict()), meta)
     return folder
+
+
+def evaluate(kind: str, checkpoint: Path, out: Path, *options: object) -> dict[str, Any]:
+    """What `titan-dp evaluate KIND CHECKPOINT --out OUT ...` writes into its JSON file."""
+    assert dispatch(["evaluate", kind, str(checkpoint), "--out", str(out), *map(str, options)]) == 0
+    (path,) = out.glob("*.json")
+    return json.loads(path.read_text())

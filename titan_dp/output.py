@@ -1,17 +1,20 @@
-"""What a command shows: tables on the console, and figures as PNG files that are there whole or not at all.
+"""What a command shows and leaves behind: tables on the console, CSV files, and figures as PNG files.
 
-A table is as wide as a person's terminal, or as wide as it needs when it goes to a file or pipe. Cells wrap between words
-only: no word, and so no number, is ever cut ("804..."). Where a terminal is narrower than the longest words of all columns
-side by side, the lines run on. Figures have one style; matplotlib is imported when the first one is asked for.
+Files exist whole or not at all. A table is as wide as a person's terminal, or as wide as it needs when it goes to a file or
+pipe. Cells wrap between words only: no word, and so no number, is ever cut ("804..."). If a terminal is narrower than the
+longest words of all columns side by side, the lines run on. Figures have one style; matplotlib is imported for the first one.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from titan_dp.errors import UserError
 from titan_dp.files import write_atomically
@@ -30,7 +33,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def check_matplotlib() -> None:
-    """Raises UserError where matplotlib is not installed; to be called before hours are spent."""
+    """Raises UserError if matplotlib is not installed; to be called before hours are spent."""
     if find_spec("matplotlib") is None:
         raise UserError("plots need matplotlib: pip install 'titan_dp[eval]'")
 
@@ -38,7 +41,7 @@ def check_matplotlib() -> None:
 def subplots(*args: Any, **kw: Any) -> tuple[Figure, Any]:
     """`matplotlib.pyplot.subplots` in one style, drawn without a display.
 
-    Raises UserError where matplotlib is not installed.
+    Raises UserError if matplotlib is not installed.
     """
     check_matplotlib()
     import matplotlib
@@ -60,6 +63,42 @@ def save_figure(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV file, whole or not at all; makes the folder. The same bytes for the same rows, also if `path` ends in .gz."""
+
+    def write(file: IO[bytes]) -> None:
+        packed = gzip.GzipFile("", "wb", 6, file, mtime=0) if path.suffix == ".gz" else file  # no name and no time in it
+        text = io.TextIOWrapper(packed, "utf-8", newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+        text.detach()  # `write_atomically` closes the file
+        if packed is not file:
+            packed.close()
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, write)
+
+
+def print_written(*paths: Path) -> None:
+    """One line that says where files of one folder are."""
+    print(f"written to {paths[0].parent}: {', '.join(path.name for path in paths)}")
+
+
+def number_table(
+    title: str, columns: Sequence[str], rows: Iterable[Iterable[object]], left: Collection[str] = (), **style: Any
+) -> Table:
+    """A table of numbers, aligned to the right, except in columns named in `left`; `style` is handed to `rich.table.Table`."""
+    from rich.table import Table
+
+    table = Table(title=title, **style)
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right")
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
+
+
 _WIDER_THAN_ANY = 100_000
 
 
@@ -67,8 +106,8 @@ def print_table(table: Table, details: Collection[str] = ()) -> None:
     """Print `table` to stdout. Brackets in it are text, not markup.
 
     Args:
-        table: its columns get the width of their longest word at least.
-        details: headers of columns that are left out where the terminal has no room for all of them.
+        table: its columns get at least the width of their longest word.
+        details: headers of columns that are left out if the terminal has no room for all columns.
     """
     from rich.console import Console
     from rich.measure import Measurement

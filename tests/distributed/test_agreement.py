@@ -272,7 +272,7 @@ def evaluate(folder: Path, checkpoints: list[Path]) -> tuple[object, object]:
     from rich.console import Console
 
     from titan_dp.distributed import current_world
-    from titan_dp.evals.session import Session
+    from titan_dp.evals.session import Result, Session
 
     rank = dist.get_rank()
     args = argparse.Namespace(out=folder / str(rank), overwrite=False, dtype="float32", backend="auto", tokenizer="")
@@ -280,10 +280,10 @@ def evaluate(folder: Path, checkpoints: list[Path]) -> tuple[object, object]:
     agreement.SECONDS_TO_SEE = 0.2
     try:
         source = opened.load(checkpoints[rank]).source
-        report = opened.report("length", source, {})
-        found = report.finished
+        result = Result(opened, "length", source, {})
+        found = result.results or None
         if found is None:
-            report.finish({"loss": 1.5})
+            result.finish({"loss": 1.5})
         return source.path.name, found
     except Exception as error:
         return type(error).__name__, str(error)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
-from tests.distributed.harness import run_ranks
-from tests.pretrained import random_model, save_checkpoint
-from titan_dp.distributed import current_world
-from titan_dp.errors import RunError, UserError
-from titan_dp.evals import effective_rank as module
-from titan_dp.evals import session as session_module
-from titan_dp.evals.effective_rank import add_arguments, effective_rank, evaluate, run
-from titan_dp.evals.session import Session
+from tests.pretrained import evaluate, random_model
+from titan_dp.errors import RunError
+from titan_dp.evals.effective_rank import cheap_interval, effective_rank
 from titan_dp.model.deltaproduct import DeltaProduct
 from titan_dp.model.transformer import Transformer
 
@@ -51,19 +45,12 @@ def token_ids() -> list[int]:
     return [id_ for document in DOCUMENTS for id_ in (BOS, *document.encode())]
 
 
-def arguments(*words: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args([str(word) for word in words])
-
-
 def measured(checkpoint: Path, text: Path, out: Path, *words: object) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """The results in the JSON file, and the rows of the CSV file."""
-    assert run(arguments(checkpoint, "--text", text, "--out", out, *words)) == 0
-    (path,) = out.glob("*.json")
-    with gzip.open(path.with_suffix(".csv.gz"), "rt", newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return json.loads(path.read_text())["results"], rows
+    results = evaluate("effective-rank", checkpoint, out, "--text", text, *words)["results"]
+    (path,) = out.glob("*.csv.gz")
+    with gzip.open(path, "rt", newline="") as file:
+        return results, [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def column(rows: list[dict[str, float]], name: str) -> np.ndarray:
@@ -129,8 +116,10 @@ def layers_by_definition(model: Transformer) -> dict[int, np.ndarray]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ranks_and_norms_are_those_of_the_recurrence_as_defined(variant: str, tmp_path: Path, text: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "run", **VARIANTS[variant])
+def test_ranks_and_norms_are_those_of_the_recurrence_as_defined(
+    checkpoint_of: Callable[..., Path], variant: str, tmp_path: Path, text: Path
+) -> None:
+    checkpoint = checkpoint_of(**VARIANTS[variant])
     _, rows = measured(checkpoint, text, tmp_path / "out", "--micro-steps", "--segment", 13)
     expected = []
     for layer, states in layers_by_definition(random_model(**VARIANTS[variant])[1]).items():
@@ -144,8 +133,8 @@ def test_ranks_and_norms_are_those_of_the_recurrence_as_defined(variant: str, tm
     assert found[:, 4:] == pytest.approx(np.array(expected)[:, 4:], rel=1e-3)
 
 
-def test_step_sizes_and_decays_are_the_mixers(tmp_path: Path, text: Path) -> None:
-    _, rows = measured(save_checkpoint(tmp_path / "run", use_forget_gate=True), text, tmp_path / "out")
+def test_step_sizes_and_decays_are_the_mixers(checkpoint_of: Callable[..., Path], tmp_path: Path, text: Path) -> None:
+    _, rows = measured(checkpoint_of(use_forget_gate=True), text, tmp_path / "out")
     model = random_model(use_forget_gate=True)[1].double()
     block = model.blocks[0]
     inputs = block.attn.recurrence_inputs(block.attn_norm.apply_to(model.embeddings(torch.tensor([token_ids()]))), None)  # type: ignore[union-attr]
@@ -157,18 +146,20 @@ def test_step_sizes_and_decays_are_the_mixers(tmp_path: Path, text: Path) -> Non
         assert column(mine, "decay") == pytest.approx(inputs.g[0, :, h].exp().detach().numpy(), rel=1e-4)
 
 
-def test_without_a_gate_the_decay_is_one(tmp_path: Path, text: Path) -> None:
-    _, rows = measured(save_checkpoint(tmp_path / "run"), text, tmp_path / "out")
+def test_without_a_gate_the_decay_is_one(checkpoint_of: Callable[..., Path], tmp_path: Path, text: Path) -> None:
+    _, rows = measured(checkpoint_of(), text, tmp_path / "out")
     assert (column(rows, "decay") == 1).all()
 
 
-def test_the_replay_ends_where_the_kernel_does(tmp_path: Path, text: Path) -> None:
-    results, _ = measured(save_checkpoint(tmp_path / "run", use_forget_gate=True), text, tmp_path / "out", "--segment", 20)
+def test_the_replay_ends_where_the_kernel_does(checkpoint_of: Callable[..., Path], tmp_path: Path, text: Path) -> None:
+    results, _ = measured(checkpoint_of(use_forget_gate=True), text, tmp_path / "out", "--segment", 20)
     largest = max(head["largest_state_entry"] for layer in results["layers"] for head in layer["heads"])
     assert 0 < results["largest_replay_difference"] < 1e-5 * largest
 
 
-def test_a_kernel_that_differs_from_the_replay_is_noticed(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_differs_from_the_replay_is_noticed(
+    checkpoint_of: Callable[..., Path], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = DeltaProduct.recurrence_inputs
 
     def other(self: DeltaProduct, x: torch.Tensor, cache: Any) -> Any:
@@ -178,14 +169,14 @@ def test_a_kernel_that_differs_from_the_replay_is_noticed(tmp_path: Path, text: 
         return found._replace(beta=beta)
 
     monkeypatch.setattr(DeltaProduct, "recurrence_inputs", other)
-    results, _ = measured(save_checkpoint(tmp_path / "run"), text, tmp_path / "out")
+    results, _ = measured(checkpoint_of(), text, tmp_path / "out")
     for layer in results["layers"]:
         assert layer["heads"][0]["largest_replay_difference"] < 1e-5
         assert layer["heads"][1]["largest_replay_difference"] > 1e-3
 
 
-def test_the_segment_does_not_matter(tmp_path: Path, text: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "run", use_forget_gate=True, num_hidden_layers=3, attention_layers=[1])
+def test_the_segment_does_not_matter(checkpoint_of: Callable[..., Path], tmp_path: Path, text: Path) -> None:
+    checkpoint = checkpoint_of(use_forget_gate=True, num_hidden_layers=3, attention_layers=[1])
     whole, short = (measured(checkpoint, text, tmp_path / str(size), "--segment", size)[1] for size in (1000, 3))
     for name in whole[0]:
         assert column(short, name) == pytest.approx(column(whole, name), rel=1e-4)
@@ -194,8 +185,10 @@ def test_the_segment_does_not_matter(tmp_path: Path, text: Path) -> None:
 # -- what is looked at -------------------------------------------------------------------------------------------------
 
 
-def test_documents_first_tokens_are_marked_and_looked_at_whatever_the_interval(tmp_path: Path, text: Path) -> None:
-    results, rows = measured(save_checkpoint(tmp_path / "run"), text, tmp_path / "out", "--every", 7)
+def test_documents_first_tokens_are_marked_and_looked_at_whatever_the_interval(
+    checkpoint_of: Callable[..., Path], tmp_path: Path, text: Path
+) -> None:
+    results, rows = measured(checkpoint_of(), text, tmp_path / "out", "--every", 7)
     ids = token_ids()
     assert results["document_starts"] == [i for i, id_ in enumerate(ids) if id_ == BOS] == STARTS
     mine = [row for row in rows if (row["layer"], row["head"]) == (1, 1)]
@@ -203,8 +196,10 @@ def test_documents_first_tokens_are_marked_and_looked_at_whatever_the_interval(t
     assert [row["position"] for row in mine if row["document_start"]] == STARTS
 
 
-def test_means_are_over_the_interval_inside_and_beyond_the_training_length(tmp_path: Path, text: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "run", seq_len=TRAINED)
+def test_means_are_over_the_interval_inside_and_beyond_the_training_length(
+    checkpoint_of: Callable[..., Path], tmp_path: Path, text: Path
+) -> None:
+    checkpoint = checkpoint_of(seq_len=TRAINED)
     results, rows = measured(checkpoint, text, tmp_path / "out", "--every", 4, "--micro-steps")
     head = results["layers"][1]["heads"][0]
     mine = [r for r in rows if (r["layer"], r["head"], r["step"]) == (1, 0, 2) and r["position"] % 4 == 0]
@@ -215,8 +210,8 @@ def test_means_are_over_the_interval_inside_and_beyond_the_training_length(tmp_p
     assert head["beta"] == pytest.approx([column(mine, f"beta_{j}").mean() for j in (1, 2)], rel=1e-4)
 
 
-def test_no_more_is_read_than_asked_for(tmp_path: Path, text: Path) -> None:
-    results, rows = measured(save_checkpoint(tmp_path / "run"), text, tmp_path / "out", "--max-length", 40)
+def test_no_more_is_read_than_asked_for(checkpoint_of: Callable[..., Path], tmp_path: Path, text: Path) -> None:
+    results, rows = measured(checkpoint_of(), text, tmp_path / "out", "--max-length", 40)
     assert (results["tokens"], results["documents"]) == (40, 3)
     assert column(rows, "position").max() == 39
     assert results["layers"][0]["heads"][0]["effective_rank"]["beyond"] is None
@@ -224,108 +219,26 @@ def test_no_more_is_read_than_asked_for(tmp_path: Path, text: Path) -> None:
 
 def test_a_large_model_is_looked_at_less_often() -> None:
     small, large = ({0: DeltaProduct(random_model(head_dim=d)[0])} for d in (16, 256))
-    assert module.cheap_interval(16384, small, micro_steps=False) == 1
-    assert module.cheap_interval(16384 * 20, large, micro_steps=False) > 1
+    assert cheap_interval(16384, small, micro_steps=False) == 1
+    assert cheap_interval(16384 * 20, large, micro_steps=False) > 1
 
 
-def test_softmax_layers_are_skipped_and_named(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = save_checkpoint(tmp_path / "run", num_hidden_layers=3, attention_layers=[1])
+def test_softmax_layers_are_skipped_and_named(
+    checkpoint_of: Callable[..., Path], tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = checkpoint_of(num_hidden_layers=3, attention_layers=[1])
     results, _ = measured(checkpoint, text, tmp_path / "out")
     assert [layer["layer"] for layer in results["layers"]] == [0, 2]
     assert results["skipped_layers"] == [1]
     assert "skipped, softmax layers have no state: 1" in capsys.readouterr().out
 
 
-def test_three_figures_are_drawn(tmp_path: Path, text: Path) -> None:
-    measured(save_checkpoint(tmp_path / "run", seq_len=TRAINED, num_heads=8), text, tmp_path / "out")
-    figures = sorted((tmp_path / "out").glob("*.png"))
-    assert [path.name.removeprefix("effective-rank-run-step-00000007") for path in figures] == [
-        "-norm.png",
-        "-steps.png",
-        ".png",
-    ]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
-
-
-# -- mistakes ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_model_without_recurrent_layers_is_refused(tmp_path: Path, text: Path) -> None:
-    with pytest.raises(UserError, match="no DeltaProduct or GLA layer"):
-        run(arguments(save_checkpoint(tmp_path / "run", mixer="attention"), "--text", text, "--out", tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_empty_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
-    words = ("--text", tmp_path / "empty.jsonl", "--no-bos", "--out", tmp_path / "out")
-    with pytest.raises(UserError, match="no tokens"):
-        run(arguments(save_checkpoint(tmp_path / "run"), *words))
-
-
 def test_states_that_are_not_finite_end_the_run_with_a_reason(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint_of: Callable[..., Path], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = DeltaProduct.recurrence_inputs
     monkeypatch.setattr(
         DeltaProduct, "recurrence_inputs", lambda *a: (found := inputs(*a))._replace(v=found.v.fill_(float("inf")))
     )
     with pytest.raises(RunError, match="layer 0 at token 0"):
-        run(arguments(save_checkpoint(tmp_path / "run"), "--text", text, "--out", tmp_path / "out"))
-
-
-# -- interrupted, split, repeated --------------------------------------------------------------------------------------
-
-
-def test_a_run_that_is_cut_off_goes_on_where_it_was(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = save_checkpoint(tmp_path / "run", use_forget_gate=True, num_hidden_layers=3, attention_layers=[1])
-    words = ("--segment", 16)
-    whole = measured(checkpoint, text, tmp_path / "whole", *words)
-    monkeypatch.setattr(session_module, "_SAVE_SECONDS", 0)
-    looks: list[str] = []
-    look = module._look
-
-    def cut(*args: Any) -> None:
-        if len(looks) == 5:
-            raise KeyboardInterrupt
-        looks.append(args[-1])
-        look(*args)
-
-    monkeypatch.setattr(module, "_look", cut)
-    with pytest.raises(KeyboardInterrupt):
-        measured(checkpoint, text, tmp_path / "cut", *words)
-    monkeypatch.setattr(module, "_look", lambda *args: (looks.append(args[-1]), look(*args)))
-    assert measured(checkpoint, text, tmp_path / "cut", *words) == whole
-    again = [f"layer {layer} at token {first}" for first in (32, 48, 64) for layer in (0, 2)]
-    assert looks[5:] == again  # the two segments before were finished
-
-
-def test_a_finished_run_is_shown_again_without_computing(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = save_checkpoint(tmp_path / "run")
-    measured(checkpoint, text, tmp_path / "out")
-    first = capsys.readouterr().out
-    monkeypatch.delattr(module, "measure")
-    measured(checkpoint, text, tmp_path / "out")
-    assert capsys.readouterr().out == first
-    with pytest.raises(UserError, match="other settings"):
-        measured(checkpoint, text, tmp_path / "out", "--every", 3)
-
-
-def on_this_rank(words: list[str]) -> dict[str, Any] | None:
-    args = arguments(*words)
-    return evaluate(Session(args, current_world(), Console(quiet=True))).finished
-
-
-def test_two_ranks_find_what_one_does(tmp_path: Path, text: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "run", use_forget_gate=True, num_heads=3, num_hidden_layers=3, attention_layers=[1])
-    expected, rows = measured(checkpoint, text, tmp_path / "one")
-    found = run_ranks(2, on_this_rank, [str(checkpoint), "--text", str(text), "--out", str(tmp_path / "two")])
-    assert found[0] == found[1]
-    assert found[0]["layers"][1]["heads"][2]["beta"] == pytest.approx(expected["layers"][1]["heads"][2]["beta"], rel=1e-5)
-    (path,) = (tmp_path / "two").glob("*.csv.gz")
-    with gzip.open(path, "rt", newline="") as file:
-        other = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    for name in rows[0]:
-        assert column(other, name) == pytest.approx(column(rows, name), rel=1e-4)
+        measured(checkpoint_of(), text, tmp_path / "out")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.pretrained import random_model, save_checkpoint, write_documents
-from tests.processes import run_script_in_ranks
-from titan_dp.errors import UserError
-from titan_dp.evals import length_extrapolation
+from tests.pretrained import evaluate, random_model, write_documents
+from titan_dp.cli import dispatch
 from titan_dp.evals.scoring import keeps_all_tokens, token_losses
 
 LENGTH, COUNT, SMOOTH = 90, 5, 9
@@ -32,11 +30,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "hybrid with a window": {**HYBRID, "attention_window": 10},
     "without convolutions": {"use_short_conv": False},
 }
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("runs") / "tiny", seq_len=32, **MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +52,9 @@ def plain_losses(tokens: torch.Tensor, labels: torch.Tensor, **model: Any) -> to
     return -logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
 
 
-def evaluate(checkpoints: list[Path], out: Path, *options: object) -> None:
-    parser = argparse.ArgumentParser()
-    length_extrapolation.add_arguments(parser)
-    arguments = [*checkpoints, "--out", out, "--max-length", LENGTH, "--smooth", SMOOTH, "--segment", 32, *options]
-    assert length_extrapolation.run(parser.parse_args(list(map(str, arguments)))) == 0
-
-
-def results(out: Path, label: str = "tiny-step-00000007") -> dict[str, Any]:
-    return json.loads((out / f"length-extrapolation-{label}.json").read_text())["results"]
+def results(checkpoint: Path, text: Path, out: Path, *options: object) -> dict[str, Any]:
+    words = ("--text", text, "--max-length", LENGTH, "--smooth", SMOOTH, "--segment", 32, *options)
+    return evaluate("length-extrapolation", checkpoint, out, *words)["results"]
 
 
 @pytest.mark.parametrize("segment", [1, 7, 64, 1000])
@@ -120,8 +107,7 @@ def test_only_softmax_without_a_window_keeps_all_tokens() -> None:
 def test_the_curves_are_means_over_sequences_and_positions(
     checkpoint: Path, text: Path, tmp_path: Path, losses: np.ndarray
 ) -> None:
-    evaluate([checkpoint], tmp_path, "--text", text, "--batch-size", 2)
-    found = results(tmp_path)
+    found = results(checkpoint, text, tmp_path, "--batch-size", 2)
     assert found["sequences"] == COUNT
     assert found["loss"] == pytest.approx(losses.mean(), rel=1e-5)
     np.testing.assert_allclose(found["loss_by_position"], losses.mean(0), rtol=2e-5)
@@ -139,8 +125,7 @@ def test_the_curves_are_means_over_sequences_and_positions(
 def test_ranges_of_positions_cover_all_and_have_their_own_means(
     checkpoint: Path, text: Path, tmp_path: Path, losses: np.ndarray
 ) -> None:
-    evaluate([checkpoint], tmp_path, "--text", text)
-    ranges = results(tmp_path)["ranges"]
+    ranges = results(checkpoint, text, tmp_path)["ranges"]
     assert ranges["first_position"] == [1] + [last + 1 for last in ranges["last_position"][:-1]]
     assert ranges["last_position"][-1] == LENGTH - 1
     for i, (first, last) in enumerate(zip(ranges["first_position"], ranges["last_position"], strict=True)):
@@ -150,76 +135,24 @@ def test_ranges_of_positions_cover_all_and_have_their_own_means(
 
 
 def test_one_sequence_has_no_standard_error(checkpoint: Path, text: Path, tmp_path: Path, losses: np.ndarray) -> None:
-    evaluate([checkpoint], tmp_path, "--text", text, "--sequences", 1)
-    found = results(tmp_path)
+    found = results(checkpoint, text, tmp_path, "--sequences", 1)
     assert found["curve"]["standard_error"] is None
     np.testing.assert_allclose(found["loss_by_position"], losses[0], rtol=2e-5)
 
 
-def test_several_checkpoints_share_a_csv_file_and_a_plot(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    other = save_checkpoint(tmp_path / "other", seed=1, **MODEL)
-    evaluate([checkpoint, other], tmp_path / "out", "--text", text)
-    header, *rows = csv.reader((tmp_path / "out/length-extrapolation.csv").open())
+def test_several_checkpoints_share_a_csv_file_and_a_plot(
+    checkpoint: Path, checkpoint_of: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    words = [checkpoint, checkpoint_of("other", seed=1), "--text", text, "--max-length", LENGTH, "--out", tmp_path]
+    assert dispatch(["evaluate", "length-extrapolation", *map(str, words)]) == 0
+    header, *rows = csv.reader((tmp_path / "length-extrapolation.csv").open())
     labels = ["tiny-step-00000007", "other-step-00000007"]
     what = ["loss", "smoothed loss", "running mean loss"]
     assert header == ["position", *(f"{label} {column}" for label in labels for column in what)]
     assert [int(row[0]) for row in rows] == list(range(1, LENGTH))
     for i, label in enumerate(labels):
-        mean = np.array(results(tmp_path / "out", label)["loss_by_position"])
+        found = json.loads((tmp_path / f"length-extrapolation-{label}.json").read_text())["results"]
+        mean = np.array(found["loss_by_position"])
         np.testing.assert_allclose([float(row[1 + 3 * i]) for row in rows], mean, atol=1e-6)
         assert float(rows[-1][3 + 3 * i]) == pytest.approx(mean.mean(), abs=1e-6)
-    assert (tmp_path / "out/length-extrapolation.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_an_interrupted_evaluation_goes_on_where_it_was(
-    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ("--text", text, "--batch-size", 1)
-    evaluate([checkpoint], tmp_path / "whole", *options)
-    monkeypatch.setattr("titan_dp.evals.session._SAVE_SECONDS", 0)
-    calls = []
-
-    def counted(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return token_losses(*args)
-
-    monkeypatch.setattr(length_extrapolation, "token_losses", counted)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate([checkpoint], tmp_path / "parts", *options)
-    evaluate([checkpoint], tmp_path / "parts", *options)
-    assert len(calls) == COUNT + 1
-    assert results(tmp_path / "parts") == results(tmp_path / "whole")
-    evaluate([checkpoint], tmp_path / "parts", *options)
-    assert len(calls) == COUNT + 1  # what is finished is not computed again
-
-
-def test_two_ranks_find_what_one_finds(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    options = ["--text", str(text), "--max-length", str(LENGTH), "--smooth", str(SMOOTH), "--segment", "32"]
-    command, log = ["evaluate", "length-extrapolation", checkpoint, "--out", tmp_path / "two", *options], tmp_path / "log"
-    assert run_script_in_ranks(2, "titan_dp.cli", *command, log=log) == [0, 0], log.read_text()
-    evaluate([checkpoint], tmp_path / "one", "--text", text)
-    one, two = results(tmp_path / "one"), results(tmp_path / "two")
-    np.testing.assert_allclose(two["loss_by_position"], one["loss_by_position"], rtol=1e-5)
-    np.testing.assert_allclose(two["curve"]["standard_error"], one["curve"]["standard_error"], rtol=1e-4)
-
-
-def test_a_text_shorter_than_one_sequence_is_refused_with_what_there_is(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    tokens = sum(1 + len(text) for text in TEXTS)
-    with pytest.raises(UserError, match=f"--max-length is 1000, but the text has {tokens} tokens.*--max-length {tokens}"):
-        evaluate([checkpoint], tmp_path, "--text", text, "--max-length", 1000)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_checkpoints_of_one_name_are_refused(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="both called 'tiny-step-00000007'"):
-        evaluate([checkpoint, checkpoint], tmp_path, "--text", text)
-
-
-def test_without_matplotlib_nothing_is_begun(
-    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("titan_dp.output.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"plots need matplotlib: pip install 'titan_dp\[eval\]'"):
-        evaluate([checkpoint], tmp_path, "--text", text)
+    assert (tmp_path / "length-extrapolation.png").read_bytes().startswith(b"\x89PNG")

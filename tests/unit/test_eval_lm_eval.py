@@ -6,10 +6,9 @@ import argparse
 import io
 import json
 import math
-import os
 import random
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +17,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.distributed.harness import run_ranks
-from tests.pretrained import random_model, save_checkpoint
+from tests.pretrained import evaluate, random_model
 from titan_dp.errors import UserError
-from titan_dp.evals import lm_eval as command
 
 pytest.importorskip("lm_eval")
 
@@ -29,11 +26,10 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from titan_dp.data.tokenizer import load_tokenizer
-from titan_dp.distributed import World, current_world
-from titan_dp.evals import session as session_module
+from titan_dp.distributed import World
 from titan_dp.evals.answers import Answers
+from titan_dp.evals.lm_eval import PAPER, convention
 from titan_dp.evals.lm_eval_model import TitanDPLM, adds_bos_itself
-from titan_dp.evals.lm_eval_results import convention
 from titan_dp.evals.session import Session
 from titan_dp.inference.pretrained import load_pretrained
 
@@ -44,8 +40,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("runs") / "tiny", seq_len=SEQ_LEN, **ARCHITECTURE)
+def checkpoint(checkpoint_of: Callable[..., Path]) -> Path:
+    return checkpoint_of(seq_len=SEQ_LEN, **ARCHITECTURE)
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +222,9 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward_token_by_token(chec
     assert found == [greedy(exact, [BOS, *ids(prompt)], 12) for prompt in prompts]
 
 
-def test_generation_is_exact_for_a_hybrid_whose_prompts_differ_in_length(tmp_path: Path) -> None:
+def test_generation_is_exact_for_a_hybrid_whose_prompts_differ_in_length(checkpoint_of: Callable[..., Path]) -> None:
     changes = {"attention_layers": [1], "initializer_range": 0.1}
-    checkpoint, model = save_checkpoint(tmp_path / "hybrid", **changes), random_model(**changes)[1].double()
+    checkpoint, model = checkpoint_of(**changes), random_model(**changes)[1].double()
     prompts = ["Hi", "A longer one"]
     found = make(checkpoint).generate_until(requests(*((p, {"until": [], "max_gen_toks": 6}) for p in prompts)))
     assert found == [greedy(lambda tokens: model(torch.tensor([tokens]))[0], [BOS, *ids(p)], 6) for p in prompts]
@@ -339,17 +335,10 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"), OURS)
 
 
-def arguments(checkpoint: Path, out: Path, *more: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    which = [] if "--preset" in more or "--tasks" in more else ["--tasks", ",".join(OURS)]
-    return parser.parse_args([str(checkpoint), "--out", str(out), "--batch-size", "2", *which, *more])
-
-
-def evaluate(checkpoint: Path, tasks: Path, out: Path, *more: str) -> dict[str, Any]:
+def measured(checkpoint: Path, tasks: Path, out: Path, *more: str) -> dict[str, Any]:
     """What the command writes."""
-    assert command.run(arguments(checkpoint, out, "--include-path", str(tasks), *more)) == 0
-    return read(out)
+    which = [] if "--preset" in more or "--tasks" in more else ["--tasks", ",".join(OURS)]
+    return evaluate("lm-eval", checkpoint, out, "--batch-size", 2, "--include-path", tasks, *which, *more)
 
 
 def read(out: Path) -> dict[str, Any]:
@@ -361,7 +350,7 @@ def read(out: Path) -> dict[str, Any]:
 def folder(checkpoint: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an evaluation."""
     out = tmp_path_factory.mktemp("evaluations")
-    evaluate(checkpoint, tasks, out, "--log-samples")
+    measured(checkpoint, tasks, out, "--log-samples")
     return out
 
 
@@ -410,61 +399,13 @@ def test_the_result_says_what_was_measured_and_how(folder: Path, checkpoint: Pat
     assert result["results"]["truncated_requests"] == {"loglikelihood": 0, "loglikelihood_rolling": 0, "generate_until": 0}
 
 
-def test_a_finished_evaluation_is_shown_again_without_the_model(
-    folder: Path, checkpoint: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delattr(TitanDPLM, "_losses")
-    evaluate(checkpoint, tasks, folder, "--log-samples")
-    shown = capsys.readouterr().out
-    assert "our_completion" in shown
-    assert "convention: BOS before every context" in shown
-
-
-def test_a_killed_evaluation_goes_on_where_it_was(
-    folder: Path, checkpoint: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session_module, "_SAVE_SECONDS", -1)
-    asked: list[Any] = []
-    losses = TitanDPLM._losses
-
-    def until_killed(lm: TitanDPLM, rows: list[Any]) -> list[Any]:
-        if len(asked) == 4:
-            raise KeyboardInterrupt
-        asked.extend(rows)
-        return losses(lm, rows)
-
-    monkeypatch.setattr(TitanDPLM, "_losses", until_killed)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(checkpoint, tasks, tmp_path, "--log-samples")
-
-    def the_rest(lm: TitanDPLM, rows: list[Any]) -> list[Any]:
-        assert not any(row in asked for row in rows), "answered before the kill"
-        return losses(lm, rows)
-
-    monkeypatch.setattr(TitanDPLM, "_losses", the_rest)
-    assert evaluate(checkpoint, tasks, tmp_path, "--log-samples")["results"] == read(folder)["results"]
-
-
-def evaluate_in_rank(args: argparse.Namespace) -> None:
-    world = current_world()
-    os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's own switch: a process of the pool may have no children
-    command.evaluate(Session(args, world, Console(file=io.StringIO(), quiet=not world.is_main)))
-
-
-def test_two_ranks_give_what_one_gives(folder: Path, checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
-    run_ranks(2, evaluate_in_rank, arguments(checkpoint, tmp_path, "--include-path", str(tasks), "--log-samples"))
-    one, two = read(folder), read(tmp_path)
-    assert (one["made_on"]["ranks"], two["made_on"]["ranks"]) == (1, 2)
-    assert two["results"] == one["results"]
-
-
 def test_the_preset_prints_the_columns_of_the_paper(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     choices = dict.fromkeys(("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"), "choice")
     recall = dict.fromkeys(("swde", "squad_completion", "fda"), "contains")
     own = write_tasks(tmp_path / "tasks", {"wikitext": "document", "lambada_openai": "word", **choices, **recall})
-    result = evaluate(checkpoint, own, tmp_path / "out", "--preset", "paper", "--limit", "2")["results"]
+    result = measured(checkpoint, own, tmp_path / "out", "--preset", "paper", "--limit", "2")["results"]
     row = result["columns"]
     assert list(row) == (
         "Wiki ppl,LMB ppl,LMB acc,PIQA acc,Hella acc_n,Wino acc,ARC-e acc,ARC-c acc_n,Avg,SWDE cont,SQuAD cont,FDA cont"
@@ -484,7 +425,7 @@ def harness_tasks() -> TaskManager:
 
 
 def test_the_harness_has_every_task_of_the_preset(harness_tasks: TaskManager) -> None:
-    assert set(command.PRESETS["paper"]) <= set(harness_tasks.all_subtasks)
+    assert set(PAPER) <= set(harness_tasks.all_subtasks)
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_names(
@@ -492,7 +433,7 @@ def test_an_unknown_task_is_refused_with_the_nearest_names(
 ) -> None:
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: harness_tasks)
     with pytest.raises(UserError, match="--tasks helaswag.*hellaswag"):
-        command.run(arguments(checkpoint, tmp_path, "--tasks", "helaswag"))
+        evaluate("lm-eval", checkpoint, tmp_path, "--tasks", "helaswag")
     assert not list(tmp_path.iterdir())
 
 
@@ -504,7 +445,7 @@ def test_data_that_cannot_be_had_is_said_with_the_task(
     definition = own / "far_away.yaml"
     definition.write_text(definition.read_text().replace("dataset_path: json", "dataset_path: nobody/has_this"))
     with pytest.raises(UserError, match="task far_away cannot be loaded.*HF_HOME"):
-        evaluate(checkpoint, own, tmp_path / "out", "--tasks", "far_away")
+        measured(checkpoint, own, tmp_path / "out", "--tasks", "far_away")
     assert not (tmp_path / "out").exists()
 
 
@@ -513,13 +454,7 @@ def test_a_task_that_runs_what_the_model_writes_is_refused(checkpoint: Path, tmp
     with (own / "dangerous.yaml").open("a") as definition:
         definition.write("unsafe_code: true\n")
     with pytest.raises(UserError, match="task dangerous runs code"):
-        evaluate(checkpoint, own, tmp_path / "out", "--tasks", "dangerous")
-
-
-@pytest.mark.parametrize("other", ["--add-bos", "--no-add-bos"])
-def test_two_conventions_at_once_are_refused(checkpoint: Path, tasks: Path, tmp_path: Path, other: str) -> None:
-    with pytest.raises(UserError, match="--stock-bos and --add-bos .* give one of them"):
-        evaluate(checkpoint, tasks, tmp_path, "--stock-bos", other)
+        measured(checkpoint, own, tmp_path / "out", "--tasks", "dangerous")
 
 
 def test_without_the_harness_one_sentence_says_how_to_get_it(
@@ -527,7 +462,7 @@ def test_without_the_harness_one_sentence_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'titan_dp\[eval\]'"):
-        command.run(arguments(checkpoint, tmp_path))
+        evaluate("lm-eval", checkpoint, tmp_path, "--preset", "paper")
 
 
 def test_the_harness_itself_takes_the_model_by_name(folder: Path, checkpoint: Path, tasks: Path) -> None:
@@ -553,8 +488,3 @@ def test_model_args_that_cannot_be_used_are_refused(checkpoint: Path, given: dic
     named = {"checkpoint": str(checkpoint)} if given else {}
     with pytest.raises(UserError, match=says):
         TitanDPLM.create_from_arg_obj(named | given)
-
-
-def test_help_needs_neither_torch_nor_the_harness() -> None:
-    code = "import sys, titan_dp.evals.lm_eval; print({'torch', 'lm_eval', 'numpy'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"

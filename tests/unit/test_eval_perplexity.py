@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import json
 import math
 from collections.abc import Container
 from pathlib import Path
@@ -17,24 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.pretrained import random_model, save_checkpoint, write_documents
-from tests.processes import run_script_in_ranks
+from tests.pretrained import evaluate, random_model, write_documents
 from titan_dp.data.batch import Place
 from titan_dp.data.loader import ValidationLoader
 from titan_dp.data.shards import TokenShards
-from titan_dp.errors import UserError
-from titan_dp.evals import perplexity
 from titan_dp.inference.pretrained import load_pretrained
 from titan_dp.train.validate import bits_per_byte, evaluate_loss
 
 BOS = 256
 TEXTS = ["The fox sees the dog, and the dog sees the fox. " * 3, "Größe", "a", "", "one two three four five six seven " * 2]
-MODEL = {"num_householder": 2, "use_forget_gate": True}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("runs") / "tiny", seq_len=32, **MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +31,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_documents(tmp_path_factory.mktemp("text") / "documents.jsonl", TEXTS)
 
 
-def evaluate(checkpoint: Path, out: Path, *options: object) -> dict[str, Any]:
-    """Run the command; the JSON it wrote."""
-    parser = argparse.ArgumentParser()
-    perplexity.add_arguments(parser)
-    assert perplexity.run(parser.parse_args([str(checkpoint), "--out", str(out), *map(str, options)])) == 0
-    (path,) = out.glob("*.json")
-    return json.loads(path.read_text())
-
-
 @functools.cache
 def model64() -> Any:
-    return random_model(**MODEL)[1].double()
+    return random_model(num_householder=2, use_forget_gate=True)[1].double()  # that of the fixture `checkpoint`
 
 
 def losses64(tokens: list[int]) -> Tensor:
@@ -85,33 +65,30 @@ def test_every_token_is_scored_once_in_the_window_that_first_reaches_it(
     checkpoint: Path, text: Path, tmp_path: Path, context: int, stride: int
 ) -> None:
     options = ["--context", context, "--stride", stride, "--batch-size", 3]
-    found = evaluate(checkpoint, tmp_path, "--text", text, *options)["results"]
+    found = evaluate("perplexity", checkpoint, tmp_path, "--text", text, *options)["results"]
     total, count = by_definition(documents(), context, stride)
     assert found["tokens"] == count
     assert found["loss"] == pytest.approx(total / count, rel=1e-5)
-
-
-def test_perplexity_and_bits_follow_from_the_loss(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    found = evaluate(checkpoint, tmp_path, "--text", text)["results"]
     size = sum(len(text.encode()) for text in TEXTS)
-    assert found["documents"] == len(TEXTS)
-    assert found["text_bytes"] == size
+    assert (found["documents"], found["text_bytes"]) == (len(TEXTS), size)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     assert found["bits_per_token"] == pytest.approx(found["loss"] / math.log(2))
-    assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens"] / size / math.log(2))
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] * count / size / math.log(2))
 
 
 def test_the_carried_state_gives_every_token_its_whole_document(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    found = evaluate(checkpoint, tmp_path, "--text", text, "--state", "carry", "--context", 10)["results"]
+    options = ["--text", text, "--context", 10]
+    found = evaluate("perplexity", checkpoint, tmp_path, *options, "--state", "carry")["results"]
     total = sum(float(losses64(ids).sum()) for ids in documents() if len(ids) > 1)
-    reset = evaluate(checkpoint, tmp_path / "reset", "--text", text, "--context", 10)["results"]
+    reset = evaluate("perplexity", checkpoint, tmp_path / "reset", *options)["results"]
     assert found["loss"] == pytest.approx(total / found["tokens"], rel=1e-5)
     assert found["tokens"] == reset["tokens"]
     assert abs(found["loss"] - reset["loss"]) > 1e-3  # the test would notice a state that is not carried
 
 
 def test_concatenated_documents_are_one_stream(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    found = evaluate(checkpoint, tmp_path, "--text", text, "--concatenate", "--context", 20, "--stride", 15)["results"]
+    options = ["--concatenate", "--context", 20, "--stride", 15]
+    found = evaluate("perplexity", checkpoint, tmp_path, "--text", text, *options)["results"]
     firsts = {sum(map(len, documents()[:i])) for i in range(len(TEXTS))}
     total, count = by_definition([list(itertools.chain(*documents()))], 20, 15, unscored=firsts)
     assert found["tokens"] == count == sum(map(len, documents())) - len(TEXTS)
@@ -123,11 +100,11 @@ def test_concatenated_documents_are_one_stream(checkpoint: Path, text: Path, tmp
     [("carry", 32, ["--concatenate"]), ("reset", 8192, ["--context", 8192])],
     ids=["documents joined", "documents by themselves"],
 )
-def test_loss_and_bits_a_byte_are_those_of_trainings_validation(
+def test_loss_and_bits_per_byte_are_those_of_trainings_validation(
     checkpoint: Path, shards: Path, tmp_path: Path, boundaries: str, seq_len: int, options: list[object]
 ) -> None:
     folder = shards / "validation"
-    found = evaluate(checkpoint, tmp_path, "--shards", folder, *options)["results"]
+    found = evaluate("perplexity", checkpoint, tmp_path, "--shards", folder, *options)["results"]
     held_out = ValidationLoader([TokenShards(folder)], Place(seq_len, 1, 1, 0, 1), reset=boundaries == "reset")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -141,75 +118,19 @@ def test_loss_and_bits_a_byte_are_those_of_trainings_validation(
 
 
 def test_without_bos_the_first_token_of_a_document_is_not_counted(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    result = evaluate(checkpoint, tmp_path, "--text", text, "--no-bos")
+    found = evaluate("perplexity", checkpoint, tmp_path, "--text", text, "--no-bos")
     total, count = by_definition([ids for ids in documents(bos=False) if ids], 32, 32)
-    assert result["results"]["tokens"] == count
-    assert result["results"]["loss"] == pytest.approx(total / count, rel=1e-5)
-    assert result["settings"]["scored"] == "from the second token of each document (no BOS before it)"
+    assert found["results"]["tokens"] == count
+    assert found["results"]["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["settings"]["scored"] == "from the second token of each document (no BOS before it)"
 
 
 def test_shards_give_what_their_documents_give(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
-    found = evaluate(checkpoint, tmp_path, "--shards", shards / "validation", "--max-documents", 2)["results"]
     folder = shards / "validation"
+    found = evaluate("perplexity", checkpoint, tmp_path, "--shards", folder, "--max-documents", 2)["results"]
     ids, starts = np.load(folder / "shard-00000.npy"), np.load(folder / "shard-00000.starts.npy")
     streams = [ids[first:end].tolist() for first, end in itertools.pairwise(starts[:3])]
     total, count = by_definition(streams, 32, 32)
     assert found["tokens"] == count
     assert found["loss"] == pytest.approx(total / count, rel=1e-5)
     assert found["bits_per_byte"] is None  # the bytes of two documents of a shard are not known
-
-
-def test_an_interrupted_evaluation_goes_on_where_it_was(
-    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ("--text", text, "--batch-size", 1, "--context", 4)
-    whole = evaluate(checkpoint, tmp_path / "whole", *options)["results"]
-    monkeypatch.setattr("titan_dp.evals.session._SAVE_SECONDS", 0)
-    score, calls = perplexity._score, []
-
-    def counted(*args: Any) -> np.ndarray:
-        calls.append(args)
-        if len(calls) == 30:
-            raise KeyboardInterrupt
-        return score(*args)
-
-    monkeypatch.setattr(perplexity, "_score", counted)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(checkpoint, tmp_path / "parts", *options)
-    assert not list((tmp_path / "parts").glob("*.json"))
-    found = evaluate(checkpoint, tmp_path / "parts", *options)["results"]
-    assert found == pytest.approx(whole, rel=1e-12)
-    assert len(calls) < whole["windows"] + 30 - 20  # at least 20 were not scored again
-    assert not list((tmp_path / "parts").glob(".*"))
-
-
-def test_two_ranks_find_what_one_finds(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    options = ["--text", str(text), "--context", "16", "--stride", "9"]
-    command, log = ["evaluate", "perplexity", checkpoint, "--out", tmp_path / "two", *options], tmp_path / "log"
-    assert run_script_in_ranks(2, "titan_dp.cli", *command, log=log) == [0, 0], log.read_text()
-    (path,) = (tmp_path / "two").glob("*.json")
-    assert json.loads(path.read_text())["results"] == pytest.approx(
-        evaluate(checkpoint, tmp_path / "one", *options)["results"], rel=1e-6
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--stride", "40"], "--stride 40 is more than --context 32"),
-        (["--context", "0"], "--context is 0"),
-        (["--state", "carry", "--stride", "5"], "--stride 5 does not go with --state carry"),
-        (["--state", "carry", "--concatenate"], "--concatenate does not go with --state carry"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(
-    checkpoint: Path, text: Path, tmp_path: Path, options: list[str], words: str
-) -> None:
-    with pytest.raises(UserError, match=words):
-        evaluate(checkpoint, tmp_path, "--text", text, *options)
-
-
-def test_a_text_without_two_tokens_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(UserError, match="there is nothing to score"):
-        evaluate(checkpoint, tmp_path, "--text", tmp_path / "empty.txt", "--no-bos")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +12,21 @@ import numpy as np
 import pytest
 import torch
 from deltaproduct_kernels import gated_delta_product
-from rich.console import Console
 
 import tests.pretrained
-from tests.distributed.harness import run_ranks
-from tests.pretrained import random_model, save_checkpoint
+from tests.pretrained import evaluate, random_model, save_checkpoint
 from titan_dp import config
+from titan_dp.cli import dispatch
 from titan_dp.data.tokenizer import load_tokenizer
-from titan_dp.distributed import current_world
-from titan_dp.errors import UserError
-from titan_dp.evals import recall as module
-from titan_dp.evals import session as session_module
-from titan_dp.evals.recall import Example, add_arguments, evaluate, make_example, run, split_vocabulary
-from titan_dp.evals.recall_output import unpaired_guess, wilson
-from titan_dp.evals.session import Session
+from titan_dp.evals.recall import Example, make_example, split_vocabulary, unpaired_guess, wilson
 from titan_dp.model.transformer import Transformer
 
 BOS = 256  # of the bytes tokenizer
 
 
-def arguments(*words: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args([str(word) for word in words])
-
-
 def measured(checkpoint: Path, out: Path, *words: object) -> list[dict[str, Any]]:
     """The results in the JSON file, by number of pairs."""
-    assert run(arguments(checkpoint, "--out", out, *words)) == 0
-    (path,) = out.glob("*.json")
-    return json.loads(path.read_text())["results"]["by_pairs"]
+    return evaluate("recall", checkpoint, out, *words)["results"]["by_pairs"]
 
 
 # -- the sequences -----------------------------------------------------------------------------------------------------
@@ -133,8 +117,8 @@ def test_it_also_recalls_over_fillers(recalling: Path, tmp_path: Path) -> None:
     assert (row["queries"], row["accuracy"]) == (10, 1.0)
 
 
-def test_a_random_model_guesses(tmp_path: Path) -> None:
-    (row,) = measured(save_checkpoint(tmp_path / "run"), tmp_path / "out", "--pairs", 8, "--sequences", 100)
+def test_a_random_model_guesses(checkpoint: Path, tmp_path: Path) -> None:
+    (row,) = measured(checkpoint, tmp_path / "out", "--pairs", 8, "--sequences", 100)
     assert row["accuracy"] < 0.05
     assert row["interval_among_values"][0] < row["chance_among_values"] + 0.03
     assert row["interval_among_values"][1] > row["chance_among_values"] - 0.03
@@ -191,14 +175,14 @@ def test_the_guess_without_pairing_is_that_of_elimination(pairs: int, queries: i
     assert unpaired_guess(pairs, queries) == pytest.approx(np.mean(hits), abs=0.03)
 
 
-# -- files, mistakes, interruption, ranks ------------------------------------------------------------------------------
+# -- files ------------------------------------------------------------------------------
 
 
 def test_several_checkpoints_share_a_figure_and_keep_files_of_their_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoints = [save_checkpoint(tmp_path / name, seed=i) for i, name in enumerate(("one", "two"))]
-    assert run(arguments(*checkpoints, "--out", tmp_path / "out", "--pairs", 2, 4, "--sequences", 3)) == 0
+    words = [*map(checkpoint_of, ("one", "two")), "--out", tmp_path / "out", "--pairs", 2, 4, "--sequences", 3]
+    assert dispatch(["evaluate", "recall", *map(str, words)]) == 0
     labels = ["one-step-00000007", "two-step-00000007"]
     expected = {"recall.png", *(f"recall-{label}.{ending}" for label in labels for ending in ("json", "csv"))}
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
@@ -209,65 +193,11 @@ def test_several_checkpoints_share_a_figure_and_keep_files_of_their_own(
     assert all(label in printed for label in labels)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--pairs", "129"], "--pairs 129 needs 129 keys .* 256 ids .* at most 128 pairs"),
-        (["--pairs", "128", "--length", "2000"], "needs 129 keys .* at most 127 pairs"),
-        (["--pairs", "4", "8", "--length", "32"], "--length 32 is too short for 8 pairs .* at least 33"),
-        (["--pairs", "0"], "--pairs 0"),
-        (["--seed", "-1"], "--seed -1"),
-        (["--sequences", "0"], "--sequences is 0"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_the_way_out(words: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        run(arguments(save_checkpoint(tmp_path / "run"), "--out", tmp_path / "out", *words))
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_most_pairs_a_vocabulary_allows_are_allowed(tmp_path: Path) -> None:
-    (row,) = measured(save_checkpoint(tmp_path / "run"), tmp_path / "out", "--pairs", 128, "--sequences", 1)
+def test_the_most_pairs_a_vocabulary_allows_are_allowed(checkpoint: Path, tmp_path: Path) -> None:
+    (row,) = measured(checkpoint, tmp_path / "out", "--pairs", 128, "--sequences", 1)
     assert row["queries"] == 128
 
 
-def test_the_batch_does_not_matter(tmp_path: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "run")
+def test_the_batch_does_not_matter(checkpoint: Path, tmp_path: Path) -> None:
     words = ("--pairs", 3, 6, "--sequences", 7, "--batch-size")
     assert measured(checkpoint, tmp_path / "1", *words, 1) == measured(checkpoint, tmp_path / "5", *words, 5)
-
-
-def test_a_run_that_is_cut_off_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = save_checkpoint(tmp_path / "run")
-    words = ("--pairs", 3, 6, "--sequences", 10, "--batch-size", 4)
-    whole = measured(checkpoint, tmp_path / "whole", *words)
-    monkeypatch.setattr(session_module, "_SAVE_SECONDS", 0)
-    sizes: list[int] = []
-    score = module.score
-
-    def cut(model: Transformer, batch: list[Example], vocab_size: int) -> Any:
-        if len(sizes) == 4:
-            raise KeyboardInterrupt
-        sizes.append(len(batch))
-        return score(model, batch, vocab_size)
-
-    monkeypatch.setattr(module, "score", cut)
-    with pytest.raises(KeyboardInterrupt):
-        measured(checkpoint, tmp_path / "cut", *words)
-    monkeypatch.setattr(module, "score", lambda *args: (sizes.append(len(args[1])), score(*args))[1])
-    assert measured(checkpoint, tmp_path / "cut", *words) == whole
-    assert sizes == [4, 4, 2, 4, 4, 2]  # none of the 20 sequences twice
-
-
-def on_this_rank(words: list[str]) -> dict[str, Any] | None:
-    (report,) = evaluate(Session(arguments(*words), current_world(), Console(quiet=True)))
-    return report.finished
-
-
-def test_two_ranks_find_what_one_does(tmp_path: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "run")
-    words = ["--pairs", "3", "6", "--sequences", "7"]
-    whole = measured(checkpoint, tmp_path / "one", *words)
-    found = run_ranks(2, on_this_rank, [str(checkpoint), "--out", str(tmp_path / "two"), *words])
-    assert json.loads(json.dumps(found[0]["by_pairs"])) == whole
-    assert found[1] == found[0]

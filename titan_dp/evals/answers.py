@@ -1,8 +1,8 @@
 """Answers to many small questions, each computed once, by one rank, and kept.
 
-Every rank asks the same questions and gets all answers. Questions are put into batches of like size before they are dealt to
-the ranks, so a batch, and with it every rounding, is the same for any number of ranks. What is known when an evaluation
-starts again is not computed again. What a question is and how it is answered is the caller's.
+Every rank asks the same questions and gets all answers. Questions are put into batches of similar size before they are dealt
+to the ranks, so a batch, and with it every rounding, is the same for any number of ranks. When an evaluation starts again,
+what it knew is not computed again. The caller defines what a question is and how it is answered.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
-import torch.distributed as dist
 
-from titan_dp.evals.session import Report, Session
+from titan_dp.evals.session import Result, Session
+from titan_dp.faults.agreement import gather
 
 Q = TypeVar("Q")
 
 
 class Answers:
-    """All answers so far, by key; with a report, they survive a kill.
+    """All answers so far, by key; with a result, they survive a kill.
 
     Args:
         session: the processes.
-        report: keeps what this rank has computed; None keeps nothing.
+        result: keeps what this rank has computed; None keeps nothing.
     """
 
-    def __init__(self, session: Session, report: Report | None) -> None:
-        self._session, self._report = session, report
-        kept = report.resume().get("answers") if report else None
+    def __init__(self, session: Session, result: Result | None) -> None:
+        self._session, self._result = session, result
+        kept = result.resume().get("answers") if result else None
         self._lines = bytearray() if kept is None else bytearray(kept.tobytes())
-        """This rank's own, a JSON [key, answer] a line; appending costs the same however many there are."""
+        """This rank's own, one JSON [key, answer] per line; appending costs the same however many there are."""
         self._known: dict[str, Any] = dict(json.loads(line) for line in self._lines.splitlines())
 
     def of(
@@ -49,13 +49,13 @@ class Answers:
             name: what the progress bar says.
             questions: by a key that tells each from all others ever asked.
             answer: JSON values for a batch of questions, in their order.
-            size: sorts the questions, largest first: what does not fit in memory fails at once, and padding is little.
-            batch_size: questions a batch at most.
+            size: sorts the questions, largest first: what does not fit in memory fails at once, and little is padded.
+            batch_size: most questions per batch.
         """
         self._exchange()
         missing = sorted(questions.keys() - self._known.keys(), key=lambda key: (-size(questions[key]), key))
         batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-        mine = [batches[i] for i in self._session.share(len(batches))]
+        mine = batches[self._session.world.rank :: self._session.world.size]
         with self._session.progress() as progress:
             task = progress.add_task(name, total=sum(map(len, mine)))
             for keys in mine:
@@ -66,17 +66,14 @@ class Answers:
 
     def _add(self, answers: dict[str, Any]) -> None:
         for item in answers.items():
-            with suppress(ValueError):  # JSON has no word for NaN: whoever starts again computes that one again
+            with suppress(ValueError):  # JSON has no NaN; such an answer is computed again after a restart
                 self._lines += json.dumps(item, allow_nan=False).encode() + b"\n"
         self._known |= answers
-        if self._report:
-            self._report.keep(answers=np.frombuffer(self._lines, dtype=np.uint8))
+        if self._result:
+            self._result.keep({"answers": np.frombuffer(self._lines, dtype=np.uint8)})
 
     def _exchange(self) -> None:
         """Afterwards every rank knows what any of them knew."""
-        if self._session.world.size == 1:
-            return
-        known: list[Any] = [None] * self._session.world.size
-        dist.all_gather_object(known, self._known)
-        for others in known:
-            self._known |= others
+        if self._session.world.size > 1:
+            for others in gather(self._known):
+                self._known |= others

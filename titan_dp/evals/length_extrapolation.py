@@ -1,12 +1,12 @@
 """Loss by position in sequences far longer than those trained on, after Siems et al. 2025 (arXiv 2502.10297, Fig. 8).
 
-Documents are joined and cut into full sequences of `--max-length` tokens; what is left over is dropped. Position p is the
-prediction made after p tokens, p = 1 ... max_length - 1. A sequence goes through the model segment by segment with the
-state carried, so memory does not grow with its length unless softmax layers keep what they saw. Losses are averaged over
-sequences in float64, position by position; smoothing comes after.
+Documents are joined and cut into full sequences of `--max-length` tokens; the rest is dropped. Position p is the prediction
+made after p tokens, p = 1 ... max_length - 1. A sequence goes through the model segment by segment with the state carried, so
+memory does not grow with its length unless softmax layers keep what they saw. Losses are averaged over sequences in float64,
+position by position; smoothing comes after.
 
-One JSON file a checkpoint holds the numbers. `length-extrapolation.csv` and `.png` compare the checkpoints of the last
-command and are made anew from the JSON files by the same command.
+One JSON file per checkpoint holds the numbers. `length-extrapolation.csv` and `.png` compare the checkpoints of the last
+command; they follow from the JSON files alone, and the same command makes them again.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from titan_dp.config.arguments import positive
 from titan_dp.errors import UserError
 from titan_dp.evals.scoring import keeps_all_tokens, token_losses
-from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
+from titan_dp.evals.session import Arrays, Result, Session, add_common_arguments, run_evaluation
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
-from titan_dp.output import check_matplotlib
+from titan_dp.output import number_table, print_table, print_written, save_figure, subplots, write_csv
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from titan_dp.inference.pretrained import Pretrained
 
 NAME = "length-extrapolation"
-# Tokens through the model at once, and of each sequence at least. On a CPU with debug.toml's model and 8 sequences a segment
-# of 256 costs 1.03 times a plain forward's time a token, one of 1024 1.2 times and one of 4096 2.2 times, as activations
-# leave the cache; shorter ones pay for more calls. For a GPU a guess: enough to keep it busy.
+# Tokens through the model at once, and of each sequence at least. On a CPU with debug.toml's model and 8 sequences, a segment
+# of 256 costs 1.03 times a plain forward's time per token, one of 1024 1.2 times and one of 4096 2.2 times, because
+# activations leave the cache; shorter ones pay for more calls. For a GPU this is a guess: enough to keep it busy.
 _TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 16384}
 _SHORTEST = 256
 _CURVE_POINTS = 256
@@ -38,39 +40,43 @@ _RANGES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, several=True)
+    add_common_arguments(parser, "sequences", several=True)
     add_text_arguments(parser)
-    parser.add_argument("--max-length", type=int, default=32768, help="tokens a sequence (default: 32768)")
-    parser.add_argument("--sequences", type=int, default=64, help="take so many at most (default: 64)")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences at once (default: 8)")
-    parser.add_argument(
-        "--segment",
-        type=int,
-        help="tokens of each at once (default: 1024 / BATCH_SIZE on a CPU, 16384 / BATCH_SIZE on a GPU, at least 256)",
-    )
-    parser.add_argument("--smooth", type=int, help="positions the curve is averaged over (default: MAX_LENGTH / 64)")
+    parser.add_argument("--max-length", type=positive, default=32768, help="tokens per sequence (default: 32768)")
+    parser.add_argument("--sequences", type=positive, default=64, help="take so many at most (default: 64)")
+    segment = "tokens of each at once (default: 1024 / BATCH_SIZE on a CPU, 16384 / BATCH_SIZE on a GPU, at least 256)"
+    parser.add_argument("--segment", type=positive, help=segment)
+    smooth = "positions the curve is averaged over (default: MAX_LENGTH / 64)"
+    parser.add_argument("--smooth", type=positive, help=smooth)
     parser.add_argument("--x-axis", choices=("log", "linear"), default="log", help="of the plot (default: log)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from titan_dp.evals import length_extrapolation_output as output
+    return run_evaluation(evaluate, args)
 
-    check_positive(args, "sequences", "segment", "batch_size", "smooth")
+
+def evaluate(s: Session) -> list[Result]:
+    """Measure each checkpoint, write JSON, CSV and PNG files and print the table; every rank calls it.
+
+    Raises UserError if the text does not fill one sequence.
+    """
+    args = s.args
     if args.max_length < 2:
         raise UserError(f"--max-length is {args.max_length}; give at least 2")
-    with session(args) as s:
-        check_matplotlib()
-        s.check_labels()
-        s.check_comparison(NAME, (f"{NAME}.csv", f"{NAME}.png"))
-        reports = [_evaluate(s, path) for path in args.checkpoints]
-        if len({str(report.head["settings"]["texts"]) for report in reports}) > 1:
-            s.console.print("the checkpoints have different tokenizers: losses a token cannot be compared")
-        if s.world.is_main:
-            output.write(reports, args.out / NAME, args.x_axis)
-    return 0
+    table, plot = (args.out / f"{NAME}.{ending}" for ending in ("csv", "png"))
+    s.check_comparison(NAME, table.name, plot.name)
+    results = [_evaluate(s, path) for path in args.checkpoints]
+    if len({str(result.settings["texts"]) for result in results}) > 1:
+        s.console.print("the checkpoints have different tokenizers: losses per token cannot be compared")
+    if s.world.is_main:
+        _show(results)
+        _write_csv(results, table)
+        save_figure(_plot(results, args.x_axis), plot)
+        print_written(*(result.path for result in results), table, plot)
+    return results
 
 
-def _evaluate(s: Session, path: Any) -> Report:
+def _evaluate(s: Session, path: Path) -> Result:
     args = s.args
     pretrained = s.load(path)
     texts = open_texts(args, pretrained.tokenizer)
@@ -84,10 +90,10 @@ def _evaluate(s: Session, path: Any) -> Report:
         "trained_length": pretrained.source.seq_len,
         "position": "tokens before the predicted one",
     }
-    report = s.report(NAME, pretrained.source, settings)
-    if report.finished is None:
-        report.finish(_measure(s, pretrained, texts, report))
-    return report
+    result = Result(s, NAME, pretrained.source, settings)
+    if not result.results:
+        result.finish(_measure(s, pretrained, texts, result))
+    return result
 
 
 def default_segment(device: str, batch_size: int) -> int:
@@ -98,10 +104,8 @@ def default_segment(device: str, batch_size: int) -> int:
 def sequences(texts: Texts, length: int) -> Iterator[np.ndarray]:
     """The documents joined and cut into full sequences [length] int64; nothing is left out between them.
 
-    Raises UserError where the text ends before the first is full.
+    Raises UserError if the text ends before the first is full.
     """
-    import numpy as np
-
     pieces, waiting, full = list[np.ndarray](), 0, False
     for document in texts:
         pieces.append(document.ids)
@@ -116,50 +120,52 @@ def sequences(texts: Texts, length: int) -> Iterator[np.ndarray]:
         raise UserError(f"--max-length is {length}, but the text has {waiting} tokens, not one full sequence; {remedy}")
 
 
-class Sums:
-    """What is summed over sequences; float64 arrays by name, so that they can be kept and reduced."""
+# -- measuring -----------------------------------------------------------------------------------------------------------
 
-    def __init__(self, length: int, smooth: int, kept: dict[str, np.ndarray]) -> None:
-        import numpy as np
 
-        self.smooth, self.edges = smooth, range_edges(length)
-        P, R = length - 1, len(self.edges) - 1
-        shapes: dict[str, Any] = {"done": (), "loss": P, "right": P, "smoothed_squared": P, "range": R, "range_squared": R}
-        self.arrays: dict[str, Any] = {name: kept.get(name, np.zeros(shape)) for name, shape in shapes.items()}
+def _measure(s: Session, pretrained: Pretrained, texts: Texts, result: Result) -> dict[str, Any]:
+    import torch
 
-    def add(self, losses: np.ndarray, right: np.ndarray) -> None:
-        """Losses [B, P] float64 and right guesses [B, P] bool of B more sequences."""
-        import numpy as np
+    model, settings = pretrained.model, result.settings
+    length, smooth, edges = settings["max_length"], settings["smooth"], range_edges(settings["max_length"])
+    if keeps_all_tokens(model):
+        s.console.print(
+            f"{result.source.label}: softmax layers without a window keep the keys and values of all tokens, so memory and "
+            "time per token grow with --max-length"
+        )
 
-        smoothed = moving_average(losses, self.smooth)
-        ranges = np.add.reduceat(losses, self.edges[:-1], axis=1) / np.diff(self.edges)
-        new = {
-            "done": np.float64(len(losses)),
-            "loss": losses.sum(0),
-            "right": right.sum(0),
-            "smoothed_squared": (smoothed**2).sum(0),
-            "range": ranges.sum(0),
-            "range_squared": (ranges**2).sum(0),
-        }
-        self.arrays = {name: value + new[name] for name, value in self.arrays.items()}
+    def score(batch: list[np.ndarray]) -> Iterator[Arrays]:
+        ids = torch.from_numpy(np.stack(batch).astype(np.int64)).to(s.world.device)
+        losses, right = token_losses(model, ids[:, :-1], ids[:, 1:], settings["segment"])
+        yield _addend(losses.double().cpu().numpy(), right.cpu().numpy(), edges, smooth)
 
-    def reduced(self, device: Any) -> dict[str, np.ndarray]:
-        """The arrays summed over all ranks."""
-        import torch
+    # int32, because every rank holds all sequences: their number must be known before the first is scored.
+    found = [ids.astype(np.int32) for ids in itertools.islice(sequences(texts, length), settings["sequences_at_most"])]
+    nothing = np.zeros((0, length - 1))
+    zeros = _addend(nothing, nothing, edges, smooth)
+    sums = result.sums(found, score, zeros, batch_size=settings["batch_size"], name="sequences", total=len(found))
+    return _results(sums, len(found), edges, smooth)
 
-        from titan_dp.distributed import all_reduce_sum
 
-        return {name: all_reduce_sum(torch.tensor(x, device=device)).cpu().numpy() for name, x in self.arrays.items()}
+def _addend(losses: np.ndarray, right: np.ndarray, edges: list[int], smooth: int) -> Arrays:
+    """What is summed over sequences, of losses [B, P] float64 and right guesses [B, P] of B of them: float64, by name."""
+    smoothed = moving_average(losses, smooth)
+    ranges = np.add.reduceat(losses, edges[:-1], axis=1) / np.diff(edges)
+    return {
+        "loss": losses.sum(0),
+        "right": right.sum(0, dtype=np.float64),
+        "smoothed_squared": (smoothed**2).sum(0),
+        "range": ranges.sum(0),
+        "range_squared": (ranges**2).sum(0),
+    }
 
 
 def moving_average(values: np.ndarray, width: int) -> np.ndarray:
     """Mean over about `width` neighbours on the last axis: (width - 1) // 2 on each side.
 
-    Near the start the sides shrink alike, so that the steep first positions are not mixed with what follows; at the end
-    only the side that is missing does.
+    Near the start both sides shrink alike, so that the steep first positions are not mixed with what follows. At the end
+    only the right side shrinks.
     """
-    import numpy as np
-
     P = values.shape[-1]
     index = np.arange(P)
     half = np.minimum((width - 1) // 2, index)
@@ -174,37 +180,8 @@ def range_edges(length: int) -> list[int]:
     return [0, *sorted(edges), length - 1]
 
 
-def _measure(s: Session, pretrained: Pretrained, texts: Texts, report: Report) -> dict[str, Any]:
-    import numpy as np
-    import torch
-
-    args, device = s.args, s.world.device
-    if keeps_all_tokens(pretrained.model):
-        s.console.print(
-            f"{pretrained.source.label}: softmax layers without a window keep the keys and values of all tokens, so memory and "
-            "time a token grow with --max-length"
-        )
-    settings = report.head["settings"]
-    sums = Sums(args.max_length, settings["smooth"], report.resume())
-    # int32: all of this rank's sequences are held, so that their number is known.
-    found = [ids.astype(np.int32) for ids in itertools.islice(sequences(texts, args.max_length), args.sequences)]
-    mine = [found[i] for i in s.share(len(found), int(sums.arrays["done"]))]
-    with s.progress() as progress:
-        task = progress.add_task("sequences", total=len(s.share(len(found))), completed=int(sums.arrays["done"]))
-        for start in range(0, len(mine), args.batch_size):
-            ids = torch.from_numpy(np.stack(mine[start : start + args.batch_size]).astype(np.int64)).to(device)
-            losses, right = token_losses(pretrained.model, ids[:, :-1], ids[:, 1:], settings["segment"])
-            sums.add(losses.double().cpu().numpy(), right.cpu().numpy())
-            report.keep(**sums.arrays)
-            progress.advance(task, len(ids))
-    return results(sums.reduced(device), sums.edges, sums.smooth)
-
-
-def results(sums: dict[str, np.ndarray], edges: list[int], smooth: int) -> dict[str, Any]:
-    """Losses in nats a token; standard errors are over sequences, None where there is but one."""
-    import numpy as np
-
-    count = float(sums["done"])
+def _results(sums: Arrays, count: int, edges: list[int], smooth: int) -> dict[str, Any]:
+    """Losses in nats per token; standard errors are over sequences, None if there is only one."""
     loss, right = sums["loss"] / count, sums["right"] / count
     position = np.arange(1, len(loss) + 1)
     at = _curve_positions(len(loss)) - 1
@@ -213,8 +190,8 @@ def results(sums: dict[str, np.ndarray], edges: list[int], smooth: int) -> dict[
     right_by_range = np.add.reduceat(right, edges[:-1]) / np.diff(edges)
     range_loss = sums["range"] / count
     return {
-        "sequences": int(count),
-        "tokens": int(count) * len(loss),
+        "sequences": count,
+        "tokens": count * len(loss),
         "loss": running[-1],
         "ranges": {
             "first_position": [edge + 1 for edge in edges[:-1]],
@@ -238,16 +215,79 @@ def results(sums: dict[str, np.ndarray], edges: list[int], smooth: int) -> dict[
 
 def _curve_positions(last: int) -> np.ndarray:
     """From 1 to `last`, close enough for a plot whose axis is linear or logarithmic."""
-    import numpy as np
-
     spaced = [space(1, last, _CURVE_POINTS) for space in (np.linspace, np.geomspace)]
     return np.unique(np.concatenate(spaced).round().astype(np.int64))
 
 
-def _standard_error(mean: np.ndarray, squared: np.ndarray, count: float) -> list[float] | None:
-    """Of means over `count` values, from their sums of squares."""
-    import numpy as np
-
+def _standard_error(mean: np.ndarray, squared: np.ndarray, count: int) -> list[float] | None:
+    """Of means over `count` values, from the sums of their squares."""
     if count < 2:
         return None
     return np.sqrt(np.maximum(squared / count - mean**2, 0) / (count - 1)).tolist()
+
+
+# -- what is shown -------------------------------------------------------------------------------------------------------
+
+
+def _show(results: list[Result]) -> None:
+    def cell(ranges: dict[str, Any], i: int) -> str:
+        error = "" if ranges["standard_error"] is None else f" ± {ranges['standard_error'][i]:.4f}"
+        return f"{ranges['loss'][i]:.4f}{error}  {ranges['perplexity'][i]:.3f}"
+
+    trained = [f"trained on {r.settings['trained_length']}, {r.results['sequences']} sequences" for r in results]
+    columns = ["positions", *(f"{r.source.label}\n{facts}" for r, facts in zip(results, trained, strict=True))]
+    ranges = [result.results["ranges"] for result in results]
+    bounds = zip(ranges[0]["first_position"], ranges[0]["last_position"], strict=True)
+    rows = [(f"{first:,} - {last:,}", *(cell(r, i) for r in ranges)) for i, (first, last) in enumerate(bounds)]
+    title = "loss in nats per token (± standard error over sequences), then perplexity; by position"
+    print_table(number_table(title, columns, rows))
+
+
+def _curves(result: Result) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """By position: loss, smoothed loss, and the running mean of the loss."""
+    loss = np.array(result.results["loss_by_position"])
+    return loss, moving_average(loss, result.settings["smooth"]), loss.cumsum() / np.arange(1, len(loss) + 1)
+
+
+def _write_csv(results: list[Result], path: Path) -> None:
+    names = [f"{result.source.label} {what}" for result in results for what in ("loss", "smoothed loss", "running mean loss")]
+    rows = zip(*(curve for result in results for curve in _curves(result)), strict=True)
+    write_csv(path, ["position", *names], ([p, *(f"{x:.6f}" for x in row)] for p, row in enumerate(rows, 1)))
+
+
+def _plot(results: list[Result], x_axis: str) -> Any:
+    figure, (above, below) = subplots(2, 1, figsize=(8, 7.5), sharex=True)
+    settings = results[0].settings
+    # On a linear axis the steep first positions would take most of the height and look like a vertical line.
+    start = 0 if x_axis == "log" else min(16, settings["max_length"] // 64)
+    for i, result in enumerate(results):
+        color, label = f"C{i}", f"{result.source.label} ({result.results['sequences']} sequences)"
+        loss, smoothed, running = _curves(result)
+        position = np.arange(1, len(loss) + 1)
+        above.plot(position[start:], smoothed[start:], color=color, label=label, linewidth=1.2)
+        below.plot(position[start:], np.exp(running)[start:], color=color, label=label, linewidth=1.5)
+        curve = {key: np.array(values) for key, values in result.results["curve"].items()}
+        if result.results["sequences"] > 1:
+            shown = curve["position"] > start
+            mean, error = curve["smoothed_loss"][shown], curve["standard_error"][shown]
+            above.fill_between(curve["position"][shown], mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+    _mark_trained_lengths(above, below, [result.settings["trained_length"] for result in results])
+    above.set_ylabel("loss (nats per token)")
+    smooth = f"mean over {settings['smooth']} positions; band: standard error over sequences"
+    above.set_title(f"Loss by position, {smooth}", fontsize="medium")
+    below.set_ylabel("perplexity of positions so far")
+    below.set_xlabel("position (tokens before the predicted one)")
+    if x_axis == "log":
+        below.set_xscale("log", base=2)
+    below.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    below.legend(edgecolor="none", framealpha=0.9)
+    return figure
+
+
+def _mark_trained_lengths(above: Any, below: Any, lengths: list[int]) -> None:
+    """A vertical line at each; in the checkpoint's colour if they differ."""
+    differ = len(set(lengths)) > 1
+    for i, length in enumerate(lengths if differ else lengths[:1]):
+        for axes in (above, below):
+            axes.axvline(length, color=f"C{i}" if differ else "0.3", linestyle="--", linewidth=1)
+        below.plot([], [], color=f"C{i}" if differ else "0.3", linestyle="--", label=f"training length {length:,}")

@@ -2,7 +2,11 @@
 
 Prompts, metrics and standard errors are the harness's; the result says which version of it and of each task. `--preset paper`
 is the zero-shot table of Siems et al. 2025 (arXiv 2502.10297, section 5) with the three recall-intensive tasks added. How
-texts become tokens is `lm_eval_model`'s; what has been answered is kept, so a killed evaluation goes on where it was.
+texts become tokens is defined in `lm_eval_model`. Answers are kept, so a killed evaluation goes on where it was.
+
+A metric keeps the harness's name, with its filter if a task has several ('exact_match,strict-match'), and a standard error if
+the harness has one. Accuracies are fractions in the file and percent on the screen, as in the papers. The harness's own table
+(lm_eval.utils.make_table) needs its raw results, which the file does not hold, and has no column for documents.
 """
 
 from __future__ import annotations
@@ -11,52 +15,63 @@ import argparse
 import contextlib
 import difflib
 import hashlib
+import itertools
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from titan_dp.config.arguments import natural, positive
 from titan_dp.errors import UserError
-from titan_dp.evals.lm_eval_results import PAPER, collect, show
-from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
-from titan_dp.files import to_json
+from titan_dp.evals.session import Result, Session, add_common_arguments, run_evaluation
+from titan_dp.files import as_unicode, to_json, write_atomically
+from titan_dp.output import number_table, print_table, print_written
 
 if TYPE_CHECKING:
     from titan_dp.evals.lm_eval_model import TitanDPLM
 
+Preset = dict[str, dict[str, str]]
+PAPER: Preset = {
+    "wikitext": {"Wiki ppl": "word_perplexity"},
+    "lambada_openai": {"LMB ppl": "perplexity", "LMB acc": "acc"},
+    "piqa": {"PIQA acc": "acc"},
+    "hellaswag": {"Hella acc_n": "acc_norm"},
+    "winogrande": {"Wino acc": "acc"},
+    "arc_easy": {"ARC-e acc": "acc"},
+    "arc_challenge": {"ARC-c acc_n": "acc_norm"},
+    "swde": {"SWDE cont": "contains"},
+    "squad_completion": {"SQuAD cont": "contains"},
+    "fda": {"FDA cont": "contains"},
+}
+"""Tasks of the paper's table, and of each the columns and their metrics."""
 PRESETS = {"paper": PAPER}
+AVERAGE = "Avg"
+_AVERAGED_TASKS = ("lambada_openai", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
 _SAMPLES = "-samples.jsonl"  # beside the result
 _DEFINITIONS = {".yaml", ".yml", ".py", ".json", ".jsonl"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser)
+    add_common_arguments(parser, "requests", batch_size=16)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tasks", type=_names, metavar="A,B", help="tasks, groups or tags of the harness; * matches any")
     which.add_argument("--preset", choices=sorted(PRESETS), help="paper: the zero-shot tasks of the DeltaProduct paper's table")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task definitions of your own (YAML)")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task only; for trying out")
-    parser.add_argument("--num-fewshot", type=int, metavar="K", help="examples before each question (default: the task's)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="requests at once (default: 16)")
-    parser.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens the model reads at most (default: the training sequence length)"
-    )
-    parser.add_argument(
-        "--add-bos",
-        action=argparse.BooleanOptionalAction,
-        help="BOS before every context (default: if the tokenizer has one)",
-    )
-    parser.add_argument(
-        "--stock-bos",
-        action="store_true",
-        help="BOS and EOS as the harness's own class for Hugging Face models has them: none of ours before a context",
-    )
-    parser.add_argument("--seed", type=int, default=42, help="of few-shot examples, sampling and standard errors (default: 42)")
-    parser.add_argument(
-        "--log-samples", action="store_true", help="write every document, request and answer beside the results"
-    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N documents of each task; for trying out")
+    parser.add_argument("--num-fewshot", type=natural, metavar="K", help="examples before each question (default: the task's)")
+    length = "tokens the model reads at most (default: the training sequence length)"
+    parser.add_argument("--max-length", type=positive, metavar="N", help=length)
+    bos = "BOS before every context (default: if the tokenizer has one)"
+    parser.add_argument("--add-bos", action=argparse.BooleanOptionalAction, help=bos)
+    stock = "BOS and EOS as the harness's own class for Hugging Face models has them: none of ours before a context"
+    parser.add_argument("--stock-bos", action="store_true", help=stock)
+    seed = "of few-shot examples, sampling and standard errors (default: 42)"
+    parser.add_argument("--seed", type=natural, default=42, help=seed)
+    samples = "write every document, request and answer beside the results"
+    parser.add_argument("--log-samples", action="store_true", help=samples)
 
 
 def _names(text: str) -> list[str]:
@@ -64,19 +79,18 @@ def _names(text: str) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_positive(args, "limit", "batch_size", "max_length")
-    if args.num_fewshot is not None and args.num_fewshot < 0:
-        raise UserError(f"--num-fewshot is {args.num_fewshot}; give 0 or more")
     if args.stock_bos and args.add_bos is not None:
         raise UserError("--stock-bos and --add-bos (or --no-add-bos) both say where BOS goes; give one of them")
     if find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed: pip install 'titan_dp[eval]'")
-    with session(args) as s:
-        return evaluate(s)
+    return run_evaluation(evaluate, args)
 
 
-def evaluate(s: Session) -> int:
-    """Carry out the command of `s.args` in its processes; returns the exit code."""
+def evaluate(s: Session) -> Result:
+    """Run the tasks, write the JSON file and print the tables; every rank calls it.
+
+    Raises UserError if a task is not known, cannot be loaded or cannot be run.
+    """
     from titan_dp.evals.answers import Answers
     from titan_dp.evals.lm_eval_model import TitanDPLM
     from titan_dp.faults.agreement import together
@@ -95,13 +109,13 @@ def evaluate(s: Session) -> int:
         seed=args.seed,
     )
     samples = (_SAMPLES,) if args.log_samples else ()
-    report = s.report(_kind(args, names), pretrained.source, _settings(args, names, lm), beside=samples)
-    if report.finished is None:
-        lm.answers = Answers(s, report)
-        report.finish(_measure(s, lm, names, manager, report))
+    result = Result(s, _kind(args, names), pretrained.source, _settings(args, names, lm), beside=samples)
+    if not result.results:
+        lm.answers = Answers(s, result)
+        result.finish(_measure(s, lm, names, manager, result))
     if s.world.is_main:
-        show(report)
-    return 0
+        _show(result)
+    return result
 
 
 def _kind(args: argparse.Namespace, names: list[str]) -> str:
@@ -121,16 +135,12 @@ def _settings(args: argparse.Namespace, names: list[str], lm: TitanDPLM) -> dict
         "include_path": args.include_path and str(args.include_path),
         "include_sha256": args.include_path and _digest(args.include_path),
         "limit": args.limit,
-        "num_fewshot": _fewshot(args),
+        "num_fewshot": 0 if args.preset and args.num_fewshot is None else args.num_fewshot,
         "batch_size": args.batch_size,
         "seed": args.seed,
         "log_samples": args.log_samples,
         **lm.conventions(),
     }
-
-
-def _fewshot(args: argparse.Namespace) -> int | None:
-    return 0 if args.preset and args.num_fewshot is None else args.num_fewshot
 
 
 def _digest(folder: Path) -> str:
@@ -144,7 +154,7 @@ def _digest(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _quiet(s: Session) -> Iterator[None]:
-    """stdout is for the results, and one rank is enough to be heard."""
+    """stdout is kept for the results, and of what the harness says to stderr one rank's is enough."""
     with contextlib.ExitStack() as stack:
         if s.world.is_main:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -155,16 +165,19 @@ def _quiet(s: Session) -> Iterator[None]:
         yield
 
 
+# -- tasks ---------------------------------------------------------------------------------------------------------------
+
+
 def find_tasks(wanted: list[str], include_path: Path | None) -> tuple[list[str], Any]:
     """The tasks, groups and tags that match, and the harness's TaskManager that knows them.
 
-    Raises UserError where a name matches nothing.
+    Raises UserError if a name matches nothing.
     """
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
         if not include_path.is_dir():
-            raise UserError(f"--include-path {include_path} is no folder; give the one with your task definitions")
+            raise UserError(f"--include-path {include_path} is not a folder; give the one with your task definitions")
         own = TaskManager(include_path=str(include_path), include_defaults=False)
         if set(wanted) <= set(own.all_subtasks):  # the harness's own 14,000 take seconds to list
             return wanted, own
@@ -183,7 +196,7 @@ def find_tasks(wanted: list[str], include_path: Path | None) -> tuple[list[str],
 def load_tasks(names: list[str], manager: Any) -> list[Any]:
     """The harness's tasks and groups with their data.
 
-    Raises UserError where the data of one cannot be had.
+    Raises UserError if the data of one cannot be had.
     """
     loaded: list[Any] = []
     for name in names:
@@ -199,7 +212,22 @@ def load_tasks(names: list[str], manager: Any) -> list[Any]:
     return loaded
 
 
-def _measure(s: Session, lm: TitanDPLM, names: list[str], manager: Any, report: Report) -> dict[str, Any]:
+def _check(task: Any, lm: TitanDPLM) -> None:
+    """Raises UserError for a task that cannot be run; before the others have taken their hours."""
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        what = "runs code that the model writes" if getattr(task, "UNSAFE_CODE", False) else "is not of text alone"
+        raise UserError(f"task {task.task_name} {what}, which is not supported; leave it out")
+    task.build_all_requests(limit=1)  # a task in Python decides only here how it generates
+    for request in task.instances:
+        if request.request_type == "generate_until":
+            lm.generation(request.args[1])
+
+
+# -- results -------------------------------------------------------------------------------------------------------------
+
+
+def _measure(s: Session, lm: TitanDPLM, names: list[str], manager: Any, result: Result) -> dict[str, Any]:
+    """The results on the main rank; nothing on the others."""
     from lm_eval import simple_evaluate
 
     from titan_dp.faults.agreement import together
@@ -213,7 +241,7 @@ def _measure(s: Session, lm: TitanDPLM, names: list[str], manager: Any, report: 
             lm,
             tasks=loaded,
             task_manager=manager,
-            num_fewshot=_fewshot(args),
+            num_fewshot=result.settings["num_fewshot"],
             limit=args.limit,
             log_samples=args.log_samples and s.world.is_main,
             bootstrap_iters=100_000 if s.world.is_main else 0,
@@ -228,32 +256,115 @@ def _measure(s: Session, lm: TitanDPLM, names: list[str], manager: Any, report: 
     assert raw is not None
     results = collect(raw, lm.truncated, PRESETS.get(args.preset))
     if args.log_samples:
-        results["samples"] = _write_samples(raw["samples"], report)
+        results["samples"] = _write_samples(raw["samples"], result.beside(_SAMPLES))
     return results
 
 
-def _check(task: Any, lm: TitanDPLM) -> None:
-    """Raises UserError for a task that cannot be run; before the others have taken their hours."""
-    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-        what = "runs code that the model writes" if getattr(task, "UNSAFE_CODE", False) else "is not of text alone"
-        raise UserError(f"task {task.task_name} {what}, which is not supported; leave it out")
-    task.build_all_requests(limit=1)  # a task in Python decides only here how it generates
-    for request in task.instances:
-        if request.request_type == "generate_until":
-            lm.generation(request.args[1])
-
-
-def _write_samples(samples: dict[str, list[dict[str, Any]]], report: Report) -> str:
+def _write_samples(samples: dict[str, list[dict[str, Any]]], path: Path) -> str:
     from lm_eval.utils import handle_non_serializable
 
-    from titan_dp.files import as_unicode, write_atomically
-
-    path = report.path.with_name(report.path.stem + _SAMPLES)
     lines = [
         to_json({"task": task, **sample}, default=handle_non_serializable, ensure_ascii=False)
         for task, of_task in samples.items()
         for sample in of_task
     ]
-    report.folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(as_unicode("".join(f"{line}\n" for line in lines)).encode()))
     return path.name
+
+
+def collect(raw: Mapping[str, Any], truncated: Mapping[str, int], preset: Preset | None) -> dict[str, Any]:
+    """Results of `simple_evaluate` as JSON: by task and group its version, documents and metrics; a preset's columns."""
+    tasks = {}
+    for name, found in raw["results"].items():
+        counts = raw["n-samples"].get(name)  # a group has none
+        tasks[name] = {
+            "version": raw["versions"].get(name),
+            "num_fewshot": raw["n-shot"].get(name),
+            "documents": counts and counts["effective"],
+            "documents_in_task": counts and counts["original"],
+            "metrics": _metrics(found, raw["higher_is_better"].get(name, {})),
+        }
+    results: dict[str, Any] = {"tasks": tasks, "truncated_requests": dict(truncated)}
+    if preset is not None:
+        results["columns"] = columns(tasks, preset)
+    return results
+
+
+def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
+    metrics = {}
+    for key, value in found.items():
+        metric, comma, filter_name = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        metrics[metric if filter_name == "none" else key] = {
+            "value": _number(value),
+            "stderr": _number(found.get(f"{metric}_stderr,{filter_name}")),
+            "higher_is_better": higher_is_better.get(metric),
+        }
+    return metrics
+
+
+def _number(value: Any) -> float | None:
+    """A float, also of numpy's; None for the harness's 'N/A', and for NaN, as the standard error of one document is."""
+    try:
+        return float(value) if math.isfinite(value) else None
+    except (TypeError, ValueError):
+        return None
+
+
+def columns(tasks: Mapping[str, Any], preset: Preset) -> dict[str, float | None]:
+    """The columns of a preset's table in their order, after the last averaged task the mean of the accuracies so far."""
+    row: dict[str, float | None] = {}
+    averaged: list[float] = []
+    for task, metrics in preset.items():
+        for column, metric in metrics.items():
+            row[column] = tasks[task]["metrics"][metric]["value"]
+            if task in _AVERAGED_TASKS and metric.startswith("acc"):
+                averaged.append(row[column])  # type: ignore[arg-type]
+        if task == _AVERAGED_TASKS[-1]:
+            row[AVERAGE] = sum(averaged) / len(averaged)
+    return row
+
+
+# -- what is shown -------------------------------------------------------------------------------------------------------
+
+
+def _show(result: Result) -> None:
+    """The table of all metrics, a preset's own below it, and where the results are; on stdout."""
+    results, settings = result.results, result.settings
+    rows = itertools.chain.from_iterable(_rows(name, task) for name, task in results["tasks"].items())
+    headers = ("task", "version", "shots", "documents", "metric", "value", "standard error")
+    title = f"lm-evaluation-harness {settings['lm_eval']}: {result.source.label}"
+    print_table(number_table(title, headers, rows, left=("task", "metric")))
+    if row := results.get("columns"):
+        percent = {name: value if value is None or name.endswith("ppl") else 100 * value for name, value in row.items()}
+        shown = [_shown(value, 2) for value in percent.values()]
+        print_table(number_table("as in the paper; all except perplexities in %", list(row), [shown]))
+    print(convention(settings))
+    cut = [f"{count:,} {kind}" for kind, count in results["truncated_requests"].items() if count]
+    if cut:
+        print(f"requests that lost the beginning of their context to max_length: {', '.join(cut)}")
+    print_written(result.path, *map(result.path.with_name, [results["samples"]] if "samples" in results else []))
+
+
+def _rows(name: str, task: Mapping[str, Any]) -> Iterator[list[str]]:
+    """A row per metric of a task, of which only the first says what the task is."""
+    counted = "" if task["documents"] is None else f"{task['documents']:,} of {task['documents_in_task']:,}"
+    head = [name, str(task["version"]), str(task["num_fewshot"]), counted]
+    for metric, found in task["metrics"].items():
+        yield [*head, metric, _shown(found["value"]), _shown(found["stderr"])]
+        head = [""] * len(head)
+
+
+def convention(settings: Mapping[str, Any]) -> str:
+    """How BOS and EOS were used, in a sentence; scores move with it."""
+    context = "BOS before every context" if settings["add_bos_token"] else "no BOS before a context"
+    alone = "" if settings["prefix"] is None else f", a text without context follows {settings['prefix']}"
+    stock = " as in the harness's own class for Hugging Face models"
+    other = stock if settings["stock_bos"] else f"; --stock-bos takes BOS and EOS{stock}"
+    return f"convention: {context}{alone}{other}"
+
+
+def _shown(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else format(value, f".{digits}f" if abs(value) < 1e6 else f".{digits}e")

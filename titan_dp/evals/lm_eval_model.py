@@ -1,17 +1,17 @@
 """Our models as a model class of EleutherAI's lm-evaluation-harness, named titan_dp there.
 
-`titan-dp evaluate lm-eval` uses it. The harness finds no model classes outside its own package, so its own command line,
-with all its options, is had through this module: `python -m titan_dp.evals.lm_eval_model --model titan_dp --model_args
-checkpoint=PATH --tasks ...` (one process; also dtype, backend, tokenizer, max_length, add_bos_token and stock_bos).
+`titan-dp evaluate lm-eval` uses it. The harness finds no model classes outside its own package. To use its own command line,
+with all its options, run this module: `python -m titan_dp.evals.lm_eval_model --model titan_dp --model_args checkpoint=PATH
+--tasks ...` (one process; also dtype, backend, tokenizer, max_length, add_bos_token and stock_bos).
 
-Conventions. BOS comes before every context where the tokenizer has one, unless add_bos_token is false. A text scored
-without any context follows BOS, or else EOS; where add_bos_token is false, EOS, or else BOS. With stock_bos both are as in the
-harness's own class for Hugging Face models (lm_eval 0.4.13, `--model hf` at its defaults): a context is encoded as the
-tokenizer's files say, which for an exported folder is mostly without BOS, and a text without context follows BOS, or else EOS.
+Conventions. BOS comes before every context if the tokenizer has one, unless add_bos_token is false. A text scored without any
+context follows BOS, or else EOS; if add_bos_token is false, EOS, or else BOS. With stock_bos both are as in the harness's own
+class for Hugging Face models (lm_eval 0.4.13, `--model hf` at its defaults): a context is encoded as the tokenizer's files
+say, which for an exported folder is mostly without BOS, and a text without context follows BOS, or else EOS.
 
 The model reads at most max_length tokens: a longer context loses its beginning, as with the harness's own models, and
 `truncated` counts that; what is scored is never cut. A long document is scored in the harness's rolling windows, each
-beginning with an empty state. In several processes every one has all requests and `Answers` deals them out, so the harness
+beginning with an empty state. With several processes, each has all requests and `Answers` deals them out, so the harness
 itself sees one process.
 """
 
@@ -46,7 +46,7 @@ from titan_dp.inference.sampling import Sampling, TextStream, generate_ids
 from titan_dp.model.loss import IGNORE
 
 BATCH_SIZE = 16
-_MAX_NEW_TOKENS = 256  # where a task says nothing; the harness's own
+_MAX_NEW_TOKENS = 256  # the harness's own default
 _GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 
@@ -77,11 +77,11 @@ class TitanDPLM(TemplateLM):
         answers: computes each distinct request once and keeps it.
         batch_size: requests at once.
         max_length: tokens the model reads at most; None for its training sequence length.
-        add_bos_token: BOS before every context; None where the tokenizer has one.
+        add_bos_token: BOS before every context; None for yes if the tokenizer has one.
         stock_bos: BOS and EOS as the harness's own class for Hugging Face models has them; then add_bos_token is None.
-        seed: of the sampling, where a task samples.
+        seed: of the sampling, if a task samples.
 
-    Raises UserError where BOS is asked for and the tokenizer has none.
+    Raises UserError if BOS is asked for and the tokenizer has none.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class TitanDPLM(TemplateLM):
         checkpoint, batch_size = Path(given.pop("checkpoint")), str(given.pop("batch_size", BATCH_SIZE))
         if not batch_size.isdecimal() or batch_size == "0":
             raise UserError(f"--batch_size {batch_size} cannot be used with titan_dp; give a number")
-        named = given.pop("device", None) or "cuda"  # the harness says cuda:0 where nobody has said anything
+        named = given.pop("device", None) or "cuda"  # the harness says cuda:0 if nobody has named a device
         device = torch.device(named if torch.cuda.is_available() else "cpu")
         loading: dict[str, Any] = {key: given.pop(key) for key in ("tokenizer", "backend") if key in given}
         loading["dtype"] = getattr(torch, given.pop("dtype", "float32"), None)
@@ -157,17 +157,17 @@ class TitanDPLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: BOS, or EOS where BOS is not used."""
-        for token in self._prefixes:
-            return token
+        """What comes before a text that has no context: BOS, or EOS if BOS is not used."""
+        if self._prefixes:
+            return self._prefixes[0]
         raise UserError(
-            f"tokenizer {self.text.name!r} has neither BOS nor EOS to stand before a text without context; "
+            f"tokenizer {self.text.name!r} has neither BOS nor EOS to put before a text without context; "
             "leave out tasks with such texts (wikitext is one)"
         )
 
     @property
     def _prefixes(self) -> list[int]:
-        """BOS and EOS, as far as the tokenizer has them, the one that comes before a text without context first."""
+        """Those of BOS and EOS that the tokenizer has; the first one comes before a text without context."""
         first_bos = self.add_bos or self.stock_bos
         ids = (self.text.bos_id, self.text.eos_id) if first_bos else (self.text.eos_id, self.text.bos_id)
         return [token for token in ids if token is not None]
@@ -219,7 +219,7 @@ class TitanDPLM(TemplateLM):
     def generation(self, given: dict[str, Any]) -> tuple[list[str], int, int, Sampling]:
         """A task's generation_kwargs as (stop strings, tokens of context at most, tokens to generate, sampling).
 
-        Raises UserError for what is not supported and where the generation leaves no room for a context.
+        Raises UserError for what is not supported, and if the generation leaves no room for a context.
         """
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, _MAX_NEW_TOKENS))
         if unknown := kwargs.keys() - _GENERATION_KEYS:
@@ -238,7 +238,7 @@ class TitanDPLM(TemplateLM):
         return [as_unicode(s) for s in kwargs["until"] if s], self.max_length - max_new_tokens, max_new_tokens, sampling
 
     def _cut(self, context: list[int], continuation: list[int], kind: str) -> Scored:
-        """The last `max_length` inputs; more where the continuation is longer, which is never cut."""
+        """The last `max_length` inputs; more if the continuation is longer, which is never cut."""
         inputs = [*(context or [self.prefix_token_id]), *continuation][:-1]
         most = max(self.max_length, len(continuation))
         self.truncated[kind] += len(inputs) > most
@@ -274,22 +274,23 @@ class TitanDPLM(TemplateLM):
             seeds=[row.seed for row in rows],
             vocab_size=self.text.vocab_size,
         )
+        waiting = list(range(len(rows)))
         for tokens in steps:
-            for i, (row, stream, token) in enumerate(zip(rows, streams, tokens, strict=True)):
-                if stream.finished or stream.tokens == row.max_new_tokens:
-                    continue
-                texts[i] += stream.push(token)
-                if not stream.finished and stream.tokens == row.max_new_tokens:
-                    texts[i] += stream.close()
-            if all(s.finished or s.tokens == row.max_new_tokens for row, s in zip(rows, streams, strict=True)):
+            for i in waiting:
+                texts[i] += streams[i].push(tokens[i])
+                if not streams[i].finished and streams[i].tokens == rows[i].max_new_tokens:
+                    texts[i] += streams[i].close()
+                    streams[i].finished = "length"
+            waiting = [i for i in waiting if not streams[i].finished]
+            if not waiting:
                 break
         return texts
 
 
 def adds_bos_itself(tokenizer: Tokenizer) -> bool:
-    """Whether transformers, asked for the ids of a text, would begin them with BOS: as tokenizer.json says.
+    """Whether transformers begins the ids of a text with BOS, which tokenizer.json decides.
 
-    What is converted from a tiktoken encoding for an export never does.
+    A tokenizer that an export has converted from a tiktoken encoding never does.
     """
     from tokenizers import Tokenizer as HFTokenizer
 

@@ -1,33 +1,33 @@
-"""Loss, perplexity and bits a byte of a model on shards or text.
+"""Loss, perplexity and bits per byte of a model on shards or text.
 
 Each document is read by itself: a window never holds two, unless --concatenate joins all of them into one stream as in
-training. The first token of a document is not scored, as in training; every other one is, exactly once. Bits a byte are
+training. As in training, the first token of a document is not scored; every other one is, exactly once. Bits per byte are
 `validate.bits_per_byte`, training's own.
 
-A window has `--context` tokens and begins `--stride` after the one before, so that all but a document's first window know
-the context - stride tokens before what they are scored on. `--state carry` instead hands the recurrent state from window
-to window, so that every token knows its whole document. The unit of work is a window, or the document whose state is
-carried; losses are summed in float64.
+A window has `--context` tokens and begins `--stride` after the one before. So in all windows except a document's first,
+context - stride tokens come before the ones that are scored. `--state carry` instead hands the recurrent state from window
+to window, so that every token is predicted from the whole document before it. The unit of work is a window, or the document
+whose state is carried; losses are summed in float64.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from titan_dp.config.arguments import positive
 from titan_dp.errors import UserError
 from titan_dp.evals.scoring import token_losses
-from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
+from titan_dp.evals.session import Arrays, Result, Session, add_common_arguments, run_evaluation
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
-from titan_dp.output import print_table
+from titan_dp.output import number_table, print_table, print_written
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from titan_dp.inference.pretrained import Pretrained
+    from titan_dp.model.transformer import Transformer
 
 _BATCHES_AT_ONCE = 8  # sorted by length together, and saved together
 
@@ -40,14 +40,14 @@ class Window(NamedTuple):
     known: int
     """So many of the T predictions are not scored: an earlier window has scored them."""
     joins: np.ndarray
-    """[J] int64: predictions that are not scored either, as what they predict begins a document."""
+    """[J] int64: predictions that are not scored either, because what they predict begins a document."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser)
+    add_common_arguments(parser, "windows")
     add_text_arguments(parser)
-    parser.add_argument("--context", type=int, help="tokens a window (default: the training sequence length)")
-    parser.add_argument("--stride", type=int, help="tokens from one window's start to the next one's (default: CONTEXT)")
+    parser.add_argument("--context", type=positive, help="tokens per window (default: the training sequence length)")
+    parser.add_argument("--stride", type=positive, help="tokens from one window's start to the next one's (default: CONTEXT)")
     parser.add_argument(
         "--state",
         choices=("reset", "carry"),
@@ -55,34 +55,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="at the start of a window: reset, or carried through the document (default: reset)",
     )
     parser.add_argument("--concatenate", action="store_true", help="join the documents into one stream, as in training")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
 
 
 def run(args: argparse.Namespace) -> int:
-    with session(args) as s:
-        pretrained = s.load(args.checkpoint)
-        context, stride = _window_size(args, pretrained.source.seq_len)
-        texts = open_texts(args, pretrained.tokenizer)
-        settings = {
-            "texts": texts.identity,
-            "context": context,
-            "stride": stride,
-            "state": args.state,
-            "concatenate": args.concatenate,
-            "scored": _scored(texts),
-            "batch_size": args.batch_size,
-        }
-        report = s.report("perplexity", pretrained.source, settings)
-        if report.finished is None:
-            report.finish(_measure(s, pretrained, texts, context, stride, report))
-        if s.world.is_main:
-            _show(report)
-    return 0
+    return run_evaluation(evaluate, args)
+
+
+def evaluate(s: Session) -> Result:
+    """Measure, write the JSON file and print the table; every rank calls it.
+
+    Raises UserError if options do not fit together, or the text has nothing to score.
+    """
+    args = s.args
+    pretrained = s.load(args.checkpoint)
+    context, stride = _window_size(args, pretrained.source.seq_len)
+    texts = open_texts(args, pretrained.tokenizer)
+    first = "the first is BOS" if texts.identity["bos"] else "no BOS before it"
+    settings = {
+        "texts": texts.identity,
+        "context": context,
+        "stride": stride,
+        "state": args.state,
+        "concatenate": args.concatenate,
+        "scored": f"from the second token of each document ({first})",
+        "batch_size": args.batch_size,
+    }
+    result = Result(s, "perplexity", pretrained.source, settings)
+    if not result.results:
+        result.finish(_measure(pretrained.model, texts, result))
+    if s.world.is_main:
+        _show(result)
+    return result
 
 
 def _window_size(args: argparse.Namespace, trained: int) -> tuple[int, int]:
     """--context and --stride, with their defaults."""
-    check_positive(args, "context", "stride", "batch_size")
     context = args.context or trained
     stride = args.stride or context
     if stride > context:
@@ -97,17 +104,11 @@ def _window_size(args: argparse.Namespace, trained: int) -> tuple[int, int]:
     return context, stride
 
 
-def _scored(texts: Texts) -> str:
-    return f"from the second token of each document ({'the first is BOS' if texts.bos_id is not None else 'no BOS before it'})"
-
-
 def windows(pieces: Iterable[np.ndarray], context: int, stride: int) -> Iterator[Window]:
-    """Windows over `pieces` [tokens] int64 joined, of `context` predictions each but the last one.
+    """Windows over `pieces` [tokens] int64 joined; each has `context` predictions, the last one may have fewer.
 
-    Every token but the first of each piece is scored in exactly one window.
+    Every token except the first of each piece is scored in exactly one window.
     """
-    import numpy as np
-
     tokens, begins, known = np.empty(0, dtype=np.int64), np.empty(0, dtype=bool), 0
     for piece in pieces:
         tokens, begins = np.concatenate([tokens, piece]), np.concatenate([begins, np.arange(len(piece)) == 0])
@@ -118,59 +119,51 @@ def windows(pieces: Iterable[np.ndarray], context: int, stride: int) -> Iterator
         yield Window(tokens, known, np.flatnonzero(begins[1:]))
 
 
-class _Reader:
-    """The windows of all documents in their order; counts what it has read."""
+def _measure(model: Transformer, texts: Texts, result: Result) -> dict[str, Any]:
+    settings = result.settings
+    context, size = settings["context"], settings["batch_size"]
+    documents, text_bytes = 0, texts.text_bytes
 
-    def __init__(self, texts: Texts, args: argparse.Namespace) -> None:
-        self._texts, self._args = texts, args
-        self.documents = 0
-        self.text_bytes: int | None = 0
-        """None where documents do not know."""
-
-    def windows(self, context: int, stride: int) -> Iterator[Window]:
-        if self._args.concatenate:
-            yield from windows(self._documents(), context, stride)
-            return
-        for ids in self._documents():
-            if self._args.state == "carry":  # the whole document, to be run in segments of `context`
-                context = stride = max(len(ids) - 1, 1)
-            yield from windows([ids], context, stride)
-
-    def _documents(self) -> Iterator[np.ndarray]:
-        for document in self._texts:
-            self.documents += 1
-            known = self.text_bytes is not None and document.text_bytes is not None
-            self.text_bytes = self.text_bytes + document.text_bytes if known else None  # type: ignore[operator]
+    def read() -> Iterator[np.ndarray]:
+        nonlocal documents, text_bytes
+        for document in texts:
+            documents += 1
+            if document.text_bytes is not None:
+                text_bytes = (text_bytes or 0) + document.text_bytes
             yield document.ids
 
+    def units() -> Iterator[Window]:
+        if settings["concatenate"]:
+            yield from windows(read(), context, settings["stride"])
+            return
+        for ids in read():
+            if settings["state"] == "carry":  # the whole document, which `token_losses` cuts into segments of `context`
+                length = max(len(ids) - 1, 1)
+                yield from windows([ids], length, length)
+            else:
+                yield from windows([ids], context, settings["stride"])
 
-def _measure(s: Session, pretrained: Pretrained, texts: Texts, context: int, stride: int, report: Report) -> dict[str, Any]:
-    import numpy as np
-    import torch
+    def score(group: list[Window]) -> Iterator[Arrays]:
+        for batch in batches(group, size):
+            yield {"sums": _score(model, batch, context)}
 
-    from titan_dp.distributed import all_reduce_sum
-
-    kept = report.resume()
-    done, sums = int(kept.get("done", 0)), kept.get("sums", np.zeros(4))
-    reader = _Reader(texts, s.args)
-    mine = itertools.islice(reader.windows(context, stride), s.world.rank + done * s.world.size, None, s.world.size)
-    size = s.args.batch_size
-    with s.progress() as progress:
-        task = progress.add_task("documents", total=texts.documents)
-        while group := list(itertools.islice(mine, _BATCHES_AT_ONCE * size)):
-            for batch in batches(group, size):
-                sums = sums + _score(pretrained, batch, context)
-            done += len(group)
-            report.keep(done=done, sums=sums)
-            progress.update(task, completed=reader.documents)
-    total = all_reduce_sum(torch.tensor(sums, dtype=torch.float64, device=s.world.device)).tolist()
-    return _results(total, reader.documents, texts.text_bytes or reader.text_bytes)
+    # Every rank reads all documents, of which it scores a share of the windows, so each knows how many there are.
+    sums = result.sums(
+        units(),
+        score,
+        {"sums": np.zeros(4)},
+        batch_size=_BATCHES_AT_ONCE * size,
+        name="documents",
+        total=texts.documents,
+        position=lambda: documents,
+    )["sums"]
+    return _results(sums.tolist(), documents, text_bytes)
 
 
 def batches(group: list[Window], size: int) -> Iterator[list[Window]]:
-    """`group` in batches of at most `size`, longest first, in which no window is less than 3/4 of the longest.
+    """`group` in batches of at most `size`, longest first, in which no window is shorter than 3/4 of the longest.
 
-    So padding to the longest costs little; being on the right, it changes nothing for a causal model.
+    So little is padded to the longest; padding is on the right and changes nothing for a causal model.
     """
     batch: list[Window] = []
     for window in sorted(group, key=lambda window: -len(window.ids)):
@@ -181,12 +174,11 @@ def batches(group: list[Window], size: int) -> Iterator[list[Window]]:
     yield batch
 
 
-def _score(pretrained: Pretrained, batch: list[Window], segment: int) -> np.ndarray:
+def _score(model: Transformer, batch: list[Window], segment: int) -> np.ndarray:
     """[loss in nats, tokens, right guesses, windows] of a batch, float64."""
-    import numpy as np
     import torch
 
-    from titan_dp.model.loss import IGNORE
+    from titan_dp.data.batch import IGNORE
 
     shape = len(batch), max(len(window.ids) for window in batch) - 1
     tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
@@ -194,8 +186,8 @@ def _score(pretrained: Pretrained, batch: list[Window], segment: int) -> np.ndar
         tokens[i, : len(ids) - 1] = torch.from_numpy(ids[:-1])
         labels[i, known : len(ids) - 1] = torch.from_numpy(ids[known + 1 :])
         labels[i, torch.from_numpy(joins)] = IGNORE
-    device = pretrained.model.output_weight.device
-    losses, right = token_losses(pretrained.model, tokens.to(device), labels.to(device), segment)
+    device = model.output_weight.device
+    losses, right = token_losses(model, tokens.to(device), labels.to(device), segment)
     return np.array([float(losses.double().sum()), int((labels != IGNORE).sum()), int(right.sum()), len(batch)])
 
 
@@ -219,28 +211,27 @@ def _results(total: list[float], documents: int, text_bytes: int | None) -> dict
     }
 
 
-def _show(report: Report) -> None:
-    from rich.table import Table
+_SHOWN = (
+    ("loss, nats per token", "loss", ".5f"),
+    ("perplexity", "perplexity", ".4f"),
+    ("bits per byte", "bits_per_byte", ".5f"),
+    ("bits per token", "bits_per_token", ".5f"),
+    ("likeliest token right", "accuracy", ".2%"),
+    ("tokens scored", "tokens", ",d"),
+    ("documents", "documents", ",d"),
+    ("bytes of text", "text_bytes", ",d"),
+    ("windows", "windows", ",d"),
+)
 
-    results, settings = report.finished or {}, report.head["settings"]
-    table = Table(title=f"perplexity of {report.source.label}", show_header=False)
-    for name, key, form in (
-        ("loss, nats a token", "loss", ".5f"),
-        ("perplexity", "perplexity", ".4f"),
-        ("bits a byte", "bits_per_byte", ".5f"),
-        ("bits a token", "bits_per_token", ".5f"),
-        ("likeliest token right", "accuracy", ".2%"),
-        ("tokens scored", "tokens", ",d"),
-        ("documents", "documents", ",d"),
-        ("bytes of text", "text_bytes", ",d"),
-        ("windows", "windows", ",d"),
-    ):
-        table.add_row(name, "not known" if results[key] is None else format(results[key], form))
-    texts = settings["texts"]
-    table.add_row("context, stride", f"{settings['context']}, {settings['stride']} tokens; state {settings['state']}")
+
+def _show(result: Result) -> None:
+    results, settings = result.results, result.settings
+    rows = [(name, "not known" if results[key] is None else format(results[key], form)) for name, key, form in _SHOWN]
+    rows.append(("context, stride", f"{settings['context']}, {settings['stride']} tokens; state {settings['state']}"))
     joined = "joined into one stream" if settings["concatenate"] else "each by itself"
-    marks = " and ".join(mark.upper() for mark in ("bos", "eos") if texts[mark]) or "neither BOS nor EOS"
-    table.add_row("documents with", f"{marks}, {joined}")
-    table.add_row("scored", settings["scored"])
-    print_table(table)
-    print(f"written to {report.path}")
+    marks = " and ".join(mark.upper() for mark in ("bos", "eos") if settings["texts"][mark]) or "neither BOS nor EOS"
+    rows += [("documents with", f"{marks}, {joined}"), ("scored", settings["scored"])]
+    columns = ("", " ")
+    title = f"perplexity of {result.source.label}"
+    print_table(number_table(title, columns, rows, left=columns, show_header=False))
+    print_written(result.path)

@@ -1,32 +1,41 @@
 """Multi-query associative recall: does a model find again what it has just read? On sequences made here, without text.
 
-A sequence is BOS (where the tokenizer has one), pairs "key value" and then queries: keys of these pairs in random order,
-each followed by its value; wanted is the value as the likeliest next token at each queried key. It is the task of Arora et al.
-2023 (Zoology, arXiv 2312.04927) with two changes for models that were trained on text. The value follows its
-query, so that the sequence goes on as it began; and queries lie uniformly in the slots of two tokens after the pairs, not
-at power-law gaps, so that every distance is asked for. Slots without a query, if --length leaves any, hold keys that have
-no pair here. Keys and values come from two disjoint random halves of the vocabulary without special tokens.
+A sequence is BOS (if the tokenizer has one), pairs "key value", and then queries: keys of these pairs in random order, each
+followed by its value. At each queried key, the value should be the likeliest next token. It is the task of Arora et al. 2023
+(Zoology, arXiv 2312.04927) with two changes for models that were trained on text. The value follows its query, so that the
+sequence goes on as it began; and queries lie uniformly in the slots of two tokens after the pairs, not at power-law gaps, so
+that every distance is asked for. If --length leaves slots without a query, they hold keys that have no pair here. Keys and
+values come from two disjoint random halves of the vocabulary without special tokens. A sequence is a function of --seed, its
+number of pairs and its index alone; the unit of work is a sequence.
 
-A sequence is a function of --seed, its number of pairs and its index alone; the unit of work is a sequence.
+Two levels say what an accuracy is worth: that of a random id (among all of the vocabulary, or among the sequence's values),
+and the best guess of a model that knows which values there are and which of them have been an answer, but not which key has
+which.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from titan_dp.config.arguments import natural, positive
 from titan_dp.errors import UserError
-from titan_dp.evals.session import Report, Session, add_common_arguments, check_positive, session
-from titan_dp.output import check_matplotlib
+from titan_dp.evals.session import Arrays, Result, Session, add_common_arguments, run_evaluation
+from titan_dp.output import number_table, print_table, print_written, save_figure, subplots, write_csv
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from titan_dp.data.tokenizer import Tokenizer
     from titan_dp.inference.pretrained import Pretrained
     from titan_dp.model.transformer import Transformer
 
 _DISTANCES = 32  # powers of two that a distance can lie below
+_Z = 1.959964  # of a 95 % interval
+_AMONG = (("", "all ids"), ("_among_values", "the sequence's values"))  # suffix of the names in the results, in words
+_LEVELS = ("chance", "chance_among_values", "unpaired_guess")
 
 
 class Vocabulary(NamedTuple):
@@ -42,7 +51,7 @@ class Example(NamedTuple):
     tokens: np.ndarray
     """[T] int64."""
     queries: np.ndarray
-    """[Q] int64, rising: where the queried keys stand."""
+    """[Q] int64, rising: positions of the queried keys."""
     answers: np.ndarray
     """[Q] int64: index of the value among `values`."""
     values: np.ndarray
@@ -52,63 +61,54 @@ class Example(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, several=True)
-    parser.add_argument(
-        "--pairs", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="pairs a sequence (default: 4 8 16 32 64)"
-    )
-    parser.add_argument("--queries", type=int, help="keys asked for a sequence, at most (default: all of its keys)")
-    parser.add_argument("--length", type=int, help="tokens a sequence (default: as short as the pairs and queries allow)")
-    parser.add_argument("--sequences", type=int, default=256, help="sequences of each number of pairs (default: 256)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sequences (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences at once (default: 16)")
+    add_common_arguments(parser, "sequences", batch_size=16, several=True)
+    pairs = "pairs per sequence (default: 4 8 16 32 64)"
+    parser.add_argument("--pairs", type=positive, nargs="+", default=[4, 8, 16, 32, 64], metavar="N", help=pairs)
+    parser.add_argument("--queries", type=positive, help="most keys asked for per sequence (default: all of its keys)")
+    parser.add_argument("--length", type=positive, help="tokens per sequence (default: the fewest for its pairs and queries)")
+    parser.add_argument("--sequences", type=positive, default=256, help="sequences of each number of pairs (default: 256)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the sequences (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    with session(args) as s:
-        evaluate(s)
-    return 0
+    return run_evaluation(evaluate, args)
 
 
-def evaluate(s: Session) -> list[Report]:
-    """Measure each checkpoint, write JSON, CSV and PNG files and print the table; every rank calls it.
+def evaluate(s: Session) -> list[Result]:
+    """Measure each checkpoint, write JSON, CSV and PNG files and print the tables; every rank calls it.
 
-    Raises UserError where the vocabulary or --length is too small for the pairs.
+    Raises UserError if the vocabulary or --length is too small for the pairs.
     """
-    from titan_dp.evals import recall_output as output
-
     args = s.args
-    check_positive(args, "queries", "length", "sequences", "batch_size")
     args.pairs = sorted(set(args.pairs))
-    if args.pairs[0] < 1 or args.seed < 0:
-        raise UserError(f"--pairs {args.pairs[0]} and --seed {args.seed}: give at least 1 pair and a seed of at least 0")
-    check_matplotlib()
-    s.check_labels()
-    s.check_comparison("recall", ("recall.png",))
-    reports = []
+    s.check_comparison("recall", "recall.png")
+    results = []
     for path in args.checkpoints:
         pretrained = s.load(path)
         vocabulary = split_vocabulary(pretrained.tokenizer, args.seed)
         _check_sizes(args, pretrained.tokenizer, vocabulary)
         names = ("pairs", "queries", "length", "sequences", "seed", "batch_size")
         settings = {name: getattr(args, name) for name in names} | {"tokenizer": pretrained.tokenizer.hash}
-        report = s.report("recall", pretrained.source, settings, beside=(".csv",))
-        if report.finished is None:
-            counts = measure(s, pretrained, vocabulary, report)
-            results = output.summary(args.pairs, counts, pretrained.tokenizer.vocab_size, args.queries)
-            if s.world.is_main:
-                output.write_csv(report, results)
-            report.finish(results)
-        reports.append(report)
+        result = Result(s, "recall", pretrained.source, settings, beside=(".csv",))
+        if not result.results:
+            counts = _measure(args, pretrained, vocabulary, result)
+            result.finish(_summary(args.pairs, counts, pretrained.tokenizer.vocab_size, args.queries))
+        results.append(result)
     if s.world.is_main:
-        output.draw(reports)
-        output.show(reports)
-    return reports
+        figure = args.out / "recall.png"
+        _draw(results, figure)
+        for result in results:
+            _write_csv(result)
+            _show(result)
+        print_written(figure)
+    return results
+
+
+# -- sequences -----------------------------------------------------------------------------------------------------------
 
 
 def split_vocabulary(tokenizer: Tokenizer, seed: int) -> Vocabulary:
-    """Two random halves of the ids that are no special tokens."""
-    import numpy as np
-
+    """Two random halves of the ids that are not special tokens."""
     ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.special_tokens.values()))
     half = len(ordinary) // 2
     ids = np.random.default_rng(seed).permutation(ordinary)
@@ -121,7 +121,7 @@ def _check_sizes(args: argparse.Namespace, tokenizer: Tokenizer, vocabulary: Voc
     if most + spare > half:
         raise UserError(
             f"--pairs {most} needs {most + spare} keys and as many values, but tokenizer {tokenizer.name!r} has {2 * half} ids "
-            f"that are no special tokens; ask for at most {half - spare} pairs"
+            f"that are not special tokens; ask for at most {half - spare} pairs"
         )
     shortest = _shortest(most, args.queries, tokenizer.bos_id)
     if args.length is not None and args.length < shortest:
@@ -135,9 +135,7 @@ def _shortest(pairs: int, queries: int | None, bos_id: int | None) -> int:
 def make_example(
     vocabulary: Vocabulary, bos_id: int | None, pairs: int, queries: int | None, length: int | None, seed: int, index: int
 ) -> Example:
-    """Sequence `index` of `pairs` pairs, as the module's docstring says; of `length` tokens, or one less by parity."""
-    import numpy as np
-
+    """Sequence `index` of `pairs` pairs, as the module's docstring says; it has `length` tokens, or one less by parity."""
     rng = np.random.default_rng([seed, pairs, index])
     shuffled = rng.permutation(vocabulary.keys)
     keys, spare = shuffled[:pairs], shuffled[pairs:]
@@ -154,44 +152,39 @@ def make_example(
     return Example(np.concatenate(parts), where, asked, values, where - (start + 2 * asked))
 
 
-def measure(s: Session, pretrained: Pretrained, vocabulary: Vocabulary, report: Report) -> np.ndarray:
+# -- answers -------------------------------------------------------------------------------------------------------------
+
+
+def _measure(args: argparse.Namespace, pretrained: Pretrained, vocabulary: Vocabulary, result: Result) -> np.ndarray:
     """Counts [numbers of pairs, distances, 3] int64: queries; right among all ids; right among the sequence's values.
 
-    Distance d counts in row b where 2^b <= d < 2^(b + 1).
+    Row b of the distances counts those d with 2^b <= d < 2^(b + 1).
     """
-    import itertools
+    tokenizer, zeros = pretrained.tokenizer, np.zeros((len(args.pairs), _DISTANCES, 3), np.int64)
 
-    import numpy as np
-    import torch
+    def row(unit: int) -> int:
+        return unit // args.sequences
 
-    from titan_dp.distributed import all_reduce_sum
+    def count(units: list[int]) -> Iterator[Arrays]:
+        pairs, counts = args.pairs[row(units[0])], np.zeros_like(zeros)
+        shape = tokenizer.bos_id, pairs, args.queries, args.length, args.seed
+        batch = [make_example(vocabulary, *shape, unit % args.sequences) for unit in units]
+        right, among = score(pretrained.model, batch, tokenizer.vocab_size)
+        bins = np.log2(np.stack([example.distances for example in batch])).astype(int)
+        for i, hits in enumerate((np.ones_like(right), right, among)):
+            np.add.at(counts[row(units[0]), :, i], bins, hits)
+        yield {"counts": counts}
 
-    args, bos_id = s.args, pretrained.tokenizer.bos_id
-    kept = report.resume()
-    done, counts = int(kept.get("done", 0)), kept.get("counts", np.zeros((len(args.pairs), _DISTANCES, 3), np.int64))
-    units = s.share(len(args.pairs) * args.sequences, done)
-    with s.progress() as progress:
-        task = progress.add_task("sequences", total=done + len(units), completed=done)
-        for row, same in itertools.groupby(units, lambda unit: unit // args.sequences):
-            while chosen := list(itertools.islice(same, args.batch_size)):
-                shape = args.pairs[row], args.queries, args.length, args.seed
-                batch = [make_example(vocabulary, bos_id, *shape, unit % args.sequences) for unit in chosen]
-                right, among = score(pretrained.model, batch, pretrained.tokenizer.vocab_size)
-                bins = np.log2(np.stack([example.distances for example in batch])).astype(int)
-                for i, hits in enumerate((np.ones_like(right), right, among)):
-                    np.add.at(counts[row, :, i], bins, hits)
-                done += len(batch)
-                report.keep(done=done, counts=counts)
-                progress.advance(task, len(batch))
-    return all_reduce_sum(torch.from_numpy(counts)).numpy()
+    units = range(len(args.pairs) * args.sequences)
+    options: dict[str, Any] = {"batch_size": args.batch_size, "name": "sequences", "total": len(units), "alike": row}
+    return result.sums(units, count, {"counts": zeros}, **options)["counts"]
 
 
 def score(model: Transformer, batch: list[Example], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Whether each query's likeliest id is its value, [B, Q] bool: of the first `vocab_size` ids, and of the pairs' values.
 
-    The examples of `batch` have one shape. Raises RunError where logits are not finite.
+    The examples of `batch` have one shape. Raises RunError if logits are not finite.
     """
-    import numpy as np
     import torch
     import torch.nn.functional as F
 
@@ -208,3 +201,97 @@ def score(model: Transformer, batch: list[Example], vocab_size: int) -> tuple[np
         right = logits.argmax(-1) == values.gather(1, answers)
         among = logits.gather(2, values[:, None].expand(-1, asked.shape[1], -1)).argmax(-1) == answers
     return right.cpu().numpy(), among.cpu().numpy()
+
+
+# -- what an accuracy is worth -------------------------------------------------------------------------------------------
+
+
+def unpaired_guess(pairs: int, queries: int | None) -> float:
+    """Mean over a sequence's queries of 1 / (values that have not been an answer yet)."""
+    asked = min(pairs, queries or pairs)
+    return sum(1 / (pairs - i) for i in range(asked)) / asked
+
+
+def wilson(right: int, asked: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927), which takes the queries as independent."""
+    p, z = right / asked, _Z**2 / asked
+    middle, half = p + z / 2, _Z * math.sqrt(p * (1 - p) / asked + z / asked / 4)
+    return max(0.0, (middle - half) / (1 + z)), min(1.0, (middle + half) / (1 + z))
+
+
+def _summary(pairs: list[int], counts: np.ndarray, vocab_size: int, queries: int | None) -> dict[str, Any]:
+    """The JSON of the results, from `_measure`'s counts [len(pairs), distances, 3]."""
+
+    def entry(asked: int, *right: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"queries": asked}
+        for hits, (suffix, _) in zip(right, _AMONG, strict=True):
+            found |= {f"accuracy{suffix}": hits / asked, f"interval{suffix}": wilson(hits, asked)}
+        return found
+
+    def row(i: int, count: int) -> dict[str, Any]:
+        bins = [(b, *counts[i, b].tolist()) for b in range(counts.shape[1]) if counts[i, b, 0]]
+        levels = dict(zip(_LEVELS, (1 / vocab_size, 1 / count, unpaired_guess(count, queries)), strict=True))
+        near = [{"distance": [2**b, 2 ** (b + 1) - 1], **entry(*numbers)} for b, *numbers in bins]
+        return {"pairs": count, **entry(*counts[i].sum(0).tolist()), **levels, "by_distance": near}
+
+    return {"by_pairs": [row(i, count) for i, count in enumerate(pairs)]}
+
+
+# -- what is shown -------------------------------------------------------------------------------------------------------
+
+
+def _write_csv(result: Result) -> None:
+    """recall-<label>.csv: a row per number of pairs and range of distances."""
+    rows = []
+    for row in result.results["by_pairs"]:
+        for near in row["by_distance"]:
+            numbers = [x for suffix, _ in _AMONG for x in (near[f"accuracy{suffix}"], *near[f"interval{suffix}"])]
+            numbers += [row[level] for level in _LEVELS]
+            rows.append([row["pairs"], *near["distance"], near["queries"], *(f"{x:.6g}" for x in numbers)])
+    measured = [f"{name}{suffix}" for suffix, _ in _AMONG for name in ("accuracy", "low", "high")]
+    write_csv(result.beside(".csv"), ["pairs", "distance_from", "distance_to", "queries", *measured, *_LEVELS], rows)
+
+
+def _draw(results: list[Result], path: Any) -> None:
+    """Accuracy by number of pairs, a curve per checkpoint, a panel each for all ids and for the sequence's values."""
+    figure, panels = subplots(1, 2, figsize=(10, 4.5), sharey=True)
+    rows = results[0].results["by_pairs"]
+    ticks = [row["pairs"] for row in rows]
+    for panel, (suffix, words) in zip(panels, _AMONG, strict=True):
+        handles = [_curve(panel, result, suffix, i - (len(results) - 1) / 2) for i, result in enumerate(results)]
+        handles += panel.plot(ticks, [row[f"chance{suffix}"] for row in rows], "k:", lw=1.2, label="chance")
+        guess = "best guess without knowing which key has which value"
+        handles += panel.plot(ticks, [row["unpaired_guess"] for row in rows], "--", color="0.5", lw=1.2, label=guess)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, map(str, ticks))
+        panel.minorticks_off()
+        panel.set_ylim(-0.02, 1.02)
+        panel.set_xlabel("pairs")
+        panel.set_title(f"among {words}", fontsize=10)
+    panels[0].set_ylabel("queries answered right, 95 % interval")
+    figure.suptitle("multi-query associative recall")
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    save_figure(figure, path)
+
+
+def _curve(panel: Any, result: Result, suffix: str, shift: float) -> Any:
+    """One checkpoint's accuracies, moved a little aside so that equal ones do not hide one another."""
+    rows = result.results["by_pairs"]
+    x = [row["pairs"] * 1.04**shift for row in rows]
+    y = [row[f"accuracy{suffix}"] for row in rows]
+    bars = [[abs(row[f"interval{suffix}"][side] - row[f"accuracy{suffix}"]) for row in rows] for side in (0, 1)]
+    return panel.errorbar(x, y, bars, marker="o", ms=4, lw=1.2, capsize=2, label=result.source.label)
+
+
+def _show(result: Result) -> None:
+    def cells(row: dict[str, Any]) -> Iterator[str]:
+        yield from (str(row["pairs"]), f"{row['queries']:,}")
+        for suffix, _ in _AMONG:
+            low, high = (f"{100 * x:.1f}" for x in row[f"interval{suffix}"])
+            yield from (f"{100 * row[f'accuracy{suffix}']:.1f} ({low}-{high})", f"{100 * row[f'chance{suffix}']:.1f}")
+        yield f"{100 * row['unpaired_guess']:.1f}"
+
+    columns = ("pairs", "queries", "all ids", "chance", "values", "chance", "unpaired guess")
+    title = f"recall of {result.source.label}: right answers in % (95 % interval)"
+    print_table(number_table(title, columns, map(cells, result.results["by_pairs"])))
+    print_written(result.path, result.beside(".csv"))

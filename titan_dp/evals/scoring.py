@@ -1,8 +1,7 @@
 """Losses of tokens in sequences of any length, a segment at a time with the state carried.
 
 Every number equals the plain forward's within rounding, whatever the segment. Memory grows with the segment and not with
-the sequence, but for ids and losses themselves and what softmax layers without a window keep: keys and values of all
-tokens so far. What is done with the losses is the evaluations' business.
+the sequence, except for ids, losses, and the keys and values that softmax layers without a window keep of all tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def token_losses(model: Transformer, tokens: Tensor, labels: Tensor, segment: in
         labels: [B, T] int64: the id each position should predict; -100 for none, which gives loss 0 and False.
         segment: tokens of each sequence that go through the model at once.
 
-    Raises RunError where a loss is not finite.
+    Raises RunError if a loss is not finite.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """The tokens an evaluation reads: token shards, text files, or a Hugging Face dataset, as documents in a fixed order.
 
-The convention for BOS and EOS is stated and kept with the results: shards hold what `titan-dp prepare` put into them; text
-and datasets get a BOS before every document where the tokenizer has one, unless `--no-bos`, and never an EOS.
+The convention for BOS and EOS is kept with the results. Shards hold what `titan-dp prepare` put into them. Text and datasets
+get a BOS before every document if the tokenizer has one, unless `--no-bos`, and never an EOS.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from titan_dp.config.arguments import positive
 from titan_dp.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from titan_dp.data.tokenizer import Tokenizer
 
 
@@ -27,7 +28,7 @@ class Document(NamedTuple):
     ids: np.ndarray
     """[tokens] int64, BOS and EOS included."""
     text_bytes: int | None
-    """UTF-8 bytes of its text; None in shards, which know their sum only."""
+    """UTF-8 bytes of its text; None in shards, which only know the sum over all documents."""
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,55 +40,46 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf-split", default="validation", help="split of the dataset (default: validation)")
     parser.add_argument("--column", default="text", help="key or column that holds the text (default: text)")
     parser.add_argument("--no-bos", action="store_true", help="no BOS before each document of --text or --hf-dataset")
-    parser.add_argument("--max-documents", type=int, help="read the first so many documents only")
+    parser.add_argument("--max-documents", type=positive, metavar="N", help="read the first N documents only")
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents to evaluate on; iterating reads them anew."""
+    """Documents to evaluate on; each iteration reads them again."""
 
     identity: dict[str, Any]
-    """What tells these texts from others, conventions included. JSON, for the results."""
-    bos_id: int | None
-    """The id that begins each document; None if they begin without."""
-    text_bytes: int | None
-    """UTF-8 bytes of all documents' text, where that is known beforehand: in shards."""
-    documents: int | None
-    """How many there are, where that is known beforehand: in shards."""
-    _read: Any
+    """What tells these texts from others: hashes, and the conventions "bos" and "eos". JSON, for the results."""
+    read: Callable[[], Iterator[Document]]
+    text_bytes: int | None = None
+    """UTF-8 bytes of all documents' text, if known before reading: in shards."""
+    documents: int | None = None
+    """How many there are, if known before reading: in shards."""
 
     def __iter__(self) -> Iterator[Document]:
-        yield from self._read()
+        return self.read()
 
 
 def open_texts(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
     """The documents that the command line names, as ids of `tokenizer`.
 
-    Raises UserError where not exactly one source is named, it cannot be read, or shards were made with another tokenizer; on
-    all ranks alike.
+    Raises UserError, on all ranks alike, if not exactly one source is named, it cannot be read, or shards were made with
+    another tokenizer.
     """
     from titan_dp.faults.agreement import together
 
-    return together(lambda: _open(args, tokenizer))
-
-
-def _open(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
-    if sum(map(bool, (args.shards, args.text, args.hf_dataset))) != 1:
-        raise UserError("give exactly one of --shards FOLDER, --text FILE... and --hf-dataset NAME")
-    limit = args.max_documents
-    if limit is not None and limit < 1:
-        raise UserError(f"--max-documents is {limit}; give at least 1")
-    if args.shards:
+    def check_and_open() -> Texts:
+        if sum(map(bool, (args.shards, args.text, args.hf_dataset))) != 1:
+            raise UserError("give exactly one of --shards FOLDER, --text FILE... and --hf-dataset NAME")
+        if not args.shards:
+            return _from_text(args, tokenizer)
         if args.no_bos:
             raise UserError("--no-bos does not go with --shards, which hold what `titan-dp prepare` put in; use --text")
-        return _from_shards(args.shards, tokenizer, limit)
-    bos = None if args.no_bos else tokenizer.bos_id
-    return _from_text(args, tokenizer, bos, limit)
+        return _from_shards(args.shards, tokenizer, args.max_documents)
+
+    return together(check_and_open)
 
 
 def _from_shards(folder: Path, tokenizer: Tokenizer, limit: int | None) -> Texts:
-    import numpy as np
-
     from titan_dp.data.shards import TokenShards
 
     shards = TokenShards(folder)
@@ -106,9 +98,8 @@ def _from_shards(folder: Path, tokenizer: Tokenizer, limit: int | None) -> Texts
 
     bos, eos = shards.manifest["adds_bos"], shards.manifest["adds_eos"]
     identity = {"shards": str(folder), "fingerprint": shards.fingerprint, "bos": bos, "eos": eos, "max_documents": limit}
-    whole = shards.manifest["text_bytes"] if limit is None else None
-    count = min(shards.manifest["documents"], limit or sys.maxsize)
-    return Texts(identity, made_with["bos_id"] if bos else None, whole, count, read)
+    text_bytes = shards.manifest["text_bytes"] if limit is None else None
+    return Texts(identity, read, text_bytes, min(shards.manifest["documents"], limit or sys.maxsize))
 
 
 def _boundaries(shards: Any) -> Iterator[int]:
@@ -119,13 +110,11 @@ def _boundaries(shards: Any) -> Iterator[int]:
     yield len(shards)
 
 
-def _from_text(args: argparse.Namespace, tokenizer: Tokenizer, bos: int | None, limit: int | None) -> Texts:
-    import numpy as np
-
+def _from_text(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
     from titan_dp.data import sources
     from titan_dp.files import Replaced, file_sha256
 
-    prefix = [] if bos is None else [bos]
+    prefix = [] if args.no_bos or tokenizer.bos_id is None else [tokenizer.bos_id]
     if args.hf_dataset:
         dataset = (args.hf_dataset, args.hf_name, args.hf_split, args.column)
         sources.load_hugging_face(*dataset, True)  # fail now, not later
@@ -141,12 +130,12 @@ def _from_text(args: argparse.Namespace, tokenizer: Tokenizer, bos: int | None, 
     def read() -> Iterator[Document]:
         replaced = Replaced("documents")
         try:
-            for text in itertools.islice(texts(replaced), limit):
+            for text in itertools.islice(texts(replaced), args.max_documents):
                 yield Document(np.array(prefix + tokenizer.encode(text), dtype=np.int64), len(text.encode()))
         finally:
             if not said:  # some evaluations read the texts more than once
                 replaced.say()
             said.extend([replaced.first][: replaced.texts])
 
-    identity |= {"tokenizer": tokenizer.hash, "bos": bos is not None, "eos": False, "max_documents": limit}
-    return Texts(identity, bos, None, None, read)
+    identity |= {"tokenizer": tokenizer.hash, "bos": bool(prefix), "eos": False, "max_documents": args.max_documents}
+    return Texts(identity, read)

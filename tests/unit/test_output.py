@@ -1,14 +1,17 @@
-"""Tables on a terminal and in a pipe: no number is ever cut."""
+"""Tables on a terminal and in a pipe, where no number is ever cut; CSV files."""
 
 from __future__ import annotations
 
+import gzip
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from rich.table import Table
 from rich.text import Text
 
-from titan_dp.output import print_table
+from titan_dp.output import number_table, print_table, print_written, write_csv
 
 NUMBERS = [f"804,741,{i:03}" for i in range(20)]
 SENTENCE = "the first documents joined and cut"
@@ -69,3 +72,23 @@ def test_details_are_left_out_only_where_there_is_no_room(
 def test_brackets_in_a_table_are_text(capsys: pytest.CaptureFixture) -> None:
     print_table(wide_table())
     assert "[0,1] and [bold]" in capsys.readouterr().out
+
+
+def test_numbers_are_aligned_to_the_right_and_names_to_the_left(capsys: pytest.CaptureFixture) -> None:
+    print_table(number_table("", ("name", "n"), [("a", 1), ("longer", 1000)], left=("name",), box=None))
+    assert capsys.readouterr().out.splitlines()[-2:] == [" a          1 ", " longer  1000 "]
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.csv.gz"])
+def test_a_csv_file_has_the_same_bytes_for_the_same_rows(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "new" / name
+    write_csv(path, ["a", "b, c"], ([i, f"{i / 3:.3f}"] for i in range(2)))
+    raw = path.read_bytes()
+    assert (gzip.decompress(raw) if name.endswith("gz") else raw) == b'a,"b, c"\n0,0.000\n1,0.333\n'
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    write_csv(path, ["a", "b, c"], [[0, "0.000"], [1, "0.333"]])
+    assert path.read_bytes() == raw
+    print_written(path, path.with_name("other.png"))
+    assert capsys.readouterr().out == f"written to {path.parent}: {name}, other.png\n"
