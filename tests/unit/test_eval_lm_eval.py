@@ -109,14 +109,13 @@ PAIRS = [("The whale", " dives"), ("It", " was the best of times"), ("", "Call m
 
 
 def test_loglikelihood_is_the_sum_of_log_probabilities_after_bos(checkpoint: Path, exact: Any) -> None:
-    found = make(checkpoint).loglikelihood(requests(*PAIRS))
+    lm = make(checkpoint)
+    found = lm.loglikelihood(requests(*PAIRS))
     for (context, continuation), (value, _) in zip(PAIRS, found, strict=True):
         assert value == pytest.approx(score(exact, [BOS, *ids(context)], ids(continuation))[0], rel=1e-5)
-
-
-def test_a_space_between_context_and_continuation_is_scored_with_the_continuation(checkpoint: Path) -> None:
-    before, after = make(checkpoint).loglikelihood(requests(("Ahab ", "says"), ("Ahab", " says")))
-    assert before == after
+    before, after = lm.loglikelihood(requests(("Ahab ", "says"), ("Ahab", " says")))
+    assert before == after, "a space between them is scored with the continuation"
+    assert lm.loglikelihood(requests(("The", ""))) == [(0.0, True)], "nothing is certain"
 
 
 def test_a_continuation_is_greedy_where_every_token_is_the_likeliest(checkpoint: Path, exact: Any) -> None:
@@ -181,10 +180,6 @@ def test_a_tokenizer_that_adds_bos_itself_does_so_for_the_stock_class(tmp_path: 
     assert adds_bos_itself(load_tokenizer(str(tmp_path)))
 
 
-def test_an_empty_continuation_is_certain(checkpoint: Path) -> None:
-    assert make(checkpoint).loglikelihood(requests(("The", ""))) == [(0.0, True)]
-
-
 def test_a_long_context_loses_its_beginning_and_is_counted(checkpoint: Path, exact: Any) -> None:
     lm = make(checkpoint, max_length=10)
     context, continuation = "abcdefghijklmnopqrstuvwxyz", "123"
@@ -193,11 +188,8 @@ def test_a_long_context_loses_its_beginning_and_is_counted(checkpoint: Path, exa
     expected = score(exact, inputs[:-2], ids(continuation))[0]
     assert found[0][0] == pytest.approx(expected, rel=1e-5)
     assert lm.truncated["loglikelihood"] == 1
-
-
-def test_a_continuation_longer_than_the_window_is_scored_whole(checkpoint: Path, exact: Any) -> None:
-    found = make(checkpoint, max_length=5).loglikelihood(requests(("ab", "0123456789")))
-    assert found[0][0] == pytest.approx(score(exact, ids("b"), ids("0123456789"))[0], rel=1e-5)
+    whole = make(checkpoint, max_length=5).loglikelihood(requests(("ab", "0123456789")))
+    assert whole[0][0] == pytest.approx(score(exact, ids("b"), ids("0123456789"))[0], rel=1e-5), "what is scored is never cut"
 
 
 def test_rolling_predicts_each_token_once_with_the_most_context_a_window_gives(checkpoint: Path, exact: Any) -> None:
@@ -424,13 +416,10 @@ def harness_tasks() -> TaskManager:
     return TaskManager(include_path=[str(own / folder) for folder in folders], include_defaults=False)
 
 
-def test_the_harness_has_every_task_of_the_preset(harness_tasks: TaskManager) -> None:
-    assert set(PAPER) <= set(harness_tasks.all_subtasks)
-
-
 def test_an_unknown_task_is_refused_with_the_nearest_names(
     harness_tasks: TaskManager, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert set(PAPER) <= set(harness_tasks.all_subtasks)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: harness_tasks)
     with pytest.raises(UserError, match="--tasks helaswag.*hellaswag"):
         evaluate("lm-eval", checkpoint, tmp_path, "--tasks", "helaswag")

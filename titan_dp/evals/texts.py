@@ -83,10 +83,10 @@ def _from_shards(folder: Path, tokenizer: Tokenizer, limit: int | None) -> Texts
     from titan_dp.data.shards import TokenShards
 
     shards = TokenShards(folder)
-    made_with = shards.manifest["tokenizer"]
-    if made_with["hash"] != tokenizer.hash:
+    made_with = shards.tokenizer
+    if made_with.hash != tokenizer.hash:
         raise UserError(
-            f"--shards {str(folder)!r} was made with tokenizer {made_with['name']!r}, the model's is {tokenizer.name!r}; "
+            f"--shards {str(folder)!r} was made with tokenizer {made_with.name!r}, the model's is {tokenizer.name!r}; "
             "prepare the text again with the model's"
         )
 
