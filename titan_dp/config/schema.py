@@ -493,58 +493,40 @@ class Config(Section):
         """Yield every rule between sections, or about a whole run."""
         m, t, data, degree = self.model, self.training, self.data, self.parallelism.context_parallel_degree
         given = "neither is given" if t.steps is None else f"steps = {t.steps} and tokens = {t.tokens}"
-        yield (
-            (t.steps is None) == (t.tokens is None),
-            "training",
-            f"training: give exactly one of steps and tokens ({given})",
-        )
-        yield (
-            m.adaptive_householder and t.householder_cost is None,
-            "model training",
+        text = f"training: give exactly one of steps and tokens ({given})"
+        yield (t.steps is None) == (t.tokens is None), "training", text
+        text = (
             "model.adaptive_householder = true without training.householder_cost: a router without a cost never learns to "
-            "switch a step off; set the cost, such as --training.householder_cost 0.001 (nats per step and token)",
+            "switch a step off; set the cost, such as --training.householder_cost 0.001 (nats per step and token)"
         )
-        yield (
-            self.compile.enable and MIXERS[m.mixer].is_loop,
-            "model compile",
+        yield m.adaptive_householder and t.householder_cost is None, "model training", text
+        is_loop = MIXERS[m.mixer].is_loop
+        text = (
             f"compile.enable = true with model.mixer = {m.mixer!r}: the compiler would unroll its loop over tokens, which "
-            "takes hours; set compile.enable = false",
+            "takes hours; set compile.enable = false"
         )
+        yield self.compile.enable and is_loop, "model compile", text
         both = sorted(set(data.paths) & set(self.validation.paths))
-        yield (
-            self.validation.enable and data.source == "shards" and bool(both),
-            "data validation",
-            f"data.path and validation.path both name {', '.join(map(repr, both))}: validation must see other text",
-        )
-        yield (
-            data.source == "state_tracking" and not self.state_tracking.task,
-            "data state_tracking",
-            "data.source = 'state_tracking' needs state_tracking.task (a group such as S3, or a formal language)",
-        )
+        text = f"data.path and validation.path both name {', '.join(map(repr, both))}: validation must see other text"
+        yield self.validation.enable and data.source == "shards" and bool(both), "data validation", text
+        made = data.source == "state_tracking"
+        text = "data.source = 'state_tracking' needs state_tracking.task (a group such as S3, or a formal language)"
+        yield made and not self.state_tracking.task, "data state_tracking", text
+
         # What cannot be split over ranks along the sequence.
-        convolves = m.use_short_conv and "use_short_conv" in MIXERS[m.mixer].uses.split()
         split, key, halo = degree > 1, f"parallelism.context_parallel_degree = {degree}", m.conv_size - 1
-        yield (
-            split and t.seq_len % degree != 0,
-            "parallelism training",
-            f"{key} does not divide training.seq_len = {t.seq_len}; choose a multiple of {degree} for seq_len",
-        )
-        yield (
-            split and convolves and t.seq_len // degree < halo,
-            "parallelism training model",
+        convolves = m.use_short_conv and "use_short_conv" in MIXERS[m.mixer].uses.split()
+        text = f"{key} does not divide training.seq_len = {t.seq_len}; choose a multiple of {degree} for seq_len"
+        yield split and t.seq_len % degree != 0, "parallelism training", text
+        text = (
             f"{key} leaves {t.seq_len // degree} of training.seq_len = {t.seq_len} tokens per rank, fewer than the {halo} that "
-            f"model.conv_size = {m.conv_size} looks back; lower the degree",
+            f"model.conv_size = {m.conv_size} looks back; lower the degree"
         )
-        yield (
-            split and MIXERS[m.mixer].is_loop,
-            "parallelism model",
-            f"{key} with model.mixer = {m.mixer!r}: its loop over tokens is not split; set context_parallel_degree = 1",
-        )
-        yield (
-            split and data.source == "state_tracking",
-            "parallelism data",
-            f"{key} with data.source = 'state_tracking': its words are judged as whole rows; set context_parallel_degree = 1",
-        )
+        yield split and convolves and t.seq_len // degree < halo, "parallelism training model", text
+        text = f"{key} with model.mixer = {m.mixer!r}: its loop over tokens is not split; set context_parallel_degree = 1"
+        yield split and is_loop, "parallelism model", text
+        text = f"{key} with data.source = 'state_tracking': its words are judged as whole rows; set context_parallel_degree = 1"
+        yield split and made, "parallelism data", text
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
