@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
-from deltaproduct_kernels import gated_delta_product
+from deltaproduct_kernels import CHUNK_OPS, gated_delta_product
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+CU_SEQLENS = [0, 0, 5, 69, 69, 70, 103, 103, 103]
+"""Of packed sequences of 103 tokens: empty ones at the start, in the middle and at the end."""
+RANGES = {
+    "no gate": {"gate": None},
+    "gate of one": {"gate": 0.0},
+    "strong gate, down to -20 per token": {"gate": 10.0},
+    "beta exactly 0": {"beta": 0.0},
+    "beta exactly 2": {"beta": 2.0},
+    "beta near 0": {"beta": 1e-4},
+}
+"""Options of `make` that hurt, whatever the backend."""
 Forgetful = Callable[[dict[str, Tensor]], None]
 """Gives inputs log decays that underflow."""
 
@@ -77,3 +90,32 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 def in_float64(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.detach().double() for name, x in inputs.items()}
+
+
+def assert_nan_stays_in_its_own_sequence(inputs: dict[str, Tensor], backend: str) -> None:
+    """`inputs` of 103 tokens and 8 states."""
+    inputs["v"].data[:, 3] = torch.nan
+    got = results(inputs, backend, cu_seqlens=torch.tensor(CU_SEQLENS, device=inputs["v"].device))
+    assert got["o"][:, 3:5].isnan().all()
+    for name in ("o", "dq", "dk", "dv", "dbeta", "dg"):
+        assert got[name][:, 5:].isfinite().all(), name
+    assert got["state"][2:].isfinite().all()
+
+
+def assert_selective_checkpointing_saves_a_forward(
+    monkeypatch: pytest.MonkeyPatch, module: object, name: str, inputs: dict[str, Tensor], backend: str
+) -> None:
+    """`name` of `module` runs twice under checkpointing, and once if the policy keeps what the operator returns."""
+    calls = []
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a: (calls.append(1), original(*a))[1])
+
+    def policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in CHUNK_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    for context, expected in ((None, 2), (lambda: create_selective_checkpoint_contexts(policy), 1)):
+        calls.clear()
+        extra = {} if context is None else {"context_fn": context}
+        o, _ = checkpoint(lambda: run({k: x * 1 for k, x in inputs.items()}, backend), use_reentrant=False, **extra)
+        o.sum().backward()
+        assert len(calls) == expected

@@ -366,14 +366,11 @@ def test_errors_name_the_argument_its_value_and_what_is_allowed(change: dict[str
         front_end(**x)
 
 
-def test_positions_that_are_no_integers_are_refused() -> None:
+def test_positions_and_tails_that_a_backend_cannot_take_are_refused() -> None:
     with pytest.raises(
         ValueError, match=re.escape("position has dtype torch.float32; expected one of torch.int32, torch.int64")
     ):
         call(inputs(8, B=1), "torch", position=torch.zeros(8, device=DEVICE))
-
-
-def test_tails_are_never_quietly_computed_by_another_backend() -> None:
     x = inputs(8)
     tails = tuple(torch.zeros(2, 3, x[name].shape[-1], device=DEVICE) for name in ("q", "k", "v"))
     with pytest.raises(ValueError, match=re.escape("tails are given (3 tensors), which backend 'triton' cannot take")):

@@ -6,50 +6,50 @@ import itertools
 
 import pytest
 import torch
-from deltaproduct_kernels import CHUNK_OPS, executed_flops, gated_delta_product, resolve_backend
+from deltaproduct_kernels import executed_flops, gated_delta_product, ops, resolve_backend
 from deltaproduct_kernels.chunked import chunk_tokens, chunked_backward, chunked_forward
 from deltaproduct_kernels.ops import max_chunks
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.kernels.helpers import Forgetful, assert_same, in_float64, make, results, run
+from tests.kernels.helpers import (
+    CU_SEQLENS,
+    RANGES,
+    Forgetful,
+    assert_nan_stays_in_its_own_sequence,
+    assert_same,
+    assert_selective_checkpointing_saves_a_forward,
+    in_float64,
+    make,
+    results,
+    run,
+)
 
 INPUTS = ("q", "k", "v", "beta", "g", "initial_state")
 
 
-@pytest.mark.parametrize("n", range(1, 9))
-def test_chunked_equals_the_recurrence_for_every_number_of_steps(n: int) -> None:
-    inputs = make(40, n=n)
+@pytest.mark.parametrize(("T", "n", "dk"), [
+    *((40, n, 8) for n in range(1, 9)),
+    *((T, 2, dk) for T in (1, 7, 8, 9, 31, 32, 33, 65) for dk in (8, 64)),
+])  # fmt: skip
+def test_chunked_equals_the_recurrence_for_every_number_of_steps_and_at_every_edge_of_a_chunk(T: int, n: int, dk: int) -> None:
+    inputs = make(T, n=n, dk=dk)
     assert_same(results(inputs, "torch"), results(inputs, "recurrent"), 1e-10)
 
 
-@pytest.mark.parametrize("dk", [8, 64])
-@pytest.mark.parametrize("T", [1, 7, 8, 9, 31, 32, 33, 65])
-def test_chunked_equals_the_recurrence_at_every_edge_of_a_chunk(T: int, dk: int) -> None:
-    inputs = make(T, dk=dk)
-    assert_same(results(inputs, "torch"), results(inputs, "recurrent"), 1e-10)
+OWN_RANGES = {
+    "weak gate": {"gate": 1e-3},
+    "beta near 2, nearly parallel keys": {"beta": (1.99, 2.0), "correlation": 0.9, "gate": None},
+    "beta 2, keys all but parallel, gated": {"beta": 2.0, "correlation": 0.99},
+    "dk > dv": {"dk": 16, "dv": 3},
+    "dk < dv": {"dk": 4, "dv": 24},
+}
 
 
-@pytest.mark.parametrize(
-    "ranges",
-    [
-        pytest.param({"gate": None}, id="no gate"),
-        pytest.param({"gate": 0.0}, id="gate of one"),
-        pytest.param({"gate": 1e-3}, id="weak gate"),
-        pytest.param({"gate": 10.0}, id="strong gate, down to -20 a token"),
-        pytest.param({"beta": 0.0}, id="beta exactly 0"),
-        pytest.param({"beta": 2.0}, id="beta exactly 2"),
-        pytest.param({"beta": 1e-4}, id="beta near 0"),
-        pytest.param({"beta": (1.99, 2.0), "correlation": 0.9, "gate": None}, id="beta near 2, nearly parallel keys"),
-        pytest.param({"beta": 2.0, "correlation": 0.99}, id="beta 2, keys all but parallel, gated"),
-        pytest.param({"dk": 16, "dv": 3}, id="dk > dv"),
-        pytest.param({"dk": 4, "dv": 24}, id="dk < dv"),
-    ],
-)
+@pytest.mark.parametrize("name", RANGES | OWN_RANGES)
 @pytest.mark.parametrize("erase", [True, False], ids=["delta", "linear attention"])
-def test_chunked_equals_the_recurrence_in_the_ranges_that_hurt(ranges: dict, erase: bool) -> None:
-    inputs = make(70, n=3, **ranges)
+def test_chunked_equals_the_recurrence_in_the_ranges_that_hurt(name: str, erase: bool) -> None:
+    inputs = make(70, n=3, **(RANGES | OWN_RANGES)[name])  # type: ignore[arg-type]
     assert_same(results(inputs, "torch", erase=erase), results(inputs, "recurrent", erase=erase), 1e-9)
 
 
@@ -89,9 +89,6 @@ def test_gradcheck_of_every_input(backend: str, gated: bool) -> None:
     assert torch.autograd.gradcheck(function, tuple(inputs[name] for name in names))
 
 
-CU_SEQLENS = [0, 0, 5, 69, 69, 70, 103, 103, 103]  # empty at the start, in the middle and at the end
-
-
 @pytest.mark.parametrize("backend", ["torch", "recurrent"])
 def test_packed_sequences_equal_each_sequence_alone(backend: str) -> None:
     inputs = make(103, B=1, states=8)
@@ -118,12 +115,7 @@ def test_packed_sequences_equal_each_sequence_alone(backend: str) -> None:
 
 
 def test_not_a_number_stays_in_its_own_sequence() -> None:
-    inputs = make(103, B=1, states=8)
-    inputs["v"].data[:, 3] = torch.nan
-    got = results(inputs, "torch", cu_seqlens=torch.tensor(CU_SEQLENS))
-    assert got["o"][:, 3:5].isnan().all()
-    for name in ("o", "dq", "dk", "dv", "dbeta", "dg"):
-        assert got[name][:, 5:].isfinite().all(), name
+    assert_nan_stays_in_its_own_sequence(make(103, B=1, states=8), "torch")
 
 
 def test_no_tokens_at_all_leave_the_state_as_it_was() -> None:
@@ -197,22 +189,7 @@ def test_compiles_into_one_full_graph_with_equal_gradients() -> None:
 
 
 def test_selective_checkpointing_does_not_run_the_recurrence_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deltaproduct_kernels import ops
-
-    calls = []
-    original = ops.chunked_forward
-    monkeypatch.setattr(ops, "chunked_forward", lambda *a: (calls.append(1), original(*a))[1])
-
-    def policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in CHUNK_OPS else CheckpointPolicy.PREFER_RECOMPUTE
-
-    inputs = make(20)
-    for context, expected in ((None, 2), (lambda: create_selective_checkpoint_contexts(policy), 1)):
-        calls.clear()
-        extra = {} if context is None else {"context_fn": context}
-        o, _ = checkpoint(lambda: run({k: x * 1 for k, x in inputs.items()}, "torch"), use_reentrant=False, **extra)
-        o.sum().backward()
-        assert len(calls) == expected
+    assert_selective_checkpointing_saves_a_forward(monkeypatch, ops, "chunked_forward", make(20), "torch")
 
 
 # -- FLOPs -----------------------------------------------------------------------------------------------------------
@@ -289,22 +266,16 @@ def test_compiles_with_every_size_dynamic() -> None:
         assert all(torch.equal(a, b) for a, b in zip(compiled(inputs), run(inputs, "auto"), strict=True))
 
 
-def test_forward_mode_is_refused_by_name_and_had_from_the_definition() -> None:
+def test_forward_mode_and_vmap_are_refused_by_name_and_had_from_the_definition() -> None:
     x = {name: y.detach() for name, y in make(5).items()}
-    read = lambda q, backend: run({**x, "q": q}, backend)[0]  # noqa: E731
+    read = {backend: lambda q, backend=backend: run({**x, "q": q}, backend)[0] for backend in ("torch", "recurrent")}
     with pytest.raises(NotImplementedError, match="backend 'torch' has no forward-mode derivative; .* backend 'recurrent'"):
-        torch.func.jvp(lambda q: read(q, "torch"), (x["q"],), (x["q"],))
-    o, tangent = torch.func.jvp(lambda q: read(q, "recurrent"), (x["q"],), (x["q"],))
-    torch.testing.assert_close(tangent, o)  # linear in q
-
-
-def test_vmap_is_refused_by_name_and_had_from_the_definition() -> None:
-    x = {name: y.detach() for name, y in make(5).items()}
-    queries = torch.stack([x["q"], 2 * x["q"]])
-    read = lambda q, backend: run({**x, "q": q}, backend)[0]  # noqa: E731
+        torch.func.jvp(read["torch"], (x["q"],), (x["q"],))
     with pytest.raises(NotImplementedError, match="gated_delta_product has no batching rule for torch.vmap"):
-        torch.vmap(lambda q: read(q, "torch"))(queries)
-    once, twice = torch.vmap(lambda q: read(q, "recurrent"))(queries)
+        torch.vmap(read["torch"])(x["q"][None])
+    o, tangent = torch.func.jvp(read["recurrent"], (x["q"],), (x["q"],))
+    torch.testing.assert_close(tangent, o)  # linear in q
+    once, twice = torch.vmap(read["recurrent"])(torch.stack([x["q"], 2 * x["q"]]))
     torch.testing.assert_close(2 * once, twice)
 
 

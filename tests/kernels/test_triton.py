@@ -8,15 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from deltaproduct_kernels import CHUNK_OPS, gated_delta_product, resolve_backend
+from deltaproduct_kernels import gated_delta_product, resolve_backend
 from deltaproduct_kernels.triton_backend import cost, launch, ops
 from deltaproduct_kernels.triton_backend.layout import EVERY, Size
 from deltaproduct_kernels.triton_backend.ops import why_not
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.kernels.helpers import Forgetful, assert_same, error, in_float64, make, results, run
+from tests.kernels.helpers import (
+    CU_SEQLENS,
+    RANGES,
+    Forgetful,
+    assert_nan_stays_in_its_own_sequence,
+    assert_same,
+    assert_selective_checkpointing_saves_a_forward,
+    error,
+    in_float64,
+    make,
+    results,
+    run,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 5e-6
@@ -43,14 +54,11 @@ def assert_equals_the_recurrence(x: dict[str, Tensor], tolerance: float = TOLERA
     assert_same(results(x, "triton", **options), results(in_float64(x), "recurrent", **options), tolerance)
 
 
-@pytest.mark.parametrize("n", range(1, 9))
-def test_every_number_of_steps(n: int) -> None:
-    assert_equals_the_recurrence(inputs(70 if n < 4 else 20, n=n))
-
-
-@pytest.mark.parametrize("T", [1, 31, 32, 33, 64, 65])
-def test_every_edge_of_a_chunk(T: int) -> None:
-    assert_equals_the_recurrence(inputs(T))
+@pytest.mark.parametrize(
+    ("n", "T"), [*((n, 70 if n < 4 else 20) for n in range(1, 9)), *((2, T) for T in (1, 31, 32, 33, 64, 65))]
+)
+def test_every_number_of_steps_and_every_edge_of_a_chunk(n: int, T: int) -> None:
+    assert_equals_the_recurrence(inputs(T, n=n))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
@@ -59,21 +67,13 @@ def test_tiles_of_float32_are_smaller_and_as_right(tiles_of_float32: None, n: in
     assert_equals_the_recurrence(inputs(T, n=n))
 
 
-@pytest.mark.parametrize(
-    "ranges",
-    [
-        pytest.param({"gate": None}, id="no gate"),
-        pytest.param({"gate": 0.0}, id="gate of one"),
-        pytest.param({"gate": 10.0}, id="strong gate, down to -20 a token"),
-        pytest.param({"beta": 0.0}, id="beta exactly 0"),
-        pytest.param({"beta": 1e-4}, id="beta near 0"),
-        pytest.param({"beta": 2.0}, id="beta exactly 2"),
-        pytest.param({"beta": (1.9, 2.0), "correlation": 0.5, "gate": None}, id="beta near 2, correlated keys"),
-    ],
-)
+OWN_RANGES = {"beta near 2, correlated keys": {"beta": (1.9, 2.0), "correlation": 0.5, "gate": None}}
+
+
+@pytest.mark.parametrize("name", RANGES | OWN_RANGES)
 @pytest.mark.parametrize("erase", [True, False], ids=["delta", "linear attention"])
-def test_the_ranges_that_hurt(ranges: dict, erase: bool) -> None:
-    assert_equals_the_recurrence(inputs(n=2, **ranges), erase=erase, tolerance=2e-5)
+def test_the_ranges_that_hurt(name: str, erase: bool) -> None:
+    assert_equals_the_recurrence(inputs(n=2, **(RANGES | OWN_RANGES)[name]), erase=erase, tolerance=2e-5)  # type: ignore[arg-type]
 
 
 def test_beta_near_two_and_all_but_parallel_keys() -> None:
@@ -132,8 +132,6 @@ def test_the_interpreter_is_wrong_about_bfloat16_and_never_gets_any() -> None:
 
 # -- packed sequences, and sequences cut among programs --------------------------------------------------------------
 
-CU_SEQLENS = [0, 0, 5, 69, 69, 70, 103, 103, 103]  # empty at the start, in the middle and at the end
-
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_packed_sequences_with_empty_ones(dtype: torch.dtype) -> None:
@@ -142,13 +140,7 @@ def test_packed_sequences_with_empty_ones(dtype: torch.dtype) -> None:
 
 
 def test_not_a_number_stays_in_its_own_sequence() -> None:
-    x = inputs(103, states=8)
-    x["v"].data[:, 3] = torch.nan
-    got = results(x, "triton", cu_seqlens=torch.tensor(CU_SEQLENS, device=DEVICE))
-    assert got["o"][:, 3:5].isnan().all()
-    for name in ("o", "dq", "dk", "dv", "dbeta", "dg"):
-        assert got[name][:, 5:].isfinite().all(), name
-    assert got["state"][2:].isfinite().all()
+    assert_nan_stays_in_its_own_sequence(inputs(103, states=8), "triton")
 
 
 @pytest.mark.parametrize("packed", [None, [0, 0, 200], [0, 65, 65, 66, 200]])
@@ -232,12 +224,10 @@ def test_token_by_token_equals_all_at_once() -> None:
 def test_inference_keeps_nothing_and_training_less_than_a_kilobyte_a_token_and_head() -> None:
     from deltaproduct_kernels.triton_backend.ops import triton_chunk
 
-    x = {name: y.detach() for name, y in inputs(64, dtype=torch.float16).items()}
-    arguments = (x["q"], x["k"], x["v"], x["beta"], x["g"], None, None, 1.0, True)
-    assert [kept.numel() for kept in triton_chunk(*arguments, False)[2:]] == [0, 0, 0]
     size = Size(1, 128, 2, 2, 16, 32)
     x = {name: y.detach() for name, y in inputs(128, dtype=torch.float16).items()}
     arguments = (x["q"], x["k"], x["v"], x["beta"], x["g"], None, None, 1.0, True)
+    assert [kept.numel() for kept in triton_chunk(*arguments, False)[2:]] == [0, 0, 0]
     y, gates, states = triton_chunk(*arguments, True)[2:]
     assert 2 * (y.numel() + states.numel()) + gates.nbytes == cost.saved(size)
     assert cost.saved(Size(1, 4096, 2, 1, 128, 128)) / 4096 < 1024
@@ -266,20 +256,7 @@ def test_compiles_into_one_full_graph_with_equal_gradients() -> None:
 
 
 def test_selective_checkpointing_does_not_run_the_kernels_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    original = launch.forward
-    monkeypatch.setattr(launch, "forward", lambda *a: (calls.append(1), original(*a))[1])
-
-    def policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in CHUNK_OPS else CheckpointPolicy.PREFER_RECOMPUTE
-
-    x = inputs(20)
-    for context, expected in ((None, 2), (lambda: create_selective_checkpoint_contexts(policy), 1)):
-        calls.clear()
-        extra = {} if context is None else {"context_fn": context}
-        o, _ = checkpoint(lambda: run({k: x * 1 for k, x in x.items()}, "triton"), use_reentrant=False, **extra)
-        o.sum().backward()
-        assert len(calls) == expected
+    assert_selective_checkpointing_saves_a_forward(monkeypatch, launch, "forward", inputs(20), "triton")
 
 
 # -- bytes and FLOPs --------------------------------------------------------------------------------------------------
