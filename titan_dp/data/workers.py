@@ -24,9 +24,8 @@ def read_in_workers(read: Read, settings: config.Dataloader) -> Iterator[Any]:
     Raises what `read` raises, and RunError if a worker is killed.
     """
     workers = settings.num_workers
-    dataset = _InWorker(read) if workers else _Items(read)
     loader = DataLoader(
-        dataset,
+        _Items(read),
         batch_size=None,  # items are whole micro-batches: there is nothing to collate
         num_workers=workers,
         prefetch_factor=settings.prefetch_factor if workers else None,
@@ -60,22 +59,18 @@ def read_in_workers(read: Read, settings: config.Dataloader) -> Iterator[Any]:
 
 
 class _Items(IterableDataset[Any]):
+    """The items of this process. In a worker, an error that one message explains travels as an item.
+
+    If it were raised there, torch would put the worker's traceback into its message and lose what it was raised from.
+    """
+
     def __init__(self, read: Read) -> None:
         self.read = read
 
     def __iter__(self) -> Iterator[Any]:
-        return self.read(0, 1)
-
-
-class _InWorker(_Items):
-    """The items of one worker. An error that one message explains travels as an item.
-
-    If it were raised here, torch would put the worker's traceback into its message and lose what it was raised from.
-    """
-
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        assert info is not None
+        if (info := get_worker_info()) is None:
+            yield from self.read(0, 1)
+            return
         try:
             yield from self.read(info.id, info.num_workers)
         except Exception as error:
