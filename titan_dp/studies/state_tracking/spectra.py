@@ -28,7 +28,7 @@ class Fact:
     """What `worst` is."""
     draws: int
     worst: float
-    """Of all draws, the value farthest to the wrong side; of "appears" and "reaches", the farthest to the right one."""
+    """Of all draws, the value nearest to breaking the fact; for "appears" and "reaches", the one that shows it best."""
     allowed: str
     """What the theory says of `worst`."""
     holds: bool
@@ -136,7 +136,7 @@ def rwkv7_transitions(w: np.ndarray, c: float, a: np.ndarray, keys: np.ndarray) 
     Args:
         w: decays [..., d] in [0, 1].
         c: 1 as published, or 2.
-        a: step sizes [..., d] in [0, 1], one a channel.
+        a: step sizes [..., d] in [0, 1], one per channel.
         keys: [..., d], of unit length.
     """
     return np.eye(keys.shape[-1]) * w[..., None] - c * keys[..., :, None] * (a * keys)[..., None, :]
