@@ -344,8 +344,11 @@ def test_a_listed_cell_that_is_empty_is_refused_or_named(expand: Expand) -> None
 
 
 def test_cells_may_be_an_array_of_tables(expand: Expand) -> None:
-    cells = expand(settings="[[sweep.cells]]\nnum_heads = 2\n[[sweep.cells]]\nnum_heads = 8\n").cells
-    assert [cell.config.model.num_heads for cell in cells] == [2, 8]
+    arrays = "[[sweep.cells]]\nnum_heads = 2\n[[sweep.cells]]\nnum_heads = 8\n"
+    assert [model.num_heads for model in models(expand(settings=arrays))] == [2, 8]
+    inherited = Path(expand(settings=arrays).file).with_name("again.toml")  # from the file that it extends, too
+    inherited.write_text('extends = "study.toml"\n[sweep.axes]\nnum_householder = [1]\n')
+    assert [(model.num_heads, model.num_householder) for model in models(load_sweep(inherited))] == [(2, 1), (8, 1)]
 
 
 @pytest.mark.parametrize(
@@ -355,6 +358,7 @@ def test_cells_may_be_an_array_of_tables(expand: Expand) -> None:
         ("[sweep\n", "not valid TOML"),
         ('extends = "nosuch.toml"\n[sweep.axes]\nseed = [1]\n', "nosuch.toml"),
         ("[sweep]\naxes = 3\n" + BASE, "study.toml:2: sweep.axes = 3: expected table of lists of values"),
+        ("[[sweep]]\ncells.a = 1\n" + BASE, "study.toml: unknown axis cells"),
         ("[sweep]\nmach = 1\nmultiple = 0\n" + BASE, "2 problems in the configuration"),
         ("[sweep.axes]\nseed = [1]\n" + BASE + "[model.x]\ny = 3\n", "model.x.y"),
         ("[sweep.axes]\nseed = [1]\n" + BASE.replace('tokens = "1M"', ""), "training"),

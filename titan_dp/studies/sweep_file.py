@@ -151,11 +151,12 @@ def load_sweep(path: Path) -> Sweep:
     Raises UserError: a file that cannot be read, an unknown axis or a wrong value, axes that contradict the matching
     rule or each other, a size that cannot be reached, two cells with one configuration.
     """
-    shipped = config_folder() / "sweeps" / path.with_suffix(".toml")
-    path = shipped if not path.is_file() and shipped.is_file() else path
+    shipped = config_folder() / "sweeps"
+    if not path.is_file() and (named := shipped / path.with_suffix(".toml")).is_file():
+        path = named
     if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.toml")))
-        raise UserError(f"there is no sweep file {path}; those of {shipped.parent} are {names}")
+        names = ", ".join(sorted(file.stem for file in shipped.glob("*.toml")))
+        raise UserError(f"there is no sweep file {path}; those of {shipped} are {names}")
     section, base = _read(path)
     try:
         _check_axes(section)
@@ -186,8 +187,9 @@ def _read(path: Path) -> tuple[SweepSection, list[Setting]]:
             axes[name.removeprefix("axes.")] = setting.value
             own.append(Setting("sweep.axes", axes, setting.origin))
         elif name.startswith("cells."):  # [[sweep.cells]]: read_files knows no arrays of tables
-            cells = tomli.loads(Path(setting.source).read_text(encoding="utf-8-sig"))["sweep"]["cells"]
-            own.append(Setting("sweep.cells", cells, setting.origin))
+            if not own or (own[-1].key, own[-1].source) != ("sweep.cells", setting.source):  # the array's first setting
+                found = tomli.loads(Path(setting.source).read_text(encoding="utf-8-sig"))["sweep"]
+                own.append(Setting("sweep.cells", found["cells"] if isinstance(found, dict) else found, setting.origin))
         else:
             own.append(setting)
     if not own:
