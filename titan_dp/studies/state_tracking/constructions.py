@@ -2,16 +2,16 @@
 
 A model reads [BOS, x_1, ..., x_L] and its largest logit at x_t is y_t = x_t y_(t-1). Tokens are numbered as in
 `WordProblem`: elements from 0, BOS = order + 1, order + 2 rows in the vocabulary. The models are
-`build_model`'s own, without short convolution; what the theory leaves open (norms, SiLU, the length of keys, the SwiGLU) is
-met as it is, in these ways:
+`build_model`'s own, without short convolution. The theory has no norms, SiLU, SwiGLU or keys of bounded length; they stay as
+they are here, and the weights make up for them:
 
 * Embeddings are unit vectors, so each column of a projection belongs to one token. A norm of width D with f entries of
   size 1 divides by sqrt(f / D + eps), the same for all tokens, and the projection after it multiplies that back.
-* A key along d is silu(W x) = c d, normalised. Entries below zero live in SiLU's dip, which ends at -0.278: c is limited by
-  them. Length 1 is missed by 1e-6 / (2 c^2), which shortens the state by up to 4 % in 4,096 random tokens, but hardly turns
+* A key along d is silu(W x) = c d, normalised. Entries below zero lie in SiLU's dip, which ends at -0.278 and so limits c.
+  Length 1 is missed by 1e-6 / (2 c^2), which shortens the state by up to 4 % in 4,096 random tokens, but hardly turns
   it: all directions are shortened in turn.
 * beta = 2 sigmoid(+-1000) is 2 or 0, exactly in either dtype. A step that a token does not need has beta = 0.
-* BOS turns the zero state into H_0 = sum_j k_j v_j^T with beta = 1: one column a step, so of rank n_h at most.
+* BOS turns the zero state into H_0 = sum_j k_j v_j^T with beta = 1: one column per step, so of rank n_h at most.
 * All heads have the same keys and values. Head r has the query e_r and reads row r of the state.
 * eps is 1. The norm of the read-out, o / sqrt(mean o^2 + 1), is the identity for states of size 1e-3 and the sign for those
   of size 1e4.
