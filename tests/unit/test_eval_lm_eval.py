@@ -234,7 +234,7 @@ def test_each_row_of_a_batch_has_its_own_length_and_stops(checkpoint: Path) -> N
     def ask(*arguments: Any) -> list[str]:
         return make(checkpoint).generate_until(requests(*arguments))
 
-    asked = [("The", {"until": [], "max_gen_toks": count}) for count in (3, 9, 1)]
+    asked = [("The", {"until": [], "max_gen_toks": count}) for count in (3, 9, 0, 1)]
     assert ask(*asked) == [ask(each)[0] for each in asked]
 
 

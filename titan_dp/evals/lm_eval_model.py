@@ -42,7 +42,7 @@ from titan_dp.evals.scoring import token_losses
 from titan_dp.evals.session import Session
 from titan_dp.files import Replaced, as_unicode
 from titan_dp.inference.pretrained import Pretrained, load_pretrained
-from titan_dp.inference.sampling import Sampling, TextStream, generate_ids
+from titan_dp.inference.sampling import Sampling, TextStream, stream_texts
 from titan_dp.model.loss import IGNORE
 
 BATCH_SIZE = 16
@@ -265,26 +265,13 @@ class TitanDPLM(TemplateLM):
 
     def _continue(self, rows: list[Continued]) -> list[str]:
         """The continuations of prompts that share their sampling, each up to its stop string or EOS, without them."""
-        streams = [TextStream(self.text, row.prompt, row.until) for row in rows]
-        texts = [""] * len(rows)
-        steps = generate_ids(
-            self.model,
-            [row.prompt for row in rows],
-            sampling=rows[0].sampling,
-            seeds=[row.seed for row in rows],
-            vocab_size=self.text.vocab_size,
-        )
-        waiting = list(range(len(rows)))
-        for tokens in steps:
-            for i in waiting:
-                texts[i] += streams[i].push(tokens[i])
-                if not streams[i].finished and streams[i].tokens == rows[i].max_new_tokens:
-                    texts[i] += streams[i].close()
-                    streams[i].finished = "length"
-            waiting = [i for i in waiting if not streams[i].finished]
-            if not waiting:
-                break
-        return texts
+        streams = [TextStream(self.text, row.prompt, row.until, row.max_new_tokens) for row in rows]
+        for stream in streams:
+            if not stream.max_tokens:  # a task may ask for nothing
+                stream.finished = "length"
+        for _ in stream_texts(self.model, streams, rows[0].sampling, [row.seed for row in rows]):
+            pass  # pieces are for people who watch
+        return [stream.text for stream in streams]
 
 
 def adds_bos_itself(tokenizer: Tokenizer) -> bool:
