@@ -1,4 +1,4 @@
-"""`titan-dp report`: the files it writes, the page, and where it refuses to write."""
+"""`titan-dp report`: run folders read, grouped, compared and fitted; the files it writes; what it refuses in one sentence."""
 
 from __future__ import annotations
 
@@ -6,32 +6,449 @@ import csv
 import json
 import math
 import re
+import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean, median
+from typing import Any
 
+import pandas as pd
 import pytest
 
-from tests.runs import write_run, write_study, write_sweep
+from tests.runs import config_text, step_record, write_run, write_study, write_sweep
 from titan_dp.cli import dispatch
 from titan_dp.errors import UserError
-from titan_dp.studies.report import command as report
+from titan_dp.studies.report import command, read
+from titan_dp.studies.report.compare import clusters, compare, front, group, welch
+from titan_dp.studies.report.read import find_runs, read_run, read_runs
+from titan_dp.studies.report.results import Results, results_of
+from titan_dp.studies.report.tables import summary
 
 
-def small_study(folder: Path) -> Path:
-    losses = lambda n_h, N, D, seed: 3 - 0.1 * n_h + 1000 / N + 0.003 * seed  # noqa: E731
-    return write_study(folder, losses, n_h=(1, 2), sizes=((64, 2), (128, 4)))
+def results(folder: Path, loss: str = "nats") -> Results:
+    return results_of(read_runs(find_runs([folder])), loss, "study")
+
+
+def configurations(folder: Path) -> pd.DataFrame:
+    return group(read_runs(find_runs([folder])), "nats")[1]
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_runs(find_runs([path]))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def law(noise: float = 0.0) -> Callable[[int, int, int, int], float]:
+    """A loss that falls with size, tokens and n_h; seeds shift it up and down."""
+    return lambda n_h, N, D, seed: 1.5 - 0.02 * n_h + 60 / N**0.34 + 60 / D**0.4 + noise * (-1) ** seed
+
+
+# -- what is read from a run -------------------------------------------------------------------------------------------
+
+
+def test_totals_are_those_of_every_record(tmp_path: Path) -> None:
+    """At uneven steps, every fourth record without an MFU."""
+    at = [i * (i + 3) // 2 for i in range(1, 301)]
+    mfu = [{"mfu": s / 1e7} if s % 4 else {} for s in at]
+    speeds = [{"step_seconds": 0.1 + s / 1e5, "tokens_per_second": 1000.5 + s} for s in at]
+    records = [step_record(s, 3 + 1 / s, **more, **other) for s, more, other in zip(at, speeds, mfu, strict=True)]
+    run = read_run(write_run(tmp_path / "run", until=1, records=records), None)
+    assert run["step"] == at[-1]
+    assert run["training_loss"] == pytest.approx(fmean(r["loss"] for r in records[-15:]))
+    assert run["tokens_per_second"] == median(r["tokens_per_second"] for r in records)
+    assert run["mfu"] == median(r["mfu"] for r in records if "mfu" in r)
+    pairs = zip([0, *at], at, records, strict=False)
+    assert run["seconds"] == pytest.approx(sum((b - a) * r["step_seconds"] for a, b, r in pairs))
+    assert run["curve_loss"].tolist() == [r["loss"] for r in records]
+
+
+def test_a_long_curve_is_thinned_to_means(tmp_path: Path) -> None:
+    records = [step_record(s, float(s % 3)) for s in range(1, 3001)]
+    run = read_run(write_run(tmp_path / "run", until=1, records=records), None)
+    assert run["curve_loss"].tolist() == [1.0] * 1000
+    assert run["curve_tokens"][:2].tolist() == [256.0, 640.0]
+
+
+def test_the_last_validation_is_the_one_that_counts(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", loss=2.5)
+    first = {"step": 50, "validation_loss": 9.0, "validation_tokens": 10}
+    (folder / "metrics.jsonl").write_text(json.dumps(first) + "\n" + (folder / "metrics.jsonl").read_text())
+    run = read_run(folder, None)
+    assert (run["state"], run["validation_loss"], run["validation_step"]) == ("finished", 2.5, 100)
+
+
+@pytest.mark.parametrize(
+    ("line", "counted"),
+    [
+        ('{"step": 6, "loss": 1.0, "tokens', 1),
+        ("5", 1),
+        ('{"step": "9", "loss": 1.0}', 1),
+        ('{"step": 9, "loss": [], "lr": 1}', 1),
+        ('{"step": 9, "loss": 1.0}', 1),
+        ('{"loss": null}', 1),
+    ],
+)
+def test_a_line_that_is_not_a_record_is_left_out_and_counted_unless_it_is_cut_off_at_the_end(
+    tmp_path: Path, line: str, counted: int
+) -> None:
+    folder = write_run(tmp_path / "run", until=60)
+    whole, text = pd.Series(read_run(folder, None)).map(str), (folder / "metrics.jsonl").read_text()
+    first, rest = text.split("\n", 1)
+    (folder / "metrics.jsonl").write_text(f"{first}\n{line}\n{rest}")
+    torn = read_run(folder, None)
+    assert torn["unreadable_lines"] == counted
+    assert (pd.Series(torn | {"unreadable_lines": 0}).map(str) == whole).all()
+    (folder / "metrics.jsonl").write_text(text + '{"step": 61, "loss": 1.0, "tok')
+    assert (pd.Series(read_run(folder, None)).map(str) == whole).all()
+
+
+@pytest.mark.parametrize("word", ["null", "NaN"])  # as runs write it now, and as they once did
+def test_a_loss_that_is_not_a_number_is_in_no_mean(tmp_path: Path, word: str) -> None:
+    records = [step_record(s, math.nan if s == 99 else 2.0) for s in range(1, 101)]
+    folder = write_run(tmp_path / "run", records=[*records, {"step": 100, "validation_loss": math.nan}])
+    (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().replace("NaN", word))
+    run = read_run(folder, None)
+    assert (run["state"], run["training_loss"]) == ("diverged", 2.0)
+    assert math.isnan(run["curve_loss"][98])
+
+
+def test_tokens_are_those_that_were_consumed_if_steps_changed_their_size(tmp_path: Path) -> None:
+    """50 steps of 128 tokens and 50 of 256: not 100 of the last."""
+    records = [step_record(s, 2.0) | {"tokens": 128 * s + 128 * max(0, s - 50)} for s in range(1, 101)]
+    records.append({"step": 100, "validation_loss": 2.0, "validation_tokens": 10})
+    facts = {"tokens_per_step": 256, "planned_tokens": 19_200}
+    run = read_run(write_run(tmp_path / "run", facts=facts, records=records), None)
+    assert (run["tokens"], run["flops"]) == (19_200, 19_200 * run["flops_per_token"])
+    assert run["curve_tokens"].tolist() == [record["tokens"] for record in records[:-1]]
+
+
+def test_a_run_killed_before_its_first_record_is_unfinished_at_step_0(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", until=60)
+    assert (read_run(folder, None)["state"], read_run(folder, None)["step"]) == ("unfinished", 60)
+    for text in ("", '{"step": 1, "lo'):
+        (folder / "metrics.jsonl").write_text(text)
+        assert (read_run(folder, None)["state"], read_run(folder, None)["step"]) == ("unfinished", 0)
+
+
+def test_processes_read_what_one_process_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        write_run(tmp_path / f"run-{i}", loss=2.0 + i)
+    alone = read_runs(find_runs([tmp_path]))
+    monkeypatch.setattr(read, "_POOL_BYTES", 0)
+    assert read_runs(find_runs([tmp_path])).map(str).equals(alone.map(str))
+
+
+# -- which folders are runs --------------------------------------------------------------------------------------------
+
+
+def test_runs_are_found_alone_in_a_folder_and_in_sweeps_each_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "outputs" / "one")
+    sweep = write_sweep(tmp_path / "outputs" / "sweep", {"a": {}, "b": {"debug.seed": 7}})
+    write_run(sweep / "a", {"job.dump_folder": "elsewhere", "job.description": "other words"})  # moved, and renamed
+    (tmp_path / "outputs" / "notes").mkdir()
+    (sweep / "report").mkdir()
+    found = find_runs([tmp_path / "outputs", tmp_path / "outputs" / "one", sweep])
+    assert sorted(folder.name for folder in found) == ["a", "b", "one"]
+    assert sorted(read_runs(found)["state"]) == ["finished", "finished", "not started"]
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folders_above_them(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name) for name in ("paperA/213m", "paperB/213m", "paperA/400m", "x/c/s1", "y/c/s1")]
+    named = read_runs(dict.fromkeys(folders))["run"]
+    assert named.tolist() == ["paperA/213m", "paperB/213m", "400m", "x/c/s1", "y/c/s1"]
+
+
+def edited(path: Path, edit: Callable[[str], str]) -> None:
+    path.write_text(edit(path.read_text()))
+
+
+def without(key: str) -> Callable[[str], str]:
+    return lambda text: json.dumps({name: value for name, value in json.loads(text).items() if name != key})
+
+
+def cut(*lines: int | None) -> Callable[[str], str]:
+    return lambda text: "".join(text.splitlines(keepends=True)[slice(*lines)])
+
+
+BAD_RUNS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "it is gone": (shutil.rmtree, "is not a folder"),
+    "no files": (lambda run: [path.unlink() for path in run.iterdir()], "is not a run folder"),
+    "no configuration": (lambda run: (run / "config.toml").unlink(), "is not a run folder: it has no config.toml"),
+    "no TOML": (lambda run: (run / "config.toml").write_text("[model"), "is not a configuration of this program"),
+    "unknown keys": (lambda run: (run / "config.toml").write_text("[model]\nwidth = 3\ndepth = 4\n"), "2 problems, the first"),
+    "a wrong value": (lambda run: (run / "config.toml").write_text("[training]\nsteps = -1\n"), "steps"),
+    "no run.json": (lambda run: (run / "run.json").unlink(), "has metrics.jsonl but no run.json"),
+    "run.json cut off": (lambda run: edited(run / "run.json", lambda text: text[:40]), "run.json is no record of a run"),
+    "run.json lacks a key": (lambda run: edited(run / "run.json", without("tokenizer")), "(tokenizer: Field required)"),
+    "no record": (lambda run: (run / "metrics.jsonl").write_text("hello\nworld\n"), "metrics.jsonl holds no record"),
+    "metrics cut off": (lambda run: edited(run / "metrics.jsonl", cut(10)), "is cut off: it ends at step 50 of the 100"),
+    "no last validation": (lambda run: edited(run / "metrics.jsonl", cut(-1)), "without the last validation"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_RUNS)
+def test_a_run_that_cannot_be_counted_is_refused(tmp_path: Path, what: str) -> None:
+    harm, said = BAD_RUNS[what]
+    harm(write_run(tmp_path / "run"))
+    message = refusal(tmp_path / "run")
+    assert said in message
+    assert str(tmp_path / "run") in message
+
+
+BAD_SWEEPS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a cell is gone": (lambda sweep: shutil.rmtree(sweep / "a"), "{sweep}/a is gone"),
+    "other settings": (
+        lambda sweep: (sweep / "a/config.toml").write_text(config_text({"optimizer.lr": 0.5})),
+        "{sweep}/a is a run of another sweep",
+    ),
+    "a stray run": (lambda sweep: write_run(sweep / "stray"), "{sweep}/stray is a run that {sweep}/sweep.json does not name"),
+    **{
+        f"a cell named {name!r}": (
+            lambda sweep, name=name: (sweep / "sweep.json").write_text(json.dumps({"cells": [{"name": name, "identity": ""}]})),
+            "{sweep}/sweep.json names " + repr(name) + ", which is not a file of its folder",
+        )
+        for name in ("../a", "..", "", "/tmp")
+    },
+    **{
+        f"sweep.json is {text[:30]}": (
+            lambda sweep, text=text: (sweep / "sweep.json").write_text(text),
+            "{sweep}/sweep.json is no list of a sweep's cells",
+        )
+        for text in ("{", "[]", '{"cells": [{"name": "a"}]}', "[" * 100_000)
+    },
+}
+
+
+@pytest.mark.parametrize("what", BAD_SWEEPS)
+def test_a_sweep_that_is_not_what_its_file_says_is_refused_by_each_of_its_names(tmp_path: Path, what: str) -> None:
+    sweep = write_sweep(tmp_path / "sweep", {"a": {}})
+    harm, said = BAD_SWEEPS[what]
+    harm(sweep)
+    run = sweep / ("stray" if "stray" in what else "a")
+    for path in (sweep, run) if run.exists() else (sweep,):
+        assert said.replace("{sweep}", str(sweep)) in refusal(path)
+
+
+# -- seeds -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_spread_over_seeds_is_the_sample_standard_deviation(tmp_path: Path) -> None:
+    for seed, loss in ((1, 3.0), (2, 3.1), (3, 3.5)):
+        write_run(tmp_path / f"run-{seed}", {"debug.seed": seed}, loss)
+    write_run(tmp_path / "one", {"optimizer.lr": 0.1})
+    three, one = (row for _, row in configurations(tmp_path).sort_values("used", ascending=False).iterrows())
+    assert three["mean"] == pytest.approx(3.2)
+    assert three["spread"] == pytest.approx(math.sqrt((0.2**2 + 0.1**2 + 0.3**2) / 2))
+    assert math.isnan(one["spread"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "divides"),
+    [
+        ("metrics.log_freq", 3, False),
+        ("checkpoint.interval", 7, False),
+        ("validation.freq", 9, False),
+        ("optimizer.lr", 0.001, True),
+        ("model.head_dim", 16, True),
+        ("training.mixed_precision_param", "float32", True),
+    ],
+)
+def test_settings_divide_seeds_if_they_can_change_the_loss(tmp_path: Path, key: str, value: Any, divides: bool) -> None:
+    write_run(tmp_path / "a", {"debug.seed": 1})
+    write_run(tmp_path / "b", {"data.seed": 2, key: value, "job.description": "another"})
+    assert len(configurations(tmp_path)) == 1 + divides
+
+
+def test_unfinished_diverged_and_repeated_runs_are_in_no_mean_and_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "good", {"debug.seed": 1}, 3.0)
+    write_run(tmp_path / "early", {"debug.seed": 2}, 9.0, until=60)
+    write_run(tmp_path / "broken", {"debug.seed": 3}, math.nan)
+    write_run(tmp_path / "zcopy", {"debug.seed": 1}, 3.0)
+    found = results(tmp_path)
+    assert found.configurations["losses"].tolist() == [[3.0]]
+    assert found.warnings == ["zcopy repeats good (same configuration and seeds) and is not counted"]
+    text = " ".join(summary(found))
+    assert "Unfinished, so in no mean and no fit: early (step 60 of 100)." in text
+    assert "Diverged, so in no mean and no fit: broken." in text
+
+
+def test_runs_that_never_started_make_no_report(tmp_path: Path) -> None:
+    (write_run(tmp_path / "run") / "run.json").unlink()
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="none of the 1 runs has started"):
+        results(tmp_path)
+
+
+# -- what is comparable ------------------------------------------------------------------------------------------------
+
+OTHER_TOKENIZER = {"tokenizer": "gpt2", "validation_fingerprint": "e" * 64, "bytes_per_token": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("loss", "a", "b", "said"),
+    [
+        ("nats", {}, OTHER_TOKENIZER, r"'bytes' and .*'gpt2': losses in nats per token are not comparable.*bits-per-byte"),
+        ("nats", {}, {"validation_fingerprint": "e" * 64}, "were validated on different texts"),
+        ("bits-per-byte", {}, {"validation_fingerprint": "e" * 64}, "were validated on different texts"),
+        ("bits-per-byte", {"validation_text_bytes": 6}, OTHER_TOKENIZER | {"validation_text_bytes": 5}, "different texts"),
+        ("bits-per-byte", {"bytes_per_token": None}, {}, "has no validation_bits_per_byte"),
+    ],
+)
+def test_losses_that_cannot_be_compared_are_refused(tmp_path: Path, loss: str, a: dict, b: dict, said: str) -> None:
+    write_run(tmp_path / "runs" / "a", facts=a)
+    write_run(tmp_path / "runs" / "b", facts=b)
+    with pytest.raises(UserError, match=said):
+        dispatch(["report", str(tmp_path / "runs"), "--loss", loss, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_bits_per_byte_compare_two_tokenizers(tmp_path: Path) -> None:
+    write_run(tmp_path / "bytes", loss=1.0)
+    write_run(tmp_path / "gpt2", {"model.vocab_size": 50304}, 3.0, facts=OTHER_TOKENIZER)
+    found = results(tmp_path, "bits-per-byte").configurations
+    means = dict(zip(found["tokenizer"], found["mean"], strict=True))
+    assert means == pytest.approx({"bytes": 1 / math.log(2), "gpt2": 3 / 4 / math.log(2)})
+
+
+def test_what_can_be_compared_with_care_carries_a_warning(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", facts={"fingerprint": "0" * 64})
+    write_run(tmp_path / "c", {"debug.seed": 2}, facts={"world_size": 8})
+    more = [step_record(100, 2.0), {"step": 100, "validation_loss": 2.0, "validation_tokens": 6000}]
+    write_run(tmp_path / "d", {"debug.seed": 3}, records=more)
+    write_run(tmp_path / "e", {"debug.seed": 4, "validation.enable": False}, records=more[:1])
+    assert results(tmp_path).warnings == [
+        "runs were trained on 2 different data sets, for example a (dddddddd) and b (00000000)",
+        "validations covered different parts of the text: a on 5,000 tokens, d on 6,000",
+        "tokens/s and times are of different machines: 1 x a test's CPU, 8 x a test's CPU",
+        "1 finished runs have no validation loss and are in no fit, for example e",
+    ]
+
+
+# -- equal size, fronts ------------------------------------------------------------------------------------------------
+
+
+def test_each_n_h_is_compared_with_the_smallest_at_equal_size_and_tokens(tmp_path: Path) -> None:
+    found = compare(configurations(write_study(tmp_path / "s", law(0.001), sizes=((64, 2), (128, 4)), steps=(100, 400))))
+    assert len(found) == 4
+    for rows in found:
+        assert rows["n_h"].tolist() == [1, 2, 3]
+        assert rows["difference"].tolist()[1:] == pytest.approx([-0.02, -0.04])
+        assert pd.isna(rows["against"].iloc[0])
+        assert (rows["against"].iloc[1:] == rows.index[0]).all()
+
+
+@pytest.mark.parametrize("b", [{"optimizer.lr": 1.0}, {"parameters": 102_000}])
+def test_neither_another_learning_rate_nor_a_size_two_percent_off_is_compared(tmp_path: Path, b: dict[str, float]) -> None:
+    write_run(tmp_path / "a", {"model.num_householder": 1}, facts={"parameters": 100_000})
+    settings = {key: value for key, value in b.items() if "." in key}
+    write_run(tmp_path / "b", {"model.num_householder": 2, **settings}, facts={"parameters": b.get("parameters", 100_000)})
+    assert compare(configurations(tmp_path)) == []
+
+
+def test_the_smallest_n_h_of_the_same_gate_and_shape_is_compared_with(tmp_path: Path) -> None:
+    for gate in (False, True):
+        for n_h, heads, head_dim in ((1, 8, 16), (1, 4, 32), (2, 4, 16), (2, 2, 32)):
+            shape = {"model.num_householder": n_h, "model.num_heads": heads, "model.head_dim": head_dim}
+            settings = {**shape, "model.use_forget_gate": gate}
+            write_run(tmp_path / f"{gate}{n_h}{head_dim}", settings, facts={"parameters": 100000})
+    (rows,) = compare(configurations(tmp_path))
+    two = rows[rows["n_h"] == 2]
+    against = rows.loc[two["against"]]
+    assert len(two) == 4
+    assert (against["n_h"] == 1).all()
+    for key in ("model.use_forget_gate", "model.head_dim"):
+        assert against[key].tolist() == two[key].tolist()
+
+
+def test_welchs_interval_is_that_of_the_textbook() -> None:
+    # Means 3 and 2, variances of the means 1/3 and 4/3: 2.941 degrees of freedom, t(0.975) = 3.219 (from tables).
+    half = 3.219 * math.sqrt(1 / 3 + 4 / 3)
+    assert welch([2, 3, 4], [0, 2, 4]) == pytest.approx((1 - half, 1 + half), abs=0.01)
+
+
+@pytest.mark.parametrize(("a", "b"), [([1.0], [1.0, 2.0]), ([1.0, 2.0], [1.0]), ([1.0, 1.0], [2.0, 2.0])])
+def test_without_scatter_on_both_sides_there_is_no_interval(a: list[float], b: list[float]) -> None:
+    assert welch(a, b) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([(100, 3.0), (200, 3.5), (300, 2.5), (300, 2.6), (400, 2.5)], [0, 2]),
+        ([(1000, 3.0), (1003, 2.5)], [1]),  # hardly smaller is not smaller
+        ([(100, math.nan), (200, 3.0)], [1]),
+    ],
+)
+def test_the_front_is_what_nothing_cheaper_beats(losses: list[tuple[int, float]], expected: list[int]) -> None:
+    assert front(pd.DataFrame(losses, columns=["parameters", "mean"]), "parameters", 0.01).index.tolist() == expected
+
+
+def test_clusters_start_anew_beyond_their_tolerance() -> None:
+    found = clusters(pd.DataFrame({"size": [103, 100, 101, 250]}), "size", 0.02)
+    assert [rows["size"].tolist() for rows in found] == [[100, 101], [103], [250]]
+
+
+# -- which fits are made -----------------------------------------------------------------------------------------------
+
+
+def test_tokens_in_proportion_to_size_cannot_tell_the_two_apart(tmp_path: Path) -> None:
+    for i in range(7):
+        facts = {"parameters": 1000 * 2**i, "flops_per_token": 6000 * 2**i}
+        write_run(tmp_path / str(i), {"training.steps": 100 * 2**i}, 4 - 0.1 * i, facts=facts)
+    found = results(tmp_path)
+    assert "size and tokens change together" in found.surfaces[0].lacks
+    assert found.computes[0].law is not None
+
+
+def test_a_grid_of_sizes_and_tokens_is_fitted_for_each_family(tmp_path: Path) -> None:
+    sizes, steps = ((64, 2), (128, 4), (256, 6)), (1000, 4000, 16000)
+    found = results(write_study(tmp_path / "study", law(0.001), n_h=(1, 2), sizes=sizes, steps=steps))
+    assert [fit.family for fit in found.surfaces] == ["DeltaNet [-1, 1]", "DeltaProduct_2 [-1, 1]"]
+    for fit in found.surfaces:
+        assert fit.law is not None
+        assert fit.law.estimates["a"].value == pytest.approx(0.34, abs=0.05)
+        assert fit.law.estimates["b"].value == pytest.approx(0.40, abs=0.05)
+
+
+def test_only_the_best_learning_rate_at_a_size_is_fitted(tmp_path: Path) -> None:
+    for lr, loss in ((0.001, 3.0), (0.002, 2.9), (0.004, 3.3)):
+        write_run(tmp_path / str(lr), {"optimizer.lr": lr}, loss)
+    (fit,) = results(tmp_path).surfaces
+    assert (fit.points["mean"].tolist(), fit.left_out) == ([2.9], 2)
+
+
+def test_sizes_that_share_a_budget_give_a_parabola(tmp_path: Path) -> None:
+    for i, (N, loss) in enumerate(((1e5, 3.2), (2e5, 3.0), (4e5, 3.2))):
+        facts = {"parameters": int(N), "flops_per_token": int(6 * N)}
+        for seed in (1, 2):
+            settings = {"training.steps": 4000 // 2**i, "debug.seed": seed}
+            write_run(tmp_path / f"{i}-{seed}", settings, loss + 0.001 * seed, facts=facts)
+    (profile,) = results(tmp_path).isoflops
+    assert profile.parabola.minimum == pytest.approx(2e5, rel=0.01)
+    assert profile.budget == pytest.approx(6e5 * 4000 * 128)
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a small study with one run each that is unfinished, diverged and hostile in name."""
-    folder = small_study(tmp_path_factory.mktemp("report") / "study")
+    """The report of a small study of all mixers, with a run each that is unfinished, diverged and hostile in name."""
+    losses = lambda n_h, N, D, seed: 3 - 0.1 * n_h + 1000 / N + 0.003 * seed  # noqa: E731
+    folder = write_study(tmp_path_factory.mktemp("report") / "study", losses, n_h=(1, 2), sizes=((64, 2), (128, 4)))
     write_run(folder / "early", {"debug.seed": 8}, until=60)
     write_run(folder / "broken", {"debug.seed": 9}, math.nan)
     write_run(folder / "<script>alert(1)<\N{FRACTION SLASH}script>&", {"debug.seed": 10})
-    out = folder.parent / "out"
-    assert dispatch(["report", str(folder), "--out", str(out)]) == 0
-    return out
+    for mixer in ("gla", "rwkv7", "attention"):
+        settings = {"model.mixer": mixer, "model.num_householder": 1, "model.attention_num_heads": 2}
+        write_run(folder / mixer, settings, facts={"parameters": 90_000})
+    assert dispatch(["report", str(folder), "--out", str(folder.parent / "out")]) == 0
+    return folder.parent / "out"
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -40,79 +457,61 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_every_run_and_every_configuration_is_a_row_of_its_csv(written: Path) -> None:
     runs, configurations = rows(written / "runs.csv"), rows(written / "configurations.csv")
-    assert len(runs) == 8 + 3
-    assert sorted(row["state"] for row in runs) == ["diverged"] + ["finished"] * 9 + ["unfinished"]
+    assert sorted(row["state"] for row in runs) == ["diverged"] + ["finished"] * 12 + ["unfinished"]
+    assert next(row for row in runs if row["run"] == "broken")["validation_loss_nats_per_token"] == "nan"
     first = next(row for row in configurations if (row["n_h"], row["hidden_size"]) == ("1", "64"))
     assert int(first["parameters"]) - int(first["parameters_without_embedding"]) == 320 * 64
     assert float(first["validation_loss_standard_deviation"]) == pytest.approx(0.003 / math.sqrt(2))
-    assert first["seeds"] == "2"
-    assert first["mfu"] == ""
+    assert (first["seeds"], first["mfu"]) == ("2", "")
+    families = [row["family"] for row in configurations if row["parameters"] == "90000"]
+    assert families == ["RWKV-7 [-1, 1]", "linear attention", "softmax attention"]
 
 
-def test_the_page_needs_nothing_but_itself(written: Path) -> None:
+def test_the_page_needs_nothing_but_itself_and_shows_a_hostile_name_as_text(written: Path) -> None:
     page = (written / "report.html").read_text()
     assert not re.search(r"https?://", page)
     assert not re.search(r"\b(src|href)\s*=\s*[\"'](?!data:image/png;base64,)", page)
     assert page.count("data:image/png;base64,") == len(list(written.glob("*.png")))
-
-
-def test_the_page_shows_a_hostile_name_as_text(written: Path) -> None:
     tags: list[str] = []
     text: list[str] = []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attrs: tags.append(tag)  # type: ignore[method-assign]
     parser.handle_data = text.append  # type: ignore[method-assign,assignment]
-    parser.feed((written / "report.html").read_text())
+    parser.feed(page)
     assert "script" not in tags
     assert any("<script>alert(1)" in part for part in text)
 
 
-def test_too_few_points_say_so_and_draw_no_curve(written: Path) -> None:
-    page = (written / "report.html").read_text()
-    assert "Not fitted: the fit needs 3 sizes (there are 2)" in page
+def test_too_few_points_say_so_and_draw_nothing(written: Path) -> None:
+    page, fits = (written / "report.html").read_text(), json.loads((written / "report.json").read_text())["fits"]
+    lacks = fits["DeltaNet [-1, 1]"]["L(N, D)"]["not_fitted"]
+    assert lacks.startswith("the fit needs 3 sizes (there are 2), 3 numbers of tokens (there are 1), 6 configurations")
+    assert f"Not fitted: {lacks}" in page
+    assert all("4 budgets of FLOPs" in laws["L(C)"]["not_fitted"] for laws in fits.values())
     assert "No parabola: that needs three sizes" in page
-    assert not (written / "isoflop.png").exists()
-    fits = json.loads((written / "report.json").read_text())["fits"]
-    assert all("not_fitted" in laws["L(N, D)"] for laws in fits.values())
-
-
-def test_figures_are_drawn_only_where_there_is_something_to_see(written: Path) -> None:
+    assert "Not drawn against tokens" in page
     drawn = {path.name for path in written.glob("*.png")}
     assert drawn == {"differences.png", "loss_by_parameters.png", "loss_by_flops.png", "loss_curves.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written.glob("*.png"))
-    assert "Not drawn against tokens" in (written / "report.html").read_text()
 
 
-def test_a_report_is_written_over_and_forgets_its_old_figures(tmp_path: Path) -> None:
-    runs, out = small_study(tmp_path / "study"), tmp_path / "out"
-    dispatch(["report", str(runs), "--out", str(out)])
+def test_a_report_is_written_over_but_nothing_of_somebody_elses_is(written: Path, tmp_path: Path) -> None:
+    out, run = tmp_path / "out", write_run(tmp_path / "run", until=60)
+    shutil.copytree(written, out)
     (out / "notes.txt").write_text("mine")
-    dispatch(["report", str(next(runs.iterdir())), "--out", str(out)])
+    assert dispatch(["report", str(run), "--out", str(out)]) == 0
+    assert "unfinished at step 60 of 100" in (out / "report.html").read_text()  # nothing is finished, and it is listed
     assert not (out / "differences.png").exists()
     assert len(rows(out / "runs.csv")) == 1
-    assert (out / "notes.txt").read_text() == "mine"
-
-
-def test_a_folder_that_is_no_report_is_not_written_to(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    before = sorted(run.iterdir())
-    with pytest.raises(UserError, match="holds files and is no report"):
-        dispatch(["report", str(run), "--out", str(run)])
-    assert sorted(run.iterdir()) == before
-    with pytest.raises(UserError, match="is a file"):
-        dispatch(["report", str(run), "--out", str(run / "config.toml")])
-
-
-def test_a_file_of_somebody_elses_in_a_report_stays(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = ["report", str(write_run(tmp_path / "run")), "--out", str(out)]
-    assert dispatch(command) == 0
     (out / "isoflop.png").write_text("mine")
-    with pytest.raises(UserError, match="isoflop.png is no file of the report there; move it away"):
-        dispatch(command)
-    (out / "isoflop.png").rename(out / "mine.png")
-    assert dispatch(command) == 0
-    assert (out / "mine.png").read_text() == "mine"
+    with pytest.raises(UserError, match="isoflop.png is not a file of the report there; move it away"):
+        dispatch(["report", str(run), "--out", str(out)])
+    assert (out / "notes.txt").read_text() == (out / "isoflop.png").read_text() == "mine"
+    before = sorted(run.iterdir())
+    for path, said in ((run, "holds files and is not a report"), (run / "config.toml", "is a file")):
+        with pytest.raises(UserError, match=said):
+            dispatch(["report", str(run), "--out", str(path)])
+    assert sorted(run.iterdir()) == before
 
 
 def test_a_sweeps_report_lies_in_its_folder_and_bears_its_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -128,37 +527,18 @@ def test_a_sweeps_report_lies_in_its_folder_and_bears_its_name(tmp_path: Path, c
     assert f"written to {sweep / 'report' / 'report.html'}" in shown
 
 
-def test_other_reports_lie_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = write_run(tmp_path / "run")
+def test_curves_of_several_tokenizers_are_left_out_of_a_report_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "runs" / "a")
+    write_run(tmp_path / "runs" / "b", facts=OTHER_TOKENIZER)
     monkeypatch.chdir(tmp_path)
-    dispatch(["report", str(run)])
-    assert (tmp_path / "report" / "report.html").exists()
-
-
-def test_nothing_is_written_when_losses_cannot_be_compared(tmp_path: Path) -> None:
-    write_run(tmp_path / "runs" / "a")
-    write_run(tmp_path / "runs" / "b", facts={"tokenizer": "gpt2"})
-    with pytest.raises(UserError, match="not comparable"):
-        dispatch(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-
-
-def test_training_curves_of_several_tokenizers_are_left_out(tmp_path: Path) -> None:
-    write_run(tmp_path / "runs" / "a")
-    facts = {"tokenizer": "gpt2", "validation_fingerprint": "0" * 64, "bytes_per_token": 4.0}
-    write_run(tmp_path / "runs" / "b", facts=facts)
-    dispatch(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--loss", "bits-per-byte"])
-    assert not (tmp_path / "out" / "loss_curves.png").exists()
-    assert "the runs have different tokenizers (bytes, gpt2)" in (tmp_path / "out" / "report.html").read_text()
-
-
-def test_runs_that_are_all_unfinished_are_still_listed(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", until=60)
-    dispatch(["report", str(run), "--out", str(tmp_path / "out")])
-    assert "unfinished at step 60 of 100" in (tmp_path / "out" / "report.html").read_text()
+    dispatch(["report", "runs", "--loss", "bits-per-byte"])
+    assert not (tmp_path / "report" / "loss_curves.png").exists()
+    assert "the runs have different tokenizers (bytes, gpt2)" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_missing_packages_are_named_with_the_way_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "jinja2" else True)
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "jinja2" else True)
     with pytest.raises(UserError, match=re.escape("needs jinja2: pip install 'titan_dp[scaling]'")):
         dispatch(["report", str(tmp_path)])

@@ -1,8 +1,8 @@
 """`titan-dp report RUNS...`: many runs as tables, figures, scaling-law fits and one HTML page.
 
-Everything is read and computed before the first file is written, and each file is there whole or not at all;
-report.json is written first and marks the folder as a report's, which alone is ever overwritten. Finding and reading runs is
-runs.py's, what comes out of them results.py's.
+Everything is read and computed before the first file is written, and each file is there whole or not at all. report.json is
+written first and marks the folder as a report's; only such a folder is ever written over. Reading runs is read.py's, what
+comes out of them results.py's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from titan_dp.errors import UserError
 from titan_dp.files import write_atomically, write_json
-from titan_dp.studies.report.runs import find_runs, read_runs, read_sweep
 
 if TYPE_CHECKING:
     from titan_dp.studies.report.results import Results
@@ -37,45 +36,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loss",
         choices=("nats", "bits-per-byte"),
         default="nats",
-        help="compare validation losses in nats a token, or in bits a byte across tokenizers (default: nats)",
+        help="compare validation losses in nats per token, or in bits per byte across tokenizers (default: nats)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, compute, print and write. Raises UserError for runs or a folder that will not do, before anything is written."""
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # fits are small and run in processes of their own: threads only get in the way
-    _check_packages()
-    out = args.out or _default_out(args.runs)
-    earlier = _check_out(out)
-    runs = read_runs(find_runs(args.runs))
-    title, description = _title(args.runs)
-
+    """Read, compute, print and write. Raises UserError for unfit runs or an unfit folder, before anything is written."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # fits are small and have a process each: more threads are in the way
+    if missing := [name for name in ("pandas", "scipy", "matplotlib", "jinja2") if find_spec(name) is None]:
+        raise UserError(f"titan-dp report needs {' and '.join(missing)}: pip install 'titan_dp[scaling]'")
+    from titan_dp.studies.report.read import find_runs, read_runs, read_sweep
     from titan_dp.studies.report.results import results_of
 
-    results = results_of(runs, args.loss, title, description)
+    is_sweep = len(args.runs) == 1 and (args.runs[0] / "sweep.json").exists()
+    out = args.out or (args.runs[0] / "report" if is_sweep else Path("report"))
+    earlier = _check_out(out)
+    runs = read_runs(find_runs(args.runs))
+    names = [path.resolve().name for path in args.runs]
+    title = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    sweep = read_sweep(args.runs[0]) if is_sweep else None
+    results = results_of(runs, args.loss, (sweep and sweep.name) or title, sweep.description if sweep else "")
     _print(results)
     _write(results, out, earlier)
     return 0
 
 
-def _check_packages() -> None:
-    missing = [name for name in ("scipy", "matplotlib", "jinja2") if find_spec(name) is None]
-    if missing:
-        raise UserError(f"titan-dp report needs {' and '.join(missing)}: pip install 'titan_dp[scaling]'")
-
-
-def _default_out(paths: list[Path]) -> Path:
-    return paths[0] / "report" if len(paths) == 1 and (paths[0] / "sweep.json").exists() else Path("report")
-
-
 def _check_out(out: Path) -> set[str]:
     """Names of the files of the earlier report in `out`.
 
-    Raises UserError where `out` is something else than a report, or than nothing, or a file of a report's name is not one's.
+    Raises UserError if `out` is neither a report nor empty, or if a file there has a report file's name but is not listed.
     """
-    from titan_dp.studies.report.plots import FIGURES
+    from titan_dp.studies.report.figures import FIGURES
 
     names = {*_TABLES, *FIGURES, _PAGE}
     if out.exists() and not out.is_dir():
@@ -88,61 +79,41 @@ def _check_out(out: Path) -> set[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         own = None
     if own is None:
-        raise UserError(f"--out {out} holds files and is no report of this program; name another folder")
-    for name in sorted(names - own):
-        if (out / name).exists():
-            raise UserError(f"--out: {out / name} is no file of the report there; move it away, or name another folder")
+        raise UserError(f"--out {out} holds files and is not a report of this program; name another folder")
+    if other := next((name for name in sorted(names - own) if (out / name).exists()), None):
+        raise UserError(f"--out: {out / other} is not a file of the report there; move it away, or name another folder")
     return own
 
 
-def _title(paths: list[Path]) -> tuple[str, str]:
-    """The sweep's name and description where one is reported, else the folders' names."""
-    if len(paths) == 1 and (paths[0] / "sweep.json").exists():
-        sweep = read_sweep(paths[0])
-        return str(sweep.get("name") or paths[0].resolve().name), str(sweep.get("description") or "")
-    names = [path.resolve().name for path in paths]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""), ""
-
-
 def _print(results: Results) -> None:
-    from titan_dp.studies.report import tables
-    from titan_dp.studies.report.text import summary
+    from titan_dp.studies.report.tables import show, summary, tables
 
     print(*summary(results), *(f"warning: {line}" for line in results.warnings), "", sep="\n")
-    for comparison in results.comparisons:
-        tables.show(tables.comparison_title(comparison), tables.comparison_table(comparison))
-    tables.show(
-        f"configurations (training loss: nats a token, last 5 % of steps; validation loss: {results.unit}, ± standard "
-        "deviation over seeds; front C: by FLOPs, N: by parameters)",
-        tables.configurations_table(results),
-    )
-    if results.isoflops:
-        tables.show("isoFLOP minima", tables.isoflop_table(results))
-    tables.show("L(N, D) = E + A/N^a + B/D^b, 90 % bootstrap intervals", tables.surface_table(results))
-    tables.show("L(C) = E + A/C^a, 90 % bootstrap intervals", tables.compute_table(results))
+    for section in tables(results).values():
+        for title, table in section:
+            show(title, table)
 
 
 def _write(results: Results, out: Path, earlier: set[str]) -> None:
-    """Write the report; of the `earlier` one's files those go that this one does not have."""
-    from titan_dp import output as plots
-    from titan_dp.studies.report import tables
-    from titan_dp.studies.report.page import page
-    from titan_dp.studies.report.plots import FIGURES, figures
+    """Write the report, and delete those files of the `earlier` one that this one does not have."""
+    from titan_dp.output import save_figure
+    from titan_dp.studies.report.figures import FIGURES, figures
+    from titan_dp.studies.report.tables import as_json, configurations_csv, page, runs_csv
 
     out.mkdir(parents=True, exist_ok=True)
-    record = {"made_by": _MADE_BY, "files": sorted({*_TABLES, *FIGURES, _PAGE}), **tables.as_json(results)}
-    write_json(out / "report.json", record)  # with every name there may be, so that a kill leaves none that it does not list
-    contents = (tables.runs_csv(results), tables.configurations_csv(results))
-    for name, content in zip(_TABLES, contents, strict=True):
+    record = {"made_by": _MADE_BY, "files": sorted({*_TABLES, *FIGURES, _PAGE}), **as_json(results)}
+    write_json(out / "report.json", record)  # lists every name there may be: a kill leaves no file that is not listed
+    for name, content in zip(_TABLES, (runs_csv(results), configurations_csv(results)), strict=True):
         write_atomically(out / name, lambda file, content=content: file.write(content))  # type: ignore[misc]
     drawn: dict[Path, str] = {}
     for name, caption, figure in figures(results):
-        plots.save_figure(figure, out / name)
+        save_figure(figure, out / name)
         drawn[out / name] = caption
-    for name in earlier - {*_TABLES, _PAGE, *(path.name for path in drawn)}:  # it had more to draw
+    written = {*_TABLES, _PAGE, *(path.name for path in drawn)}
+    for name in earlier - written:  # it had more to draw
         (out / name).unlink(missing_ok=True)
     html = page(results, drawn)
     write_atomically(out / _PAGE, lambda file: file.write(html))
-    write_json(out / "report.json", record | {"files": sorted({*_TABLES, _PAGE, *(path.name for path in drawn)})})
+    write_json(out / "report.json", record | {"files": sorted(written)})
     for path in (out / "report.json", *(out / name for name in _TABLES), *drawn, out / _PAGE):
         print(f"written to {path}")

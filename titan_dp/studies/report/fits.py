@@ -2,36 +2,37 @@
 
 The power laws are approach 3 of Hoffmann et al. (2022, arXiv:2203.15556, section 3.3): Huber's loss with delta = 1e-3
 on the log of the loss, the sum written as a log-sum-exp, many starts, L-BFGS. Two things differ: sizes are taken relative to
-their geometric mean, which makes amplitudes and exponents nearly independent, and starts are least-squares solutions
+their geometric mean, which makes amplitudes and exponents nearly independent, and the starts are least-squares solutions
 for a grid of exponents instead of a grid over everything. Parabolas are their approach 2 (section 3.2).
 
 Intervals are percentiles of a bootstrap. For power laws it draws configurations with replacement, then runs (seeds) of each;
-drawing residuals instead proved too narrow, because a fit this robust passes through some points exactly. A parabola has
-often three sizes, none of which can be missing: there residuals of a least-squares fit are drawn (Davison and Hinkley
-1997, section 6.2.3), times sqrt(n / chi2) with chi2 drawn for the n - 3 degrees of freedom of n runs, which widens
-intervals of few runs as Student's t does. What is enough for a fit, and which runs go into it, is families.py's.
+drawing residuals instead proved too narrow, because a fit this robust passes through some points exactly. A parabola often
+has three sizes, none of which can be missing: there the bootstrap draws residuals of a least-squares fit (Davison and Hinkley
+1997, section 6.2.3), times sqrt(n / chi2) with chi2 drawn for the n - 3 degrees of freedom of n runs. That widens the
+intervals of few runs as Student's t does. Which runs go into a fit, and how many are enough, is results.py's.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+from scipy.optimize import minimize, nnls
 
-    Array = np.ndarray
+Array = np.ndarray
 
 DELTA = 1e-3
 LEVEL = 0.90
 RESAMPLES = 200
+_TAILS = (50 * (1 - LEVEL), 100 - 50 * (1 - LEVEL))
 _EXPONENTS = (0.02, 3.0)
 _START_EXPONENTS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5)
 _POLISHED_STARTS = 10
 _SMALLEST_SHARE = 1e-3
-"""A term below this share of the smallest loss is nothing: its amplitude is at its bound."""
+"""A term below this share of the smallest loss is as good as nothing: its amplitude is at its bound."""
 _SEED = 0
 _SAME = 0.01
 """Sizes whose logarithms differ by less are one size."""
@@ -45,7 +46,7 @@ class Estimate:
     low: float
     high: float
     bound: str = ""
-    """'value' where the fit itself sits at a bound of its search, 'interval' where an end of the interval does."""
+    """'value' if the fit itself is at a bound of its search, 'interval' if an end of the interval is."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class PowerLaw:
         estimates: by name: E, then the amplitude and the exponent of each term (A, a; B, b).
         theta: the parameters as they were fitted; `predict` needs them and `centre`.
         centre: logarithms of the geometric means of the x_k.
-        points: runs fitted.
+        points: number of runs fitted.
         error: root mean square of the residuals of log L.
     """
 
@@ -68,13 +69,11 @@ class PowerLaw:
 
     @property
     def undetermined(self) -> list[str]:
-        """Names of the parameters that sit at a bound, or whose interval ends at one."""
+        """Names of the parameters that are at a bound, or whose interval ends at one."""
         return [name for name, estimate in self.estimates.items() if estimate.bound]
 
     def predict(self, *x: Array | float) -> Array:
         """The loss at sizes `x`, one array for each term."""
-        import numpy as np
-
         logs = np.stack(np.broadcast_arrays(*(np.log(values) for values in x)), axis=-1) - self.centre
         return np.exp(_design(logs.reshape(-1, logs.shape[-1])) @ self.theta).sum(axis=0).reshape(logs.shape[:-1])
 
@@ -90,8 +89,6 @@ def fit_power_law(x: list[Array], loss: Array, group: Array, resamples: int = RE
 
     Every x needs at least two different values; the callers ask for more.
     """
-    import numpy as np
-
     logs = np.log(np.stack(x, axis=1).astype(float))
     centre = logs.mean(axis=0)
     logs, y = logs - centre, np.log(np.asarray(loss, float))
@@ -114,10 +111,8 @@ def fit_power_law(x: list[Array], loss: Array, group: Array, resamples: int = RE
 def _resampled(logs: Array, group: Array, resamples: int) -> Iterator[Array]:
     """Indices of runs for each resample: configurations drawn with replacement, then as many runs as each has.
 
-    Draws in which a quantity has one value only say nothing of its exponent and are drawn again.
+    A draw in which a quantity has a single value says nothing about its exponent and is repeated.
     """
-    import numpy as np
-
     rng = np.random.default_rng(_SEED)
     members = [np.flatnonzero(group == g) for g in np.unique(group)]
     while resamples:
@@ -130,8 +125,6 @@ def _resampled(logs: Array, group: Array, resamples: int) -> Iterator[Array]:
 
 def _design(logs: Array) -> Array:
     """[1 + terms, n, parameters] at `logs` [n, terms]: times theta = (log E, log A_1, a_1, ...), the log of each term."""
-    import numpy as np
-
     n, terms = logs.shape
     design = np.zeros((1 + terms, n, 1 + 2 * terms))
     design[0, :, 0] = 1
@@ -143,8 +136,6 @@ def _design(logs: Array) -> Array:
 
 def _bounds(y: Array, terms: int) -> tuple[Array, Array]:
     """Of theta: E and amplitudes from next to nothing to the smallest and the largest loss."""
-    import numpy as np
-
     nothing, top = y.min() + math.log(_SMALLEST_SHARE), y.max()
     low, high = ([nothing] + [nothing, _EXPONENTS[0]] * terms), ([y.min()] + [top, _EXPONENTS[1]] * terms)
     return np.array(low), np.array(high)
@@ -152,11 +143,6 @@ def _bounds(y: Array, terms: int) -> tuple[Array, Array]:
 
 def _starts(logs: Array, y: Array, low: Array, high: Array) -> list[Array]:
     """For each combination of exponents, the E and amplitudes of least squares in the relative error of the loss."""
-    import itertools
-
-    import numpy as np
-    from scipy.optimize import nnls
-
     starts = []
     for exponents in itertools.product(_START_EXPONENTS, repeat=logs.shape[1]):
         columns = np.concatenate([np.ones((len(y), 1)), np.exp(-np.array(exponents) * logs)], axis=1)
@@ -174,9 +160,6 @@ def _best_of(starts: list[Array], logs: Array, y: Array, low: Array, high: Array
 
 
 def _descend(start: Array, design: Array, y: Array, low: Array, high: Array) -> tuple[Array, float]:
-    import numpy as np
-    from scipy.optimize import minimize
-
     options = {"maxiter": 500, "ftol": 1e-10}
     arguments = {"method": "L-BFGS-B", "jac": True, "bounds": np.stack([low, high], axis=1), "options": options}
     result = minimize(_objective, start, args=(design, y), **arguments)
@@ -186,11 +169,9 @@ def _descend(start: Array, design: Array, y: Array, low: Array, high: Array) -> 
 def _objective(theta: Array, design: Array, y: Array) -> tuple[float, Array]:
     """Huber's loss of the residuals of log L, in units of DELTA^2 and summed over runs, and its gradient.
 
-    In plain units it would be near 1e-5 and meet L-BFGS's absolute tolerances at once. The search's bounds keep every
+    In plain units it would be near 1e-5 and meet L-BFGS's absolute tolerances at once. The bounds of the search keep every
     power far from overflow, so the log-sum-exp needs no shift.
     """
-    import numpy as np
-
     powers = np.exp(design @ theta)
     total = powers.sum(axis=0)
     residual = (np.log(total) - y) / DELTA
@@ -201,10 +182,7 @@ def _objective(theta: Array, design: Array, y: Array) -> tuple[float, Array]:
 
 def _estimate(value: float, draws: Array, theta: float, thetas: Array, low: float, high: float) -> Estimate:
     """The interval of `draws`; whether `theta`, or the ends of the interval of `thetas`, lie at their bounds."""
-    import numpy as np
-
-    tails = (50 * (1 - LEVEL), 100 - 50 * (1 - LEVEL))
-    ends, bounds_at = np.percentile(draws, tails), np.percentile(thetas, tails)
+    ends, bounds_at = np.percentile(draws, _TAILS), np.percentile(thetas, _TAILS)
     near = 1e-3 * (high - low)
     at = ["value"] if not low + near < theta < high - near else []
     at += ["interval"] if bounds_at[0] <= low + near or bounds_at[1] >= high - near else []
@@ -218,9 +196,9 @@ def _estimate(value: float, draws: Array, theta: float, thetas: Array, low: floa
 class Parabola:
     """loss = coefficients . (u^2, u, 1) with u = log N - centre, fitted by least squares.
 
-    `minimum` is the N of its lowest point, None where it opens downwards; its interval is None where the runs leave
-    nothing over to estimate their scatter from (as many as parameters), and reaches to 0 or infinity where more
-    resamples than an interval leaves out have no minimum. `inside`: the minimum lies among the sampled sizes.
+    `minimum` is the N of its lowest point, None if it opens downwards. Its interval is None if there are as many runs as
+    coefficients, which leaves nothing to estimate the runs' scatter from, and reaches to 0 or infinity if more resamples than
+    an interval leaves out have no minimum. `inside`: the minimum lies among the sampled sizes.
     """
 
     coefficients: Array
@@ -232,15 +210,11 @@ class Parabola:
     """At the minimum."""
 
     def predict(self, N: Array | float) -> Array:
-        import numpy as np
-
         return np.polyval(self.coefficients, np.log(N) - self.centre)
 
 
 def fit_parabola(N: Array, loss: Array, resamples: int = 2000) -> Parabola:
     """Fit a parabola in log N to runs of one budget: `N` and `loss` [runs], at least three different N."""
-    import numpy as np
-
     u, y = np.log(np.asarray(N, float)), np.asarray(loss, float)
     centre = float(u.mean())
     u = u - centre
@@ -250,7 +224,7 @@ def fit_parabola(N: Array, loss: Array, resamples: int = 2000) -> Parabola:
     if len(y) > 3:
         fitted = np.polyval(coefficients, u)
         rng, free = np.random.default_rng(_SEED), len(y) - 3
-        scale = np.sqrt(len(y) / rng.chisquare(free, resamples))  # the scatter itself is known to `free` residuals only
+        scale = np.sqrt(len(y) / rng.chisquare(free, resamples))  # the scatter itself is known from `free` residuals only
         draws = rng.choice(y - fitted, (len(y), resamples)) * scale
         interval = _interval_of_vertices(_vertices(np.polyfit(u, fitted[:, None] + draws, 2)), centre)
     there = bool(np.isfinite(minimum))
@@ -265,20 +239,15 @@ def fit_parabola(N: Array, loss: Array, resamples: int = 2000) -> Parabola:
 
 
 def _vertices(coefficients: Array) -> Array:
-    """Where parabolas [3, n] are lowest; infinite where they open downwards."""
-    import numpy as np
-
+    """Where parabolas [3, n] are lowest; infinite for those that open downwards."""
     upwards = coefficients[0] > 0
     return np.where(upwards, -coefficients[1] / (2 * np.where(upwards, coefficients[0], 1)), np.inf)
 
 
 def _interval_of_vertices(vertices: Array, centre: float) -> tuple[float, float]:
-    import numpy as np
-
     finite = vertices[np.isfinite(vertices)]
     if 1 - len(finite) / len(vertices) > (1 - LEVEL) / 2:
         return 0.0, math.inf
-    tails = (50 * (1 - LEVEL), 100 - 50 * (1 - LEVEL))
     with np.errstate(over="ignore"):
-        low, high = np.exp(np.percentile(finite, tails) + centre)
+        low, high = np.exp(np.percentile(finite, _TAILS) + centre)
     return float(low), float(high)

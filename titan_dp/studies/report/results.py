@@ -1,97 +1,190 @@
-"""All that a report says, computed once from the runs: tables, figures and the page only show it."""
+"""All that a report says, computed once from the runs: tables, figures and the page only show it.
+
+A family (mixer, n_h, gate, range of eigenvalues) is fitted as one. Of a family's configurations with equal size and tokens
+(several learning rates, other shapes) only the one with the lowest mean loss is fitted: the law is about the best that a size
+can do. L(C) is fitted to the family's own Pareto front, the lowest losses for their FLOPs: a law through models of any size
+would describe what the study happened to train. N counts all parameters, the embedding included.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas import DataFrame
 
 from titan_dp.errors import UserError
-from titan_dp.studies.report.comparisons import Comparison, compare, front
-from titan_dp.studies.report.configurations import (
-    LOSSES,
+from titan_dp.studies.report.compare import (
     SAME_BUDGET,
     SAME_SIZE,
-    Configuration,
+    SAME_TOKENS,
+    UNITS,
+    best,
     check_comparable,
+    clusters,
+    compare,
     differing_settings,
+    front,
     group,
 )
-from titan_dp.studies.report.families import FamilyFits, IsoFlop, fit_families, isoflops
-from titan_dp.studies.report.runs import Run
+from titan_dp.studies.report.fits import Parabola, PowerLaw, fit_parabola, fit_power_law
 
-STATES = ("finished", "diverged", "unfinished", "not started")
+_DISTINCT = 3
+_BUDGETS = 4
+_COLLINEAR = 0.99
+
+
+@dataclass
+class Fit:
+    """One law of one family; if there is too little for it, `lacks` says what is missing and `law` is None."""
+
+    family: str
+    points: DataFrame
+    """The configurations it is fitted to."""
+    left_out: int
+    """Configurations of the family that have the same size and tokens as a fitted one, and a higher loss."""
+    lacks: str
+    law: PowerLaw | None = None
+
+
+@dataclass(frozen=True)
+class IsoFlop:
+    """One family's profile at one budget of FLOPs."""
+
+    family: str
+    budget: float
+    points: DataFrame
+    parabola: Parabola
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a report is about and what came out of it.
-
-    Raises UserError (from `results_of`) where the losses of the runs cannot be compared.
-    """
+    """What a report is about and what came out of it. Frames have one row per run (read.py) or configuration (compare.py)."""
 
     title: str
     description: str
     loss: str
-    """A key of LOSSES."""
-    runs: list[Run]
-    configurations: list[Configuration]
+    """A key of UNITS."""
+    runs: DataFrame
+    configurations: DataFrame
     differing: list[str]
-    """Settings in which configurations differ beside family, shape and tokens."""
-    comparisons: list[Comparison]
-    front_by_flops: list[Configuration]
-    front_by_parameters: list[Configuration]
-    fits: list[FamilyFits]
+    """Columns in which configurations differ beside family, shape and tokens."""
+    comparisons: list[DataFrame]
+    surfaces: list[Fit]
+    """L(N, D) of each family."""
+    computes: list[Fit]
+    """L(C) of each family."""
     isoflops: list[IsoFlop]
     warnings: list[str]
 
     @property
     def unit(self) -> str:
-        return LOSSES[self.loss]
+        return UNITS[self.loss]
 
-    @cached_property
+    @property
+    def started(self) -> DataFrame:
+        return self.runs[self.runs["state"] != "not started"]
+
+    @property
     def tokenizers(self) -> list[str]:
-        return sorted({run.started["tokenizer"] for run in self.runs if run.facts is not None})
-
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """Runs in each state that occurs."""
-        found = Counter(run.state for run in self.runs)
-        return {state: found[state] for state in STATES if found[state]}
-
-    def in_state(self, state: str) -> list[Run]:
-        return [run for run in self.runs if run.state == state]
+        return sorted(self.started["tokenizer"].unique())
 
 
-def results_of(runs: list[Run], loss: str, title: str, description: str = "") -> Results:
-    """Compute everything. Raises UserError where no run has started, or losses are not comparable."""
-    started = [run for run in runs if run.facts is not None]
-    if not started:
-        raise UserError(f"none of the {len(runs)} runs has started; launch them first, for example {runs[0].folder}")
+def results_of(runs: DataFrame, loss: str, title: str, description: str = "") -> Results:
+    """Compute everything. Raises UserError if no run has started, or if losses are not comparable."""
+    started = runs[runs["state"] != "not started"]
+    if started.empty:
+        raise UserError(f"none of the {len(runs)} runs has started; launch them first, for example {runs['folder'][0]}")
     warnings = check_comparable(started, loss)
-    configurations = group(started, loss)
+    runs, configurations = group(runs, loss)
+    for repeats in configurations["repeats"]:
+        warnings += [f"{one} repeats {same} (same configuration and seeds) and is not counted" for one, same in repeats[:1]]
+    for cost, within in (("flops", SAME_BUDGET), ("parameters", SAME_SIZE)):
+        configurations[f"on_front_by_{cost}"] = configurations.index.isin(front(configurations, cost, within).index)
     differing = differing_settings(configurations)
-    warnings += [_repeated(c) for c in configurations if c.repeats]
-    without = [run.name for run in started if run.state == "finished" and run.totals.validation_loss is None]
-    if without:
-        warnings.append(f"{len(without)} finished runs have no validation loss and are in no fit, for example {without[0]}")
-    return Results(
-        title=title,
-        description=description,
-        loss=loss,
-        runs=runs,
-        configurations=configurations,
-        differing=differing,
-        comparisons=compare(configurations, differing),
-        front_by_flops=front(configurations, lambda c: c.flops, SAME_BUDGET),
-        front_by_parameters=front(configurations, lambda c: c.parameters, SAME_SIZE),
-        fits=fit_families(configurations),
-        isoflops=isoflops(configurations),
-        warnings=warnings,
-    )
+    surfaces, computes = fit_families(configurations)
+    found = compare(configurations), surfaces, computes, isoflops(configurations)
+    return Results(title, description, loss, runs, configurations, differing, *found, warnings)
 
 
-def _repeated(configuration: Configuration) -> str:
-    one = configuration.repeats[0]
-    same = next(run for run in configuration.used if run.seeds == one.seeds)
-    return f"{one.name} repeats {same.name} (same configuration and seeds) and is not counted"
+def fit_families(configurations: DataFrame) -> tuple[list[Fit], list[Fit]]:
+    """L(N, D) and L(C) of every family, fitted if there is enough; several laws at once in processes of their own."""
+    surfaces, computes = [], []
+    for family, members in _families(configurations):
+        fitted = _best_of_each_size(members)
+        points = front(fitted, "flops", SAME_BUDGET)
+        lacks = (
+            f"the fit needs {_BUDGETS} budgets of FLOPs, each with a lower loss than the one before; there are {len(points)}"
+        )
+        lacks = "" if len(points) >= _BUDGETS else lacks
+        surfaces.append(Fit(family, fitted, len(members) - len(fitted), _surface_lacks(fitted)))
+        computes.append(Fit(family, points, len(members) - len(fitted), lacks))
+    possible = [(fit, sizes) for fits, sizes in ((surfaces, ["parameters", "tokens"]), (computes, ["flops"])) for fit in fits]
+    possible = [(fit, sizes) for fit, sizes in possible if not fit.lacks]
+    problems = [_problem(fit.points, sizes) for fit, sizes in possible]
+    if len(problems) > 2:
+        with ProcessPoolExecutor() as pool:
+            laws = list(pool.map(fit_power_law, *zip(*problems, strict=True)))
+    else:
+        laws = [fit_power_law(*problem) for problem in problems]
+    for (fit, _), law in zip(possible, laws, strict=True):
+        fit.law = law
+    return surfaces, computes
+
+
+def _families(configurations: DataFrame) -> Iterator[tuple[str, DataFrame]]:
+    """Configurations with a loss by family, in the order in which they are shown."""
+    yield from configurations.dropna(subset="mean").groupby("family", sort=False)
+
+
+def _best_of_each_size(configurations: DataFrame) -> DataFrame:
+    """Of configurations of one family within 1 % in size and tokens, the one with the lowest mean loss."""
+    sized = clusters(configurations, "parameters", SAME_SIZE)
+    return configurations.loc[[best(equal) for same in sized for equal in clusters(same, "tokens", SAME_TOKENS)]]
+
+
+def _surface_lacks(fitted: DataFrame) -> str:
+    """What is missing for L(N, D), or nothing."""
+    sizes, tokens = len(clusters(fitted, "parameters", SAME_SIZE)), len(clusters(fitted, "tokens", SAME_TOKENS))
+    lacks = []
+    if sizes < _DISTINCT:
+        lacks.append(f"{_DISTINCT} sizes (there are {sizes})")
+    if tokens < _DISTINCT:
+        lacks.append(f"{_DISTINCT} numbers of tokens (there are {tokens})")
+    if len(fitted) < 6:
+        lacks.append(f"6 configurations, one more than its parameters (there are {len(fitted)})")
+    if lacks:
+        return f"the fit needs {', '.join(lacks)}"
+    logs = np.log(fitted[["parameters", "tokens"]].astype(float))
+    if abs(np.corrcoef(logs.T)[0, 1]) > _COLLINEAR:
+        return "size and tokens change together in all runs, so what each does cannot be told apart"
+    return ""
+
+
+def _problem(points: DataFrame, sizes: list[str]) -> tuple[list[Any], Any, Any]:
+    """Arguments of `fit_power_law` for every run of `points`."""
+    runs = _by_run(points)
+    return [runs[size].to_numpy(float) for size in sizes], runs["losses"].to_numpy(float), pd.factorize(runs.index)[0]
+
+
+def _by_run(points: DataFrame) -> DataFrame:
+    """One row per run, with its loss in "losses" instead of a list of them."""
+    return points.explode("losses")
+
+
+def isoflops(configurations: DataFrame) -> list[IsoFlop]:
+    """A parabola for every family and budget (within 3 %) with at least three sizes, by budget."""
+    found = []
+    for budget in clusters(configurations.dropna(subset="mean"), "flops", SAME_BUDGET):
+        for family, members in _families(budget.sort_index()):
+            sized = clusters(members, "parameters", SAME_SIZE)
+            if len(sized) >= _DISTINCT:
+                points = members.loc[[best(same) for same in sized]]
+                runs = _by_run(points)
+                parabola = fit_parabola(runs["parameters"].to_numpy(float), runs["losses"].to_numpy(float))
+                found.append(IsoFlop(family, float(budget["flops"].mean()), points, parabola))
+    return found

@@ -1,260 +1,377 @@
-"""A report's tables: cells of text for the terminal and the page, raw values as CSV and JSON for everything else.
+"""What a report shows: numbers and sentences, tables for the terminal and the page, CSV, JSON, and the page itself.
 
-Configurations and runs are one row each in both. In CSV an unknown value is empty and a loss that is no number is `nan`.
+A table is a frame of text. In CSV an unknown value is empty, and a loss that is not a number is `nan`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import base64
 import math
+import re
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from pandas import DataFrame
+
 from titan_dp.output import print_table
-from titan_dp.studies.report.comparisons import Comparison
-from titan_dp.studies.report.configurations import CONFIDENCE_TEXT, Configuration, validation_loss
-from titan_dp.studies.report.families import FamilyFits
-from titan_dp.studies.report.results import Results
-from titan_dp.studies.report.runs import Run
-from titan_dp.studies.report.text import count, duration, estimate, fit_note, loss, minimum, percent
+from titan_dp.studies.report.compare import CONFIDENCE_TEXT, LOSSES, SEEDS
+from titan_dp.studies.report.fits import Estimate
+from titan_dp.studies.report.read import STATES
+from titan_dp.studies.report.results import Fit, IsoFlop, Results
 
-Table = tuple[list[str], list[list[str]]]
-"""Headers and rows."""
+_NAMED = 5  # runs in a sentence; the tables name all
 
-
-def configurations_table(results: Results) -> Table:
-    """A row for each configuration."""
-    headers = ["family", "n_h", "shape", "parameters", "tokens", "FLOPs", "training loss", "validation loss", "seeds", "front"]
-    headers += ["tokens/s", "MFU", "time", *results.differing]
-    return headers, [_configuration(results, c) for c in results.configurations]
+# -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def _configuration(results: Results, c: Configuration) -> list[str]:
-    marks = [("C", c in results.front_by_flops), ("N", c in results.front_by_parameters)]
-    speed = c.median(lambda run: run.totals.tokens_per_second)
-    cells = [c.family, "-" if c.n_h is None else str(c.n_h), c.shape, count(c.parameters), count(c.tokens), count(c.flops)]
-    cells += [loss(c.training_loss), _mean(c), str(len(c.used)), " ".join(mark for mark, on in marks if on)]
-    cells += ["n/a" if speed is None else count(speed), percent(c.median(lambda run: run.totals.mfu)), duration(c.seconds)]
-    return cells + [str(c.settings[key]) for key in results.differing]
+def count(value: float) -> str:
+    """1_234_567 -> '1.23M'; below 0.01 and from 1e15 on (FLOPs) in powers of ten."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if value >= 1e15 or value < 0.01:
+        return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.3g}")
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
 
 
-def _mean(c: Configuration) -> str:
-    return loss(c.mean) + (f" ± {c.spread:.4f}" if c.spread is not None else "")
+def duration(seconds: float) -> str:
+    """'45 s', '12 min', '3.4 h', '9.1 d'."""
+    for unit, size, least in (("d", 86400, 2), ("h", 3600, 1.5), ("min", 60, 1.5)):
+        if seconds >= least * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
-def runs_table(results: Results) -> Table:
-    """A row for each run, in whatever state."""
-    headers = ["run", "state", "family", "shape", "parameters", "tokens", "seeds", "training loss", "validation loss"]
-    headers += ["tokens/s", "MFU", "time", "skipped steps"]
-    by_run = {id(run): c for c in results.configurations for run in c.runs}
+def _texts(values: pd.Series, form: Any, unknown: str = "n/a") -> list[str]:
+    """`form(value)`, or `unknown` for None and NaN."""
+    return [unknown if pd.isna(value) else form(value) for value in values]
+
+
+def _means(rows: DataFrame) -> list[str]:
+    spreads = _texts(rows["spread"], " ± {:.4f}".format, "")
+    return [mean + spread for mean, spread in zip(_texts(rows["mean"], "{:.4f}".format), spreads, strict=True)]
+
+
+def _estimate(value: Estimate) -> str:
+    return f"{value.value:.3g} [{value.low:.3g}, {value.high:.3g}]"
+
+
+# -- sentences ---------------------------------------------------------------------------------------------------------
+
+
+def summary(results: Results) -> list[str]:
+    """What was read, what is left out of means and fits, and what came out at equal size and tokens."""
+    runs = results.runs
+    by_state = {state: runs[runs["state"] == state] for state in STATES}
+    counts = ", ".join(f"{len(those):,} {state}" for state, those in by_state.items() if len(those))
+    total = "1 run" if len(runs) == 1 else f"{len(runs):,} runs"
+    lines = [f"{total} ({counts}) of {len(results.configurations):,} configurations."]
+    for state in ("diverged", "unfinished", "not started"):
+        those = by_state[state]
+        if len(those):
+            at = [f" (step {step:,} of {steps:,})" if state == "unfinished" else "" for step, steps in those[_STEPS].values]
+            names = ", ".join(map("".join, zip(those["run"][:_NAMED], at, strict=False)))
+            more = f" and {len(those) - _NAMED:,} more" if len(those) > _NAMED else ""
+            lines.append(f"{state.capitalize()}, so in no mean and no fit: {names}{more}.")
+    return lines + list(_verdicts(results))
+
+
+_STEPS = ["step", "steps"]
+
+
+def _verdicts(results: Results) -> Iterator[str]:
+    """For each family and what it is compared with: how often its loss is lower, and how often that can be told apart."""
+    pairs: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for rows in results.comparisons:
+        for row in rows.dropna(subset="against").to_dict("records"):
+            pair = row["family"], results.configurations["family"][row["against"]]
+            pairs.setdefault(pair, []).append((row["difference"], row["verdict"]))
+    for (family, against), found in pairs.items():
+        mean = sum(difference for difference, _ in found) / len(found)
+        lower = sum(difference < 0 for difference, _ in found)
+        clear = {verdict: sum(v == verdict for _, v in found) for verdict in ("lower", "higher")}
+        yield (
+            f"At equal size and tokens {family} has a lower validation loss than {against} in {lower} of {len(found)} "
+            f"comparisons, mean difference {mean:+.4f} {results.unit}; by its {CONFIDENCE_TEXT} interval lower in "
+            f"{clear['lower']}, higher in {clear['higher']}."
+        )
+
+
+def _note(fit: Fit) -> str:
+    """What a reader must know about a fit beside its numbers."""
+    if fit.law is None:
+        return f"Not fitted: {fit.lacks}."
+    notes = []
+    at = [name for name in fit.law.undetermined if fit.law.estimates[name].bound == "value"]
+    reaching = [name for name in fit.law.undetermined if name not in at]
+    if at:
+        notes.append(f"undetermined: {', '.join(at)} at the bound of the search")
+    if reaching:
+        notes.append(f"undetermined: the interval of {', '.join(reaching)} reaches the bound of the search")
+    if fit.left_out:
+        notes.append(f"{fit.left_out} configurations with a higher loss at equal size and tokens left out")
+    return "; ".join(notes) + "." if notes else ""
+
+
+def _minimum(profile: IsoFlop) -> str:
+    """Where an isoFLOP parabola is lowest, in words."""
+    parabola = profile.parabola
+    if parabola.minimum is None:
+        return "none: the parabola opens downwards"
+    if not parabola.inside:
+        side = "below" if parabola.minimum < profile.points["parameters"].min() else "above"
+        return f"outside, {side} the sampled sizes"
+    if parabola.interval is None:
+        return f"{count(parabola.minimum)}, no interval (as many runs as coefficients)"
+    if not math.isfinite(parabola.interval[1]):
+        return f"{count(parabola.minimum)}, undetermined (unbounded interval)"
+    return f"{count(parabola.minimum)} [{count(parabola.interval[0])}, {count(parabola.interval[1])}]"
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def tables(results: Results) -> dict[str, list[tuple[str, DataFrame]]]:
+    """Titles and tables by the name of their section; an isoFLOP section without profiles is empty."""
+    isoflop = [("isoFLOP minima", _isoflop_table(results))] if results.isoflops else []
+    surface = _laws(results.surfaces, ["E", "A", "a", "B", "b"])
+    return {
+        "comparisons": [(_comparison_title(results, rows), _comparison_table(rows)) for rows in results.comparisons],
+        "configurations": [
+            (
+                "configurations (training loss: nats per token, last 5 % of steps; validation loss: "
+                f"{results.unit}, ± standard deviation over seeds; front C: by FLOPs, N: by parameters)",
+                _configurations_table(results),
+            )
+        ],
+        "isoflop": isoflop,
+        "surface": [("L(N, D) = E + A/N^a + B/D^b, 90 % bootstrap intervals", surface)],
+        "compute": [("L(C) = E + A/C^a, 90 % bootstrap intervals", _laws(results.computes, ["E", "A", "a"]))],
+    }
+
+
+def _configurations_table(results: Results) -> DataFrame:
+    rows = results.configurations
+    marks = zip(rows["on_front_by_flops"], rows["on_front_by_parameters"], strict=True)
+    table = {
+        "family": rows["family"],
+        "n_h": _texts(rows["n_h"], str, "-"),
+        "shape": rows["shape"],
+        **{name: rows[name.lower()].map(count) for name in ("parameters", "tokens", "FLOPs")},
+        "training loss": _texts(rows["training_loss"], "{:.4f}".format),
+        "validation loss": _means(rows),
+        "seeds": rows["used"].map(str),
+        "front": [" ".join(mark for mark, on in zip("CN", both, strict=True) if on) for both in marks],
+        **_speeds(rows),
+    }
+    return DataFrame(table | {key: rows[key].map(str) for key in results.differing})
+
+
+def _speeds(rows: DataFrame) -> dict[str, list[str]]:
+    speed, mfu = _texts(rows["tokens_per_second"], count), _texts(rows["mfu"], "{:.1%}".format)
+    return {"tokens/s": speed, "MFU": mfu, "time": _texts(rows["seconds"], duration)}
+
+
+def runs_table(results: Results) -> DataFrame:
+    """One row per run, in whatever state."""
+    rows = results.runs
+    at = [
+        f" at step {step:,} of {steps:,}" if state == "unfinished" else ""
+        for state, step, steps in rows[["state", *_STEPS]].values
+    ]
+    table = {
+        "run": rows["run"],
+        "state": rows["state"] + at,
+        "family": rows["family"],
+        "shape": rows["shape"],
+        "parameters": _texts(rows["parameters"], count),
+        "tokens": _texts(rows["tokens"], count),
+        "seeds": [f"{one}, {other}" for one, other in rows[SEEDS].values],
+        "training loss": _texts(rows["training_loss"], "{:.4f}".format),
+        "validation loss": _texts(rows[LOSSES[results.loss]], "{:.4f}".format),
+        **_speeds(rows),
+        "skipped steps": rows["skipped_steps"].map(str),
+    }
+    shown = DataFrame(table, dtype=object)
+    shown.loc[rows["state"] == "not started", shown.columns[2:]] = ""
+    return shown
+
+
+def _comparison_table(rows: DataFrame) -> DataFrame:
+    """One row per family (and shape) at one size and number of tokens."""
+    between = []
+    for against, low, high, verdict in rows[["against", "low", "high", "verdict"]].values:
+        no_interval = "" if pd.isna(against) else "none: needs scatter of 2 seeds on both sides"
+        between.append(f"[{low:+.4f}, {high:+.4f}] {verdict}" if low <= high else no_interval)
+    table = {
+        "family": rows["family"],
+        "validation loss": _means(rows),
+        "seeds": rows["losses"].map(len).map(str),
+        "difference": _texts(rows["difference"], "{:+.4f}".format, ""),
+        f"{CONFIDENCE_TEXT} interval": between,
+        "compared with": _texts(rows["against_name"], str, ""),
+        "shape": rows["shape"],
+        "parameters": rows["parameters"].map(count),
+        "FLOPs": rows["flops"].map(count),
+    }
+    return DataFrame(table)
+
+
+def _comparison_title(results: Results, rows: DataFrame) -> str:
+    first = rows.iloc[0]
+    others = "".join(f", {key} {first[key]}" for key in results.differing)
+    return f"{count(rows['parameters'].min())} parameters, {count(rows['tokens'].min())} tokens{others}"
+
+
+def _laws(fits: list[Fit], names: list[str]) -> DataFrame:
     rows = []
-    for run in results.runs:
-        if run.facts is None:
-            rows.append([run.name, run.state] + [""] * (len(headers) - 2))
-            continue
-        c, totals = by_run[id(run)], run.totals
-        state = f"{run.state} at step {totals.step:,} of {run.started['steps']:,}" if run.state == "unfinished" else run.state
-        speed = "n/a" if totals.tokens_per_second is None else count(totals.tokens_per_second)
-        row = [run.name, state, c.family, c.shape, count(c.parameters), count(run.tokens), "{}, {}".format(*run.seeds)]
-        row += [loss(totals.training_loss), loss(validation_loss(run, results.loss)), speed, percent(totals.mfu)]
-        rows.append([*row, duration(totals.seconds), str(totals.skipped_steps)])
-    return headers, rows
+    for fit in fits:
+        values = [_estimate(fit.law.estimates[name]) if fit.law else "" for name in names]
+        rows.append([fit.family, str(len(fit.points)), *values, f"{fit.law.error:.2g}" if fit.law else "", _note(fit)])
+    return DataFrame(rows, columns=["family", "configurations", *names, "error of log L", ""])
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """A row for each family (and shape) at one size and number of tokens."""
-    headers = ["family", "validation loss", "seeds", "difference", f"{CONFIDENCE_TEXT} interval", "compared with"]
-    headers += ["shape", "parameters", "FLOPs"]
-    rows = []
-    for row in comparison.rows:
-        c, compared = row.configuration, ["", "", ""]
-        if row.difference is not None and row.against is not None:
-            between = "" if row.interval is None else "[{:+.4f}, {:+.4f}] ".format(*row.interval) + row.verdict
-            same_family = sum(other.configuration.family == row.against.family for other in comparison.rows) > 1
-            against = row.against.family + (f", {row.against.shape}" if same_family else "")
-            compared = [f"{row.difference:+.4f}", between or "none: needs scatter of 2 seeds on both sides", against]
-        size = [c.shape, count(c.parameters), count(c.flops)]
-        rows.append([c.family, _mean(c), str(len(c.losses)), *compared, *size])
-    return headers, rows
-
-
-def comparison_title(comparison: Comparison) -> str:
-    others = "".join(f", {key} {value}" for key, value in comparison.others.items())
-    return f"{count(comparison.parameters)} parameters, {count(comparison.tokens)} tokens{others}"
-
-
-def surface_table(results: Results) -> Table:
-    """L(N, D) of each family."""
-    return _laws(results, ["E", "A", "a", "B", "b"], lambda f: (f.surface, f.surface_lacks, len(f.fitted)))
-
-
-def compute_table(results: Results) -> Table:
-    """L(C) of each family."""
-    return _laws(results, ["E", "A", "a"], lambda f: (f.compute, f.compute_lacks, len(f.compute_points)))
-
-
-def _laws(results: Results, names: list[str], of: Any) -> Table:
-    rows = []
-    for fits in results.fits:
-        law, lacks, configurations = of(fits)
-        values = [estimate(law.estimates[name]) for name in names] if law else [""] * len(names)
-        error = f"{law.error:.2g}" if law else ""
-        rows.append([fits.family, str(configurations), *values, error, fit_note(fits, law, lacks)])
-    return ["family", "configurations", *names, "error of log L", ""], rows
-
-
-def isoflop_table(results: Results) -> Table:
-    """The minimum of each isoFLOP parabola."""
+def _isoflop_table(results: Results) -> DataFrame:
     rows = []
     for profile in results.isoflops:
-        lowest = loss(profile.parabola.loss) if profile.parabola.inside else ""
-        sizes = ", ".join(count(c.parameters) for c in profile.configurations)
-        rows.append([count(profile.budget), profile.family, sizes, minimum(profile), lowest])
-    return ["FLOPs", "family", "sizes", "parameters at the minimum", "loss there"], rows
+        lowest = f"{profile.parabola.loss:.4f}" if profile.parabola.inside else ""
+        sizes = ", ".join(profile.points["parameters"].map(count))
+        rows.append([count(profile.budget), profile.family, sizes, _minimum(profile), lowest])
+    return DataFrame(rows, columns=["FLOPs", "family", "sizes", "parameters at the minimum", "loss there"])
 
 
-def show(title: str, table: Table) -> None:
+def show(title: str, table: DataFrame) -> None:
+    """Print a table."""
     from rich import box
-    from rich.table import Table as RichTable
+    from rich.table import Table
 
-    headers, rows = table
-    shown = RichTable(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for i, header in enumerate(headers):
-        text = i == 0 or header in ("shape", "compared with", "run", "state", "", "front")
+    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for i, header in enumerate(table.columns):
+        text = i == 0 or header in ("shape", "compared with", "", "front")
         shown.add_column(header, justify="left" if text else "right")
-    for row in rows:
+    for row in table.values.tolist():
         shown.add_row(*row)
     print_table(shown)
 
 
 # -- CSV and JSON ------------------------------------------------------------------------------------------------------
 
+_MODEL = {"family": "family", "n_h": "n_h", "layers": "model.num_hidden_layers"}
+_MODEL |= {name: f"model.{name}" for name in ("hidden_size", "num_heads", "head_dim", "intermediate_size")}
+_SIZES = {"parameters": "parameters", "parameters_without_embedding": "without_embedding", "tokens": "tokens", "flops": "flops"}
+_TRAINING_LOSS = {"training_loss_nats_per_token": "training_loss"}
+_SPEED = {"tokens_per_second": "tokens_per_second", "mfu": "mfu", "training_seconds": "seconds"}
+_RUN = {name: name for name in ("run", "folder", "state", "step", "steps")} | _MODEL | _SIZES
+_RUN |= {"vocab_size": "model.vocab_size", "seed": "debug.seed", "data_seed": "data.seed"} | _TRAINING_LOSS
+_RUN |= {"validation_loss_nats_per_token": "validation_loss", "validation_bits_per_byte": "validation_bits_per_byte"} | _SPEED
+_RUN |= {name: name for name in ("skipped_steps", "tokenizer", "fingerprint", "validation_fingerprint", "device")}
+_RUN |= {name: name for name in ("world_size", "git_commit")}
+"""Names of columns of runs.csv, and those of the frame. SI units."""
+
 
 def runs_csv(results: Results) -> bytes:
-    """A row for each run with everything a report knows of it, SI units."""
-    return _csv([_run_values(run) | _settings(results, run) for run in results.runs])
-
-
-def _run_values(run: Run) -> dict[str, Any]:
-    totals, facts = run.totals, run.facts or {}
-    sizes = dict.fromkeys(("parameters", "parameters_without_embedding", "tokens", "flops"))
-    if run.facts is not None:
-        c = Configuration({}, "nats", [run])
-        sizes = dict(zip(sizes, (c.parameters, c.without_embedding, c.tokens, c.flops), strict=True))
-    return {
-        "run": run.name,
-        "folder": run.folder,
-        "state": run.state,
-        "step": totals.step,
-        "steps": facts.get("steps"),
-        **_model_values(Configuration({}, "nats", [run])),
-        **sizes,
-        "vocab_size": run.config.model.vocab_size,
-        "seed": run.config.debug.seed,
-        "data_seed": run.config.data.seed,
-        "training_loss_nats_per_token": totals.training_loss,
-        "validation_loss_nats_per_token": totals.validation_loss,
-        "validation_bits_per_byte": totals.validation_bits_per_byte,
-        "tokens_per_second": totals.tokens_per_second,
-        "mfu": totals.mfu,
-        "training_seconds": totals.seconds,
-        "skipped_steps": totals.skipped_steps,
-        **{key: facts.get(key) for key in ("tokenizer", "fingerprint", "validation_fingerprint", "device", "world_size")},
-        "git_commit": facts.get("git_commit"),
-    }
-
-
-def _settings(results: Results, run: Run) -> dict[str, Any]:
-    c = next((c for c in results.configurations if run in c.runs), None)
-    return {key: c.settings[key] if c else None for key in results.differing if "." in key}
-
-
-def _model_values(c: Configuration) -> dict[str, Any]:
-    model = c.first.config.model
-    return {
-        "family": c.family,
-        "n_h": c.n_h,
-        "layers": model.num_hidden_layers,
-        "hidden_size": model.hidden_size,
-        "num_heads": model.num_heads,
-        "head_dim": model.head_dim,
-        "intermediate_size": model.mlp_size,
-    }
+    """One row per run with everything a report knows about it."""
+    rows = results.runs[list(_RUN.values())].set_axis(list(_RUN), axis=1).map(lambda v: "nan" if v != v else v)
+    for key in results.differing:
+        if "." in key:
+            rows[key] = results.started[key]  # empty for runs that have not started
+    return rows.to_csv(index=False).encode()
 
 
 def configurations_csv(results: Results) -> bytes:
-    """A row for each configuration: means, spreads over seeds, medians of speeds."""
-    return _csv([_configuration_values(results, c) for c in results.configurations])
-
-
-def _configuration_values(results: Results, c: Configuration) -> dict[str, Any]:
-    return {
-        **_model_values(c),
-        "parameters": c.parameters,
-        "parameters_without_embedding": c.without_embedding,
-        "tokens": c.tokens,
-        "flops": c.flops,
-        "training_loss_nats_per_token": c.training_loss,
+    """One row per configuration: means and spreads over seeds, medians of speeds."""
+    rows = results.configurations
+    sizes = {name: rows[column] for name, column in (_MODEL | _SIZES | _TRAINING_LOSS).items()}
+    found = sizes | {
         "loss_unit": results.unit,
-        "validation_loss_mean": c.mean if c.losses else None,
-        "validation_loss_standard_deviation": c.spread,
-        "seeds": len(c.losses),
-        "not_counted": len(c.runs) - len(c.used),
-        "tokens_per_second": c.median(lambda run: run.totals.tokens_per_second),
-        "mfu": c.median(lambda run: run.totals.mfu),
-        "training_seconds": c.seconds,
-        "on_front_by_flops": c in results.front_by_flops,
-        "on_front_by_parameters": c in results.front_by_parameters,
-        **{key: c.settings[key] for key in results.differing},
-        "runs": " ".join(run.name for run in c.runs),
+        "validation_loss_mean": rows["mean"],
+        "validation_loss_standard_deviation": rows["spread"],
+        "seeds": rows["losses"].map(len),
+        "not_counted": rows["names"].map(len) - rows["used"],
+        **{name: rows[column] for name, column in _SPEED.items()},
+        **{name: rows[name] for name in ("on_front_by_flops", "on_front_by_parameters", *results.differing)},
+        "runs": rows["names"].map(" ".join),
     }
-
-
-def _csv(rows: list[dict[str, Any]]) -> bytes:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue().encode()
+    return DataFrame(found).to_csv(index=False).encode()
 
 
 def as_json(results: Results) -> dict[str, Any]:
-    """Fits, profiles and comparisons as numbers; what is not finite is null."""
+    """Fits, profiles and comparisons as numbers; the writer makes null of what is not finite."""
 
-    def law(fits: FamilyFits, name: str) -> dict[str, Any]:
-        found, lacks = getattr(fits, name), getattr(fits, f"{name}_lacks")
-        if found is None:
-            return {"not_fitted": lacks}
-        values = {key: [_finite(v) for v in (e.value, e.low, e.high)] for key, e in found.estimates.items()}
-        return {"estimates": values, "undetermined": found.undetermined, "runs": found.points, "rms_error_of_log": found.error}
+    def law(fit: Fit) -> dict[str, Any]:
+        if fit.law is None:
+            return {"not_fitted": fit.lacks}
+        values = {key: [e.value, e.low, e.high] for key, e in fit.law.estimates.items()}
+        return {
+            "estimates": values,
+            "undetermined": fit.law.undetermined,
+            "runs": fit.law.points,
+            "rms_error_of_log": fit.law.error,
+        }
 
-    return {
-        "loss": results.unit,
-        "fits": {f.family: {"L(N, D)": law(f, "surface"), "L(C)": law(f, "compute")} for f in results.fits},
-        "isoflop": [
-            {
-                "flops": p.budget,
-                "family": p.family,
-                "minimum": p.parabola.minimum if p.parabola.inside else None,
-                "interval": p.parabola.interval and [_finite(end) for end in p.parabola.interval],
-            }
-            for p in results.isoflops
-        ],
-        "comparisons": [
-            {
-                "parameters": row.configuration.parameters,
-                "tokens": row.configuration.tokens,
-                "family": row.configuration.family,
-                "against": row.against.family,
-                "difference": row.difference,
-                "interval": row.interval,
-            }
-            for comparison in results.comparisons
-            for row in comparison.rows
-            if row.against is not None
-        ],
+    isoflop = [
+        {
+            "flops": profile.budget,
+            "family": profile.family,
+            "minimum": profile.parabola.minimum if profile.parabola.inside else None,
+            "interval": profile.parabola.interval,
+        }
+        for profile in results.isoflops
+    ]
+    comparisons = [
+        {
+            **{name: row[name] for name in ("parameters", "tokens", "family")},
+            "against": results.configurations["family"][row["against"]],
+            "difference": row["difference"],
+            "interval": [row["low"], row["high"]] if row["low"] <= row["high"] else None,
+        }
+        for rows in results.comparisons
+        for row in rows.dropna(subset="against").to_dict("records")
+    ]
+    both = zip(results.surfaces, results.computes, strict=True)
+    fits = {surface.family: {"L(N, D)": law(surface), "L(C)": law(compute)} for surface, compute in both}
+    return {"loss": results.unit, "fits": fits, "isoflop": isoflop, "comparisons": comparisons}
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def page(results: Results, figures: dict[Path, str]) -> bytes:
+    """One HTML page that holds its own figures and needs no network; `figures` are captions of PNG files that are there.
+
+    Names and descriptions of runs are text from elsewhere: the template escapes everything it is given.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("titan_dp.studies.report")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    content = {
+        "results": results,
+        "summary": summary(results),
+        "tables": tables(results),
+        "runs": runs_table(results),
+        "confidence": CONFIDENCE_TEXT,
+        "made": f"titan-dp report, {date.today().isoformat()}; {_provenance(results)}.",
+        "figures": {
+            path.name: {"data": base64.b64encode(path.read_bytes()).decode("ascii"), "caption": caption}
+            for path, caption in figures.items()
+        },
     }
+    return environment.get_template("report.html").render(content).encode()
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _provenance(results: Results) -> str:
+    """Tokenizers, validation texts, commits and machines of the runs."""
+    started = results.started
+    parts = {
+        "tokenizer": results.tokenizers,
+        "validation text": started["validation_fingerprint"].dropna().str[:12],
+        "commit": started["git_commit"].fillna("unknown").str[:12],
+        "trained on": started["world_size"].map(str) + " x " + started["device"],
+    }
+    return "; ".join(f"{name} {', '.join(sorted(set(values))) or 'none'}" for name, values in parts.items())
