@@ -6,12 +6,12 @@ meta device or by the closed forms below, which are written down here a second t
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from titan_dp.errors import run_main
 from titan_dp.model.size import model_size
 from titan_dp.model.transformer import build_model
 from titan_dp.studies import shapes as matching
+from titan_dp.studies.sweep_file import load_sweep
 
 PAPER_RECIPE = str(config_folder() / "base" / "paper.toml")
 KNOBS = ["heads", "head_dim", "intermediate_size", "hidden_size"]
@@ -144,17 +145,6 @@ def check_grid(c: config.Model, multiple: int = 64) -> None:
 # -- within tolerance, on the grid -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", KNOBS)
-@pytest.mark.parametrize("target", ["3.1M", "10M", "47M", "213M", "805M", "10B"])
-def test_every_model_is_within_a_quarter_percent_of_the_target_and_on_the_grid(target: str, by: str, match: Match) -> None:
-    models = match("--params", target, "--num-householder", "1,2,3", "--by", by).models
-    assert [c.num_householder for c in models] == [1, 2, 3]
-    assert max(deviations(models, float(config.parse_count(target)))) <= 0.0025  # type: ignore[arg-type]
-    assert len({c.num_hidden_layers for c in models}) == 1
-    for c in models:
-        check_grid(c)
-
-
 @pytest.mark.parametrize("target", [1_000_000, 1_800_000, 5_000_000])
 def test_a_small_vocabulary_reaches_small_targets(target: int, match: Match) -> None:
     models = match("--params", str(target), "--model.vocab_size", "512").models
@@ -163,13 +153,13 @@ def test_a_small_vocabulary_reaches_small_targets(target: int, match: Match) -> 
 
 
 @given(
-    size=st.floats(6.8, 9).map(lambda x: round(10**x)),
+    size=st.floats(6.5, 10).map(lambda x: round(10**x)),
     by=st.sampled_from(KNOBS),
     steps=st.lists(st.integers(1, 8), min_size=1, max_size=3, unique=True),
     gated=st.sampled_from(["no", "yes", "both"]),
 )
 @examples(
-    max_examples=12,
+    max_examples=16,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     derandomize=True,
@@ -181,6 +171,7 @@ def test_whatever_is_asked_for_is_matched_or_refused(size: int, by: str, steps: 
         assume(False)
     gates = {"no": [False], "yes": [True], "both": [False, True]}[gated]
     assert [(c.num_householder, c.use_forget_gate) for c in answer.models] == [(n, gate) for n in steps for gate in gates]
+    assert len({c.num_hidden_layers for c in answer.models}) == 1
     for c in answer.models:
         check_grid(c)
         assert abs(closed_parameters(c) / size - 1) <= 0.0025
@@ -199,7 +190,7 @@ def shapes_within(c: config.Model, target: int, tolerance: float) -> list[config
     return found
 
 
-@pytest.mark.parametrize("target", [5_000_000, 10_000_000, 13_000_000, 31_000_000])
+@pytest.mark.parametrize("target", [5_000_000, 13_000_000])
 def test_the_deviation_is_within_a_tenth_of_a_percent_where_a_search_nearby_finds_such_a_shape(
     target: int, match: Match
 ) -> None:
@@ -343,13 +334,6 @@ def test_the_preset_is_the_papers_nine_models(match: Match) -> None:
         assert int(without_embedding.replace(",", "")) == PAPER[name] - 32000 * width
 
 
-@pytest.mark.parametrize("name", PAPER_SHAPES)
-def test_the_papers_models_are_as_large_as_the_authors_say(name: str) -> None:
-    width, heads, n, mlp = PAPER_SHAPES[name]
-    shape = {"hidden_size": width, "num_heads": heads, "num_householder": n, "intermediate_size": mlp}
-    assert built_parameters(config.Model(num_hidden_layers=24, **shape)) == PAPER[name]  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("name", ["213m", "800m"])
 def test_solving_for_the_width_on_a_grid_of_4_finds_the_authors_widths(name: str, match: Match) -> None:
     width, heads, n, mlp = PAPER_SHAPES[name]
@@ -487,7 +471,26 @@ def test_the_largest_target_is_found_among_a_few_thousand_shapes(
 
 
 @pytest.mark.parametrize("arguments", ["--params 1e18", "--params 30M --multiple 1e15"])
-def test_absurd_numbers_are_answered_too(arguments: str, root: Path) -> None:
-    command = [sys.executable, "-m", "titan_dp.cli", "match", *arguments.split()]
-    answer = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, check=False)
-    assert answer.returncode == 2
+def test_absurd_numbers_are_answered_too(arguments: str, match: Match) -> None:
+    assert match(*arguments.split()).message
+
+
+# -- what must not change ----------------------------------------------------------------------------------------------
+
+SHAPES = {  # sha256 of all cells' shapes, its first 16 digits
+    "cpu_study": "69db5e8464099b19",
+    "figure10": "e7e835fa51a1dc94",
+    "householder_head_dim": "9374f14fad10a999",
+    "isoflop": "ff6782c35729fb71",
+    "paper": "e6c9bd3100f21029",
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_shipped_sweeps_keep_their_shapes(name: str) -> None:
+    """A cell is its configuration: with other shapes nobody's folders of a started sweep would be its runs any more."""
+    keys = ("num_hidden_layers", "hidden_size", "num_heads", "head_dim", "intermediate_size")
+    keys += ("num_householder", "use_forget_gate")
+    cells = load_sweep(Path(f"{name}.toml")).cells
+    found = [[cell.name, *(getattr(cell.config.model, key) for key in keys)] for cell in cells]
+    assert hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] == SHAPES[name]

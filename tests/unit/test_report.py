@@ -179,7 +179,7 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no files": (lambda run: [path.unlink() for path in run.iterdir()], "is not a run folder"),
     "no configuration": (lambda run: (run / "config.toml").unlink(), "is not a run folder: it has no config.toml"),
     "no TOML": (lambda run: (run / "config.toml").write_text("[model"), "is not a configuration of this program"),
-    "unknown keys": (lambda run: (run / "config.toml").write_text("[model]\nwidth = 3\ndepth = 4\n"), "2 problems, the first"),
+    "unknown keys": (lambda run: (run / "config.toml").write_text("[model]\nwidth = 3\ndepth = 4\n"), "problems, the first"),
     "a wrong value": (lambda run: (run / "config.toml").write_text("[training]\nsteps = -1\n"), "steps"),
     "no run.json": (lambda run: (run / "run.json").unlink(), "has metrics.jsonl but no run.json"),
     "run.json cut off": (lambda run: edited(run / "run.json", lambda text: text[:40]), "run.json is no record of a run"),

@@ -2,9 +2,9 @@
 
     titan-dp match --params 805M --num-householder 1,2,3,4 --by heads --gated both
 
-The solving is shapes.py's; here are the options, and the table people choose from. Everything that is no shape (vocabulary,
-convolution, head_dim where it is not the knob) comes from a config; `--model.KEY VALUE` overrides it, and a shape
-setting given that way is kept as it is.
+shapes.py does the solving; here are the options, and the table people choose from. Everything that is not a shape
+(vocabulary, convolution, head_dim if it is not the knob) comes from a config. `--model.KEY VALUE` overrides it, and a shape
+setting given that way is kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PAPER = [f"{size}{partner}" for size in PAPER_SIZES for partner in ("_nh1", "", 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--params", type=count, metavar="N", help="parameters of every model, embedding included: 805M, 1.3B")
-    what.add_argument("--flops", type=count, metavar="N", help="model FLOPs a token, forward and backward: 5G")
+    what.add_argument("--flops", type=count, metavar="N", help="model FLOPs per token, forward and backward: 5G")
     what.add_argument("--preset", choices=["paper"], help="the paper's nine language models as they were trained")
     parser.add_argument(
         "--num-householder", type=householder_list, default=[1, 2, 3], metavar="LIST", help="n_h of the models (default: 1,2,3)"
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="NAME",
-        help="config with the proportions and all that is no shape; its depth is kept (default: the paper's, of any depth)",
+        help="config with the proportions and all that is not a shape; its depth is kept (default: the paper's, of any depth)",
     )
     about = "settings of the model as for train.py (--model.vocab_size 50304); a shape given so (--model.head_dim 64) is kept"
     take_settings(parser, about)
@@ -94,7 +94,7 @@ def solve(args: argparse.Namespace, gates: list[bool]) -> tuple[list[config.Mode
     if clash := set(given) & {"model.num_householder", "model.use_forget_gate"}:
         raise UserError(f"--{min(clash)} sets what is compared; use --num-householder and --gated")
     if loaded.model.mixer == "gla" and args.num_householder != [1]:
-        raise UserError("a model with mixer = 'gla' takes one step a token: give --num-householder 1")
+        raise UserError("a model with mixer = 'gla' takes one step per token: give --num-householder 1")
     pinned = frozenset(key for key in SHAPE_KEYS if f"model.{key}" in given)
     rule = Rule(args.by, "parameters" if args.params else "flops", args.multiple, args.tolerance)
     target, seq_len = args.params or args.flops, loaded.training.seq_len
@@ -113,13 +113,13 @@ def solve(args: argparse.Namespace, gates: list[bool]) -> tuple[list[config.Mode
 
 
 def _at_some_depth(solved: Callable[[Variant], list[config.Model]], base: Variant) -> list[config.Model]:
-    """`solved` at the base's depth, or where that has no solution at one or two layers less or more."""
+    """`solved` at the base's depth, or if that has no solution at one or two layers less or more."""
     first: UserError | None = None
     for more in (0, -1, 1, -2, 2):
         layers = base.model.num_hidden_layers + more
         if layers > 0:
             try:
-                return solved(Variant(base.model.model_copy(update={"num_hidden_layers": layers}), base.pinned))
+                return solved(base.deep(layers))
             except UserError as error:
                 first = first or error
     assert first is not None
@@ -131,8 +131,19 @@ def _print_table(models: Sequence[config.Model], targets: Sequence[int], quantit
 
     table = Table(title="model FLOPs are forward + backward; memory is parameters, gradients and AdamW in float32, unsharded")
     table.add_column("model", no_wrap=True)
-    names = ("layers", "width", "heads", "MLP", "parameters", "off", "w/o embedding", "GFLOPs a token", "matmul", "recurrence")
-    for name in (*names, "state a layer", "memory"):
+    names = (
+        "layers",
+        "width",
+        "heads",
+        "MLP",
+        "parameters",
+        "off",
+        "w/o embedding",
+        "GFLOPs per token",
+        "matmul",
+        "recurrence",
+    )
+    for name in (*names, "state per layer", "memory"):
         table.add_column(name, justify="right")
     for model, target in zip(models, targets, strict=True):
         size = model_size(model, seq_len)
@@ -156,10 +167,9 @@ def _print_table(models: Sequence[config.Model], targets: Sequence[int], quantit
 
 
 def _print_differences(models: Sequence[config.Model], by: str) -> None:
-    """Say so where the models differ in more than the knob."""
-    shared = {"width": "hidden_size", "MLP": "intermediate_size"} | (
-        {} if by in ("heads", "head_dim") else {"heads": "num_heads"}
-    )
+    """Say so if the models differ in more than the knob."""
+    shared = {"width": "hidden_size", "MLP": "intermediate_size"}
+    shared |= {} if by in ("heads", "head_dim") else {"heads": "num_heads"}
     ranges = []
     for name, key in shared.items():
         values = sorted({getattr(model, key) for model in models})
@@ -173,14 +183,6 @@ def _print_differences(models: Sequence[config.Model], by: str) -> None:
 def _print_settings(models: Sequence[config.Model]) -> None:
     """The settings of each model as train.py takes them."""
     print("\nto train one, add its settings to train.py's:")
-    keys = (
-        "num_hidden_layers",
-        "hidden_size",
-        "num_heads",
-        "head_dim",
-        "intermediate_size",
-        "num_householder",
-        "use_forget_gate",
-    )
     for model in models:
-        print("  " + " ".join(f"--model.{key} {to_toml(getattr(model, key))}" for key in keys))
+        values = {key: getattr(model, key) for key in (*SHAPE_KEYS, "num_householder", "use_forget_gate")}
+        print("  " + " ".join(f"--model.{key} {to_toml(value)}" for key, value in values.items()))
