@@ -459,6 +459,7 @@ def test_every_run_and_every_configuration_is_a_row_of_its_csv(written: Path) ->
     runs, configurations = rows(written / "runs.csv"), rows(written / "configurations.csv")
     assert sorted(row["state"] for row in runs) == ["diverged"] + ["finished"] * 12 + ["unfinished"]
     assert next(row for row in runs if row["run"] == "broken")["validation_loss_nats_per_token"] == "nan"
+    assert {row["n_h"] for row in runs} == {row["n_h"] for row in configurations} == {"", "1", "2"}
     first = next(row for row in configurations if (row["n_h"], row["hidden_size"]) == ("1", "64"))
     assert int(first["parameters"]) - int(first["parameters_without_embedding"]) == 320 * 64
     assert float(first["validation_loss_standard_deviation"]) == pytest.approx(0.003 / math.sqrt(2))

@@ -167,13 +167,8 @@ def _surface_lacks(fitted: DataFrame) -> str:
 
 def _problem(points: DataFrame, sizes: list[str]) -> tuple[list[Any], Any, Any]:
     """Arguments of `fit_power_law` for every run of `points`."""
-    runs = _by_run(points)
+    runs = points.explode("losses")  # one row per run
     return [runs[size].to_numpy(float) for size in sizes], runs["losses"].to_numpy(float), pd.factorize(runs.index)[0]
-
-
-def _by_run(points: DataFrame) -> DataFrame:
-    """One row per run, with its loss in "losses" instead of a list of them."""
-    return points.explode("losses")
 
 
 def isoflops(configurations: DataFrame) -> list[IsoFlop]:
@@ -184,7 +179,7 @@ def isoflops(configurations: DataFrame) -> list[IsoFlop]:
             sized = clusters(members, "parameters", SAME_SIZE)
             if len(sized) >= _DISTINCT:
                 points = members.loc[[best(same) for same in sized]]
-                runs = _by_run(points)
-                parabola = fit_parabola(runs["parameters"].to_numpy(float), runs["losses"].to_numpy(float))
+                (sizes,), losses, _ = _problem(points, ["parameters"])
+                parabola = fit_parabola(sizes, losses)
                 found.append(IsoFlop(family, float(budget["flops"].mean()), points, parabola))
     return found

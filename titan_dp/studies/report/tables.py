@@ -276,7 +276,9 @@ _RUN |= {name: name for name in ("world_size", "git_commit")}
 
 def runs_csv(results: Results) -> bytes:
     """One row per run with everything a report knows about it."""
-    rows = results.runs[list(_RUN.values())].set_axis(list(_RUN), axis=1).map(lambda v: "nan" if v != v else v)
+    values = results.runs[list(_RUN.values())].to_numpy().tolist()
+    values = [["nan" if value != value else value for value in row] for row in values]
+    rows = DataFrame(values, columns=list(_RUN), dtype=object)  # or pandas writes 100.0 for the integers beside an unknown one
     for key in results.differing:
         if "." in key:
             rows[key] = results.started[key]  # empty for runs that have not started
