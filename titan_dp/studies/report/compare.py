@@ -130,7 +130,7 @@ def compare(configurations: DataFrame) -> list[DataFrame]:
 
     The rows of a set are configurations. "against" is the label of the one that a row is compared with, None for that one
     itself; "difference" is that of the mean losses; "low" and "high" are the ends of its interval, NaN without one; "verdict"
-    is the interval in words; "against_name" is what tables call the other configuration.
+    is the interval in words; "against_family" and "against_name" are what the other one is called.
     """
     measured, found = configurations.dropna(subset="mean"), []
     others = [key for key in _DECIDING if key not in _FREE]
@@ -152,8 +152,13 @@ def _compared(row: Series, equal: DataFrame) -> dict[str, Any]:
     verdict = "lower" if high < 0 else "higher" if low > 0 else "not told apart" if low <= high else ""
     several = (equal["family"] == other["family"]).sum() > 1
     name = other["family"] + (f", {other['shape']}" if several else "")
-    difference = row["mean"] - other["mean"]
-    return {"against": label, "difference": difference, "low": low, "high": high, "verdict": verdict, "against_name": name}
+    found = {
+        "against": label,
+        "against_family": other["family"],
+        "against_name": name,
+        "difference": row["mean"] - other["mean"],
+    }
+    return found | {"low": low, "high": high, "verdict": verdict}
 
 
 def _reference(row: Series, equal: DataFrame) -> Any:

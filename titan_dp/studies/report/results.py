@@ -90,6 +90,12 @@ class Results:
         return self.runs[self.runs["state"] != "not started"]
 
     @property
+    def compared(self) -> DataFrame:
+        """Those rows of all comparisons that are compared with another."""
+        none = DataFrame(columns=["against", "family", "against_family"])
+        return pd.concat(self.comparisons or [none]).dropna(subset="against")
+
+    @property
     def tokenizers(self) -> list[str]:
         return sorted(self.started["tokenizer"].unique())
 

@@ -23,6 +23,7 @@ from titan_dp.studies.report.read import STATES
 from titan_dp.studies.report.results import Fit, IsoFlop, Results
 
 _NAMED = 5  # runs in a sentence; the tables name all
+_STEPS = ["step", "steps"]
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
@@ -81,24 +82,14 @@ def summary(results: Results) -> list[str]:
     return lines + list(_verdicts(results))
 
 
-_STEPS = ["step", "steps"]
-
-
 def _verdicts(results: Results) -> Iterator[str]:
     """For each family and what it is compared with: how often its loss is lower, and how often that can be told apart."""
-    pairs: dict[tuple[str, str], list[tuple[float, str]]] = {}
-    for rows in results.comparisons:
-        for row in rows.dropna(subset="against").to_dict("records"):
-            pair = row["family"], results.configurations["family"][row["against"]]
-            pairs.setdefault(pair, []).append((row["difference"], row["verdict"]))
-    for (family, against), found in pairs.items():
-        mean = sum(difference for difference, _ in found) / len(found)
-        lower = sum(difference < 0 for difference, _ in found)
-        clear = {verdict: sum(v == verdict for _, v in found) for verdict in ("lower", "higher")}
+    for (family, against), rows in results.compared.groupby(["family", "against_family"], sort=False):
+        found, verdicts = rows["difference"], rows["verdict"].tolist()
         yield (
-            f"At equal size and tokens {family} has a lower validation loss than {against} in {lower} of {len(found)} "
-            f"comparisons, mean difference {mean:+.4f} {results.unit}; by its {CONFIDENCE_TEXT} interval lower in "
-            f"{clear['lower']}, higher in {clear['higher']}."
+            f"At equal size and tokens {family} has a lower validation loss than {against} in {(found < 0).sum()} of "
+            f"{len(found)} comparisons, mean difference {found.mean():+.4f} {results.unit}; by its {CONFIDENCE_TEXT} interval "
+            f"lower in {verdicts.count('lower')}, higher in {verdicts.count('higher')}."
         )
 
 
@@ -328,12 +319,11 @@ def as_json(results: Results) -> dict[str, Any]:
     comparisons = [
         {
             **{name: row[name] for name in ("parameters", "tokens", "family")},
-            "against": results.configurations["family"][row["against"]],
+            "against": row["against_family"],
             "difference": row["difference"],
             "interval": [row["low"], row["high"]] if row["low"] <= row["high"] else None,
         }
-        for rows in results.comparisons
-        for row in rows.dropna(subset="against").to_dict("records")
+        for row in results.compared.to_dict("records")
     ]
     both = zip(results.surfaces, results.computes, strict=True)
     fits = {surface.family: {"L(N, D)": law(surface), "L(C)": law(compute)} for surface, compute in both}
