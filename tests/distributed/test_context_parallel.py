@@ -103,19 +103,14 @@ def results(model: Transformer, tokens: Tensor, labels: Tensor, cu_seqlens: Tens
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
-def distance(got: dict[str, Tensor], expected: dict[str, Tensor], floor: float) -> float:
-    """The largest error relative to a gradient's largest entry, or to `floor` of the model's largest where that is more."""
-    least = floor * max(float(x.abs().max()) for name, x in expected.items() if name != "loss")
-    return max(float((got[name] - x).abs().max() / max(x.abs().max(), least)) for name, x in expected.items())
+def distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest error relative to the largest entry; a gradient that is all but zero counts as 1e-3 of the largest."""
+    floor = 1e-3 * max(float(x.abs().max()) for name, x in expected.items() if name != "loss")
+    return max(float((got[name] - x).abs().max() / max(x.abs().max(), floor)) for name, x in expected.items())
 
 
-FLOOR = {torch.float64: 1e-3, torch.float32: 0.1}
-"""dt_bias and A_log add terms of all tokens up that cancel: what is left, 0.4 % of the largest gradient, has the terms'
-rounding errors, so in float32 an order of addition (8 segments for one) may change it by 3e-5."""
-
-
-def errors(names: list[str], dtype: torch.dtype, seed: int) -> dict[str, tuple[float, float]]:
-    """Of each case, on rank 0 alone: how far the ranks are from one rank, and how far one rank is from float64."""
+def errors(names: list[str], dtype: torch.dtype, seed: int) -> dict[str, float]:
+    """How far the ranks are from one rank in each case, on rank 0 alone."""
     found = {}
     for name in names:
         case, (tokens, labels) = CASES[name], batch(seed)
@@ -128,25 +123,24 @@ def errors(names: list[str], dtype: torch.dtype, seed: int) -> dict[str, tuple[f
         if dist.get_rank() == 0:
             one = results(model_of(case, dtype), tokens, labels, cu_seqlens)
             assert got.keys() == one.keys(), name
-            wide = model_of(case, dtype).double()
-            exact = one if dtype == torch.float64 else results(wide, tokens, labels, cu_seqlens)
-            found[name] = distance(got, one, FLOOR[dtype]), distance(one, exact, FLOOR[dtype])
+            found[name] = distance(got, one)
     return found
 
 
-ILL_CONDITIONED = 4
-"""In float32 a result may be so much further from one rank's than that is from float64, where that is more than 1e-5."""
-
-
-@pytest.mark.parametrize(("world_size", "dtypes"), [(2, ["float64", "float32"]), (4, ["float32"]), (8, ["float32"])])
-def test_loss_and_every_gradient_are_those_of_one_rank(world_size: int, dtypes: list[str]) -> None:
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_loss_and_every_gradient_are_those_of_one_rank(world_size: int) -> None:
     seed = int(torch.randint(1 << 30, ()))
     names = list(CASES) if world_size < 8 else [name for name in CASES if name in EIGHT]
-    for dtype in dtypes:
-        found = run_ranks(world_size, errors, names, getattr(torch, dtype), seed)[0]
-        limits = {name: 1e-11 if dtype == "float64" else max(1e-5, ILL_CONDITIONED * one) for name, (_, one) in found.items()}
-        wrong = {name: error for name, (error, _) in found.items() if not error < limits[name]}
-        assert not wrong, (dtype, seed, wrong)
+    found = run_ranks(world_size, errors, names, torch.float64, seed)[0]
+    assert not {name: error for name, error in found.items() if not error < 1e-10}, seed
+
+
+def test_in_float32_they_are_as_near_as_an_ill_conditioned_draw_lets_them_be() -> None:
+    """Another order of addition changes float32's last digit, and a norm of a small output or a sum of terms that cancel makes
+    up to 3e-5 of it. What is wrong in more than an order shows in float64."""
+    seed = int(torch.randint(1 << 30, ()))
+    found = run_ranks(2, errors, list(CASES), torch.float32, seed)[0]
+    assert not {name: error for name, error in found.items() if not error < 1e-3}, seed
 
 
 def exchanged(case: dict[str, Any], lengths: list[int], mode: str = "none") -> list[dict[str, int]]:
@@ -207,7 +201,7 @@ def test_it_composes_with_fsdp_hsdp_and_activation_checkpointing() -> None:
             expected = results(one, *batch(5 + i), torch.tensor(DOCUMENTS, dtype=torch.int32))
         del expected["loss"]
         for mode, gradients in zip(modes, run_ranks(world_size, sharded, replicate, modes, 5)[0], strict=True):
-            assert distance(gradients, expected, FLOOR[torch.float32]) < 2e-5, (world_size, mode)
+            assert distance(gradients, expected) < 2e-5, (world_size, mode)
 
 
 def compiled(case: dict[str, Any]) -> tuple[float, int, int]:
@@ -229,7 +223,7 @@ def compiled(case: dict[str, Any]) -> tuple[float, int, int]:
         got = results(model, segment(tokens), segment(labels), documents)
         found.append({clean(name): value for name, value in got.items()})
     breaks = sum(counters["graph_break"].values())
-    return distance(found[1], found[0], FLOOR[torch.float32]), counters["stats"]["unique_graphs"], breaks
+    return distance(found[1], found[0]), counters["stats"]["unique_graphs"], breaks
 
 
 def test_a_compiled_block_stays_one_graph() -> None:

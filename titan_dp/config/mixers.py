@@ -13,10 +13,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from titan_dp.config.schema import Model
+Model = Any
+"""The section [model]: schema.Model, whose file imports this one."""
 
 
 @dataclass(frozen=True)

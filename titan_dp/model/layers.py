@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_dp.distributed import local_tensor
-
-if TYPE_CHECKING:
-    from titan_dp.model.context_parallel import ContextParallel
 
 
 class Initializer:
@@ -157,8 +154,8 @@ class TokenMixer(nn.Module):
 
     o_proj: nn.Linear
     """What every mixer ends with."""
-    context: ContextParallel | None = None
-    """This rank's place, if ranks share rows and x is a segment of them."""
+    context: Any = None
+    """This rank's place (`ContextParallel`, whose file imports this one), if ranks share rows and x is a segment of them."""
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         return self.mix(x, packing)[0]
