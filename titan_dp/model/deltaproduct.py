@@ -146,7 +146,8 @@ class MatrixStateMixer(TokenMixer):
         if self.q_conv1d is None:
             return self._project(x, packing, None)
         context, halo = self.context, self.q_conv1d.weight.shape[-1] - 1
-        inputs, _, taken = self._project(*context.prepend_halo(x, packing, halo), None)
+        x, longer = context.prepend_halo(x, packing, halo)
+        inputs, _, taken = self._project(x, longer, None)
         own = [None if y is None else context.drop_halo(y, packing, halo) for y in (*inputs, taken)]
         return type(inputs)(*own[:-1]), (), own[-1]
 
