@@ -21,6 +21,7 @@ import socket
 import struct
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from titan_dp.errors import EXIT_STOPPED, STOPPED_FILE
@@ -59,8 +60,9 @@ def main(argv: list[str]) -> int:
             code = error.get_first_failure()[1].exitcode  # negative: killed by that signal
             code = code if code >= 0 else 128 - code
             if args.log_dir:
-                Path(args.log_dir).mkdir(parents=True, exist_ok=True)
-                (Path(args.log_dir) / "exit_code").write_text(f"{code}\n")
+                with suppress(OSError):  # a full disk must not take the code itself away
+                    Path(args.log_dir).mkdir(parents=True, exist_ok=True)
+                    (Path(args.log_dir) / "exit_code").write_text(f"{code}\n")
             if code != EXIT_STOPPED:
                 print(error, file=sys.stderr, flush=True)
             return code

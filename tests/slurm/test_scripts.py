@@ -89,6 +89,16 @@ def test_the_launcher_leaves_with_the_exit_code_of_what_it_launched(
     assert "Traceback" not in result.stderr
 
 
+def test_logs_that_cannot_be_written_do_not_take_the_exit_code_away(root: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import shutil, sys\nshutil.rmtree({str(tmp_path / 'logs')!r})\n"
+        f"open({str(tmp_path / 'logs')!r}, 'w').close()\nsys.exit(2)\n"
+    )
+    launcher = (sys.executable, "launch/torchrun.py", "--standalone", "--nproc-per-node=1", f"--log-dir={tmp_path / 'logs'}")
+    assert run(root, *launcher, script).returncode == 2
+
+
 def signalled(root: Path, tmp_path: Path, site: str, script: str, when: str) -> int:
     """Exit code of the launcher if SIGTERM reaches it when it has printed `when`; `site` runs before everything in it."""
     (tmp_path / "sitecustomize.py").write_text(site)

@@ -30,6 +30,16 @@ def test_the_command_line_beats_the_file_beats_its_base_beats_the_defaults(folde
     }
 
 
+def test_a_wrong_value_is_refused_although_a_later_source_replaces_it(folder: Folder) -> None:
+    folder.write(MINIMAL.replace("[training]", '[optimizer]\nlr = "x"\n[training]'), "base.toml")
+    for text in ('extends = "base.toml"\n[optimizer]\nlr = 0.1\n', 'extends = "base.toml"\n'):
+        (problem,) = folder.problems(text, "--optimizer.lr", "0.1")
+        assert problem.endswith('optimizer.lr = "x": expected number > 0')
+    assert folder.problems(MINIMAL, "--optimizer.lr", "-1", "--optimizer.lr", "1") == [
+        "command line: optimizer.lr = -1: expected number > 0"
+    ]
+
+
 def test_steps_of_a_higher_source_replace_the_tokens_of_a_lower_one_and_the_reverse(
     folder: Folder,
 ) -> None:
@@ -226,6 +236,12 @@ def test_the_words_of_torchtitan_and_flame_are_translated(folder: Folder) -> Non
         "model.n_heads": "model.num_heads",
         "model.use_gate": "model.use_output_gate",
         "model.flavor": "model.hidden_size",
+        "model.dim": "set model.hidden_size",
+        "model.n_layer": "set model.num_hidden_layers",
+        "model.num_kv_heads": "set model.attention_num_kv_heads",
+        "model.expand_k": "set model.head_dim",
+        "training.save_steps": "set checkpoint.interval",
+        "optimizer.betas": "optimizer.beta1 and optimizer.beta2",
         "job.config_file": "--config",
     }
     problems = folder.problems("".join(f"{key} = 1\n" for key in means))

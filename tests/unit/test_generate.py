@@ -275,3 +275,10 @@ def test_a_sample_is_the_continuation_or_says_why_there_is_none(checkpoint: Path
     title, why = sample_text(tmp_path, cpu, c, 3)
     assert title == "no sample"
     assert "holds no committed checkpoint" in why
+
+
+def test_code_that_cannot_be_loaded_when_a_run_ends_is_no_reason_to_fail_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "titan_dp.inference.pretrained", None)
+    title, why = sample_text(Path("unused"), torch.device("cpu"), config.Generate(), 3)
+    assert title == "no sample"
+    assert "titan_dp.inference.pretrained" in why

@@ -203,6 +203,11 @@ def test_lines_that_are_not_records_are_counted_except_the_last(line: str) -> No
     assert parse_records(f"{whole}\n{line}".encode()) == ([record], 0)
 
 
+def test_torn_lines_are_never_put_together_to_records() -> None:
+    """Three lines that joined by commas are three records."""
+    assert parse_records(b'{"step": 1},{"step": 2}\n{"step": 3, "a": 1\n"b": 2}\n') == ([], 2)
+
+
 def test_null_and_nan_in_a_record_are_a_number_that_was_not_finite(tmp_path: Path) -> None:
     for value in ("null", "NaN"):
         record = parsed_record(f'{{"step": 1, "loss": {value}}}')

@@ -310,6 +310,7 @@ REFUSALS: list[tuple[str, dict[str, list[Any]], str]] = [
     ('mach = "heads"', {"seed": [1]}, "study.toml:3: unknown key sweep.mach; did you mean sweep.match?"),
     ('match = "head"', {"seed": [1]}, 'study.toml:3: sweep.match = "head": expected "heads" or "head_dim" or'),
     ('name = "../up"', {"seed": [1]}, 'sweep.name = "../up": expected name of letters, digits'),
+    (f"match = 'heads'\nmultiple = {10**20}", {"seed": [1]}, f"sweep.multiple = {10**20}: expected integer > 0"),
     ("multiple = 0", {"seed": [1]}, "sweep.multiple = 0: expected integer > 0"),
     ("tolerance = 20.0", {"seed": [1]}, "sweep.tolerance = 20.0: expected number > 0 and <= 5"),
     ("cells = [3]", {"seed": [1]}, "sweep.cells = [3]: expected list of tables"),

@@ -4,7 +4,7 @@
 
 Each source becomes a flat list of settings (dotted key, value, origin). They are merged, later ones win, and validated
 once, by the schema. Nothing is dropped in silence: keys that do not exist, values of the wrong type and broken rules are
-reported at once, each with its file and line, in one UserError.
+reported at once, each with its file and line, in one UserError. A file that cannot be read is reported alone.
 What needs data, devices or the number of ranks is checked where those are known.
 """
 
@@ -351,8 +351,11 @@ def build_config(settings: list[Setting], problems: Iterable[str] = ()) -> tuple
     for setting in settings:  # in their order, unknown keys and wrong values alike
         if setting.key not in all_keys():
             lines.append(f"{setting.origin}: unknown key {shorten(setting.key)}; {explain_unknown(setting.key)}")
-        elif setting.key in wrong and setting is known.get(setting.key):
-            lines.append(_refusal(setting, all_keys()[setting.key]))
+            continue
+        key = all_keys()[setting.key]
+        # One that a later source overrides was not validated with the others.
+        if setting.key in wrong if setting is known.get(setting.key) else not key.accepts(setting.value):
+            lines.append(_refusal(setting, key))
     allowed = known.get("checkpoint.allow_changed")
     if allowed is not None and allowed.key not in wrong:
         for name in (name for name in allowed.value if name not in all_keys()):  # type: ignore[attr-defined]  # a list
@@ -379,7 +382,12 @@ def build_section(kind: type[AnySection], name: str, settings: list[Setting]) ->
             lines.append(_refusal(setting, key))
     if lines:
         raise _refused(lines)
-    return kind.model_validate(_nested({setting.key: setting for setting in settings}).get(name, {}))
+    by_key = {setting.key: setting for setting in settings}
+    try:
+        return kind.model_validate(_nested(by_key).get(name, {}))
+    except ValidationError as error:  # what a type alone does not tell: an integer that TOML cannot hold
+        wrong = {f"{name}.{mistake['loc'][0]}" for mistake in error.errors() if mistake["loc"]}
+        raise _refused([_refusal(setting, keys[key]) for key, setting in by_key.items() if key in wrong]) from error
 
 
 def _nested(settings: dict[str, Setting]) -> dict[str, Any]:

@@ -69,13 +69,17 @@ def run(args: argparse.Namespace) -> int:
         return 0
     title = f"{loaded.run_name}: estimate for {args.nproc:,} x {result.device}"
     print_table(_table(title, loaded, args.nproc, result.batch, result))
+    _print_assumptions(result)
+    return 0
+
+
+def _print_assumptions(result: Estimate) -> None:
     for line in result.notes:
         print(f"note: {line}")
     if result.assumptions:
         print("The time and MFU are predicted, not measured, assuming that")
         for line in result.assumptions:
             print(f"  - {line}")
-    return 0
 
 
 def dry_run(loaded: Loaded) -> None:
@@ -97,7 +101,9 @@ def dry_run(loaded: Loaded) -> None:
     if not MIXERS[c.model.mixer].is_loop:  # followed operator by operator, a loop over tokens takes minutes
         result = estimate(c, ranks, _gpu_here(), NETWORKS["ib-400"], search=False)
     print_table(_table(f"{loaded.run_name}: dry run", loaded, ranks, batch, result))
-    for line in (*(result.notes if result else ()), *loaded.warnings()):
+    if result:
+        _print_assumptions(result)
+    for line in loaded.warnings():
         print(f"warning: {line}")
 
 

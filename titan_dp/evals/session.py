@@ -250,15 +250,13 @@ class Result:
         done = int(sums.pop("done", 0))
         mine = itertools.islice(units, world.rank + done * world.size, None, world.size)
         with self._session.progress() as progress:
-            task = progress.add_task(
-                name, total=total if position or total is None else len(range(world.rank, total, world.size))
-            )
+            task = progress.add_task(name, total=total)
             for batch in _batches(mine, batch_size, alike):
                 for addend in measure(batch):
                     sums = {key: value + addend[key] for key, value in sums.items()}
                 done += len(batch)
                 self.keep({"done": done, **sums})
-                progress.update(task, completed=position() if position else done * world.size)
+                progress.update(task, completed=position() if position else min(done * world.size, total or done * world.size))
         return {key: all_reduce_sum(torch.tensor(x, device=world.device)).cpu().numpy() for key, x in sums.items()}
 
     def finish(self, results: dict[str, Any]) -> None:

@@ -133,8 +133,8 @@ def agree(
         prepare()
         return []
     own = _Rank(_as_json(facts), _as_json(by_rank or {}), folder=str(folder and folder.absolute()))
-    found, own.failure = _attempt(prepare)
-    own.found = _as_json(found or {})
+    found, own.failure = _attempt(lambda: _as_json(prepare()))
+    own.found = found or {}
     with _probe(folder, own):
         states = _gather_bytes(own.hashed())
         if len(set(states)) == 1 and own.is_well:

@@ -145,10 +145,10 @@ def sample_text(checkpoint: Path, device: torch.device, c: config.Generate, seed
 
     Returns ("no sample", why) if there is none: the run is done and saved, so nothing is a reason to fail it now.
     """
-    from titan_dp.inference.pretrained import load_pretrained
-    from titan_dp.inference.sampling import Sampling, continue_text
-
     try:
+        from titan_dp.inference.pretrained import load_pretrained
+        from titan_dp.inference.sampling import Sampling, continue_text
+
         loaded, sampling = load_pretrained(checkpoint, device), Sampling(c.temperature)
         text = continue_text(
             loaded.model, loaded.tokenizer, c.prompt, max_new_tokens=c.max_new_tokens, sampling=sampling, seed=seed

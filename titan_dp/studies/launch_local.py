@@ -71,7 +71,8 @@ def launch_local(cells: Sequence[Cell], *, at_once: int, nproc: int, retries: in
         while not ended.told and not all(future.done() for future in futures):
             time.sleep(_POLL_SECONDS)
         if ended.told:
-            print("the cells save and end; a second Ctrl-C kills them", flush=True)
+            with suppress(OSError):  # the terminal may be gone
+                print("the cells save and end; a second Ctrl-C kills them", flush=True)
         for future in futures:
             future.result()
     if ended.told:
@@ -191,7 +192,8 @@ class _Launcher:
         run.state = state
         if not self.console.is_terminal:
             done = f"[{self.count('finished')}/{len(self.runs)}]"
-            self.console.print(f"{done} {run.cell.name}: {run.describe()}", markup=False)
+            with suppress(OSError, SystemExit):  # nobody reads any more, and rich would leave: the cells go on
+                self.console.print(f"{done} {run.cell.name}: {run.describe()}", markup=False)
 
     def table(self) -> Table:
         """What runs and what failed first, then what else the terminal has room for."""

@@ -209,8 +209,9 @@ def parse_records(data: bytes) -> tuple[list[dict[str, Any]], int]:
     The last line does not count as one of those: a kill may cut it off.
     """
     lines = data.splitlines()
+    whole = all(line.startswith(b'{"') and line.endswith(b"}") and b"},{" not in line for line in lines)
     try:  # as one JSON list: 50 ms for 10,000 lines instead of 80; reports read hundreds of files
-        values = json.loads(b"[" + b",".join(lines) + b"]")
+        values = json.loads(b"[" + b",".join(lines) + b"]") if whole else []
     except (ValueError, RecursionError):
         values = []
     records = [_record(value) for value in values] if len(values) == len(lines) else [parsed_record(line) for line in lines]

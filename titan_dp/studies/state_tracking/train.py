@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", default="small", help="TOML file, or a name in train_configs/state_tracking (default: small)"
     )
-    take_settings(parser, "any other setting, as for train.py (--model.use_short_conv)")
+    take_settings(
+        parser,
+        "any other setting, as for train.py: --model.num_hidden_layers 3, --optimizer.lr 1e-3, --training.local_batch_size 64",
+    )
     for flag, (key, what, value) in FLAGS.items():
         add_setting(parser, flag, *(("--group",) if flag == "--task" else ()), key=key, help=what, value=value)
     parser.add_argument("--range", choices=["[0,1]", "[-1,1]"], help="of the eigenvalues of each factor (default: [-1,1])")
