@@ -34,6 +34,7 @@ def main() -> int:
         dry_run(loaded)
         return 0
     from titan_dp.distributed import distributed
+    from titan_dp.inference import pretrained  # noqa: F401  # the sample at the end needs it: loaded now, as the code that started
     from titan_dp.inference.generate import sample_text
     from titan_dp.train.trainer import Trainer
 
