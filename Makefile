@@ -37,7 +37,7 @@ lint: $(INSTALLED)
 # the kernels' tests then run again, on it.
 test: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python -m pytest tests/kernels; fi
 
 bench: $(INSTALLED)
