@@ -27,9 +27,8 @@ from titan_dp import config
 from titan_dp.checkpoint import saver as checkpointer_module
 from titan_dp.checkpoint.manifest import verify
 from titan_dp.checkpoint.saver import Checkpointer
-from titan_dp.distributed import build_mesh, current_world, distributed
-from titan_dp.model.parallelize import parallelize
-from titan_dp.model.transformer import build_model
+from titan_dp.distributed import current_world, distributed
+from titan_dp.model.parallelize import sharded_model
 from titan_dp.train.optim import build_optimizer, clip_grad_norm
 
 MODEL = config.Model(hidden_size=512, num_hidden_layers=12, num_heads=4, head_dim=128, vocab_size=16000)
@@ -61,17 +60,8 @@ def unhashed() -> Iterator[None]:
 def main() -> None:
     report = Report("checkpoint", "Checkpoint: time training waits, blocking against asynchronous")
     with distributed(config.Comm()), tempfile.TemporaryDirectory() as folder:
-        parallelism = config.Parallelism()
-        with torch.device("meta"):
-            model = build_model(MODEL)
-        parallelize(
-            model,
-            build_mesh(parallelism, current_world()),
-            training=config.Training(mixed_precision_param="float32"),
-            parallelism=parallelism,
-            activation_checkpoint=config.ActivationCheckpoint(),
-            compile=config.Compile(),
-        )
+        training = config.Training(steps=1, mixed_precision_param="float32")
+        model = sharded_model(config.Config(model=MODEL, training=training), current_world())
         model.to_empty(device="cpu")
         model.init_weights(0)
         optimizers = build_optimizer(model, config.Optimizer())

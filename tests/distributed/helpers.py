@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from titan_dp import config
-from titan_dp.distributed import build_mesh, context_group, current_world
-from titan_dp.model.parallelize import parallelize
-from titan_dp.model.transformer import Transformer, build_model
+from titan_dp.distributed import current_world
+from titan_dp.model import parallelize
+from titan_dp.model.transformer import Transformer
 from titan_dp.train.optim import Optimizers, build_optimizer
 
 TINY = config.Model(
@@ -34,17 +34,9 @@ def sharded_model(
 ) -> Transformer:
     """A model on all ranks, initialised as the trainer does it; `context` ranks share rows."""
     parallelism = config.Parallelism(data_parallel_replicate_degree=replicate, context_parallel_degree=context)
-    with torch.device("meta"):
-        model = build_model(c)
-    parallelize(
-        model,
-        build_mesh(parallelism, current_world()),
-        training=training,
-        parallelism=parallelism,
-        activation_checkpoint=ac or config.ActivationCheckpoint(),
-        compile=config.Compile(enable=compile),
-        context=context_group(parallelism, current_world()),
-    )
+    sections = {"model": c, "training": training, "parallelism": parallelism, "compile": config.Compile(enable=compile)}
+    own = config.Config.model_construct(**sections, activation_checkpoint=ac or config.ActivationCheckpoint())
+    model = parallelize.sharded_model(own, current_world())
     model.to_empty(device="cpu")
     model.init_weights(seed)
     return model

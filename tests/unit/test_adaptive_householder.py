@@ -188,7 +188,7 @@ def _loss_and_steps(model: Transformer) -> tuple[Tensor, Tensor]:
 
 
 def sharded(mode: str, option: str | int, compile: bool) -> tuple[dict[str, Tensor], Tensor, Tensor, int, int]:
-    """Gradients, loss, steps, graphs and graph breaks of SHARDED with everything that `parallelize` does."""
+    """Gradients, loss, steps, graphs and graph breaks of SHARDED with everything that sharding does."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()

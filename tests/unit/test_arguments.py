@@ -90,7 +90,7 @@ def test_an_option_that_is_no_setting_is_refused_by_the_command(command: list[st
     with pytest.raises(SystemExit) as end:
         dispatch([*command, "--nprocs", "3"])
     assert end.value.code == 2
-    assert "unrecognized arguments: --nprocs" in capsys.readouterr().err
+    assert "unrecognized arguments: --nprocs 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,13 @@ def take_settings(parser: argparse.ArgumentParser, about: str) -> None:
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """`parser.parse_args`, except that a command which takes settings gets as such what the parser does not know."""
     args, rest = parser.parse_known_args(argv)
-    takes_settings = hasattr(args, "settings")
-    unknown = [word for word in rest if not takes_settings or (word.startswith("--") and "." not in word.partition("=")[0])]
+    takes_settings = is_setting = hasattr(args, "settings")
+    unknown = []
+    for word in rest:
+        if word.startswith("--"):  # what follows it is its value
+            is_setting = takes_settings and "." in word.partition("=")[0]
+        if not is_setting:
+            unknown.append(word)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if takes_settings:

@@ -277,7 +277,7 @@ class Dataloader(Section):
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Worker processes per rank; memory-mapped shards need none, streaming is faster with one."""
     prefetch_factor: Positive = 2
-    """Batches each worker prepares ahead (only with workers)."""
+    """What each worker prepares ahead: so many micro-batches of shards, or so many whole steps of a stream."""
     pin_memory: bool = False
     """On a GPU: move batches into page-locked memory in a thread of the loader, not of the training loop."""
 

@@ -1,6 +1,6 @@
 """One training step of the real model under the real sharding, on fake tensors and a process group that only pretends.
 
-What training runs is run here: `build_model`, `parallelize`, `build_optimizer` and `train_step` itself. So checkpointing
+What training runs is run here: `sharded_model`, `build_optimizer` and `train_step` themselves. So checkpointing
 policies, FSDP2's prefetching and the shapes that our operators save are not modelled but observed. A step after the first is
 what is recorded: optimizer state exists. For a GPU, the recurrence's operators run the code of its backend with kernels that
 are not launched; softmax attention stays a CPU's operator. Compilation is left out: what it saves is unknown here.
@@ -23,14 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from titan_dp import config
 from titan_dp.data.batch import Batch
-from titan_dp.distributed import World, build_mesh, context_group
+from titan_dp.distributed import World
 from titan_dp.errors import SIGNALS, UserError
 from titan_dp.estimate import ledger
 from titan_dp.estimate.collectives import Collective
 from titan_dp.estimate.ledger import Ledger, Peak, Work
 from titan_dp.hardware import GPU, GPUS
-from titan_dp.model.parallelize import parallelize
-from titan_dp.model.transformer import build_model
+from titan_dp.model.parallelize import sharded_model
 from titan_dp.train.optim import NonFiniteGuard, build_optimizer
 from titan_dp.train.step import PhaseName, train_step
 
@@ -59,18 +58,7 @@ class FakeRun:
 
     def __init__(self, c: config.Config, world: World) -> None:
         self.c, self.world, self.ledger = c, world, Ledger()
-        mesh = build_mesh(c.parallelism, world)
-        with torch.device("meta"):
-            self.model = build_model(c.model)
-        parallelize(
-            self.model,
-            mesh,
-            training=c.training,
-            parallelism=c.parallelism,
-            activation_checkpoint=c.activation_checkpoint,
-            compile=config.Compile(),
-            context=context_group(c.parallelism, world),
-        )
+        self.model = sharded_model(c.model_copy(update={"compile": config.Compile()}), world)
 
     def start(self) -> None:
         """Parameters and optimizer state: what there is before a step."""
@@ -152,7 +140,7 @@ def fake_run(c: config.Config, ranks: int, gpu: GPU | None) -> Iterator[FakeRun]
     # rank 0, which holds the largest shards.
     rank = c.parallelism.context_parallel_degree - 1 if "attention" in c.model.mixers() else 0
     if rank >= ranks:
-        rank = 0  # the degrees do not fit, which build_mesh says
+        rank = 0  # the degrees do not fit, which sharded_model says
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         run = FakeRun(c, World(rank, ranks, _CPU))

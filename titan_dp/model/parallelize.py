@@ -1,8 +1,7 @@
-"""Turn a model on the meta device into a sharded one: activation checkpointing -> compile -> FSDP2, in this order.
+"""From settings to a sharded model: build on the meta device -> activation checkpointing -> compile -> FSDP2, in this order.
 
 The order matters. Checkpointing goes inside the compiled region, so that the compiler sees the recomputation; FSDP's
-hooks stay outside it, so that every block is one full graph. Nothing here allocates: call `to_empty` and
-`init_weights` afterwards.
+hooks stay outside it, so that every block is one full graph. Nothing here allocates.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from typing import Any
 
 import torch
 from deltaproduct_kernels import CHUNK_OPS
-from torch.distributed import ProcessGroup
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from titan_dp import config
+from titan_dp.distributed import World, build_mesh, context_group
 from titan_dp.model import context_parallel
-from titan_dp.model.transformer import Transformer
+from titan_dp.model.transformer import Transformer, build_model
 
 # Outputs that are expensive to recompute and small to keep. Every second matmul is kept: half of the FLOPs of a second
 # forward for half of its memory (torchtitan's choice).
@@ -36,23 +35,21 @@ _KEPT_OPS = frozenset(
 )
 
 
-def parallelize(
-    model: Transformer,
-    mesh: DeviceMesh,
-    *,
-    training: config.Training,
-    parallelism: config.Parallelism,
-    activation_checkpoint: config.ActivationCheckpoint,
-    compile: config.Compile,
-    context: ProcessGroup | None = None,
-) -> None:
-    """Apply the configured techniques to `model` in place; the ranks of `context` share rows."""
+def sharded_model(c: config.Config, world: World) -> Transformer:
+    """The model of `c` on the ranks of `world`, still on the meta device: call `to_empty` and `init_weights`.
+
+    Needs a process group. Raises UserError if the degrees of parallelism do not fit the ranks.
+    """
+    mesh, context = build_mesh(c.parallelism, world), context_group(c.parallelism, world)
+    with torch.device("meta"):
+        model = build_model(c.model)
     if context is not None:
         model.set_context(context_parallel.ContextParallel(context))
-    apply_activation_checkpoint(model, activation_checkpoint)
-    if compile.enable:
+    apply_activation_checkpoint(model, c.activation_checkpoint)
+    if c.compile.enable:
         apply_compile(model)
-    apply_fsdp(model, mesh, training, parallelism)
+    apply_fsdp(model, mesh, c.training, c.parallelism)
+    return model
 
 
 def apply_activation_checkpoint(model: Transformer, ac: config.ActivationCheckpoint) -> None:

@@ -36,9 +36,9 @@ from titan_dp.faults.profiling import Profiler
 from titan_dp.faults.step_times import StepTimes
 from titan_dp.faults.watchdog import Watchdog
 from titan_dp.files import write_atomically
-from titan_dp.model.parallelize import parallelize
+from titan_dp.model.parallelize import sharded_model
 from titan_dp.model.size import model_size
-from titan_dp.model.transformer import build_model, chosen_backend
+from titan_dp.model.transformer import chosen_backend
 from titan_dp.train.batch_plan import BatchPlan, plan_batches, plan_rest
 from titan_dp.train.facts import RunFacts, planned
 from titan_dp.train.lr_scheduler import build_lr_scheduler, rate_jump
@@ -73,20 +73,8 @@ class Trainer:
                 self.lock.close()
             raise
         distributed.set_seeds(c.debug)
-        mesh = distributed.build_mesh(c.parallelism, world)
-
-        with torch.device("meta"):
-            self.model = build_model(c.model)
+        self.model = sharded_model(c, world)
         self.householder_cost = c.training.householder_cost if c.model.adaptive_householder else None
-        parallelize(
-            self.model,
-            mesh,
-            training=c.training,
-            parallelism=c.parallelism,
-            activation_checkpoint=c.activation_checkpoint,
-            compile=c.compile,
-            context=distributed.context_group(c.parallelism, world),
-        )
         self.model.to_empty(device=world.device)
         self.model.init_weights(c.debug.seed)
         self.model.train()
