@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_dp.cli import COMMANDS
+from titan_dp.cli import COMMANDS, dispatch
 from titan_dp.errors import UserError, run_main
 
 
@@ -43,6 +43,10 @@ def test_every_help_imports_little_and_so_answers_at_once(root: Path) -> None:
     ends = [json.loads(line[4:]) for line in answer.stdout.splitlines() if line.startswith("END ")]
     assert [argv for argv, *_ in ends] == HELPS, answer.stderr
     assert answer.stdout.count("usage: titan-dp") == len(HELPS)
+    first = answer.stdout.partition("END ")[0]
+    for name, (_, summary) in COMMANDS.items():
+        assert f"    {name}" in first
+        assert " ".join(summary.split()[:3]) in first
     for argv, code, imported in ends:
         assert code == 0, argv
         assert not set(imported) & {"torch", "scipy", "matplotlib", "transformers"}, argv
@@ -53,29 +57,15 @@ def test_the_help_of_train_py_imports_no_torch(root: Path) -> None:
     answer = python(root, "-X", "importtime", "train.py", "--help")
     imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
     assert (answer.returncode, "usage: train.py" in answer.stdout) == (0, True)
-    assert "titan_dp.errors" in imported
-    assert "torch" not in imported
+    assert ("titan_dp.errors" in imported, "torch" in imported) == (True, False)
     assert len(imported) < 500
 
 
-def test_the_list_of_commands_says_what_each_is_for(root: Path) -> None:
-    answer = python(root, "-m", "titan_dp.cli", "--help").stdout
-    for name, (_, summary) in COMMANDS.items():
-        assert f"    {name}" in answer
-        assert " ".join(summary.split()[:3]) in answer
-
-
-def test_a_command_that_does_not_exist_is_the_users_mistake(root: Path) -> None:
-    answer = python(root, "-m", "titan_dp.cli", "prepair")
-    assert answer.returncode == 2
-    assert "prepair" in answer.stderr
-    assert "Traceback" not in answer.stderr
-
-
-def test_a_mistake_in_a_config_is_one_message_and_exit_code_2(root: Path) -> None:
-    answer = python(root, "train.py", "--config", "debug.toml", "--optimizer.lrr", "1", "--print-config")
-    assert (answer.returncode, answer.stdout) == (2, "")
-    assert answer.stderr == "error: command line: unknown key optimizer.lrr; did you mean optimizer.lr?\n"
+def test_a_command_that_does_not_exist_is_the_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        dispatch(["prepair"])
+    assert end.value.code == 2
+    assert "invalid choice: 'prepair'" in capsys.readouterr().err
 
 
 def failing(error: BaseException) -> int:
@@ -83,11 +73,6 @@ def failing(error: BaseException) -> int:
         raise error
 
     return run_main(command)
-
-
-def test_a_commands_own_exit_code_passes_through() -> None:
-    assert run_main(lambda: 0) == 0
-    assert run_main(lambda: 1) == 1
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "outputs/x")
@@ -103,10 +88,9 @@ WRAPPED.__cause__ = FULL
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (FULL, 1, FULL_SAID),
         (WRAPPED, 1, FULL_SAID),
-        (AssertionError("impossible"), 1, "Traceback"),
         (FileNotFoundError("lost"), 1, "Traceback"),
     ],
-    ids=["the user's mistake", "Ctrl-C", "a full disk", "a full disk inside", "ours", "ours too"],
+    ids=["the user's mistake", "Ctrl-C", "a full disk", "a full disk inside", "ours"],
 )
 def test_an_error_is_one_message_and_an_exit_code(
     error: BaseException, code: int, said: str, capfd: pytest.CaptureFixture[str]
@@ -169,8 +153,8 @@ def test_a_path_that_is_something_else_is_the_users_mistake(tmp_path: Path, capf
 def test_a_terminal_without_a_sign_for_a_letter_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
-    assert run_main(lambda: print("caf\u00e9 \ufffd") or 0) == 0  # type: ignore[func-returns-value]
-    assert shown.getvalue() == b"caf\\xe9 \\ufffd\n"
+    assert run_main(lambda: print("caf\u00e9 \ufffd \udce9") or 3) == 3  # type: ignore[func-returns-value]
+    assert shown.getvalue() == b"caf\\xe9 \\ufffd \\udce9\n"
 
 
 def test_other_ranks_name_themselves(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -180,8 +164,7 @@ def test_other_ranks_name_themselves(monkeypatch: pytest.MonkeyPatch, capfd: pyt
     assert capfd.readouterr().err == "error (rank 3): shard 7 is missing\n"
 
 
-@pytest.mark.parametrize("arguments", ["train.py --config debug.toml --print-config", "-m titan_dp.cli --help"])
-def test_a_reader_that_stops_reading_ends_the_command_quietly(arguments: str, root: Path) -> None:
-    script = f"unset PYTHONUNBUFFERED; {sys.executable} {arguments} | true; echo ${{PIPESTATUS[0]}}"
+def test_a_reader_that_stops_reading_ends_the_command_quietly(root: Path) -> None:
+    script = f"unset PYTHONUNBUFFERED; {sys.executable} -m titan_dp.cli --help | true; echo ${{PIPESTATUS[0]}}"
     answer = subprocess.run(["bash", "-c", script], cwd=root, capture_output=True, text=True, timeout=600)
     assert (answer.stdout, answer.stderr) == ("1\n", "")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.conftest import MINIMAL, Folder
-from titan_dp.config import Model, advice, parse_count
+from titan_dp.config import Model, Training, advice
 from titan_dp.config import describe as config_docs
 from titan_dp.config.load import config_from_toml, load_config
 from titan_dp.errors import UserError
@@ -57,43 +57,34 @@ def test_extends_chains_and_is_relative_to_the_file_that_says_it(folder: Folder)
     assert (optimizer.lr, optimizer.beta1, optimizer.beta2) == (0.5, 0.5, 0.5)
 
 
-def test_a_circle_of_extends_is_named(folder: Folder) -> None:
+@pytest.mark.parametrize(
+    ("base", "problem"),
+    [
+        ('"base.toml"', "run.toml: `extends` goes round in a circle: run.toml -> base.toml -> run.toml"),
+        ('"gone.toml"', 'run.toml:2: extends = "gone.toml": there is no gone.toml'),
+        ("3", "run.toml:2: extends = 3: expected the name of one file"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_named(folder: Folder, base: str, problem: str) -> None:
     folder.write('extends = "run.toml"\n', "base.toml")
-    (circle,) = folder.problems('extends = "base.toml"\n' + MINIMAL)
-    assert circle == "run.toml: `extends` goes round in a circle: run.toml -> base.toml -> run.toml"
-
-
-def test_a_base_that_is_missing_or_no_name_is_named_with_its_line(folder: Folder) -> None:
-    assert folder.problems('\nextends = "gone.toml"\n' + MINIMAL) == [
-        'run.toml:2: extends = "gone.toml": there is no gone.toml'
-    ]
-    assert folder.problems("extends = 3\n" + MINIMAL) == ["run.toml:1: extends = 3: expected the name of one file"]
+    assert folder.problems(f"\nextends = {base}\n{MINIMAL}") == [problem]
 
 
 # -- finding the file --------------------------------------------------------------------------------------------------
 
 
-def test_a_bare_name_means_train_configs_from_any_folder_with_or_without_toml(
-    monkeypatch: pytest.MonkeyPatch, folder: Folder
-) -> None:
+def test_a_bare_name_means_train_configs_and_then_this_folder(monkeypatch: pytest.MonkeyPatch, folder: Folder) -> None:
     folder.write("[training]\nsteps = 999\n", "debug.toml")
-    monkeypatch.chdir(folder.path)
-    assert (
-        load_config(["--config", "debug"])
-        == load_config(["--config=debug.toml"])
-        == load_config(["--job.config_file", "debug"])
-    )
-    assert load_config(["--config", "debug.toml"]).config.training.steps != 999
-    assert load_config(["--config", "./debug.toml"]).config.training.steps == 999
-
-
-def test_a_bare_name_that_is_not_in_train_configs_may_be_a_file_here(monkeypatch: pytest.MonkeyPatch, folder: Folder) -> None:
     folder.write(MINIMAL, "mine.toml")
     monkeypatch.chdir(folder.path)
+    shipped = load_config(["--config", "debug"])
+    assert shipped == load_config(["--config=debug.toml"]) == load_config(["--job.config_file", "debug"])
+    assert shipped.config.training.steps != 999
+    assert load_config(["--config", "./debug.toml"]).config.training.steps == 999
     assert load_config(["--config", "mine.toml"]).provenance["training.steps"] == "mine.toml:2"
 
 
-@pytest.mark.parametrize("arguments", [["--config", "no_such_run"], [], ["--config"]])
+@pytest.mark.parametrize("arguments", [["--config", "no_such_run"], []])
 def test_a_missing_config_lists_those_there_are(arguments: list[str]) -> None:
     with pytest.raises(UserError, match=r"213m\.toml.*800m_gated\.toml.*debug\.toml"):
         load_config(arguments)
@@ -111,24 +102,17 @@ def test_the_run_is_named_after_its_file_unless_it_has_a_name(folder: Folder) ->
     ("arguments", "key", "value"),
     [
         (["--optimizer.lr", "1e-3"], "optimizer.lr", 1e-3),
-        (["--optimizer.lr=1e-3"], "optimizer.lr", 1e-3),
         (["--optimizer.lr", "1"], "optimizer.lr", 1.0),
         (["--validation.steps", "-1"], "validation.steps", -1),
         (["--compile.enable"], "compile.enable", True),
-        (["--compile.enable", "true"], "compile.enable", True),
-        (["--checkpoint.enable=false"], "checkpoint.enable", False),
         (["--checkpoint.enable", "false"], "checkpoint.enable", False),
-        (["--training.dataloader.num_workers", "2"], "training.dataloader.num_workers", 2),
         (["--model.attention_layers", "[1, 3]"], "model.attention_layers", [1, 3]),
+        (["--model.attention_layers=[]"], "model.attention_layers", []),
         (["--data.path", '["a", "b"]'], "data.path", ["a", "b"]),
-        (["--data.path", "some/folder"], "data.path", "some/folder"),
         (["--job.run_name", "123"], "job.run_name", "123"),
-        (["--job.run_name", "2026-01-01"], "job.run_name", "2026-01-01"),
-        (["--job.run_name", "true"], "job.run_name", "true"),
         (["--job.run_name", '"quoted"'], "job.run_name", "quoted"),
         (["--job.description=a = b"], "job.description", "a = b"),
         (["--generate.prompt="], "generate.prompt", ""),
-        (["--activation_checkpoint.selective_ac_option", "2"], "activation_checkpoint.selective_ac_option", 2),
         (["--activation_checkpoint.selective_ac_option", "op"], "activation_checkpoint.selective_ac_option", "op"),
     ],
 )
@@ -156,13 +140,9 @@ def test_arguments_that_are_no_settings_are_refused(folder: Folder) -> None:
     assert "--config is given twice" in twice
 
 
-def test_tokens_are_counted_in_thousands_to_trillions(folder: Folder) -> None:
-    for text, count in {'"19B"': 19 * 10**9, '"1.5T"': 1.5e12, '"500_000"': 500_000, '"2 K"': 2000, "19e9": 19 * 10**9}.items():
-        assert folder.load(f"[training]\ntokens = {text}\n").config.training.tokens == count
-    assert parse_count("19 apples") == "19 apples"
-    assert folder.problems('[training]\ntokens = "19X"\n') == [
-        'run.toml:2: training.tokens = "19X": expected count such as 500_000 or "19B"'
-    ]
+def test_tokens_are_counted_in_thousands_to_trillions() -> None:
+    for written, count in {"19B": 19 * 10**9, "1.5T": 1.5e12, "500_000": 500_000, "2 K": 2000, 19e9: 19 * 10**9}.items():
+        assert Training(steps=1, tokens=written).tokens == count  # type: ignore[arg-type]
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -181,26 +161,22 @@ REFUSALS = [
     ("[float8]\nx = 1", "unknown key float8.x; [float8] has no counterpart here; remove it"),
     # values
     ('training.seq_len = "8"', 'training.seq_len = "8": expected integer > 0'),
-    ("training.seq_len = 0", "training.seq_len = 0: expected integer > 0"),
     ("training.seq_len = true", "training.seq_len = true: expected integer > 0"),
     ("training.seq_len = 8.5", "training.seq_len = 8.5: expected integer > 0"),
     ("training.seq_len = 9223372036854775808", "training.seq_len = 9223372036854775808: expected integer > 0"),
-    ("training.householder_cost = 0", "training.householder_cost = 0: expected number > 0"),
     ("[compile]\nenable = 1", "compile.enable = 1: expected true or false"),
     ("[optimizer]\nbeta1 = 1.0", "optimizer.beta1 = 1.0: expected number >= 0 and < 1"),
     ('[optimizer]\nname = "Adam"', 'optimizer.name = "Adam": expected "AdamW" or "Muon"'),
-    ("[job]\ndump_folder = 3", "job.dump_folder = 3: expected string"),
     ("[checkpoint]\nkeep_latest_k = 1", "checkpoint.keep_latest_k = 1: expected 0 or integer >= 2"),
     ("[model]\nattention_layers = [-1]", "model.attention_layers = [-1]: expected list of integers >= 0"),
     ("[data]\nseed = 2026-01-01", "data.seed = 2026-01-01: expected integer"),
+    ('training.tokens = "19X"', 'training.tokens = "19X": expected count such as 500_000 or "19B"'),
+    ("[data]\npath = []", "data.path = []: expected non-empty string or non-empty list of strings"),
+    ('[data]\npath = [""]', "data.path = ['']: expected non-empty string or non-empty list of strings"),
     # rules between values
     ("training.tokens = 9", "training: give exactly one of steps and tokens (steps = 10 and tokens = 9)"),
-    (
-        '[data]\npath = ["a", "b"]\n[validation]\npath = "b"',
-        "data.path and validation.path both name 'b': validation must",
-    ),
+    ('[data]\npath = ["a", "b"]\n[validation]\npath = "b"', "data.path and validation.path both name 'b': validation must"),
     ('[model]\nmixer = "rwkv7"\n[compile]\nenable = true', "compile.enable = true with model.mixer = 'rwkv7'"),
-    ('[model]\nmixer = "rwkv7"\nadaptive_householder = true', "adaptive_householder = true needs mixer = 'deltaproduct'"),
     ("[model]\nnum_householder = 1\nadaptive_householder = true", "no steps to choose from with num_householder = 1"),
     (
         "[model]\nadaptive_householder = true",
@@ -218,29 +194,13 @@ def test_a_mistake_is_named_with_its_line_and_the_way_out(folder: Folder, text: 
         assert found.startswith(f"run.toml:{3 if text.startswith('[') else 2}: {problem}")
 
 
-def test_the_length_of_the_run_must_be_given(folder: Folder) -> None:
-    assert folder.problems("[model]\n") == ["training: give exactly one of steps and tokens (neither is given)"]
-
-
 def test_the_words_of_torchtitan_and_flame_are_translated(folder: Folder) -> None:
     means = {
-        "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
         "training.batch_size": "training.local_batch_size",
-        "training.gradient_accumulation_steps": "training.global_batch_size",
-        "training.context_len": "training.seq_len",
         "training.compile": "compile.enable",
-        "training.data_parallel_degree": "parallelism.data_parallel_shard_degree",
         "checkpoint.enable_checkpoint": "checkpoint.enable",
-        "model.d_model": "model.hidden_size",
-        "model.n_layers": "model.num_hidden_layers",
-        "model.n_heads": "model.num_heads",
         "model.use_gate": "model.use_output_gate",
         "model.flavor": "model.hidden_size",
-        "model.dim": "set model.hidden_size",
-        "model.n_layer": "set model.num_hidden_layers",
-        "model.num_kv_heads": "set model.attention_num_kv_heads",
-        "model.expand_k": "set model.head_dim",
-        "training.save_steps": "set checkpoint.interval",
         "optimizer.betas": "optimizer.beta1 and optimizer.beta2",
         "job.config_file": "--config",
     }
@@ -283,26 +243,21 @@ def test_a_rule_over_a_section_with_a_mistake_is_not_repeated(folder: Folder) ->
     assert len(folder.problems("training.steps = 1\n[model]\nn_layers = 9\nattention_layers = [99]\n")) == 1
 
 
-def test_a_rule_within_a_section_names_where_its_values_were_set(folder: Folder) -> None:
-    (problem,) = folder.problems(MINIMAL + "[model]\nnum_hidden_layers = 2\n", "--model.attention_layers", "[5]")
-    assert problem == (
+def test_the_rules_of_a_section_are_a_line_each_and_name_where_their_values_were_set(folder: Folder) -> None:
+    text = '[model]\nnum_hidden_layers = 2\nmixer = "gla"\nattention_num_heads = 7\n'
+    problems = folder.problems(text, "--model.attention_layers", "[5]")
+    assert problems[0] == (
         "[model] attention_layers names [5], but num_hidden_layers = 2 "
-        "(num_hidden_layers from run.toml:4, attention_layers from command line)"
+        "(num_hidden_layers from run.toml:2, attention_layers from command line)"
     )
-
-
-def test_several_rules_of_one_section_are_reported_a_line_each(folder: Folder) -> None:
-    problems = folder.problems(MINIMAL + '[model]\nmixer = "gla"\nattention_layers = [99]\nattention_num_heads = 7\n')
-    assert [line.split(" ")[1] for line in problems] == ["attention_layers", "hidden_size", "mixer"]
+    assert [line.split(" ")[1] for line in problems[1:3]] == ["hidden_size", "mixer"]
+    assert problems[3] == "training: give exactly one of steps and tokens (neither is given)"
 
 
 def test_a_family_is_what_the_literature_calls_it() -> None:
     settings = {
         "DeltaNet": {"num_householder": 1},
-        "Gated DeltaProduct_3": {"num_householder": 3, "use_forget_gate": True},
-        "adaptive DeltaProduct_2": {"adaptive_householder": True},
         "adaptive Gated DeltaProduct_4": {"adaptive_householder": True, "num_householder": 4, "use_forget_gate": True},
-        "RWKV-7": {"mixer": "rwkv7", "num_householder": 1},
         "RWKV-7 product_2": {"mixer": "rwkv7"},
     }
     assert {name: Model(**values).family for name, values in settings.items()} == {name: name for name in settings}  # type: ignore[arg-type]
@@ -315,6 +270,7 @@ def test_lines_are_right_around_comments_multi_line_values_dotted_keys_and_inlin
     text = '''# a comment with [a header] and key = value
 
 training.steps = 10           # a dotted key above all headers
+comm = { init_timeout_seconds = 9 }
 [job]                         # a header with a comment
 description = """
 [not a header]
@@ -336,37 +292,19 @@ freq = 1
     lines = {key: int(origin.rpartition(":")[2]) for key, origin in loaded.provenance.items() if "run.toml:" in origin}
     assert lines == {
         "training.steps": 3,
-        "job.description": 5,
-        "job.dump_folder": 9,
-        "model.attention_layers": 11,
-        "model.num_heads": 15,
-        "optimizer.lr": 17,
-        "validation.freq": 19,
+        "comm.init_timeout_seconds": 4,
+        "job.description": 6,
+        "job.dump_folder": 10,
+        "model.attention_layers": 12,
+        "model.num_heads": 16,
+        "optimizer.lr": 18,
+        "validation.freq": 20,
     }
-
-
-def test_an_inline_table_and_a_subsection_mean_the_same(folder: Folder) -> None:
-    inline = folder.load("[training]\nsteps = 1\ndataloader = { num_workers = 1, prefetch_factor = 3 }\n")
-    section = folder.load("[training]\nsteps = 1\n[training.dataloader]\nnum_workers = 1\nprefetch_factor = 3\n")
-    assert inline.config == section.config
-    assert inline.provenance["training.dataloader.prefetch_factor"].endswith("run.toml:3")
 
 
 def test_a_bad_checkpoint_configuration_names_itself() -> None:
     with pytest.raises(UserError, match=r"^step-7:2: unknown key model\.colour"):
         config_from_toml("[model]\ncolour = 1\n" + MINIMAL, name="step-7")
-
-
-@pytest.mark.parametrize("key", ["data.path", "validation.path"])
-@pytest.mark.parametrize("value", ["[]", "", '[""]', '["a", ""]', "[1]"])
-def test_a_list_of_folders_names_one_at_least(key: str, value: str) -> None:
-    with pytest.raises(UserError, match=f"command line: {key} = .*: expected non-empty string or non-empty list of strings"):
-        load_config(["--config", "debug.toml", f"--{key}={value}"])
-
-
-def test_lists_that_may_be_empty_are_taken_empty() -> None:
-    c = load_config(["--config", "debug.toml", "--model.attention_layers=[]", "--checkpoint.allow_changed=[]"]).config
-    assert (c.model.attention_layers, c.checkpoint.allow_changed) == ([], [])
 
 
 def test_one_reader_of_toml_whatever_the_version_of_python(root: Path) -> None:

@@ -42,7 +42,7 @@ seed = {rng.randint(-5, 2**62)}
 """
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_resolved_configuration_loads_as_the_same_configuration(folder: Folder, seed: int) -> None:
     loaded = folder.load(some_settings(seed))
     assert loaded.config != Config.model_validate({"training": {"steps": 1}})
@@ -85,31 +85,19 @@ def test_the_commit_of_the_project_is_known_in_a_git_checkout(folder: Folder) ->
     ("text", "warned"),
     [
         ("[optimizer]\nmuon_lr = 1.0", ["optimizer.muon_lr"]),
-        ('[optimizer]\nmuon_lr = 1.0\nname = "Muon"', []),
+        ('[model]\nmixer = "attention"\n[checkpoint]\nenable = false', []),  # a setting nobody made
         ('[model]\nmixer = "attention"\nuse_forget_gate = true', ["model.use_forget_gate"]),
-        ("[model]\nuse_forget_gate = true", []),
-        ('[model]\nmixer = "rwkv7"\nuse_forget_gate = true', ["model.use_forget_gate"]),
-        ("training.householder_cost = 0.1", ["training.householder_cost"]),
         ("training.householder_cost = 0.1\n[model]\nadaptive_householder = true", []),
         ("[model]\nattention_window = 64", ["model.attention_window"]),
         ("[model]\nattention_window = 64\nattention_layers = [1]", []),
-        ("[training.dataloader]\nprefetch_factor = 4", ["training.dataloader.prefetch_factor"]),
-        ("[activation_checkpoint]\nselective_ac_option = 2", ["activation_checkpoint.selective_ac_option"]),
         ('[data]\nhf_name = "x"\nweights = [1.0]', ["data.hf_name", "data.weights"]),
         ("[checkpoint]\nenable = false\ninterval = 3\n[generate]\nprompt = 'x'", ["checkpoint.interval", "generate.prompt"]),
-        ("[lr_scheduler]\nmin_lr_factor = 1.0\ndecay_type = 'sqrt'", ["lr_scheduler.decay_type"]),
-        ("[validation]\nenable = false", []),
     ],
 )
 def test_settings_without_effect_are_warned_of_and_others_are_not(folder: Folder, text: str, warned: list[str]) -> None:
     loaded = folder.load(f"training.steps = 1000\n{text}\n")
     assert [warning.split(" ")[0] for warning in loaded.warnings()] == warned
     assert all(f"{folder.path}/run.toml:" in warning for warning in loaded.warnings())
-
-
-def test_a_setting_nobody_made_is_never_warned_of(folder: Folder) -> None:
-    text = 'training.steps = 1000\n[model]\nmixer = "attention"\n[checkpoint]\nenable = false\n[validation]\nenable = false\n'
-    assert folder.load(text).warnings() == []
 
 
 def test_a_warmup_longer_than_the_run_is_warned_of(folder: Folder) -> None:
@@ -126,18 +114,14 @@ def test_every_rule_of_the_warnings_names_keys_that_exist(folder: Folder) -> Non
 # -- documentation -----------------------------------------------------------------------------------------------------
 
 
-def test_every_key_is_documented_and_the_help_shows_them_all() -> None:
-    help_text = config_docs.help_text()
+def test_every_key_is_documented_and_the_help_shows_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        load_config(["--config", "whatever", "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
     for key in config_docs.all_keys().values():
         assert key.doc.endswith("."), key.dotted
-        assert f"--{key.dotted}  ({key.expected}" in help_text
-
-
-def test_help_is_printed_and_ends_the_program(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        load_config(["--config", "whatever", "--help"])
-    assert caught.value.code == 0
-    assert "--training.seq_len" in capsys.readouterr().out
+        assert f"--{key.dotted}  ({key.expected}" in shown
 
 
 def test_the_committed_page_of_the_settings_is_current(root: Path) -> None:

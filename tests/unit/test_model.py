@@ -18,8 +18,6 @@ from titan_dp.model.transformer import Transformer, build_model
 
 VARIANTS: dict[str, dict] = {
     "DeltaNet": {"num_householder": 1},
-    "Gated DeltaNet": {"num_householder": 1, "use_forget_gate": True},
-    "DeltaProduct_2": {},
     "Gated DeltaProduct_3": {"num_householder": 3, "use_forget_gate": True},
     "output gate, expand_v 2": {"use_output_gate": True, "expand_v": 2.0},
     "no convolution, beta in [0, 1], untied": {
@@ -29,9 +27,7 @@ VARIANTS: dict[str, dict] = {
     },
     "adaptive Gated DeltaProduct_2": {"adaptive_householder": True, "use_forget_gate": True},
     "linear attention": {"mixer": "gla", "num_householder": 1, "use_forget_gate": True},
-    "RWKV-7": {"mixer": "rwkv7", "num_householder": 1, "use_short_conv": False},
     "RWKV-7 product_2": {"mixer": "rwkv7", "use_output_gate": True, "expand_v": 2.0},
-    "Transformer": {"mixer": "attention"},
     "windowed, grouped softmax": {"mixer": "attention", "attention_window": 7, "attention_num_kv_heads": 1},
     "hybrid": {"attention_layers": [1], "use_forget_gate": True},
 }
@@ -60,7 +56,12 @@ def make(dtype: torch.dtype = torch.float64, **changes: object) -> Transformer:
 
 @pytest.fixture(params=VARIANTS, ids=str)
 def variant(request: pytest.FixtureRequest) -> Transformer:
-    return make(**VARIANTS[request.param])
+    """Its routers, if it has any, take about half of the steps."""
+    model = make(**VARIANTS[request.param])
+    for name, parameter in model.named_parameters():
+        if name.endswith("r_proj.bias"):
+            nn.init.normal_(parameter, std=0.5)
+    return model
 
 
 def tokens_of(*shape: int) -> Tensor:
@@ -76,17 +77,6 @@ def test_a_meta_model_in_poisoned_memory_is_written_whole(variant: Transformer) 
             parameter.fill_(math.nan)
     variant.init_weights(1)  # asserts that each was written once and is finite
     assert all(bool(p.isfinite().all()) for p in variant.parameters())
-
-
-def test_meta_construction_takes_no_memory_and_initialises_like_any_other() -> None:
-    with torch.device("meta"):
-        meta = build_model(settings(use_forget_gate=True))
-    assert all(p.is_meta for p in meta.parameters())
-    meta.to_empty(device="cpu")
-    meta.init_weights(3)
-    plain = build_model(settings(use_forget_gate=True))
-    plain.init_weights(3)
-    assert all(torch.equal(a, b) for a, b in zip(meta.parameters(), plain.parameters(), strict=True))
 
 
 def test_a_parameter_that_init_weights_forgets_is_caught() -> None:
@@ -145,19 +135,19 @@ def test_packed_documents_equal_each_document_alone_in_loss_and_gradients(varian
 
 @torch.no_grad()
 def test_decoding_token_by_token_or_in_blocks_equals_the_parallel_forward(variant: Transformer) -> None:
-    tokens = tokens_of(2, 300)
+    tokens = tokens_of(2, 60)
     expected = variant(tokens)
     cache, position = None, 0
     for size in itertools.chain([5, 1, 17], itertools.repeat(1)):
-        if position + size > 300:
+        if position + size > 60:
             break
         logits, cache = variant.step(tokens[:, position : position + size], cache)
         position += size
         torch.testing.assert_close(logits, expected[:, position - 1], rtol=1e-5, atol=1e-5)
-    assert position == 300
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if "RWKV-7" not in name])  # its loop is refused to the compiler
+# The others' blocks are in tests/distributed/test_compile.py; RWKV-7's loop is refused to the compiler.
+@pytest.mark.parametrize("name", ["adaptive Gated DeltaProduct_2", "linear attention", "windowed, grouped softmax"])
 def test_a_block_is_one_graph_with_and_without_packing(name: str) -> None:
     torch._dynamo.reset()
     block = make(**VARIANTS[name]).layers[1]
@@ -170,6 +160,7 @@ def test_a_block_is_one_graph_with_and_without_packing(name: str) -> None:
 
 def test_bfloat16_matrices_with_float32_islands_stay_near_float32(variant: Transformer) -> None:
     model, islands = variant.float(), {id(p) for m in variant.fp32_modules() for p in m.parameters()}
+    model.init_weights(0)  # routers take all steps: an undecided one would decide otherwise after rounding
     tokens, labels = tokens_of(2, 40), tokens_of(2, 40)
     expected = model(tokens, labels).loss
     for parameter in model.parameters():
@@ -229,7 +220,7 @@ def test_the_mixer_follows_the_papers_definition(name: str) -> None:
     torch.testing.assert_close(mixer(x)[0], mixer.o_proj(out))
 
 
-@pytest.mark.parametrize(("window", "kv_heads"), [(None, 2), (5, 2), (None, 1), (5, 1)])
+@pytest.mark.parametrize(("window", "kv_heads"), [(None, 2), (5, 1)])
 def test_attention_is_softmax_over_visible_rotated_keys(window: int | None, kv_heads: int) -> None:
     c = settings(mixer="attention", attention_window=window, attention_num_kv_heads=kv_heads)
     attention = Attention(c).double()

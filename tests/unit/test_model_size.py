@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from deltaproduct_kernels import executed_flops
-from deltaproduct_kernels.chunked import chunk_tokens
 from deltaproduct_kernels.ops import max_chunks
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,24 +26,13 @@ def counted(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"num_householder": 3, "adaptive_householder": True}, {"use_output_gate": True, "expand_v": 2.0}]
-)
+@pytest.mark.parametrize("changes", [{"num_householder": 3, "adaptive_householder": True}, {"use_output_gate": True}])
 def test_matmuls_are_six_a_weight_and_the_rest_is_the_chunked_recurrence(changes: dict) -> None:
     model, c = make(**changes), settings(**changes)
     k, v = (torch.Size([B, T, c.num_householder, 2, d]) for d in (8, c.head_v_dim))
     chunks = max_chunks(B, T, c.num_householder, 8, None)
     recurrence = sum(executed_flops(k, v, chunks, erase=True, backward=b) for b in (False, True)) * c.num_hidden_layers
     assert counted(model) == model_size(c, T).matmul * B * T + recurrence
-
-
-def test_the_chunked_algorithm_executes_more_than_the_model_needs_and_mfu_counts_the_latter() -> None:
-    k = torch.Size([1, 4096, 2, 12, 128])
-    chunks = max_chunks(1, 4096, 2, 128, None)
-    executed = sum(executed_flops(k, k, chunks, erase=True, backward=b) for b in (False, True))
-    model = 3 * recurrence_flops(4096, 12, 128, 128, 2, gated=False)
-    assert chunk_tokens(2, 128) == 32
-    assert 1.2 < executed / model < 2.5
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -61,9 +49,8 @@ def test_a_transformer_is_matmuls_and_attention_over_the_full_square_as_torch_co
         assert counted(model) == model_size(c, T).matmul * B * T + full_square
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_rwkv7_is_matmuls_and_its_definition_but_for_the_decays_as_torch_counts_it(n: int) -> None:
-    changes = {"mixer": "rwkv7", "num_householder": n, "expand_v": 2.0}
+def test_rwkv7_is_matmuls_and_its_definition_but_for_the_decays_as_torch_counts_it() -> None:
+    n, changes = 2, {"mixer": "rwkv7", "num_householder": 2, "expand_v": 2.0}
     size, entries = model_size(settings(**changes), T), 2 * B * 2 * 8 * 16  # layers, rows, heads, dk, dv
     assert size.recurrence * B * T == entries * T * 3 * ((2 + 1 + 2 + 2) * n + 2)  # read, decay, erase, write; query
     decays = entries * T * 3 * n  # elementwise, which the counter leaves out
@@ -71,21 +58,8 @@ def test_rwkv7_is_matmuls_and_its_definition_but_for_the_decays_as_torch_counts_
     assert counted(make(**changes)) == (size.matmul + size.recurrence) * B * T - decays - zero_state
 
 
-def test_the_parts_of_a_gated_model_are_the_closed_forms() -> None:
-    c, layers = settings(use_forget_gate=True), 2
-    size = model_size(c, T)
-    mixer = 24 * (16 + 2 * 16 + 2 * 16 + 2 * 2 + 2 + 16)
-    assert size.matmul == 6 * (layers * (mixer + 3 * 24 * 40) + 50 * 24)
-    assert size.conv == 6 * layers * 4 * (16 + 32 + 32)
-    assert size.recurrence == layers * 3 * (4 * c.num_householder + 2 + 1) * 8 * 8 * 2
-    assert size.flops_per_token == size.matmul + size.conv + size.recurrence
-    assert state_size(c) == 2 * 8 * 8
-
-
 SHAPES = [
     *VARIANTS.values(),
-    {"tie_word_embeddings": False},
-    {"use_short_conv": False},
     {"adaptive_householder": True, "num_householder": 5},
     {"mixer": "rwkv7", "use_forget_gate": True, "expand_v": 0.5, "attention_layers": [0]},
     {"mixer": "attention", "attention_num_kv_heads": 1},
@@ -100,9 +74,14 @@ def test_parameters_are_those_of_the_model_that_is_built(changes: dict) -> None:
     assert model_size(c, T).parameters == sum(p.numel() for p in tensors)
 
 
-def test_model_flops_count_each_read_and_rank_one_write_of_the_definition() -> None:
-    H, dk, dv, n = 3, 16, 8, 2
-    read = write = 2 * dk * dv  # one multiply-add an entry of the state
-    assert recurrence_flops(10, H, dk, dv, n, gated=False) == 10 * H * (n * (read + write) + read)
+def test_model_flops_are_those_of_the_definition() -> None:
+    """Each of the n steps reads and writes a rank one, the gate scales the state, the query reads; each token is convolved."""
+    H, dk, dv, n = 2, 8, 8, 2
+    read = write = 2 * dk * dv  # one multiply-add per entry of the state
     assert recurrence_flops(10, H, dk, dv, n, gated=True) == 10 * H * (n * (read + write) + read + dk * dv)
     assert recurrence_flops(10, H, dk, dv, 1, gated=False, erase=False) == 10 * H * (write + read)
+    size = model_size(settings(use_forget_gate=True), T)
+    assert size.recurrence == 2 * 3 * recurrence_flops(1, H, dk, dv, n, gated=True), "two layers, forward and backward"
+    assert size.conv == 6 * 2 * 4 * (16 + 32 + 32)
+    assert size.flops_per_token == size.matmul + size.conv + size.recurrence
+    assert state_size(settings()) == H * dk * dv

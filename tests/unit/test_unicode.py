@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.pretrained import save_checkpoint
 from titan_dp import config
 from titan_dp.cli import dispatch
 from titan_dp.config.load import load_config
 from titan_dp.data import stream as hf_stream
 from titan_dp.data.batch import Place
 from titan_dp.data.shards import TokenShards
-from titan_dp.errors import UserError, run_main
-from titan_dp.files import Replaced, as_unicode
+from titan_dp.errors import UserError
+from titan_dp.files import Replaced
 from titan_dp.inference.generate import add_arguments, read_prompts
 
 LONE = "a \ud800 b"
@@ -50,11 +49,11 @@ def as_text(folder: Path) -> Path:
     return folder / "x.txt"
 
 
-def as_parquet(folder: Path) -> Path:
+def as_parquet(folder: Path, second: bytes = LONE.encode("utf-8", "surrogatepass")) -> Path:
     import pyarrow
     import pyarrow.parquet
 
-    raw = pyarrow.array([b"good", LONE.encode("utf-8", "surrogatepass")], pyarrow.binary())
+    raw = pyarrow.array([b"good", second], pyarrow.binary())
     table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())})
     pyarrow.parquet.write_table(table, folder / "x.parquet")
     return folder / "x.parquet"
@@ -76,14 +75,9 @@ def test_prepare_replaces_them_from_every_kind_of_file_and_says_where(write, tmp
 
 
 def test_bytes_that_are_no_utf8_at_all_are_refused_by_row(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    raw = pyarrow.array([b"good", b"caf\xe9"], pyarrow.binary())
-    table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())})
-    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    source = as_parquet(tmp_path, b"caf\xe9")
     with pytest.raises(UserError, match=r"row 1 of .*x.parquet is not UTF-8 \(byte 3\)"):
-        dispatch(["prepare", str(tmp_path / "x.parquet"), "--out", str(tmp_path / "out"), "--workers", "1"])
+        dispatch(["prepare", str(source), "--out", str(tmp_path / "out"), "--workers", "1"])
 
 
 class _Rows(list):
@@ -100,9 +94,8 @@ def test_a_stream_replaces_them_and_says_so(monkeypatch: pytest.MonkeyPatch, cap
     assert "1 lone surrogate(s) in 1 documents streamed so far, the first in row 0 of x" in capsys.readouterr().err
 
 
-def test_an_evaluation_reads_them_as_replaced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = save_checkpoint(tmp_path / "run")
-    command = ["evaluate", "perplexity", str(run), "--text", str(as_json_lines(tmp_path)), "--out", str(tmp_path / "out")]
+def test_an_evaluation_reads_them_as_replaced(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["evaluate", "perplexity", str(checkpoint), "--text", str(as_json_lines(tmp_path)), "--out", str(tmp_path / "o")]
     assert dispatch(command) == 0
     assert capsys.readouterr().err.count("1 lone surrogate(s) in 1 documents, the first in ") == 1
 
@@ -120,9 +113,8 @@ def test_prompts_are_replaced_from_the_command_line_and_from_files(tmp_path: Pat
     assert "warning: 2 lone surrogate(s) in 2 prompts" in capsys.readouterr().err
 
 
-def test_a_stop_string_is_replaced_and_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = save_checkpoint(tmp_path / "run")
-    assert dispatch(["generate", str(run), "--stop", "\udce9", "--max-new-tokens", "2"]) == 0
+def test_a_stop_string_is_replaced_and_said(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    assert dispatch(["generate", str(checkpoint), "--stop", "\udce9", "--max-new-tokens", "2"]) == 0
     assert "1 lone surrogate(s) in 1 stop strings" in capsys.readouterr().err
 
 
@@ -131,24 +123,11 @@ def test_a_setting_that_is_no_unicode_is_refused() -> None:
         load_config(["--config", "debug.toml", "--job.description", "caf\udce9"])
 
 
-def test_printing_what_is_no_unicode_does_not_fail(capsys: pytest.CaptureFixture) -> None:
-    assert run_main(lambda: print("caf\udce9") or 0) == 0
-    assert capsys.readouterr().out == "caf\\udce9\n"
-
-
-def test_text_that_is_unicode_comes_back_as_it_is() -> None:
-    text = "é" * 1000
-    assert as_unicode(text) is text
-
-
-@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["whole", "streamed"])
-def test_a_dataset_whose_reader_refuses_surrogates_is_named_and_read_by_the_advice(
-    tmp_path: Path, streaming: list[str]
-) -> None:
+def test_a_dataset_whose_reader_refuses_surrogates_is_named_and_read_by_the_advice(tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     (tmp_path / "made/train.jsonl").write_text('{"text": "a \\ud800"}\n')
     command = ["prepare", "--tokenizer", "bytes", "--workers", "1", "--out"]
-    source = ["--hf-dataset", str(tmp_path / "made"), *streaming]
+    source = ["--hf-dataset", str(tmp_path / "made"), "--streaming"]
     with pytest.raises(UserError, match="The surrogate pair in string is invalid"):
         dispatch([*command, str(tmp_path / "refused"), *source])
     assert dispatch([*command, str(tmp_path / "read"), str(tmp_path / "made")]) == 0  # the advice
