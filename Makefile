@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Processes that train: one a GPU, two where there is none.
-NPROC ?= $$($(BIN)/python -m titan_dp.hardware)
+# Processes that train; by default one per GPU, two where there is none.
+NPROC ?=
 
 .PHONY: train study test lint install bench clean
 .DELETE_ON_ERROR:
@@ -21,10 +21,10 @@ data/corpus/train/manifest.json: $(INSTALLED) $(wildcard corpus/*.jsonl)
 
 # exec: a shell in between would end at a Ctrl-C, while the ranks still save.
 train: data/corpus/train/manifest.json
-	exec $(BIN)/python launch/torchrun.py --standalone --nproc-per-node="$(NPROC)" train.py --config debug.toml
+	exec $(BIN)/titan-dp train --config debug.toml $(if $(NPROC),--nproc $(NPROC))
 
 study: data/corpus/train/manifest.json
-	$(BIN)/titan-dp sweep train_configs/sweeps/cpu_study.toml --launch local --at-once 2
+	$(BIN)/titan-dp sweep cpu_study --launch local --at-once 2
 	$(BIN)/titan-dp report outputs/cpu_study
 
 lint: $(INSTALLED)

@@ -1,49 +1,11 @@
 """Train a model: `torchrun --nproc_per_node=8 train.py --config 800m.toml [--section.key VALUE ...]`.
 
-Read on in titan_dp/train/trainer.py (the loop), titan_dp/config/schema.py (every setting) and titan_dp/model/ (what is
-trained). One process without torchrun works too. Exit codes: 0 done, 2 the user's mistake, 75 stopped by a signal and
-saved (start it again), 1 anything else.
+The same as `python -m titan_dp.train`; `titan-dp train` starts the processes as well. Read on in titan_dp/train/__main__.py.
 """
 
-import os
 import sys
-from functools import partial
 
-from titan_dp.errors import UserError, is_main_rank, run_main
-
-
-def main() -> int:
-    from titan_dp.config.load import load_config  # from here on an error or a Ctrl-C is one sentence
-
-    try:
-        loaded = load_config(sys.argv[1:])  # answers --help by itself
-    except UserError as mistake:
-        if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and not {"--dry-run", "--print-config"} & set(sys.argv):
-            from titan_dp.faults.agreement import share_failure
-
-            share_failure(mistake)  # other nodes may have another command, or other files, and would wait for this one
-        raise
-    if loaded.print_config:
-        if is_main_rank():
-            print(loaded.annotated_toml())
-        return 0
-    # torch takes seconds to import: only from here on.
-    if loaded.dry_run:
-        from titan_dp.estimate.command import dry_run
-
-        dry_run(loaded)
-        return 0
-    from titan_dp.distributed import distributed
-    from titan_dp.inference import pretrained  # noqa: F401  # the sample at the end needs it: loaded now, as the code that started
-    from titan_dp.inference.generate import sample_text
-    from titan_dp.train.trainer import Trainer
-
-    c = loaded.config
-    sample = partial(sample_text, c=c.generate, seed=c.debug.seed) if c.generate.enable else None
-    with distributed(c.comm) as world:
-        Trainer(loaded, world, sample).train()
-    return 0
-
+from titan_dp.train.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

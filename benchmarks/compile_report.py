@@ -37,7 +37,6 @@ SOURCES = (
     "gradients",
     "decode",
     "front_end",
-    "launch",
     "layout",
     "configs",
     "races",

@@ -19,7 +19,7 @@ from pathlib import Path
 from common import Report, median_seconds
 
 from titan_dp.cli import dispatch
-from titan_dp.config.load import PROJECT, config_folder
+from titan_dp.config.load import PROJECT, SHIPPED
 from titan_dp.studies.sweep_file import load_sweep
 
 STEPS = "1,2,3,4"
@@ -83,7 +83,7 @@ def measure_sweep(report: Report, what: str, folder: Path) -> None:
     file = folder / "sweep.toml"
     lines = "".join(f"{axis} = {str(values).lower()}\n" for axis, values in axes.items())
     file.write_text(
-        f'extends = "{config_folder() / "base" / "paper.toml"}"\n[sweep]\n{rule}[sweep.axes]\n{lines}'
+        f'extends = "{SHIPPED / "base" / "paper.toml"}"\n[sweep]\n{rule}[sweep.axes]\n{lines}'
         f'[job]\ndump_folder = "{folder / "outputs"}"\n[training]\ntokens = "10B"\n'
     )
     assert len(load_sweep(file).cells) == 1000

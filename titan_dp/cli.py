@@ -1,4 +1,4 @@
-"""`titan-dp COMMAND ...`: everything except training, which is train.py's.
+"""`titan-dp COMMAND ...`: training and everything around it.
 
 A command is a module with `add_arguments(parser)` and `run(args) -> exit code`; a command of several kinds is a table of such
 modules. Only the chosen module is imported, and such modules import torch late, so that every --help answers at once. A new
@@ -38,6 +38,7 @@ STATE_TRACKING: Commands = {
     "theory": ("titan_dp.studies.state_tracking.theory", "the theorems as executable checks on weights written by hand"),
 }
 COMMANDS: Commands = {
+    "train": ("titan_dp.launch.command", "train a model, in one process per GPU of this machine"),
     "prepare": ("titan_dp.data.prepare", "turn text files or a Hugging Face dataset into token shards"),
     "checkpoint": ("titan_dp.checkpoint.command", "list the checkpoints of a run, or verify one"),
     "export": ("titan_dp.inference.hf.export", "write a trained model as a Hugging Face folder"),
@@ -59,7 +60,9 @@ def main() -> int:
 
 def dispatch(argv: list[str]) -> int:
     """Parse `argv` and run the command it names. argparse itself leaves with code 2 on a wrong argument."""
-    parser = argparse.ArgumentParser(prog="titan-dp", description="Work around training runs; training itself is train.py.")
+    if argv[:1] == ["train"]:  # its arguments are the configuration's own, whose --help lists them all
+        return import_module(COMMANDS["train"][0]).run(argv[1:])
+    parser = argparse.ArgumentParser(prog="titan-dp", description="Pretraining for DeltaProduct language models.")
     _add_commands(parser, COMMANDS, argv)
     args = parse(parser, argv)
     return args.run(args)

@@ -160,5 +160,6 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(sum(line.startswith("GPU") for line in listing.splitlines()))]
 
 
-if __name__ == "__main__":
-    print(len(visible_gpus()) or WITHOUT_GPUS)
+def processes() -> int:
+    """How many train on this machine unless somebody asks for another number: one per GPU."""
+    return len(visible_gpus()) or WITHOUT_GPUS

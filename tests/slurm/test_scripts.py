@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launch.torchrun import interface_towards
+from titan_dp.launch.torchrun import interface_towards
 
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"OMP_NUM_THREADS": "1", "VENV": sys.prefix}
 
@@ -23,7 +23,7 @@ def run(root: Path, *command: str | Path, **env: str) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.parametrize("script", ["local.sh", "slurm.sbatch", "slurm_array.sbatch"])
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_array.sbatch"])
 @pytest.mark.parametrize("arguments", [[], ["--training.steps", "3"]])
 def test_a_script_without_a_config_prints_its_usage(root: Path, script: str, arguments: list[str]) -> None:
     result = run(root, f"launch/{script}", *arguments)
@@ -36,8 +36,7 @@ def test_a_script_without_a_config_prints_its_usage(root: Path, script: str, arg
     ("env", "message"),
     [
         ({}, "this is a job script: usage: sbatch"),
-        ({"SLURM_JOB_ID": "1", "PROJECT": "/"}, "/ is not the project's root"),
-        ({"SLURM_JOB_ID": "1", "VENV": "nowhere"}, "there is no Python at nowhere/bin/python"),
+        ({"SLURM_JOB_ID": "1", "VENV": "nowhere"}, "nowhere/bin/python is no Python that has titan_dp: set VENV"),
     ],
 )
 @pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_array.sbatch"])
@@ -114,9 +113,9 @@ def signalled(root: Path, tmp_path: Path, site: str, script: str, when: str) -> 
 
 
 def test_a_signal_after_the_failure_does_not_change_the_exit_code(root: Path, tmp_path: Path) -> None:
-    """As srun sends it to every other node when one has left with the user's mistake; the interpreter's end takes a while."""
+    """As srun sends it to every other node when one has failed; the interpreter's end takes a while."""
     slow_end = "import atexit, sys, time\nif 'torchrun' in ''.join(sys.orig_argv): atexit.register(time.sleep, 2)\n"
-    assert signalled(root, tmp_path, slow_end, "import sys\nsys.exit(2)\n", "script.py FAILED") == 2
+    assert signalled(root, tmp_path, slow_end, "import sys\nsys.exit(3)\n", "script.py FAILED") == 3
 
 
 def test_a_signal_before_torch_is_imported_is_no_failure_of_its_own(root: Path, tmp_path: Path) -> None:

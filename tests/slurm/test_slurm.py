@@ -36,11 +36,10 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def project(root: Path, tmp_path: Path) -> Path:
-    """A project's root that jobs may write into."""
+    """A folder that jobs may write into."""
     folder = tmp_path / "project"
     folder.mkdir()
-    for name in ("launch", "train.py"):
-        (folder / name).symlink_to(root / name)
+    (folder / "launch").symlink_to(root / "launch")
     return folder
 
 
@@ -87,8 +86,8 @@ def test_a_run_on_two_nodes_survives_preemption_and_the_time_limit(
         assert list((project / f"outputs/slurm/{job}/start-2/node-{node}").glob("**/0/stdout.log")), node
 
     undisturbed = ["--job.run_name", "undisturbed", *settings]
-    local = [str(project / "launch/local.sh"), str(tiny_config), *undisturbed]
-    subprocess.run(local, env=os.environ | ENV | {"NPROC": "2"}, check=True, capture_output=True, timeout=600)
+    local = [sys.executable, "-m", "titan_dp", "train", "--nproc", "2", "--config", str(tiny_config), *undisturbed]
+    subprocess.run(local, env=os.environ | ENV, check=True, capture_output=True, timeout=600)
     assert losses(run) == losses(tmp_path / "outputs/undisturbed")
 
 

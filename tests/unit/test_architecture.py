@@ -22,12 +22,14 @@ def module_of(path: Path) -> str:
 
 MODULES = {module_of(path): path for top in ("titan_dp", "kernels") for path in (ROOT / top).rglob("*.py")}
 MODULES["train"] = ROOT / "train.py"
+FRONTS = {"train": "train.py", "titan_dp.train.__main__": "train.py", "titan_dp.__main__": "cli"}
+"""What is started lies where Python looks for it, and stands above the room it lies in."""
 
 
 def room_of(module: str) -> str:
     """A package or a single file of titan_dp/ by its name in the drawing."""
-    if module == "train":
-        return "train.py"
+    if module in FRONTS:
+        return FRONTS[module]
     first, *rest = module.split(".")
     return "deltaproduct_kernels" if first == "deltaproduct_kernels" else rest[0] if rest else "titan_dp"
 
@@ -77,8 +79,8 @@ def test_no_arrow_runs_up() -> None:
 
 
 def test_the_house_stays_small() -> None:
-    # Rooms that are not drawn: benchmarks, launch and the corpus; only the first has arrows of its own, to nearly every room.
-    assert len(arrows()) <= ROOMS - 3
+    # Rooms that are not drawn: benchmarks and the corpus; only the first has arrows of its own, to nearly every room.
+    assert len(arrows()) <= ROOMS - 2
     assert sum(map(len, arrows().values())) <= ARROWS - 15
 
 

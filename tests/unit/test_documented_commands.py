@@ -13,6 +13,7 @@ import pytest
 
 from titan_dp import cli
 from titan_dp.config.load import load_config
+from titan_dp.launch.command import take_nproc
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "launch/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -40,6 +41,8 @@ ALL = [pytest.param(command, id=f"{page}: {' '.join(command)[:90]}") for page in
 
 def accepts(argv: list[str]) -> bool:
     """Whether `titan-dp argv` is understood; nothing is run."""
+    if argv[0] == "train":
+        return bool(load_config(take_nproc(argv[1:])[1]).config)
     where = cli.COMMANDS[argv[0]][0]
     module = import_module(where[argv[1]][0] if isinstance(where, dict) else where)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +53,7 @@ def accepts(argv: list[str]) -> bool:
 def settings_of(argv: list[str]) -> list[str] | None:
     """The arguments of train.py, or of a launch script that hands them on; None where neither is started."""
     for i, word in enumerate(argv):
-        if word == "train.py":
+        if word in ("train.py", "titan_dp.train"):
             return argv[i + 1 :]
         if word.startswith("launch/slurm."):
             return ["--config", *argv[i + 1 :]]
@@ -59,7 +62,8 @@ def settings_of(argv: list[str]) -> list[str] | None:
 
 def torchrun_options(argv: list[str]) -> set[str]:
     """The options before the script that torchrun, or what takes its place, starts."""
-    return {word.partition("=")[0] for word in argv[: argv.index("train.py")] if word.startswith("--")}
+    script = next(i for i, word in enumerate(argv) if word in ("train.py", "titan_dp.train"))
+    return {word.partition("=")[0] for word in argv[:script] if word.startswith("--")}
 
 
 @pytest.mark.parametrize("command", ALL)
@@ -71,9 +75,9 @@ def test_a_documented_command_is_understood(command: list[str]) -> None:
         assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in rest)
     elif program == "python" and rest[0] == "-m":
         assert find_spec(rest[1]) is not None
-    elif (settings := settings_of(rest)) is not None:
+    if (settings := settings_of(rest)) is not None:
         assert load_config(settings).config
-    if program == "torchrun" or rest[0] == "launch/torchrun.py":
+    if program == "torchrun" or rest[1:2] == ["titan_dp.launch.torchrun"]:
         from torch.distributed.run import get_args_parser
 
         assert torchrun_options(rest) <= {name for action in get_args_parser()._actions for name in action.option_strings}

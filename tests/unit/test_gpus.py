@@ -12,6 +12,7 @@ import torch
 
 from tests.conftest import sees_gpus
 from titan_dp import config
+from titan_dp.cli import dispatch
 from titan_dp.distributed import distributed
 from titan_dp.errors import UserError
 from titan_dp.hardware import visible_gpus
@@ -59,24 +60,33 @@ def test_gpus_are_counted_as_cuda_sees_them(case: str, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(("listing", "visible", "own", "expected"), [
-    (EIGHT, "0,1", [], "2"), (ONE, None, [], "1"), (None, None, [], "2"), (EIGHT, None, ["NPROC=3"], "3"),
+    (EIGHT, "0,1", [], 2), (ONE, None, [], 1), (None, None, [], 2), (EIGHT, None, ["--nproc", "3"], 3),
+    (None, None, ["--nproc=1"], 1),
 ])  # fmt: skip
-@pytest.mark.parametrize("command", [["make", "train"], ["launch/local.sh", "debug.toml"]], ids=lambda c: " ".join(c))
-def test_make_train_and_local_sh_start_a_process_a_gpu_or_two(
-    command: list[str], listing: str | None, visible: str | None, own: list[str], expected: str, root: Path, tmp_path: Path
+def test_titan_dp_train_starts_a_process_per_gpu_or_two(
+    listing: str | None, visible: str | None, own: list[str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = machine(tmp_path, listing, visible) | dict(pair.split("=") for pair in own)
-    programs = tmp_path / "venv" / "bin"
-    programs.mkdir(parents=True)
-    script(programs / "python", f'case "$1" in -m) exec {sys.executable} "$@";; *) echo "started: $*";; esac')
-    script(programs / "torchrun", 'echo "started: $*"')
-    script(programs / "titan-dp", "")
-    (tmp_path / "venv" / ".installed").touch()
-    environment["VENV"] = str(tmp_path / "venv")
-    called = [*command, f"VENV={tmp_path / 'venv'}"] if command[0] == "make" else command
-    done = subprocess.run(called, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
-    started = next(line for line in done.stdout.splitlines() if line.startswith("started: "))
-    assert f"--nproc_per_node={expected} " in started.replace("nproc-per-node", "nproc_per_node")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in machine(tmp_path, listing, visible).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "execv", lambda path, argv: started.append(argv))
+    started: list[list[str]] = []
+    dispatch(["train", "--config", "debug.toml", *own, "--training.steps=3"])
+    ((python, *launcher, module, name, config, file, steps),) = started
+    options = [f"--nproc-per-node={expected}"] * (expected > 1)
+    assert (python, [word for word in launcher if "nproc" in word]) == (sys.executable, options)
+    assert [module, name, config, file, steps] == ["-m", "titan_dp.train", "--config", "debug.toml", "--training.steps=3"]
+
+
+@pytest.mark.parametrize("own", [["--nproc", "0"], ["--nproc"], ["--nproc=two"]], ids=" ".join)
+def test_a_wrong_number_of_processes_is_refused(own: list[str]) -> None:
+    with pytest.raises(UserError, match="--nproc '.*': expected integer > 0"):
+        dispatch(["train", "--config", "debug.toml", *own])
+
+
+def test_make_train_hands_its_number_of_processes_on(root: Path) -> None:
+    planned = subprocess.run(["make", "-n", "train", "NPROC=3"], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert "titan-dp train --config debug.toml --nproc 3\n" in planned
 
 
 def test_more_processes_than_gpus_are_refused_with_the_number_that_works(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,14 +26,14 @@ from hypothesis import strategies as st
 from tests.unit.test_train_configs import PAPER
 from titan_dp import config
 from titan_dp.cli import dispatch
-from titan_dp.config.load import config_folder, load_config
+from titan_dp.config.load import SHIPPED, load_config
 from titan_dp.errors import run_main
 from titan_dp.model.size import model_size
 from titan_dp.model.transformer import build_model
 from titan_dp.studies import shapes as matching
 from titan_dp.studies.sweep_file import load_sweep
 
-PAPER_RECIPE = str(config_folder() / "base" / "paper.toml")
+PAPER_RECIPE = str(SHIPPED / "base" / "paper.toml")
 KNOBS = ["heads", "head_dim", "intermediate_size", "hidden_size"]
 PAPER_SHAPES = {  # hidden_size, num_heads, num_householder, intermediate_size (the authors' config files)
     "213m_nh1": (768, 8, 1, 2048),

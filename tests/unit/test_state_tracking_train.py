@@ -92,9 +92,7 @@ MEANT: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("words", "wanted"), MEANT, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_flag_sets_its_key_and_nothing_else(words: str, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     (cell,) = cells(monkeypatch, *words.split())
-    small = load_config(
-        ["--config", str(train.config_folder() / "state_tracking/small.toml"), "--debug.seed=1", "--data.seed=1"]
-    )
+    small = load_config(["--config", str(train.SHIPPED / "state_tracking/small.toml"), "--debug.seed=1", "--data.seed=1"])
     expected = small.config.model_dump(exclude={"job"})
     for key, value in wanted.items():
         section, name = key.split(".")
@@ -249,7 +247,7 @@ def test_a_study_that_was_moved_or_is_described_otherwise_goes_on(
     path = tmp_path / "new" / begun.name / "config.toml"
     path.write_text(path.read_text().replace('description = "', 'description = "another '))
     assert dispatch([*TRAIN, *PRINT, "--seeds", "2", "--out", str(tmp_path / "new")]) == 0
-    assert capsys.readouterr().out == f"python train.py --config {path}\n"
+    assert capsys.readouterr().out == f"titan-dp train --nproc 1 --config {path}\n"
     written = config_from_toml(path.read_text()).job
     assert (written.dump_folder, written.description) == (str(tmp_path / "new"), begun.config.job.description)
 
@@ -279,7 +277,9 @@ def test_print_writes_the_folders_and_the_commands_of_what_is_left_and_runs_noth
     new, done, running, begun = runs
     command = [*TRAIN, "--seeds", "4", *PRINT, "--out", str(tmp_path)]
     assert dispatch(command) == 0
-    assert capsys.readouterr().out.splitlines() == [f"python train.py --config {cell.folder}/config.toml" for cell in runs]
+    assert capsys.readouterr().out.splitlines() == [
+        f"titan-dp train --nproc 1 --config {cell.folder}/config.toml" for cell in runs
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", *(cell.name for cell in runs)]
     begin(done, "finished")
     begin(running, "training")
@@ -287,7 +287,7 @@ def test_print_writes_the_folders_and_the_commands_of_what_is_left_and_runs_noth
     lock = RunLock(running.folder)
     assert dispatch(command) == 0
     lock.close()
-    left = [f"python train.py --config {cell.folder}/config.toml" for cell in (new, begun)]
+    left = [f"titan-dp train --nproc 1 --config {cell.folder}/config.toml" for cell in (new, begun)]
     assert capsys.readouterr().out.splitlines() == left
 
 

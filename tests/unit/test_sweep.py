@@ -320,7 +320,7 @@ def commands(answer: Answer) -> list[list[str]]:
 
 def test_print_prints_one_command_per_unfinished_cell_and_nothing_else(sweep: Run) -> None:
     printed = commands(sweep(AXES, "--launch", "print"))
-    assert printed == [["python", "train.py", "--config", f"{STUDY}/{cell}/config.toml"] for cell in CELLS]
+    assert printed == [["titan-dp", "train", "--nproc", "1", "--config", f"{STUDY}/{cell}/config.toml"] for cell in CELLS]
     assert all(Path(command[-1]).is_file() for command in printed)
     train("nh1-s1", "finished")
     train("nh2-s1", "training", step=10)
@@ -330,5 +330,5 @@ def test_print_prints_one_command_per_unfinished_cell_and_nothing_else(sweep: Ru
 
 def test_printed_commands_start_several_processes_by_torchrun_and_survive_the_shell(sweep: Run) -> None:
     answer = sweep(AXES + '[job]\ndump_folder = "my outputs"\n', "--launch", "print", "--nproc", "4")
-    torchrun = ["python", "launch/torchrun.py", "--standalone", "--nproc-per-node=4", "train.py", "--config"]
+    torchrun = ["titan-dp", "train", "--nproc", "4", "--config"]
     assert commands(answer) == [[*torchrun, f"my outputs/study/{cell}/config.toml"] for cell in CELLS]

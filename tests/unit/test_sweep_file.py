@@ -19,7 +19,7 @@ from tests.unit.test_train_configs import PAPER
 from titan_dp.config import Config
 from titan_dp.config.advice import ineffective_settings
 from titan_dp.config.describe import all_keys, to_toml
-from titan_dp.config.load import config_folder, load_config
+from titan_dp.config.load import SHIPPED, load_config
 from titan_dp.errors import UserError
 from titan_dp.studies.sweep_file import Sweep, load_sweep
 
@@ -380,7 +380,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 # -- the shipped files -------------------------------------------------------------------------------------------------
 
 # Cells, the first and the last name, and a hash of all names and identities: finished runs of users are found by them.
-SHIPPED = {
+SWEEPS = {
     "cpu_study": (54, "270K-t200K-nh1-s1", "1.75M-t800K-nh3-s2", "77dcf8302ed11198"),
     "figure10": (6, "nh1-d128", "nh1-d256", "c16f1b9b6081c82e"),
     "householder_head_dim": (9, "392.2M-nh1-d64", "392.2M-nh3-d256", "66521fc277918025"),
@@ -390,16 +390,16 @@ SHIPPED = {
 
 
 def test_every_shipped_sweep_is_held() -> None:
-    assert {path.stem for path in (config_folder() / "sweeps").glob("*.toml")} == SHIPPED.keys()
+    assert {path.stem for path in (SHIPPED / "sweeps").glob("*.toml")} == SWEEPS.keys()
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", SWEEPS)
 def test_a_shipped_sweep_keeps_its_cells_which_are_equally_large_and_set_nothing_in_vain(name: str) -> None:
     sweep = load_sweep(Path(name))
     assert sweep.description
     text = "\n".join(f"{cell.name} {cell.identity}" for cell in sweep.cells)
     held = (len(sweep.cells), sweep.cells[0].name, sweep.cells[-1].name, hashlib.sha256(text.encode()).hexdigest()[:16])
-    assert held == SHIPPED[name]
+    assert held == SWEEPS[name]
     by_size: dict[str, list[int]] = {}
     for cell in sweep.cells:
         assert ineffective_settings(cell.config, dict.fromkeys(all_keys(), "sweep")) == []
@@ -410,7 +410,7 @@ def test_a_shipped_sweep_keeps_its_cells_which_are_equally_large_and_set_nothing
 
 
 def test_the_papers_sweep_is_the_papers_nine_configs() -> None:
-    cells = load_sweep(config_folder() / "sweeps" / "paper.toml").cells
+    cells = load_sweep(SHIPPED / "sweeps" / "paper.toml").cells
     assert sorted(cell.parameters for cell in cells) == sorted(PAPER.values())
     shapes = {(m.hidden_size, m.num_heads, m.num_householder, m.mlp_size) for m in (cell.config.model for cell in cells)}
     assert shapes == set(PAPER_SHAPES.values())
@@ -422,7 +422,7 @@ def test_the_papers_sweep_is_the_papers_nine_configs() -> None:
 
 
 def test_figure_10_compares_steps_with_head_dimensions_at_equal_parameters() -> None:
-    cells = load_sweep(config_folder() / "sweeps" / "figure10.toml").cells
+    cells = load_sweep(SHIPPED / "sweeps" / "figure10.toml").cells
     assert {cell.config.model.num_householder for cell in cells} >= {1, 3}
     for one, other in zip(cells[::2], cells[1::2], strict=True):
         assert abs(one.parameters / other.parameters - 1) < 0.005

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_dp.config.load import Loaded, config_folder, load_config
+from titan_dp.config.load import SHIPPED, Loaded, load_config
 from titan_dp.data.synthetic.loader import problem_that_fits
 from titan_dp.model.size import model_size
 from titan_dp.train.batch_plan import plan_batches
@@ -28,7 +28,7 @@ STEPS = {"213m": 36_240, "392m": 66_758, "800m": 104_905}
 
 
 def shipped() -> list[str]:
-    return sorted(path.stem for path in config_folder().glob("*.toml"))
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
 def load(name: str) -> Loaded:
@@ -92,7 +92,7 @@ def test_the_debug_batch_divides_over_the_ranks_of_a_laptop_and_of_a_node() -> N
     assert {plan_batches(load("debug").config.training, ranks).global_batch_size for ranks in (1, 2, 4, 8)} == {32}
 
 
-@pytest.mark.parametrize("path", sorted(config_folder().glob("state_tracking/*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("state_tracking/*.toml")), ids=lambda path: path.stem)
 def test_a_state_tracking_config_fits_its_task_and_sets_nothing_in_vain(path: Path) -> None:
     loaded = load(str(path))
     c = loaded.config
@@ -103,6 +103,6 @@ def test_a_state_tracking_config_fits_its_task_and_sets_nothing_in_vain(path: Pa
 
 
 def test_the_papers_word_problems_have_the_papers_number_of_words() -> None:
-    for path in config_folder().glob("state_tracking/paper_*.toml"):
+    for path in SHIPPED.glob("state_tracking/paper_*.toml"):
         training = load(str(path)).config.training
         assert plan_batches(training, 1).steps * training.local_batch_size == pytest.approx(100 * 2_000_000, rel=1e-3)

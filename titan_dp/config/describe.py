@@ -124,21 +124,22 @@ def default_text(key: Key) -> str:
 
 
 USAGE = """\
-usage: train.py --config NAME [--section.key VALUE ...] [--print-config | --dry-run]
+usage: titan-dp train --config NAME [--nproc N] [--section.key VALUE ...] [--print-config | --dry-run]
+       torchrun --nproc_per_node=N train.py --config NAME [--section.key VALUE ...]
 
-  --config NAME         a file in train_configs/ by name, or any file by path
+  --config NAME         a shipped configuration by name, or any file by path
+  --nproc N             processes (titan-dp train; default: one per GPU, two on CPUs)
   --section.key VALUE   override one setting (a flag needs no VALUE); --section.key=VALUE works too
   --print-config        print every setting and where it comes from, as TOML, and exit
   --dry-run             print parameters, FLOPs, tokens and memory of the run, and exit
   --help                print this and exit
 
-Under torchrun: torchrun --nproc_per_node=8 train.py --config NAME ...
 The command line wins over the file, the file over the one it extends, that over the defaults below.
 """
 
 
 def help_text() -> str:
-    """What `train.py --help` prints."""
+    """What `titan-dp train --help` and `train.py --help` print."""
     width = min(110, int(os.environ.get("COLUMNS", 100)))
     parts = [USAGE]
     for section, members in sections().items():
@@ -158,11 +159,12 @@ PAGE = """\
 A run is described by one TOML file; any setting can be overridden on the command line:
 
     source .venv/bin/activate    # once per shell: the environment that `make install` made
-    torchrun --nproc_per_node=8 train.py --config 800m.toml --optimizer.lr 1e-3 --compile.enable=false
+    titan-dp train --config 800m.toml --optimizer.lr 1e-3 --compile.enable=false
 
-* `--config NAME` takes a file of `train_configs/` by its bare name, or any file by its path (with a `/`).
+* `--config NAME` takes a shipped configuration (`train_configs/`) by its bare name, or any file by its path (with a `/`).
   `--job.config_file`, torchtitan's spelling, means the same.
-* `extends = "base.toml"` at the top of a file inherits from another, found relative to the file itself.
+* `extends = "base.toml"` at the top of a file inherits from another, found relative to the file itself, else among the
+  shipped ones: `extends = "800m.toml"` works in any folder.
 * Values on the command line are TOML: `3e-4`, `true`, `[3, 7]`. What does not parse as TOML is a string, so quotes are
   rarely needed. A flag without a value (`--debug.deterministic`) is `true`.
 * The command line wins over the file, the file over the one it extends, and that over the defaults. `training.steps` and

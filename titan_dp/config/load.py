@@ -37,6 +37,8 @@ _MISSING = object()
 AnySection = TypeVar("AnySection", bound=Section)
 
 PROJECT = Path(__file__).resolve().parents[2]
+SHIPPED = Path(__file__).resolve().parents[1] / "train_configs"
+"""The configurations that come with the package."""
 
 
 @dataclass(frozen=True)
@@ -224,15 +226,9 @@ def command_line_value(key: Key | None, text: str) -> object:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def config_folder() -> Path:
-    """train_configs/ beside the package, or in the current directory for an installed package."""
-    beside = PROJECT / "train_configs"
-    return beside if beside.is_dir() else Path("train_configs")
-
-
 def resolve_config_path(name: str) -> Path | None:
-    """A bare name means train_configs/ first; anything with a slash is a path. The .toml may be left out."""
-    folders = [Path()] if "/" in name else [config_folder(), Path()]
+    """A bare name means a shipped configuration first; anything with a slash is a path. The .toml may be left out."""
+    folders = [Path()] if "/" in name else [SHIPPED, Path()]
     candidates = (folder / (name + suffix) for folder in folders for suffix in ("", ".toml"))
     return next((path for path in candidates if name and _is_file(path)), None)
 
@@ -246,8 +242,8 @@ def _is_file(path: Path) -> bool:
 
 
 def _choices() -> str:
-    names = sorted(path.name for path in config_folder().glob("*.toml"))
-    return f"{config_folder()} holds {', '.join(names)}" if names else f"{config_folder()} holds none"
+    names = sorted(path.name for path in SHIPPED.glob("*.toml"))
+    return f"the shipped ones are {', '.join(names)}"
 
 
 def read_files(path: Path, seen: tuple[Path, ...] = ()) -> list[Setting]:
@@ -267,8 +263,10 @@ def read_files(path: Path, seen: tuple[Path, ...] = ()) -> list[Setting]:
         said = f"{setting.origin}: extends = {_show(setting.value)}"
         if not isinstance(setting.value, str):
             raise UserError(f"{said}: expected the name of one file")
-        if not _is_file(parent := path.parent / setting.value):
-            raise UserError(f"{said}: there is no {shorten(str(parent))}")
+        beside, shipped = path.parent / setting.value, SHIPPED / setting.value
+        parent = beside if _is_file(beside) else shipped
+        if not _is_file(parent):
+            raise UserError(f"{said}: there is no {shorten(str(beside))}; {_choices()}")
         base = read_files(parent, (*seen, path.resolve()))
     return base + own
 

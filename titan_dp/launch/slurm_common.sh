@@ -1,8 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# Sourced by slurm.sbatch and slurm_array.sbatch in the project's root: what both need, and when a job is tried again.
+# Sourced by slurm.sbatch and slurm_array.sbatch, which set `python`: what both need, and when a job is tried again.
 # The invariant: a job is requeued only if running it again can help. Exit code 2, the user's mistake, never is.
 
-python=${VENV:-.venv}/bin/python
 nproc=${NPROC:-${SLURM_GPUS_ON_NODE:-1}} # processes a node
 # The id to requeue. Of an array's elements one has the array's own id as SLURM_JOB_ID: requeueing that would requeue them all.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -66,4 +65,3 @@ train() {
 }
 
 [[ -n $job ]] || mistake "this is a job script: $usage"
-[[ -x $python ]] || mistake "there is no Python at $python: run make install, or set VENV to an environment's folder"

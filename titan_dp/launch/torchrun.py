@@ -1,6 +1,6 @@
 """torchrun with three things added that a scheduler needs; takes exactly torchrun's options.
 
-    python launch/torchrun.py --nproc-per-node=8 train.py --config 800m.toml
+    python -m titan_dp.launch.torchrun --nproc-per-node=8 -m titan_dp.train --config 800m.toml
 
 1. It leaves with the exit code of the process that failed first (2: the user's mistake), where torchrun always says 1, so
    that only what may succeed the next time is tried again. With --log-dir the code is in the file exit_code there as well.
@@ -15,6 +15,7 @@ Left out: everything else is torch.distributed.run.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import signal
 import socket
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> int:
 
     from titan_dp.distributed import LAUNCHER_PID
 
+    # Which process ended how is in the report below; these lines come first and say it once more.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     args = parse_args(argv)
     host = args.rdzv_endpoint.rpartition(":")[0] or args.rdzv_endpoint or args.master_addr
     if args.nnodes != "1" and not args.standalone and (interface := interface_towards(host)):
@@ -63,7 +66,7 @@ def main(argv: list[str]) -> int:
                 with suppress(OSError):  # a full disk must not take the code itself away
                     Path(args.log_dir).mkdir(parents=True, exist_ok=True)
                     (Path(args.log_dir) / "exit_code").write_text(f"{code}\n")
-            if code != EXIT_STOPPED:
+            if code not in (EXIT_STOPPED, 2):  # then the rank has said all there is to say
                 print(error, file=sys.stderr, flush=True)
             return code
         except SignalException as error:

@@ -1,9 +1,9 @@
 """Many runs on this machine: at most K at once, unfinished ones resumed, failed ones tried again.
 
 K threads take the cells in order, and each does the same for every cell: wait while another process trains it, skip it if it
-is finished, else start train.py (under launch/torchrun.py for several ranks) and start it again if that may help. What a
-cell prints goes to `attempt-N.log` in its run folder. Ctrl-C and SIGTERM end the cells, which save; a second Ctrl-C kills
-them. The same command then goes on: the state of a sweep is its run folders.
+is finished, else start `titan-dp train` and start it again if that may help. What a cell prints goes to `attempt-N.log` in its
+run folder. Ctrl-C and SIGTERM end the cells, which save; a second Ctrl-C kills them. The same command then goes on: the state
+of a sweep is its run folders.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan_dp.config.load import PROJECT
 from titan_dp.errors import EXIT_STOPPED, RunError, UserError
 from titan_dp.hardware import visible_gpus
 from titan_dp.train.run_folder import is_finished, is_locked, last_record
@@ -37,11 +36,9 @@ _GRACE_SECONDS = 75  # between SIGTERM and SIGKILL; launch/torchrun.py gives its
 _STATES = ("running", "elsewhere", "failed", "waiting", "finished")  # as the live table sorts them
 
 
-def command(cell: Cell, nproc: int, python: str = sys.executable, project: Path = PROJECT) -> list[str]:
-    """What trains `cell` on one machine."""
-    # launch/torchrun.py is torchrun that leaves with the exit code of train.py
-    launcher = [str(project / "launch/torchrun.py"), "--standalone", f"--nproc-per-node={nproc}"] if nproc > 1 else []
-    return [python, *launcher, str(project / "train.py"), "--config", str(cell.folder / "config.toml")]
+def command(cell: Cell, nproc: int) -> list[str]:
+    """The arguments of titan-dp that train `cell` on one machine."""
+    return ["train", "--nproc", str(nproc), "--config", str(cell.folder / "config.toml")]
 
 
 def launch_local(cells: Sequence[Cell], *, at_once: int, nproc: int, retries: int) -> None:
@@ -158,7 +155,7 @@ class _Launcher:
             self.free.append(run.share)
 
     def _attempt(self, run: _Run, share: int, ended: _Ended) -> None:
-        """Start train.py once and wait for its end."""
+        """Start the cell once and wait for its end."""
         run.attempts += 1
         self._show(run, "running")
         folder = run.cell.folder
@@ -170,7 +167,7 @@ class _Launcher:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[share * self.nproc : (share + 1) * self.nproc])
         with log.open("wb") as file:
             process = subprocess.Popen(
-                command(run.cell, self.nproc),
+                [sys.executable, "-m", "titan_dp", *command(run.cell, self.nproc)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

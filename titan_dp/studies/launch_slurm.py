@@ -17,10 +17,11 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import first_mistake, write_json
+from titan_dp.launch import FOLDER
 from titan_dp.studies.sweep_file import Sweep
 from titan_dp.train.run_folder import is_finished, is_locked
 
-ARRAY_SCRIPT = Path("launch/slurm_array.sbatch")
+ARRAY_SCRIPT = FOLDER / "slurm_array.sbatch"
 
 
 class _Job(BaseModel):
@@ -31,11 +32,9 @@ class _Job(BaseModel):
 
 
 def check_slurm() -> None:
-    """Raise UserError if SLURM is not installed, or this is not the project's root."""
+    """Raise UserError if SLURM is not installed."""
     if shutil.which("sbatch") is None:
         raise UserError("--launch slurm: there is no sbatch on this machine; use --launch local, or --launch print")
-    if not ARRAY_SCRIPT.exists():
-        raise UserError(f"--launch slurm: there is no {ARRAY_SCRIPT} here; give the command in the project's root")
 
 
 def launch_slurm(sweep: Sweep, *, at_once: int, nproc: int | None, retries: int, options: list[str]) -> None:

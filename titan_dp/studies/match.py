@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from titan_dp import config
 from titan_dp.config.arguments import count, grid, householder_list, percent, take_settings
 from titan_dp.config.describe import to_toml
-from titan_dp.config.load import config_folder, keys_of, load_config
+from titan_dp.config.load import SHIPPED, keys_of, load_config
 from titan_dp.errors import UserError
 from titan_dp.model.size import embedding_parameters, model_size, state_size
 from titan_dp.output import print_table
@@ -86,7 +86,7 @@ def solve(args: argparse.Namespace, gates: list[bool]) -> tuple[list[config.Mode
     given = keys_of(args.settings)
     if other := next((key for key in given if not key.startswith("model.")), None):
         raise UserError(f"--{other} does not change a model's shape; give settings of [model] only")
-    name = args.config or str(config_folder() / "base" / "paper.toml")
+    name = args.config or str(SHIPPED / "base" / "paper.toml")
     # A length is of no concern here.
     overrides = [*args.settings, f"--model.num_householder={args.num_householder[0]}", "--training.steps=1"]
     # Proportions are those of the config; what is given beside it is kept, or concerns no shape.

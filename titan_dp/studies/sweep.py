@@ -1,7 +1,7 @@
 """`titan-dp sweep FILE`: expand a sweep file into run folders, show what they cost and how far they are, launch them.
 
-    titan-dp sweep train_configs/sweeps/cpu_study.toml
-    titan-dp sweep train_configs/sweeps/cpu_study.toml --launch local --at-once 2
+    titan-dp sweep cpu_study
+    titan-dp sweep cpu_study --launch local --at-once 2
 
 A sweep's state is its run folders and nothing else: what is finished, cut off or running is read from them each time. So
 a sweep can be killed at any moment and started again, and cells may be run by any launcher, by several in turn, or by
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="sweep file, such as train_configs/sweeps/cpu_study.toml")
+    parser.add_argument("file", type=Path, help="sweep file, or the name of a shipped one, such as cpu_study")
     parser.add_argument(
         "--launch", choices=["local", "slurm", "print"], help="run the cells here, as a SLURM array, or print their commands"
     )
@@ -103,7 +103,7 @@ def launch(cells: Sequence[Cell], how: str, *, at_once: int, nproc: int, retries
         return
     for cell in cells:
         if not is_finished(cell.folder) and not is_locked(cell.folder):
-            print(shlex.join(command(cell, nproc, python="python", project=Path())))
+            print(shlex.join(["titan-dp", *command(cell, nproc)]))
 
 
 def cells_to_write(cells: Sequence[Cell], remedy: str, written: dict[str, str] | None = None) -> list[Cell]:

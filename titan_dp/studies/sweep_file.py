@@ -23,7 +23,7 @@ from titan_dp import config
 from titan_dp.config import Config, Positive, Section
 from titan_dp.config.advice import HINTS, explain_unknown
 from titan_dp.config.describe import all_keys, to_toml
-from titan_dp.config.load import Loaded, Setting, build_config, build_section, config_folder, read_files
+from titan_dp.config.load import SHIPPED, Loaded, Setting, build_config, build_section, read_files
 from titan_dp.errors import UserError
 from titan_dp.files import shorten, shown
 from titan_dp.model.size import model_size
@@ -151,7 +151,7 @@ def load_sweep(path: Path) -> Sweep:
     Raises UserError: a file that cannot be read, an unknown axis or a wrong value, axes that contradict the matching
     rule or each other, a size that cannot be reached, two cells with one configuration.
     """
-    shipped = config_folder() / "sweeps"
+    shipped = SHIPPED / "sweeps"
     if not path.is_file() and (named := shipped / path.with_suffix(".toml")).is_file():
         path = named
     if not path.is_file():

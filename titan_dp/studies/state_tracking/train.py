@@ -16,7 +16,7 @@ from pathlib import Path
 
 from titan_dp.config.arguments import add_setting, count, positive, take_settings
 from titan_dp.config.describe import to_toml
-from titan_dp.config.load import Loaded, config_folder, keys_of, load_config, resolve_config_path
+from titan_dp.config.load import SHIPPED, Loaded, keys_of, load_config, resolve_config_path
 from titan_dp.errors import RunError, UserError
 from titan_dp.model.size import model_size
 from titan_dp.studies.state_tracking.models import KNOWN, MODEL_KEYS, folder_name, label, mlp_for, model_settings
@@ -147,7 +147,7 @@ def _models(args: argparse.Namespace) -> list[Loaded]:
 
 
 def _config_path(name: str) -> str:
-    folder = config_folder() / "state_tracking"
+    folder = SHIPPED / "state_tracking"
     path = resolve_config_path(str(folder / name)) if "/" not in name else None
     if (path := path or resolve_config_path(name)) is None:
         names = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))

@@ -1,0 +1,7 @@
+"""How a run is started: `titan-dp train` (command.py), torchrun with what a scheduler needs (torchrun.py), and SLURM and
+Kubernetes files. README.md here says which to use where.
+"""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
