@@ -36,9 +36,9 @@ _GRACE_SECONDS = 75  # between SIGTERM and SIGKILL; launch/torchrun.py gives its
 _STATES = ("running", "elsewhere", "failed", "waiting", "finished")  # as the live table sorts them
 
 
-def command(cell: Cell, nproc: int) -> list[str]:
-    """The arguments of titan-dp that train `cell` on one machine."""
-    return ["train", "--nproc", str(nproc), "--config", str(cell.folder / "config.toml")]
+def command(cell: Cell, nproc: int, program: Sequence[str] = (sys.executable, "-m", "titan_dp")) -> list[str]:
+    """What trains `cell` on one machine."""
+    return [*program, "train", "--nproc", str(nproc), "--config", str(cell.folder / "config.toml")]
 
 
 def launch_local(cells: Sequence[Cell], *, at_once: int, nproc: int, retries: int) -> None:
@@ -167,7 +167,7 @@ class _Launcher:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[share * self.nproc : (share + 1) * self.nproc])
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "titan_dp", *command(run.cell, self.nproc)],
+                command(run.cell, self.nproc),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

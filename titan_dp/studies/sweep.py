@@ -103,7 +103,7 @@ def launch(cells: Sequence[Cell], how: str, *, at_once: int, nproc: int, retries
         return
     for cell in cells:
         if not is_finished(cell.folder) and not is_locked(cell.folder):
-            print(shlex.join(["titan-dp", *command(cell, nproc)]))
+            print(shlex.join(command(cell, nproc, program=["titan-dp"])))
 
 
 def cells_to_write(cells: Sequence[Cell], remedy: str, written: dict[str, str] | None = None) -> list[Cell]:
