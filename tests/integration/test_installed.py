@@ -75,7 +75,7 @@ def test_an_installed_package_prepares_trains_sweeps_and_exports_in_an_empty_fol
     titan.run("titan-dp", "export", "outputs/mine", "exported", "--format", "remote-code")
     assert (titan.folder / "exported" / "model.safetensors").exists()
     assert 'run_name = "800m"' in titan.run("titan-dp", "train", "--config", "800m.toml", "--print-config")
-    assert "optimizer state" in titan.run("titan-dp", "estimate", "--config", "mine.toml", "--gpu", "H100")
+    assert "optimizer state" in titan.run("titan-dp", "estimate", "--config", "mine.toml", "--nproc", "1", "--gpu", "H100")
     assert "num_householder" in titan.run("titan-dp", "match", "--params", "805M", "--num-householder", "1,2")
     assert "deltaproduct" in titan.run("titan-dp", "state-tracking", "train", "--group", "S3", "--launch", "print")
 
