@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,7 @@ ROWS, T = 2, 48
 DOCUMENTS = [0, 11, 12, 13, 24, 30, 30, 31, 48, 48 + 5, 48 + 36, 96, 96, 96]
 CASES: dict[str, dict[str, Any]] = {
     "DeltaNet": {"num_householder": 1},
-    "Gated DeltaNet": {"num_householder": 1, "use_forget_gate": True},
-    "DeltaProduct_2, documents": {"num_householder": 2, "documents": DOCUMENTS},
     "Gated DeltaProduct_2, documents": {"num_householder": 2, "use_forget_gate": True, "documents": DOCUMENTS},
-    "DeltaProduct_3": {"num_householder": 3},
     "Gated DeltaProduct_3, documents": {"num_householder": 3, "use_forget_gate": True, "documents": DOCUMENTS},
     "no convolution": {"num_householder": 2, "use_short_conv": False, "use_output_gate": True, "allow_neg_eigval": False},
     "the definition": {"num_householder": 2, "use_forget_gate": True, "backend": "recurrent", "documents": DOCUMENTS},
@@ -58,11 +56,10 @@ CASES: dict[str, dict[str, Any]] = {
     "Transformer": {"mixer": "attention"},
     "strong gates": {"num_householder": 2, "use_forget_gate": True, "gate": 12.0},
     "weak gates": {"num_householder": 2, "use_forget_gate": True, "gate": -12.0},
-    "steps near 0 and 2": {"num_householder": 2, "beta": 300.0},
     "steps near 0 and 2, documents": {"num_householder": 3, "beta": 300.0, "use_forget_gate": True, "documents": DOCUMENTS},
 }
 
-EIGHT = (*list(CASES)[:6], "gated linear attention, documents", "hybrid", "hybrid, window, documents")
+EIGHT = (*list(CASES)[:3], "gated linear attention, documents", "hybrid", "hybrid, window, documents")
 """Cases for 8 ranks: every n_h, gated and not, and every other kind of layer."""
 
 
@@ -109,7 +106,7 @@ def distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((got[name] - x).abs().max() / max(x.abs().max(), floor)) for name, x in expected.items())
 
 
-def errors(names: list[str], dtype: torch.dtype, seed: int) -> dict[str, float]:
+def errors(names: Sequence[str], dtype: torch.dtype, seed: int) -> dict[str, float]:
     """How far the ranks are from one rank in each case, on rank 0 alone."""
     found = {}
     for name in names:
@@ -127,10 +124,9 @@ def errors(names: list[str], dtype: torch.dtype, seed: int) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_loss_and_every_gradient_are_those_of_one_rank(world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "names"), [(4, tuple(CASES)), (8, EIGHT)])
+def test_loss_and_every_gradient_are_those_of_one_rank(world_size: int, names: tuple[str, ...]) -> None:
     seed = int(torch.randint(1 << 30, ()))
-    names = list(CASES) if world_size < 8 else [name for name in CASES if name in EIGHT]
     found = run_ranks(world_size, errors, names, torch.float64, seed)[0]
     assert not {name: error for name, error in found.items() if not error < 1e-10}, seed
 
@@ -195,7 +191,7 @@ def sharded(replicate: int, modes: list[str], seed: int) -> list[dict[str, Tenso
 
 
 def test_it_composes_with_fsdp_hsdp_and_activation_checkpointing() -> None:
-    for world_size, replicate, modes in ((4, 1, ["none", "full", "selective"]), (8, 2, ["selective"])):
+    for world_size, replicate, modes in ((4, 1, ["none", "full"]), (8, 2, ["selective"])):
         one = model_of(DOCUMENTS_AND_SOFTMAX, torch.float32)
         for i in range(world_size // 2):
             expected = results(one, *batch(5 + i), torch.tensor(DOCUMENTS, dtype=torch.int32))

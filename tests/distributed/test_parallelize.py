@@ -18,7 +18,7 @@ def test_first_values_do_not_depend_on_the_mesh() -> None:
     plain = build_model(TINY)
     plain.init_weights(0)
     expected = {name: p.detach() for name, p in plain.named_parameters()}
-    for world_size, replicate in ((1, 1), (2, 1), (4, 1), (4, 2)):
+    for world_size, replicate in ((2, 1), (4, 2)):
         for values in run_ranks(world_size, first_values, replicate):
             assert values.keys() == expected.keys()
             assert all(torch.equal(values[name], expected[name]) for name in expected), (world_size, replicate)
@@ -67,7 +67,7 @@ def gradients(mode: str, option: str | int, compile: bool) -> tuple[dict[str, to
 
 def test_checkpointing_does_not_change_gradients() -> None:
     expected, _, _ = run_ranks(1, gradients, "none", "op", False)[0]
-    for mode, option in (("full", "op"), ("selective", "op"), ("selective", 2)):
+    for mode, option in (("full", "op"), ("selective", 2)):
         grads, _, _ = run_ranks(2, gradients, mode, option, False)[0]
         for name, gradient in expected.items():
             torch.testing.assert_close(grads[name], gradient, rtol=1e-5, atol=1e-7, msg=f"{mode} {option} {name}")

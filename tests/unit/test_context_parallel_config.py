@@ -56,8 +56,9 @@ def test_parameters_are_sharded_over_context_ranks_and_rows_are_read_by_data_ran
 def test_degrees_that_are_not_the_ranks_are_refused() -> None:
     with pytest.raises(UserError, match="times context_parallel_degree = 3 must be the number of ranks, which is 8; start a"):
         data_world(parallelism(3), World(0, 8, torch.device("cpu")))
-    with pytest.raises(UserError, match="set data_parallel_shard_degree = -1"):
-        shard_degree(parallelism(2, shard=8), 8)
+    for degrees in (parallelism(2, shard=8), parallelism(1, replicate=3), parallelism(1, replicate=16)):
+        with pytest.raises(UserError, match="set data_parallel_shard_degree = -1"):
+            shard_degree(degrees, 8)
 
 
 def test_segments_put_together_are_the_row() -> None:

@@ -72,14 +72,13 @@ def test_labels_and_boundaries_mark_where_documents_meet(dataset: Path) -> None:
     assert sorted(set(cu_seqlens.tolist())) == sorted(begins)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("buffer", [0, 20])
-def test_two_ranks_share_the_stream_of_one(dataset: Path, buffer: int) -> None:
-    whole = ids(stream(dataset, buffer=buffer), 5).view(5, 2, 2, T)
+def test_two_ranks_share_the_stream_of_one(dataset: Path) -> None:
+    whole = ids(stream(dataset, buffer=20), 5).view(5, 2, 2, T)
     for rank in range(2):
-        assert torch.equal(ids(stream(dataset, rank, 2, 2, buffer), 5).view(5, 2, T), whole[:, rank])
+        assert torch.equal(ids(stream(dataset, rank, 2, 2, 20), 5).view(5, 2, T), whole[:, rank])
 
 
-@pytest.mark.parametrize(("buffer", "stop"), [(buffer, stop) for buffer in (0, 20) for stop in (1, 7, 30)])
+@pytest.mark.parametrize(("buffer", "stop"), [(0, 1), (0, 30), (20, 7)])
 def test_a_stream_resumed_in_the_middle_of_a_document_goes_on_with_the_next_token(
     dataset: Path, buffer: int, stop: int
 ) -> None:

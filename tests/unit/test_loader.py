@@ -50,9 +50,8 @@ def steps(path: Path, count: int, world_size: int, L: int, start: int = 0, worke
 
 @pytest.mark.parametrize(
     ("world_size", "L", "start", "workers"),
-    [(1, 2, 0, 0), (2, 4, 0, 0), (4, 2, 0, 0), (8, 1, 0, 0), (2, 1, 1, 0), (4, 1, 3, 0), (8, 1, 5, 0), (1, 2, 2, 1),
-     (2, 2, 0, 2)],
-)  # fmt: skip
+    [(2, 4, 0, 0), (8, 1, 0, 0), (4, 1, 3, 0), (2, 2, 2, 2)],
+)
 def test_any_ranks_and_workers_starting_at_any_step_read_the_same_samples(
     shards: Path, world_size: int, L: int, start: int, workers: int
 ) -> None:
@@ -60,10 +59,9 @@ def test_any_ranks_and_workers_starting_at_any_step_read_the_same_samples(
     assert torch.equal(steps(shards / "train", 6 - start, world_size, L, start * G, workers), whole[start:])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_reading_draws_nothing_from_the_global_generators(shards: Path, workers: int) -> None:
+def test_reading_draws_nothing_from_the_global_generators(shards: Path) -> None:
     before = torch.get_rng_state(), random.getstate()
-    next(iter(loader(shards / "train", workers=workers)))
+    next(iter(loader(shards / "train", workers=1)))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
 
@@ -110,7 +108,7 @@ def validation(trained: Path, held_out: Path, rank: int = 0, world_size: int = 1
     return build_validation_loader(config.Validation(path=str(held_out)), data, place, 300, [TokenShards(trained)])
 
 
-@pytest.mark.parametrize(("world_size", "L"), [(1, 3), (2, 4), (4, 1)])
+@pytest.mark.parametrize(("world_size", "L"), [(1, 3), (4, 1)])
 def test_validation_predicts_every_held_out_token_once_on_any_ranks(shards: Path, world_size: int, L: int) -> None:
     tokens, starts = row_of(TokenShards(shards / "validation"))
     loaders = [validation(shards / "train", shards / "validation", rank, world_size, L) for rank in range(world_size)]
@@ -160,7 +158,6 @@ def cut_off(folder: Path) -> None:
         (lambda f: np.save(f / "shard-00000.npy", np.zeros(10, np.int8)), {}, r"holds \(10,\) int8, the manifest says"),
         (edit(format_version=99), {}, "has format version 99, this program reads 1"),
         (edit(dtype="float64"), {}, "dtype = 'float64'"),
-        (edit(shards="none"), {}, "is no manifest of token shards"),
         (names_another_folder, {}, "which is not a file of its folder"),
         (edit(tokenizer={"vocab_size": 50_000}), {}, r"model.vocab_size = 300 is too small for data.path .* has 50000 ids"),
         (

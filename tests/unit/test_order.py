@@ -23,12 +23,6 @@ def test_permute_is_a_permutation_of_any_size_under_any_key(size: int, key: str)
     assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
 
 
-def test_permute_moves_neighbours_apart() -> None:
-    images = permute(np.arange(10_000), 10_000, "key")
-    assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 0.05
-    assert (images != np.arange(10_000)).mean() > 0.99
-
-
 def test_an_older_run_goes_on_in_its_order() -> None:
     assert hashlib.sha256(SAMPLES.tobytes()).hexdigest().startswith("de781e31b989615b")
 
@@ -45,16 +39,12 @@ def test_a_sample_does_not_depend_on_which_others_are_asked_for(some: list[int])
     assert np.array_equal(np.stack(MIXTURE.locate(np.array(some))), SAMPLES[:, some])
 
 
-def test_a_mixture_has_its_weights_exactly_in_every_block() -> None:
-    source, _ = Order(["a", "b", "c"], [50, 1000, 7], [1.0, 2.0, 5.0], 0).locate(np.arange(2 * 4096))
+def test_a_mixture_has_its_weights_exactly_in_every_block_and_reads_each_source_in_whole_epochs() -> None:
+    source, window = Order(["a", "b"], [64, 6144], [1.0, 3.0], 0).locate(np.arange(2 * 4096))
     for block in source.reshape(2, 4096):
-        assert np.bincount(block).tolist() == [512, 1024, 2560]
-
-
-def test_a_mixture_reads_each_source_in_whole_epochs() -> None:
-    source, window = Order(["a", "b"], [64, 4096], [1.0, 1.0], 0).locate(np.arange(2 * 4096))
-    assert np.bincount(window[source == 0]).tolist() == [64] * 64
-    assert np.bincount(window[source == 1], minlength=4096).tolist() == [1] * 4096
+        assert np.bincount(block).tolist() == [1024, 3072]
+    assert np.bincount(window[source == 0]).tolist() == [32] * 64
+    assert np.bincount(window[source == 1]).tolist() == [1] * 6144
 
 
 def test_no_step_takes_longer_to_reach_than_the_first() -> None:
