@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,6 @@ from titan_dp import config
 from titan_dp.data.batch import IGNORE, Place, make_batch
 from titan_dp.distributed import World, data_world, describe, shard_degree
 from titan_dp.errors import UserError
-from titan_dp.model.context_parallel import ContextParallel
-from titan_dp.model.layers import Packing
 
 
 def parallelism(context: int, replicate: int = 1, shard: int = -1) -> config.Parallelism:
@@ -37,11 +34,8 @@ def test_what_cannot_be_split_is_refused_by_its_key() -> None:
     assert "model.mixer = 'rwkv7'" in " ".join(problems(2, model=config.Model(mixer="rwkv7")))
     words = {"data": config.Data(source="state_tracking"), "state_tracking": config.StateTracking(task="S3")}
     assert "data.source = 'state_tracking'" in " ".join(problems(2, **words))
-
-
-def test_short_segments_are_fine_without_a_convolution() -> None:
-    model = config.Model(use_short_conv=False)
-    config.Config(training=config.Training(seq_len=16, steps=1), parallelism=parallelism(8), model=model)
+    short = config.Training(seq_len=16, steps=1)
+    assert config.Config(training=short, parallelism=parallelism(8), model=config.Model(use_short_conv=False))
 
 
 def test_parameters_are_sharded_over_context_ranks_and_rows_are_read_by_data_ranks() -> None:
@@ -72,19 +66,3 @@ def test_segments_put_together_are_the_row() -> None:
     assert priced[0, 5], "a label comes later, if not in this segment"
     assert not priced[:, -3:].any()
     assert "priced" not in whole
-
-
-def test_documents_of_a_segment_are_those_of_the_row() -> None:
-    rows, tokens, ranks = 2, 5, 3
-    whole = sorted({0, 15, 30, *torch.randint(30, (6,)).tolist()})
-    cu_seqlens = torch.tensor([*whole, 30, 30], dtype=torch.int32)
-    expected = Packing.build(cu_seqlens, rows * tokens * ranks)
-    for rank in range(ranks):
-        context = SimpleNamespace(rank=rank, size=ranks)
-        got = ContextParallel.packing(context, cu_seqlens, rows, tokens)  # type: ignore[arg-type]
-        own = [row * tokens * ranks + rank * tokens + t for row in range(rows) for t in range(tokens)]
-        assert torch.equal(got.position, expected.position[own])
-        assert torch.equal(got.document, Packing.build(got.cu_seqlens, rows * tokens).document)
-        assert len(got.cu_seqlens) == len(cu_seqlens)
-        starts = {i for i, token in enumerate(own) if token in whole or i % tokens == 0}
-        assert starts | {rows * tokens} == set(got.cu_seqlens.tolist())

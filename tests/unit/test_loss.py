@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_dp.model import loss as loss_module
-from titan_dp.model.loss import _ChunkedLoss, summed_cross_entropy
+from titan_dp.model.loss import summed_cross_entropy
 
 N, D, V = 300, 16, 1000
 
@@ -27,11 +27,10 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(N, D, dtype=dtype).requires_grad_(), torch.randn(V, D, dtype=dtype).requires_grad_(), labels
 
 
-@pytest.mark.parametrize("function", [summed_cross_entropy, _ChunkedLoss.apply], ids=["chosen", "chunked"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_loss_and_gradients_are_those_of_cross_entropy(function: Any, dtype: torch.dtype, tolerance: float) -> None:
+def test_loss_and_gradients_are_those_of_cross_entropy(dtype: torch.dtype, tolerance: float) -> None:
     hidden, weight, labels = inputs(dtype)
-    loss = function(hidden, weight, labels)
+    loss = summed_cross_entropy(hidden, weight, labels)
     (3 * loss).backward()
     reference = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected = F.cross_entropy(reference[0] @ reference[1].T, labels, reduction="sum")
@@ -44,10 +43,9 @@ def test_loss_and_gradients_are_those_of_cross_entropy(function: Any, dtype: tor
         assert float((x.grad.double() - y.grad).norm() / y.grad.norm()) < tolerance
 
 
-@pytest.mark.parametrize("function", [summed_cross_entropy, _ChunkedLoss.apply], ids=["chosen", "chunked"])
-def test_labels_all_ignored_give_zero_loss_and_zero_gradients(function: Any) -> None:
+def test_labels_all_ignored_give_zero_loss_and_zero_gradients() -> None:
     hidden, weight, labels = inputs(torch.float32)
-    loss = function(hidden, weight, torch.full_like(labels, -100))
+    loss = summed_cross_entropy(hidden, weight, torch.full_like(labels, -100))
     loss.backward()
     assert float(loss) == 0
     assert not hidden.grad.any()  # type: ignore[union-attr]
@@ -77,15 +75,3 @@ def test_the_logits_of_all_tokens_never_exist_at_once_and_validation_takes_a_thi
         summed_cross_entropy(hidden, weight, labels)
     assert training.most < N * V / 2
     assert products == 3 * validation.products
-
-
-def test_the_library_is_not_asked_for_gradients_in_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        pytest.skip("this torch has no linear_cross_entropy")
-    asked: list[bool] = []
-    monkeypatch.setattr(F, "linear_cross_entropy", lambda hidden, weight, *_, **__: asked.append(weight.requires_grad))
-    hidden, weight, labels = inputs(torch.float32)
-    summed_cross_entropy(hidden, weight, labels)
-    with torch.no_grad():
-        summed_cross_entropy(hidden, weight, labels)
-    assert asked == [True, False]

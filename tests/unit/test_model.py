@@ -241,32 +241,3 @@ def test_attention_is_softmax_over_visible_rotated_keys(window: int | None, kv_h
         scores = torch.stack([rotated(q[t, h], t) @ rotated(k[s, h], s) for s in visible]) * 12**-0.5
         out[t, h] = scores.softmax(0) @ v[visible, h]
     torch.testing.assert_close(attention(x)[0], attention.o_proj(out.flatten(1)), rtol=1e-5, atol=1e-5)
-
-
-def test_tensor_names_are_those_of_flash_linear_attention_but_for_the_gates_holder() -> None:
-    model = make(use_forget_gate=True, use_output_gate=True, num_householder=2, tie_word_embeddings=False, num_hidden_layers=1)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert shapes == {
-        "embeddings.weight": (50, 24),
-        "layers.0.attn_norm.weight": (24,),
-        "layers.0.attn.q_proj.weight": (16, 24),
-        "layers.0.attn.k_proj.weight": (32, 24),
-        "layers.0.attn.v_proj.weight": (32, 24),
-        "layers.0.attn.b_proj.weight": (4, 24),
-        "layers.0.attn.a_proj.weight": (2, 24),
-        "layers.0.attn.forget_gate.A_log": (2,),
-        "layers.0.attn.forget_gate.dt_bias": (2,),
-        "layers.0.attn.q_conv1d.weight": (16, 1, 4),
-        "layers.0.attn.k_conv1d.weight": (32, 1, 4),
-        "layers.0.attn.v_conv1d.weight": (32, 1, 4),
-        "layers.0.attn.g_proj.weight": (16, 24),
-        "layers.0.attn.o_norm.weight": (8,),
-        "layers.0.attn.o_proj.weight": (24, 16),
-        "layers.0.mlp_norm.weight": (24,),
-        "layers.0.mlp.gate_proj.weight": (40, 24),
-        "layers.0.mlp.up_proj.weight": (40, 24),
-        "layers.0.mlp.down_proj.weight": (24, 40),
-        "norm.weight": (24,),
-        "lm_head.weight": (50, 24),
-    }
-    assert model.num_params() == sum(math.prod(shape) for shape in shapes.values())

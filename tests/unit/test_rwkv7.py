@@ -54,17 +54,6 @@ def test_outputs_and_state_are_those_of_the_recurrence_in_rwkv7s_own_layout(n: i
     np.testing.assert_allclose(final.numpy().transpose(0, 1, 3, 2), expected_state, rtol=1e-10, atol=1e-10)
 
 
-def test_nothing_of_a_document_reaches_the_next_one() -> None:
-    x, position = some_inputs(9, 2, B=1), torch.tensor([0, 1, 2, 3, 0, 0, 1, 2, 3])
-    changed = x._replace(v=x.v.clone())
-    changed.v[:, :4] = torch.randn_like(changed.v[:, :4])
-    o, state = rwkv7_product(x, 2.0, None, position)
-    changed_o, changed_state = rwkv7_product(changed, 2.0, None, position)
-    assert not torch.equal(o[:, :4], changed_o[:, :4])
-    assert torch.equal(o[:, 4:], changed_o[:, 4:])
-    assert torch.equal(state, changed_state)
-
-
 def test_low_precision_inputs_are_computed_with_in_float32() -> None:
     x = some_inputs(50, 2)
     half = TransitionInputs(*(y.bfloat16() for y in x))

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_dp import config
-from titan_dp.model.context_parallel import ContextParallel
 from titan_dp.model.layers import Packing, TokenMixer
 
 
@@ -52,40 +51,29 @@ class Attention(TokenMixer):
         self.o_proj = nn.Linear(D, D, bias=False)
 
     def mix(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, None]:
-        if self.context is not None:
-            return self._mix_segment(self.context, x, packing), None
-        return self._mix_rows(x, packing), None
-
-    def _mix_rows(self, x: Tensor, packing: Packing | None) -> Tensor:
-        T = x.shape[1]
-        position = torch.arange(T, device=x.device) if packing is None else packing.position
-        q, k, v = self._project(x, position)
-        if packing is None and self.window is None:
-            return self._attend(q, k, v, None)
-        index = torch.arange(T, device=x.device)
-        mask = self._visible(index[:, None], index)
-        if packing is not None:
-            mask = mask & (packing.document[:, None] == packing.document)
-        return self._attend(q, k, v, mask)
-
-    def _mix_segment(self, context: ContextParallel, x: Tensor, packing: Packing | None) -> Tensor:
-        """The same of this rank's segment of each row; keys and values before it come from other ranks."""
+        """Where ranks share rows, x is this rank's segment of each; keys and values before it come from other ranks."""
         by_row = x if packing is None else x.view(packing.rows, -1, x.shape[-1])
-        T = by_row.shape[1]
-        index = context.rank * T + torch.arange(T, device=x.device)
+        T, first = by_row.shape[1], 0
+        index = torch.arange(T, device=x.device)
+        if self.context is not None:
+            index = self.context.rank * T + index
         position = index if packing is None else packing.position.view(packing.rows, T)
         q, k, v = self._project(by_row, position)
-        k, v, first = context.earlier(k, v, self.window)
-        if packing is None and self.window is None and q.is_cuda and q.dtype == torch.bfloat16 and self.d % 8 == 0:
-            # Of unequal lengths this kernel aligns the last query with the last key; a mask would take T * keys bytes. It is
-            # what torch.nn.attention.bias.causal_lower_right comes down to, which torch.compile does not trace.
-            o = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
-            return self.o_proj(o.transpose(1, 2).flatten(2))
+        if self.context is not None:
+            k, v, first = self.context.earlier(k, v, self.window)
+        if packing is None and self.window is None:
+            if self.context is None:
+                return self._attend(q, k, v, None), None
+            if q.is_cuda and q.dtype == torch.bfloat16 and self.d % 8 == 0:
+                # Of unequal lengths this kernel aligns the last query with the last key; a mask would take T * keys bytes. It
+                # is what torch.nn.attention.bias.causal_lower_right comes down to, which torch.compile does not trace.
+                o = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+                return self.o_proj(o.transpose(1, 2).flatten(2)), None
         keys = first + torch.arange(k.shape[2], device=x.device)
         mask = self._visible(index[:, None], keys) & (keys >= 0)
         if packing is not None:  # a token of position p sees p tokens back
             mask = mask & (index[:, None] - keys <= position[..., None])[:, None]
-        return self._attend(q, k, v, mask).view(x.shape)
+        return self._attend(q, k, v, mask).view(x.shape), None
 
     def step(self, x: Tensor, cache: AttentionCache | None) -> tuple[Tensor, AttentionCache]:
         """The tokens x [B, T, D] after those in `cache`."""
