@@ -30,6 +30,7 @@ Launch = Callable[..., None]
 def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
     """launch(name=script, ...): run a cell per script, each in the folder of its name."""
     monkeypatch.setattr(module, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(module, "_PAUSE_SECONDS", (0,))
     monkeypatch.setattr(module, "visible_gpus", list)
 
     def run(at_once: int = 1, nproc: int = 1, retries: int = 2, **scripts: str) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 Model = Any
 """The section [model]: schema.Model, whose file imports this one."""
@@ -62,6 +62,11 @@ class Mixer:
     """Computed by a Python loop over tokens: too slow to compile and to trace, and not split over ranks."""
     in_fla = False
     """Whether flash-linear-attention has it: an export may then be of one of its types, not only of our own."""
+    names: ClassVar[dict[str, dict[str, Any]]] = {}
+    """What people call its models, and the keys of [model] that each name decides; with no num_householder among them, the name
+    is followed by n_h."""
+    ranges: ClassVar[dict[str, bool]] = {}
+    """What may be said of its transitions' eigenvalues, the usual first, and the `allow_neg_eigval` that each means."""
 
     def family(self, c: Model) -> str:
         """What the literature calls it."""
@@ -113,6 +118,14 @@ class DeltaProduct(MatrixState):
 
     uses = f"{MatrixState.uses} use_forget_gate adaptive_householder"
     in_fla = True
+    names: ClassVar = {
+        "deltanet": {"num_householder": 1},
+        "gated-deltanet": {"num_householder": 1, "use_forget_gate": True},
+        "deltaproduct": {},
+        "gated-deltaproduct": {"use_forget_gate": True},
+        "adaptive-deltaproduct": {"adaptive_householder": True},
+    }
+    ranges: ClassVar = {"[-1, 1]": True, "[0, 1]": False}
     erase = True
 
     def family(self, c: Model) -> str:
@@ -135,6 +148,8 @@ class LinearAttention(DeltaProduct):
 
     uses = f"{MatrixState.uses} use_forget_gate"
     in_fla = False
+    names: ClassVar = {"gla": {"num_householder": 1, "use_forget_gate": True}}
+    ranges: ClassVar = {}
     erase = False
 
     def family(self, c: Model) -> str:
@@ -149,6 +164,8 @@ class RWKV7(MatrixState):
     """Products of n_h RWKV-7 transitions per token; they have decays of their own."""
 
     is_loop = True
+    names: ClassVar = {"rwkv7": {}}
+    ranges: ClassVar = {"(c = 1)": False, "(c = 2)": True}  # how much a transition erases
 
     def family(self, c: Model) -> str:
         return "RWKV-7" + (f" product_{c.num_householder}" if c.num_householder > 1 else "")
@@ -166,6 +183,7 @@ class Softmax(Mixer):
 
     uses = "attention_num_heads attention_num_kv_heads attention_window rope_theta"
     in_fla = True
+    names: ClassVar = {"attention": {"num_householder": 1}}
 
     def family(self, c: Model) -> str:
         return "softmax attention"

@@ -1,9 +1,9 @@
 """Many runs on this machine: at most K at once, unfinished ones resumed, failed ones tried again.
 
 K threads take the cells in order, and each does the same for every cell: wait while another process trains it, skip it if it
-is finished, else start `titan-dp train` and start it again if that may help. What a cell prints goes to `attempt-N.log` in its
-run folder. Ctrl-C and SIGTERM end the cells, which save; a second Ctrl-C kills them. The same command then goes on: the state
-of a sweep is its run folders.
+is finished, else start train.py (under launch/torchrun.py for several ranks) and, if that may help, start it again after a
+pause. What a cell prints goes to `attempt-N.log` in its run folder. Ctrl-C and SIGTERM end the cells, which save; a second
+Ctrl-C kills them. The same command then goes on: the state of a sweep is its run folders.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from titan_dp.studies.sweep_file import Cell
 
 _POLL_SECONDS = 0.2
+_PAUSE_SECONDS = (5, 20, 60)
+"""Before the next attempts of a cell, the last before any later one too: what was in its way may go away."""
 _GRACE_SECONDS = 75  # between SIGTERM and SIGKILL; launch/torchrun.py gives its own processes 60
 _STATES = ("running", "elsewhere", "failed", "waiting", "finished")  # as the live table sorts them
 
@@ -92,10 +94,14 @@ class _Run:
     code: int | None = None
     reason: str = ""
     """What is known of the last attempt that failed."""
+    not_before: float = 0
+    """When the next attempt may begin, by time.monotonic."""
 
     def describe(self) -> str:
         if self.state == "running" and self.attempts > 1:
             return f"attempt {self.attempts} after {self.reason}"
+        if self.state == "waiting" and self.reason:
+            return f"waiting to be started again after {self.reason}"
         return {"failed": f"failed: {self.reason}", "elsewhere": "running in another process"}.get(self.state, self.state)
 
 
@@ -144,6 +150,9 @@ class _Launcher:
                 elif run.code == 2 or run.attempts > self.retries:  # 2 is a user's mistake: trying again cannot help
                     self._show(run, "failed")
                     break
+                elif time.monotonic() < run.not_before:
+                    self._show(run, "waiting")
+                    time.sleep(_POLL_SECONDS)
                 else:
                     self._attempt(run, run.share, ended)
             if is_finished(run.cell.folder):
@@ -181,6 +190,9 @@ class _Launcher:
         run.reason = f"exit code {run.code}, {said} ({log})"
         if run.code == EXIT_STOPPED or "another process is at work" in said:
             run.attempts -= 1
+        else:
+            pause = _PAUSE_SECONDS[min(run.attempts, len(_PAUSE_SECONDS)) - 1]
+            run.not_before = time.monotonic() + pause
 
     def _show(self, run: _Run, state: str) -> None:
         """Enter a state; on a terminal the live table shows it, elsewhere a line says so."""

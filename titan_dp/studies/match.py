@@ -18,7 +18,7 @@ from titan_dp.config.describe import to_toml
 from titan_dp.config.load import SHIPPED, keys_of, load_config
 from titan_dp.errors import UserError
 from titan_dp.model.size import embedding_parameters, model_size, state_size
-from titan_dp.output import print_table
+from titan_dp.output import number_table, print_table
 from titan_dp.studies.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
 
 _DETAILS = ("w/o embedding", "matmul", "recurrence", "memory")
@@ -127,42 +127,29 @@ def _at_some_depth(solved: Callable[[Variant], list[config.Model]], base: Varian
 
 
 def _print_table(models: Sequence[config.Model], targets: Sequence[int], quantity: str, seq_len: int) -> None:
-    from rich.table import Table
-
-    table = Table(title="model FLOPs are forward + backward; memory is parameters, gradients and AdamW in float32, unsharded")
-    table.add_column("model", no_wrap=True)
-    names = (
-        "layers",
-        "width",
-        "heads",
-        "MLP",
-        "parameters",
-        "off",
-        "w/o embedding",
-        "GFLOPs per token",
-        "matmul",
-        "recurrence",
-    )
-    for name in (*names, "state per layer", "memory"):
-        table.add_column(name, justify="right")
+    rows = []
     for model, target in zip(models, targets, strict=True):
         size = model_size(model, seq_len)
         reached = size.parameters if quantity == "parameters" else size.flops_per_token
-        table.add_row(
-            model.family,
-            str(model.num_hidden_layers),
-            str(model.hidden_size),
-            f"{model.num_heads} x {model.head_dim}",
-            str(model.mlp_size),
-            f"{size.parameters:,}",
-            f"{reached / target - 1:+.2%}",
-            f"{size.parameters - embedding_parameters(model):,}",
-            f"{size.flops_per_token / 1e9:.4g}",
-            f"{size.matmul / 1e9:.4g}",
-            f"{size.recurrence / 1e9:.3g}",
-            f"{state_size(model):,}",
-            f"{16 * size.parameters / 2**30:.3g} GiB",
-        )
+        row = {
+            "model": model.family,
+            "layers": model.num_hidden_layers,
+            "width": model.hidden_size,
+            "heads": f"{model.num_heads} x {model.head_dim}",
+            "MLP": model.mlp_size,
+            "parameters": f"{size.parameters:,}",
+            "off": f"{reached / target - 1:+.2%}",
+            "w/o embedding": f"{size.parameters - embedding_parameters(model):,}",
+            "GFLOPs per token": f"{size.flops_per_token / 1e9:.4g}",
+            "matmul": f"{size.matmul / 1e9:.4g}",
+            "recurrence": f"{size.recurrence / 1e9:.3g}",
+            "state per layer": f"{state_size(model):,}",
+            "memory": f"{16 * size.parameters / 2**30:.3g} GiB",
+        }
+        rows.append(row)
+    title = "model FLOPs are forward + backward; memory is parameters, gradients and AdamW in float32, unsharded"
+    table = number_table(title, list(rows[0]), [row.values() for row in rows], left=["model"])
+    table.columns[0].no_wrap = True
     print_table(table, details=_DETAILS)
 
 

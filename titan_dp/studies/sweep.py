@@ -23,12 +23,15 @@ from titan_dp.config.arguments import above_zero, fraction, natural, positive
 from titan_dp.config.load import config_from_toml
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import stays_inside, write_json
-from titan_dp.output import print_table
+from titan_dp.output import number_table, print_table
 from titan_dp.studies.sweep_file import Cell, Sweep, load_sweep
 from titan_dp.train.run_folder import RunLock, holds_config, identity, is_finished, is_locked, last_step, read_run, write_config
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+_OURS = {"config.toml", ".config.toml.tmp", ".lock", ".slot"}
+"""What a cell's folder may hold before its first attempt."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,8 +145,8 @@ def _write(sweep: Sweep) -> None:
     written = _listed(sweep)
     new = cells_to_write(sweep.cells, "give this sweep another [sweep] name, or move that folder away", written)
     for folder in _dropped(sweep, written):
-        (folder / ".lock").unlink(missing_ok=True)
-        (folder / "config.toml").unlink()
+        for name in _OURS:
+            (folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # somebody has put a file there meanwhile
             folder.rmdir()
     for cell in new:
@@ -185,8 +188,7 @@ def _dropped(sweep: Sweep, written: dict[str, str]) -> list[Path]:
                 f"{folder} was trained and {sweep.file} does not name it: give this sweep another [sweep] name, put the cell "
                 "back, or move that folder away"
             )
-    alone = {"config.toml", ".lock"}
-    return [f for f in gone if {entry.name for entry in f.iterdir()} <= alone and _is_as_written(f, written)]
+    return [f for f in gone if {entry.name for entry in f.iterdir()} <= _OURS and _is_as_written(f, written)]
 
 
 def _state_of(cell: Cell) -> str:
@@ -203,8 +205,6 @@ def _state_of(cell: Cell) -> str:
 
 
 def _cost_table(sweep: Sweep, flops_per_second: float) -> Table:
-    from rich.table import Table
-
     states = [_state_of(cell) for cell in sweep.cells]
     total = sum(cell.flops for cell in sweep.cells)
     left = sum(cell.flops for cell, state in zip(sweep.cells, states, strict=True) if state != "finished")
@@ -212,20 +212,19 @@ def _cost_table(sweep: Sweep, flops_per_second: float) -> Table:
     def hours(flops: int) -> str:
         return f"{flops / flops_per_second / 3600:.4g}"
 
-    table = Table(title=f"{sweep.name}: {len(sweep.cells)} cells. {sweep.description}", show_footer=True)
-    table.add_column("cell", "all", no_wrap=True)
-    table.add_column("state", f"{states.count('finished')} finished")
-    table.add_column("model", "")
-    table.add_column("shape", "layers x width, heads x dim, MLP")
-    table.add_column("parameters", "", justify="right")
-    table.add_column("tokens", f"{sum(cell.tokens for cell in sweep.cells):,}", justify="right")
-    table.add_column("FLOPs", f"{total:.3g}", justify="right")
-    table.add_column(
-        f"GPU-hours at\n{flops_per_second / 1e12:.4g} TFLOP/s", f"{hours(total)}\n{hours(left)} left", justify="right"
-    )
+    price = f"GPU-hours at\n{flops_per_second / 1e12:.4g} TFLOP/s"
+    columns = ("cell", "state", "model", "shape", "parameters", "tokens", "FLOPs", price)
+    rows = []
     for cell, state in zip(sweep.cells, states, strict=True):
         m = cell.config.model
         shape = f"{m.num_hidden_layers} x {m.hidden_size}, {m.num_heads} x {m.head_dim}, {m.mlp_size}"
-        row = (cell.name, state, m.family, shape, f"{cell.parameters:,}", f"{cell.tokens:,}", f"{cell.flops:.3g}")
-        table.add_row(*row, hours(cell.flops))
+        sizes = (f"{cell.parameters:,}", f"{cell.tokens:,}", f"{cell.flops:.3g}", hours(cell.flops))
+        rows.append((cell.name, state, m.family, shape, *sizes))
+    title = f"{sweep.name}: {len(sweep.cells)} cells. {sweep.description}"
+    table = number_table(title, columns, rows, left=columns[:4], show_footer=True)
+    tokens = f"{sum(cell.tokens for cell in sweep.cells):,}"
+    sums = ("all", f"{states.count('finished')} finished", "", "layers x width, heads x dim, MLP", "", tokens, f"{total:.3g}")
+    for column, footer in zip(table.columns, (*sums, f"{hours(total)}\n{hours(left)} left"), strict=True):
+        column.footer = footer
+    table.columns[0].no_wrap = True
     return table

@@ -173,7 +173,7 @@ def _distinct_names(folders: list[Path]) -> list[str]:
 
 def read_run(folder: Path, promised: str | None) -> dict[str, Any]:
     """The row of one run. Raises UserError if it is cut off, unreadable or not the run that its sweep promises."""
-    c = _read_config(folder / "config.toml")
+    c = read_config(folder)
     if promised is not None and identity(c) != promised:
         raise UserError(
             f"{folder} is a run of another sweep: its config.toml is not what sweep.json promises; move it elsewhere"
@@ -208,9 +208,11 @@ def read_run(folder: Path, promised: str | None) -> dict[str, Any]:
     }
 
 
-def _read_config(path: Path) -> Config:
+def read_config(folder: Path) -> Config:
+    """config.toml of a run. Raises UserError if there is none, or it is no configuration."""
+    path = folder / "config.toml"
     if not path.exists():
-        raise UserError(f"{path.parent} is not a run folder: it has no config.toml; leave it out")
+        raise UserError(f"{folder} is not a run folder: it has no config.toml; leave it out")
     try:
         text = path.read_text(encoding="utf-8")
         try:
@@ -220,7 +222,7 @@ def _read_config(path: Path) -> Config:
     except ValueError as error:
         first, *more = str(error).split("\n  ")
         reason = f"{len(more)} problems, the first: {more[0]}" if more else first
-        raise UserError(f"{path} is not a configuration of this program ({reason}); leave {path.parent} out") from error
+        raise UserError(f"{path} is not a configuration of this program ({reason}); leave {folder} out") from error
 
 
 def _read_facts(path: Path) -> _Facts | None:

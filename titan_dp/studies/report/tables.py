@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame
 
-from titan_dp.output import print_table
+from titan_dp.output import number_table, print_table
 from titan_dp.studies.report.compare import CONFIDENCE_TEXT, LOSSES, SEEDS
 from titan_dp.studies.report.fits import Estimate
 from titan_dp.studies.report.read import STATES
@@ -239,15 +239,10 @@ def _isoflop_table(results: Results) -> DataFrame:
 def show(title: str, table: DataFrame) -> None:
     """Print a table."""
     from rich import box
-    from rich.table import Table
 
-    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for i, header in enumerate(table.columns):
-        text = i == 0 or header in ("shape", "compared with", "", "front")
-        shown.add_column(header, justify="left" if text else "right")
-    for row in table.values.tolist():
-        shown.add_row(*row)
-    print_table(shown)
+    text = {table.columns[0], "shape", "compared with", "", "front"}
+    rows = table.values.tolist()
+    print_table(number_table(title, table.columns, rows, text, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False))
 
 
 # -- CSV and JSON ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from titan_dp.config.arguments import positive
 from titan_dp.errors import UserError
 from titan_dp.files import check_own, write_json
-from titan_dp.output import check_matplotlib, print_table, save_figure, subplots
+from titan_dp.output import check_matplotlib, number_table, print_table, save_figure, subplots
 from titan_dp.train.run_folder import run_of
 
 if TYPE_CHECKING:
@@ -137,15 +137,13 @@ def describe(layer: int, head: int, t: Trace) -> Head:
 
 
 def _print(heads: list[Head], task: str) -> None:
-    from rich.table import Table
-
-    table = Table("layer", "head", "beta > 1.9", "beta < 0.1", "keys in 1, 2, 3, 4 dimensions", "state within an element")
-    table.title = f"{task}: what each head does"
+    columns = ("layer", "head", "beta > 1.9", "beta < 0.1", "keys in 1, 2, 3, 4 dimensions", "state within an element")
+    rows = []
     for head in heads:
         variance = ", ".join(f"{share:.1%}" for share in head.key_variance[:4])
         steps = (f"{head.steps_near_2:.0%}", f"{head.steps_near_0:.0%}")
-        table.add_row(str(head.layer), str(head.head), *steps, variance, f"{head.state_within:.1%}")
-    print_table(table)
+        rows.append((head.layer, head.head, *steps, variance, f"{head.state_within:.1%}"))
+    print_table(number_table(f"{task}: what each head does", columns, rows, left=columns[4:5]))
 
 
 def _draw(layer: int, t: Trace, heads: list[Head], task: str, path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from titan_dp.config.arguments import natural, positive
-from titan_dp.output import print_table
+from titan_dp.output import number_table, print_table
 
 if TYPE_CHECKING:
     from titan_dp.data.synthetic.groups import Group
@@ -109,15 +109,8 @@ def count_errors(model: Transformer, group: Group, tokens: int, seed: int) -> in
 
 
 def _print(title: str, names: list[str], rows: list[tuple[object, ...]]) -> None:
-    from rich.table import Table
-
-    table = Table(title=title)
-    for name, value in zip(names, rows[0], strict=True):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        table.add_column(name, justify="right" if is_number else "left")
-    for row in rows:
-        table.add_row(*(_text(value) for value in row))
-    print_table(table)
+    left = [name for name, value in zip(names, rows[0], strict=True) if isinstance(value, str | bool)]
+    print_table(number_table(title, names, [map(_text, row) for row in rows], left))
 
 
 def _text(value: object) -> str:

@@ -67,12 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from titan_dp.studies.state_tracking.report import check_out, check_packages, report
+    from titan_dp.studies.state_tracking.report import check_possible, report
 
-    check_packages()
     cells, warnings = plan(args)
     folders, out = [cell.folder for cell in cells], cells[0].folder.parent
-    check_out(out)
+    check_possible(out)
     with closing(RunLock(out)):  # whoever writes run folders or starts runs is alone
         write_folders(cells)
         if args.launch == "local":
