@@ -98,6 +98,7 @@ def test_a_run_that_ended_as_solved_goes_on_to_its_last_step_once_it_shall_not_e
     assert ended < 12
     assert ended % 3 == 0, "at a validation"
     assert [read(words, "stopped", "run.json")[key] for key in ("state", "step", "steps")] == ["finished", ended, 12]
+    assert losses_of(words, 1, "stopped", *soon, "--state_tracking.stop_when_solved", "true") == stopped, "it stays finished"
     assert losses_of(words, 1, "stopped", *soon) == whole
     assert [read(words, "stopped", "run.json")[key] for key in ("state", "step", "steps")] == ["finished", 12, 12]
     assert read(words, "stopped", "test.json") == read(words, "whole", "test.json")
@@ -106,23 +107,18 @@ def test_a_run_that_ended_as_solved_goes_on_to_its_last_step_once_it_shall_not_e
 # -- the price of a step -----------------------------------------------------------------------------------------------
 
 ROUTER = ("--model.adaptive_householder", "true", "--training.local_batch_size", "16", "--validation.enable", "false")
-GROWING = {
-    "words of 1": ("--state_tracking.task", "S3"),
-    "a language": ("--state_tracking.task", "parity", "--state_tracking.min_length", "2"),
-}
 
 
-@pytest.mark.parametrize("task", GROWING)
-def test_with_all_steps_taken_a_token_takes_n_h_a_layer_however_long_the_padding(words: Path, task: str) -> None:
+def test_with_all_steps_taken_a_token_takes_n_h_a_layer_however_long_the_padding(words: Path) -> None:
+    language = ("--state_tracking.task", "parity", "--state_tracking.min_length", "2")
     price = ("--training.householder_cost", "0.1", "--training.seq_len", "17", "--training.steps", "1")
-    (first,) = records(words, "run", *ROUTER, *GROWING[task], *price)
+    (first,) = records(words, "run", *ROUTER, *language, *price)
     assert first["householder_steps"] == 2 * 2
 
 
-@pytest.mark.parametrize("task", ["S3", "parity"])
-def test_padding_changes_neither_what_is_learnt_nor_the_steps_that_are_counted(words: Path, task: str) -> None:
+def test_padding_changes_neither_what_is_learnt_nor_the_steps_that_are_counted(words: Path) -> None:
     """The same words in rows of 10 and of 33 tokens: steps that fillers take neither cost nor count."""
-    same = ("--state_tracking.task", task, "--state_tracking.min_length", "8", "--state_tracking.curriculum_steps", "1000")
+    same = ("--state_tracking.min_length", "8", "--state_tracking.curriculum_steps", "1000")
     price = ("--training.householder_cost", "1.0", "--optimizer.lr", "0.1", "--training.steps", "5")
     narrow, wide = (
         records(words, f"rows of {width}", *ROUTER, *same, *price, "--training.seq_len", str(width)) for width in (10, 33)

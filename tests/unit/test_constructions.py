@@ -33,15 +33,14 @@ REPRESENTATIONS = [
     (representations.rotations, "S4"),
     (representations.rotations, "A5"),
     (representations.polygon, "Z7"),
-    (representations.polygon, "D3"),
     (representations.polygon, "D8"),
 ]
 
 
-def build(name: str, backend: str = "torch") -> tuple[Transformer, Group]:
+def build(name: str) -> tuple[Transformer, Group]:
     kind, group_name = CONSTRUCTIONS[name]
     group = parse_group(group_name)
-    return getattr(constructions, kind)(group, backend), group
+    return getattr(constructions, kind)(group, "torch"), group
 
 
 def words(group: Group, tokens: int = TOKENS) -> Tensor:
@@ -70,22 +69,16 @@ def mixer(model: Transformer, layer: int) -> DeltaProduct:
 # -- the models --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONSTRUCTIONS)
-def test_no_token_of_thousands_is_wrong(name: str) -> None:
+@pytest.mark.parametrize("name", SIZES)
+def test_no_token_of_thousands_is_wrong_with_the_layers_and_steps_of_the_theorem(name: str) -> None:
     model, group = build(name)
+    assert (len(model.blocks), mixer(model, 0).n) == SIZES[name]
     assert errors(model, group) == 0
     assert errors(model.float(), group) == 0
 
 
-def test_the_recurrence_as_defined_solves_s3_too() -> None:
-    model, group = build("S3-swaps", "recurrent")
-    assert errors(model.float(), group) == 0
-
-
-@pytest.mark.parametrize("name", CONSTRUCTIONS)
-def test_a_construction_has_the_layers_and_steps_of_its_theorem(name: str) -> None:
-    model, _ = build(name)
-    assert (len(model.blocks), mixer(model, 0).n) == SIZES[name]
+def test_every_construction_is_tested() -> None:
+    assert CONSTRUCTIONS.keys() == SIZES.keys()
 
 
 def test_a_permutation_takes_as_many_steps_as_swaps_and_switches_off_the_others() -> None:
@@ -110,7 +103,7 @@ def test_mirrors_need_the_parity_that_layer_one_counts() -> None:
     assert errors(model, group) > TOKENS / 2
 
 
-@pytest.mark.parametrize("name", ["S5-swaps", "A5-rotations", "Z60-mirrors"])
+@pytest.mark.parametrize("name", ["S5-swaps", "Z60-mirrors"])
 @torch.no_grad()
 def test_the_state_neither_grows_nor_fades(name: str) -> None:
     model, group = build(name)
@@ -141,12 +134,7 @@ def test_representations_are_orthogonal_faithful_and_multiply_as_the_group(
     assert len(np.unique(matrices.round(6), axis=0)) == group.order
 
 
-@pytest.mark.parametrize("name", ["S4", "A5"])
-def test_rotations_turn_and_never_reflect(name: str) -> None:
-    np.testing.assert_allclose(np.linalg.det(representations.rotations(parse_group(name))), 1)
-
-
-@pytest.mark.parametrize("d", range(1, 8))
+@pytest.mark.parametrize("d", [1, 2, 6])
 def test_an_orthogonal_matrix_is_a_product_of_reflections_one_for_each_dimension_it_moves(d: int) -> None:
     for moved in range(d + 1):
         basis = np.linalg.qr(np.random.default_rng().standard_normal((d, d)))[0]
@@ -159,9 +147,3 @@ def test_an_orthogonal_matrix_is_a_product_of_reflections_one_for_each_dimension
             product = product - 2 * np.outer(k, k @ product)
         np.testing.assert_allclose(product, matrix, atol=1e-9)
         assert len(keys) == np.linalg.matrix_rank(matrix - np.eye(d), tol=1e-9)
-
-
-def test_the_reflections_of_a_permutation_are_swaps() -> None:
-    for matrix in representations.permutation_matrices(parse_group("S4")):
-        keys = representations.reflections(matrix)
-        np.testing.assert_allclose(np.sort(keys, axis=1), np.tile([-(0.5**0.5), 0, 0, 0.5**0.5], (len(keys), 1)))

@@ -5,23 +5,32 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
-from sympy.combinatorics.named_groups import AlternatingGroup, CyclicGroup, DihedralGroup, SymmetricGroup
+from sympy.combinatorics.named_groups import AlternatingGroup, DihedralGroup, SymmetricGroup
 from sympy.combinatorics.perm_groups import PermutationGroup
 
-from titan_dp.data.synthetic.groups import MAX_ORDER, check_axioms, from_permutations, parse_group
+from titan_dp.data.synthetic.groups import MAX_ORDER, Group, check_axioms, from_permutations, parse_group
 from titan_dp.errors import UserError
 
 random = np.random.default_rng(secrets.randbits(64))
 
 
-def composed(a: np.ndarray, b: np.ndarray) -> list[int]:
-    """First b, then a, point by point."""
-    return [int(a[b[i]]) for i in range(len(a))]
+def check(group: Group, name: str, order: int) -> None:
+    """The axioms, and that the table composes faithful permutations: first b, then a."""
+    table, permutations, elements = group.table, group.permutations, np.arange(order)
+    assert (group.name, group.order, table.shape, permutations.shape) == (name, order, (order, order), (order, group.points))
+    assert table.dtype == permutations.dtype == np.int64
+    assert (np.sort(permutations, 1) == np.arange(group.points)).all()
+    assert len({tuple(row) for row in permutations.tolist()}) == order
+    assert (table[0] == elements).all()
+    assert (table[:, 0] == elements).all()
+    assert (np.sort(table, 1) == elements).all()  # every equation a x = b and x a = b has one solution
+    assert (np.sort(table.T, 1) == elements).all()
+    assert (table[table] == table[:, table]).all()
+    assert (permutations[table] == permutations[:, permutations]).all()
 
 
 def spectrum(table: np.ndarray) -> list[int]:
@@ -41,33 +50,17 @@ def spectrum(table: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize(
     ("name", "order"),
-    [("Z1", 1), ("Z2", 2), ("Z60", 60), ("D1", 2), ("D2", 4), ("D3", 6), ("D7", 14), ("S1", 1), ("S2", 2), ("S3", 6),
-     ("S4", 24), ("S5", 120), ("A1", 1), ("A2", 1), ("A3", 3), ("A4", 12), ("A5", 60), ("A6", 360), ("Z2xZ2", 4), ("S3xZ2", 12),
-     ("Z2xD1xA3", 12), ("A4xS3", 72)],
+    [("Z1", 1), ("Z60", 60), ("D1", 2), ("D2", 4), ("D7", 14), ("S1", 1), ("S4", 24), ("A1", 1), ("A2", 1), ("A5", 60),
+     ("Z2xZ2", 4), ("Z2xD1xA3", 12), ("A4xS3", 72)],
 )  # fmt: skip
 def test_the_axioms_hold_and_the_table_composes_faithful_permutations(name: str, order: int) -> None:
-    group = parse_group(name)
-    table, permutations = group.table, group.permutations
-    assert (group.name, group.order, table.shape, permutations.shape) == (name, order, (order, order), (order, group.points))
-    assert table.dtype == permutations.dtype == np.int64
-    assert (np.sort(permutations, 1) == np.arange(group.points)).all()
-    assert len({tuple(row) for row in permutations.tolist()}) == order
-    assert (table[0] == np.arange(order)).all()
-    assert (table[:, 0] == np.arange(order)).all()
-    for line in (*table, *table.T):  # every equation a x = b and x a = b has one solution
-        assert sorted(line.tolist()) == list(range(order))
-    triples = product(range(order), repeat=3) if order <= 14 else random.integers(order, size=(3000, 3)).tolist()
-    for a, b, c in triples:
-        assert table[table[a, b], c] == table[a, table[b, c]]
-    for a, b in random.integers(order, size=(500, 2)).tolist():
-        assert permutations[table[a, b]].tolist() == composed(permutations[a], permutations[b])
+    check(parse_group(name), name, order)
 
 
 @pytest.mark.parametrize(
     ("name", "known"),
-    [("Z12", CyclicGroup(12)), ("D3", DihedralGroup(3)), ("D8", DihedralGroup(8)), ("S4", SymmetricGroup(4)),
-     ("S5", SymmetricGroup(5)), ("A4", AlternatingGroup(4)), ("A5", AlternatingGroup(5)), ("A6", AlternatingGroup(6))],
-)  # fmt: skip
+    [("D8", DihedralGroup(8)), ("S5", SymmetricGroup(5)), ("A4", AlternatingGroup(4)), ("A6", AlternatingGroup(6))],
+)
 def test_elements_are_those_that_sympy_knows(name: str, known: PermutationGroup) -> None:
     group = parse_group(name)
     assert spectrum(group.table) == sorted(g.order() for g in known.elements)
@@ -82,23 +75,19 @@ def test_elements_have_the_numbers_that_are_documented() -> None:
     dihedral = parse_group(f"D{n}").table
     assert (dihedral[:n, :n] == residues).all(), "rotations come first"
     assert (np.diag(dihedral)[n:] == 0).all(), "reflections undo themselves"
-    assert (parse_group("D1").table == parse_group("Z2").table).all()
     assert spectrum(parse_group("D2").table) == [1, 2, 2, 2], "Klein's group"
 
 
 def test_a_product_multiplies_its_factors_apart() -> None:
     group, (a, b) = parse_group("S3xD4"), (parse_group("S3"), parse_group("D4"))
-    assert group.points == a.points + b.points
-    for x, y in random.integers(group.order, size=(300, 2)).tolist():
-        assert group.table[x, y] == a.table[x // 8, y // 8] * 8 + b.table[x % 8, y % 8]
-    assert spectrum(parse_group("Z3xZ4").table) == sorted(12 // math.gcd(a, 12) for a in range(12)), "a cyclic group"
+    x, y = random.integers(group.order, size=(2, 300))
+    assert (group.table[x, y] == a.table[x // 8, y // 8] * 8 + b.table[x % 8, y % 8]).all()
 
 
 def test_moved_counts_the_points_an_element_moves() -> None:
     group = parse_group("S5")
     assert group.moved.tolist() == [sum(i != j for i, j in enumerate(row)) for row in group.permutations.tolist()]
     assert (group.moved == 2).sum() == math.comb(5, 2)
-    assert (parse_group("A5").moved[1:] >= 3).all()
 
 
 def test_permutations_that_are_not_closed_are_refused() -> None:
@@ -114,16 +103,9 @@ TOO_LARGE = "more elements than a vocabulary may have, 8,192; take a smaller one
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        *(
-            (name, FORMS)
-            for name in ("Q8", "S", "3", "S0", "Z0", "Z-1", "Z03", "s3", "S3 ", " S3", "S3.5", "S3x", "xS3", "S3xx")
-        ),
-        *((name, FORMS) for name in ("S3*Z2", "S3XZ2", "", "S3\n", "Z٣")),
+        *((name, FORMS) for name in ("Q8", "S0", "Z03", "s3", "S3 ", "S3x", "S3XZ2", "", "S3\n", "Z٣")),
         ("S3xQ8xZ2", f"'Q8' in group 'S3xQ8xZ2' .*{FORMS}"),
-        *(
-            (name, TOO_LARGE)
-            for name in (f"Z{MAX_ORDER + 1}", "D4097", "S8", "A8", "S5xS5", "Z100xZ100", "S50", "Z9" + "9" * 30)
-        ),
+        *((name, TOO_LARGE) for name in (f"Z{MAX_ORDER + 1}", "D4097", "S8", "A8", "S5xS5")),
         *((name, TOO_LARGE) for name in ("S999999999", "x".join(["S7"] * 200))),  # counting their elements would take hours
     ],
 )
@@ -153,10 +135,7 @@ def test_a_table_in_a_file_is_the_group_it_holds(tmp_path: Path) -> None:
     group = parse_group(save(table, tmp_path / "Q8.csv"))
     assert re.fullmatch("Q8-[0-9a-f]{8}", group.name)
     assert (group.table == table).all()
-    assert spectrum(group.table) == [1, 2, 4, 4, 4, 4, 4, 4]
-    for a, b in product(range(8), repeat=2):
-        assert group.permutations[group.table[a, b]].tolist() == composed(group.permutations[a], group.permutations[b])
-    assert group.permutations[0].tolist() == list(range(8))
+    check(group, group.name, 8)
     assert parse_group(save([[0]], tmp_path / "one.csv")).order == 1
 
 
@@ -180,25 +159,16 @@ LOOP = [[0, 1, 2, 3, 4], [1, 0, 3, 4, 2], [2, 4, 0, 1, 3], [3, 2, 4, 0, 1], [4, 
 """A Latin square with an identity in which every element is its own inverse; 5 is odd, so no group."""
 
 
-def one_wrong_entry() -> np.ndarray:
-    table = parse_group("S4").table.copy()
-    row, (left, right) = random.integers(1, 24), random.choice(np.arange(1, 24), 2, replace=False)
-    table[row, left], table[row, right] = table[row, right], table[row, left]
-    return table
-
-
 @pytest.mark.parametrize(
     ("table", "message"),
     [
         ([[0, 1, 2], [1, 2, 0]], r"has shape \(2, 3\); a multiplication table is square"),
-        ([[0], [1]], r"has shape \(2, 1\)"),
         ([[0, 1], [1, 2]], r"it holds 2, but its elements are 0 to 1 \(closure\)"),
         ([[0, 1], [1, -1]], r"it holds -1, .*\(closure\)"),
         ([[1, 0], [0, 1]], "is not a group with identity 0: row 0 and column 0 must read 0, 1, ..., 1"),
         ([[0, 1, 2], [2, 0, 1], [1, 2, 0]], "is not a group with identity 0"),  # 0 is an identity on one side only
         ([[0, 1], [1, 1]], r"element 1 has no inverse \(row 1 has no 0\)"),
         (LOOP, r"\(associativity\)"),
-        (one_wrong_entry(), "is not a group"),
     ],
 )
 def test_a_table_that_is_no_group_is_refused_with_the_axiom_it_breaks(table: list, message: str, tmp_path: Path) -> None:
@@ -219,7 +189,7 @@ def almost_a_group() -> np.ndarray:
             return table
 
 
-@pytest.mark.parametrize("table", [np.array(LOOP), *(almost_a_group() for _ in range(5))])
+@pytest.mark.parametrize("table", [np.array(LOOP), *(almost_a_group() for _ in range(3))])
 def test_the_elements_that_do_not_associate_are_named_rightly(table: np.ndarray) -> None:
     with pytest.raises(UserError) as caught:
         check_axioms(table, "the loop")
@@ -235,12 +205,7 @@ NO_TABLE = "x.csv' is not a table of integers"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        *(
-            (text, NO_TABLE)
-            for text in (b"0,1\n1,x\n", b"0.0,1.5\n1.5,0\n", b"0,1\n1\n", b"0;1\n1;0\n", b"a,b\n", b"0,1\n1,\n")
-        ),
-        (b"# a\n0\n", NO_TABLE),
-        (b"\x89PNG\r\n\x1a\n\xff\xfe\x00", NO_TABLE),
+        *((text, NO_TABLE) for text in (b"0.0,1.5\n1.5,0\n", b"0,1\n1\n", b"a,b\n", b"# a\n0\n", b"\x89PNG\xff\xfe\x00")),
         (b"0,1\n1,99999999999999999999999\n", "x.csv"),
         (b"", "x.csv'"),
         (b"0\n" * (MAX_ORDER + 5), "has over 8,192 elements, the largest vocabulary"),

@@ -51,7 +51,7 @@ def test_all_languages_are_tested() -> None:
 
 
 @every_language
-@pytest.mark.parametrize(("low", "high", "count"), [(1, 9, 500), (3, 40, 500), (40, 256, 100)])
+@pytest.mark.parametrize(("low", "high", "count"), [(1, 9, 500), (40, 256, 100)])
 def test_a_row_is_bos_a_string_and_the_answer_of_plain_python_at_its_last_symbol(
     random: Random, name: str, low: int, high: int, count: int
 ) -> None:
@@ -78,7 +78,6 @@ def test_every_valid_length_is_as_likely_as_another_and_no_other_occurs(random: 
     assert set(lengths) == set(valid)
     assert_even(lengths, len(valid))
     assert list(find_language("modular-arithmetic").lengths(3, 9)) == [4, 6, 8]
-    assert list(find_language("parity").lengths(40, 42)) == [40, 41, 42]
 
 
 def test_answers_and_symbols_are_even(random: Random) -> None:
@@ -86,10 +85,8 @@ def test_answers_and_symbols_are_even(random: Random) -> None:
         if name not in ("modular-arithmetic", "modular-arithmetic-brackets-mult"):  # multiplication makes 0 commoner
             assert_even((answer for _, answer in strings(name, random, 3000, 2, 40)), find_language(name).answers)
     for name in list(RIGHT)[:3]:
-        symbols = len(find_language(name).symbols)
         samples = strings(name, random, 2000, 1, 4)
-        assert_even(((len(string), string[0]) for string, _ in samples), 4 * symbols)
-        assert_even((symbol for string, _ in strings(name, random, 200, 1, 40) for symbol in string), symbols)
+        assert_even(((len(string), string[0]) for string, _ in samples), 4 * len(find_language(name).symbols))
 
 
 def test_arithmetic_alternates_even_digits_and_even_operators(random: Random) -> None:
@@ -125,19 +122,15 @@ def test_bracketed_expressions_follow_their_grammar_and_split_evenly(random: Ran
 @every_language
 def test_a_row_depends_on_its_sample_and_key_alone(random: Random, name: str) -> None:
     language, samples = find_language(name), torch.randint(2**40, (30,))
-    for part in (torch.randperm(30), *torch.arange(30)[:, None]):
+    for part in (torch.randperm(30), samples.argmin()[None]):
         for whole, made in zip(language.rows(random, samples, 3, 40), language.rows(random, samples[part], 3, 40), strict=True):
             assert torch.equal(whole[part], made)
     both = [string for key in (random, Random("other")) for string, _ in strings(name, key, 20, 40, 40)]
     assert len(set(map("".join, both))) == 40
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("modular-arithmetic", 3, 3), ("parity", 5, 4), (BRACKETS[0], 1, 1)])
-def test_lengths_that_no_string_has_are_refused(random: Random, name: str, low: int, high: int) -> None:
-    with pytest.raises(UserError, match=f"{name} has no string of {low} to {high} symbols.*--min-length or --length"):
-        find_language(name).rows(random, torch.arange(4), low, high)
-
-
-def test_an_unknown_language_is_answered_with_those_there_are() -> None:
+def test_lengths_that_no_string_has_and_unknown_languages_are_refused(random: Random) -> None:
+    with pytest.raises(UserError, match="modular-arithmetic has no string of 3 to 3 symbols.*--min-length or --length"):
+        find_language("modular-arithmetic").rows(random, torch.arange(4), 3, 3)
     with pytest.raises(UserError, match="'dyck'.*parity, even-pairs, .*a group such as S3"):
         find_language("dyck")

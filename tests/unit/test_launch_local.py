@@ -94,6 +94,18 @@ def test_how_a_cell_ends_decides_whether_it_is_started_again(case: str, launch: 
     assert attempts(tmp_path / "a") == made
 
 
+def test_a_failed_cell_waits_before_it_is_started_again_and_ctrl_c_does_not_wait_for_it(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_PAUSE_SECONDS", (0, 3600))
+    thread = when((tmp_path / "a/attempt-2.log").exists, lambda: (time.sleep(0.2), os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        launch(retries=9, a="echo 'error: the port is taken'; exit 1")
+    thread.join()
+    assert attempts(tmp_path / "a") == 2
+    assert "a: waiting to be started again after exit code 1, error: the port is taken" in capsys.readouterr().out
+
+
 def test_finished_cells_are_not_started_and_later_attempts_get_logs_of_their_own(
     launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,9 +1,6 @@
-"""Spectral facts: they hold on fresh draws, the matrices are the recurrence's, and a wrong theorem is found out."""
+"""Spectral facts: the matrices are the recurrence's, a wrong theorem is found out. That facts hold: test_theory_command.py."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +9,6 @@ from deltaproduct_kernels import gated_delta_product
 
 from titan_dp.studies.state_tracking import spectra
 
-DRAWS = 20_000
 RNG = np.random.default_rng()
 
 
@@ -21,25 +17,7 @@ def unit_keys(*shape: int) -> np.ndarray:
     return keys / np.linalg.norm(keys, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize(
-    "measure",
-    [
-        spectra.norm_is_at_most_one,
-        spectra.complex_condition_is_exact,
-        spectra.two_factors_are_real_up_to_one,
-        spectra.three_factors_can_be_complex,
-        spectra.equal_keys_collapse,
-        partial(spectra.rwkv7_pairs_can_grow, c=1),
-        partial(spectra.rwkv7_pairs_can_grow, c=2),
-    ],
-)
-def test_a_fact_holds_on_fresh_draws(measure: Callable[[np.random.Generator, int], spectra.Fact]) -> None:
-    fact = measure(RNG, DRAWS)
-    assert fact.holds, fact
-    assert DRAWS - 100 < fact.draws <= DRAWS
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("n", [1, 3])
 def test_a_transition_is_what_a_token_does_to_the_state(n: int) -> None:
     beta, keys = RNG.uniform(0, 2, (1, n)), unit_keys(1, n, 4)
     k, b = torch.from_numpy(keys)[:, None, :, None], torch.from_numpy(beta)[:, None, :, None]
@@ -51,13 +29,8 @@ def test_a_transition_is_what_a_token_does_to_the_state(n: int) -> None:
     np.testing.assert_allclose(spectra.transitions(beta, keys), state[:, 0].numpy(), atol=1e-12)
 
 
-def test_a_beta_above_two_lengthens_states() -> None:
-    assert np.linalg.norm(spectra.transitions(np.array([2.5]), unit_keys(1, 3)), ord=2) == pytest.approx(1.5)
-
-
-@pytest.mark.parametrize("degrees", [10, 30, 80, 130])
-def test_two_reflections_rotate_by_twice_the_angle_between_their_keys(degrees: int) -> None:
-    angle = np.radians(degrees)
+def test_two_reflections_rotate_by_twice_the_angle_between_their_keys() -> None:
+    angle = RNG.uniform(0.1, 3)
     keys = np.array([[1, 0], [np.cos(angle), np.sin(angle)]])
     rotation = [[np.cos(2 * angle), -np.sin(2 * angle)], [np.sin(2 * angle), np.cos(2 * angle)]]
     np.testing.assert_allclose(spectra.transitions(np.array([2.0, 2.0]), keys), rotation, atol=1e-12)
@@ -69,9 +42,7 @@ def test_two_reflections_rotate_by_twice_the_angle_between_their_keys(degrees: i
         ((2.0, 2.0), 0.5, True),
         ((2.0, 2.0), 0.0, False),  # orthogonal keys: a symmetric matrix
         ((2.0, 2.0), 1.0, False),  # one key twice: the identity
-        ((1.0, 2.0), 0.5, False),  # a projection
         ((0.9, 2.0), 0.5, False),
-        ((1.5, 1.5), 0.5, True),
         ((1.5, 1.5), 0.95, False),  # cosine^2 = 0.9025 above (2 sqrt(0.5))^2 / 2.25 = 0.889
     ],
 )
@@ -81,7 +52,7 @@ def test_two_factors_turn_by_the_theorem(beta: tuple[float, float], cosine: floa
 
 def test_a_condition_that_is_only_necessary_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spectra, "complex_by_theorem", lambda beta, _: (beta > 1).all(-1))
-    assert not spectra.complex_condition_is_exact(RNG, DRAWS).holds
+    assert not spectra.complex_condition_is_exact(RNG, 20_000).holds
 
 
 def test_an_rwkv7_transition_is_its_formula() -> None:

@@ -20,7 +20,6 @@ from titan_dp.errors import UserError
 
 CPU = torch.device("cpu")
 G = 8
-S3_FILLER, S3_BOS = 6, 7
 Row = tuple[int, ...]
 
 
@@ -57,8 +56,6 @@ def words(rows: Tensor) -> list[Row]:
 
 # What it is, and the beginning of the sha256 of its first ten steps: runs that began with an older version go on with the same.
 EVERYTHING: list[tuple[dict[str, Any], str]] = [
-    ({"task": "S3"}, "770bf302aba9"),
-    ({"task": "S3", "min_length": 3}, "8549de2a1ad3"),
     ({"task": "S3", "min_length": 2, "curriculum_steps": 4}, "e0b05f2d9cf1"),
     ({"task": "D4", "tokens_per_element": 2, "curriculum_steps": 3}, "88b26ac3f7a6"),
     ({"task": "S5", "max_moved": 2}, "f39e4ad107a6"),
@@ -77,15 +74,8 @@ def test_any_ranks_starting_at_any_step_make_the_same_samples_as_ever(keys: dict
     c = settings(**keys)
     whole = steps(c, 10, vocab=128)
     assert hashlib.sha256(whole.numpy().tobytes()).hexdigest().startswith(pinned)
-    for world_size, L, start in ((1, 2, 0), (2, 4, 0), (4, 2, 0), (8, 1, 0), (2, 1, 1), (4, 1, 3), (8, 1, 5)):
+    for world_size, L, start in ((1, 2, 0), (4, 2, 0), (2, 1, 1), (8, 1, 5)):
         assert torch.equal(steps(c, 10 - start, world_size, L, start * G, vocab=128), whole[start:])
-
-
-def test_the_state_is_the_position_after_the_steps_handed_out() -> None:
-    one, other = loader(settings(), L=2), loader(settings(), L=2)
-    for number, (step, expected) in enumerate(zip(islice(one, 5), other, strict=False), 1):
-        assert one.state_dict() == one.state_dict() == {"samples": number * G, "step": number}
-        assert torch.equal(step[-1]["input_ids"], expected[-1]["input_ids"])  # type: ignore[arg-type]
 
 
 def test_every_sample_is_new_and_a_seed_and_a_task_make_a_run() -> None:
@@ -96,22 +86,9 @@ def test_every_sample_is_new_and_a_seed_and_a_task_make_a_run() -> None:
     assert not set(ours) & (set(other) | set(words(steps(settings("D3"), 20, seed=seed)[:, 0])))
 
 
-@pytest.mark.parametrize(("min_length", "seq_len"), [(None, 2), (None, 3), (None, 17), (None, 33), (5, 17)])
-def test_rows_are_bos_words_of_the_lengths_asked_for_and_fillers(min_length: int | None, seq_len: int) -> None:
-    ids, labels = steps(settings(min_length=min_length), 100, seq_len=seq_len).unbind(1)
-    assert ids.shape == labels.shape == (100, G, seq_len)
-    lengths = (labels != -100).sum(-1, keepdim=True)
-    assert set(lengths.flatten().tolist()) == set(range(min_length or seq_len - 1, seq_len))
-    place = torch.arange(seq_len)
-    assert (ids[..., 0] == S3_BOS).all()
-    assert torch.equal(ids < S3_FILLER, (place > 0) & (place <= lengths))
-    assert torch.equal(labels >= 0, (place > 0) & (place <= lengths))
-    assert (ids[place.expand_as(ids) > lengths] == S3_FILLER).all()
-
-
 @pytest.mark.parametrize(
     ("task", "min_length", "first"),
-    [("S3", None, 1), ("S3", 4, 4), ("parity", None, 2), ("modular-arithmetic", None, 3), ("parity", 5, 6)],
+    [("S3", None, 1), ("S3", 4, 4), ("modular-arithmetic", None, 3), ("parity", 5, 6)],
 )
 def test_the_curriculum_grows_in_a_straight_line_and_stays(task: str, min_length: int | None, first: int) -> None:
     """A language's begins with two lengths, of which arithmetic, whose strings are even, has one."""
@@ -174,7 +151,7 @@ def asked_rows(c: config.StateTracking, world_size: int, L: int, kind: str = "va
 
 
 @pytest.mark.parametrize("kind", ["validation", "test"])
-@pytest.mark.parametrize(("world_size", "L"), [(1, 20), (1, 7), (2, 5), (3, 4), (4, 1), (8, 16)])
+@pytest.mark.parametrize(("world_size", "L"), [(1, 7), (3, 4), (8, 16)])
 def test_held_out_words_are_the_same_on_any_ranks_each_once(kind: str, world_size: int, L: int) -> None:
     c = settings(validation_samples=20, test_samples=20, min_length=9)
     found = asked_rows(c, world_size, L, kind)
@@ -225,16 +202,13 @@ NO_TASK = "task|group|S3,A5"
             r"training.seq_len = 16 .*whole number of elements of 4 token\(s\); 13 would, for words of 3",
         ),
         ({"tokens_per_element": 4}, {"seq_len": 3}, r"training.seq_len = 3 .*; 5 would, for words of 1"),
-        ({}, {"seq_len": 1}, r"training.seq_len = 1 .*; 2 would, for words of 1"),
         ({}, {"vocab": 7}, r"model.vocab_size = 7 is too small for S3, which needs 8 "),
-        (ARITHMETIC, {"vocab": 8}, r"model.vocab_size = 8 is too small for modular-arithmetic.* needs 11 "),
         ({"min_length": 17}, {}, r"state_tracking.min_length = 17 does not fit into training.seq_len = 17.* at most 16"),
         ({"test_length": 15}, {}, r"state_tracking.test_length = 15 is shorter than the words trained on, 16"),
         (ARITHMETIC, {"seq_len": 2}, NO_STRING),  # an expression has an even number of symbols
-        (ARITHMETIC | {"min_length": 3}, {"seq_len": 4}, NO_STRING),
         (ARITHMETIC | {"min_length": 3, "curriculum_steps": 5}, {"seq_len": 4}, NO_STRING),
         (ARITHMETIC | {"test_length": 15}, {"seq_len": 16}, NO_STRING),  # the test begins with the longest trained on
-        *(({"task": task}, {}, NO_TASK) for task in ("dyck", "s3", "Q8", "S3xQ8", "S9", "nowhere.csv", " ", "S3,A5")),
+        *(({"task": task}, {}, NO_TASK) for task in ("dyck", "S3xQ8", "nowhere.csv", " ")),
     ],
 )
 def test_what_does_not_fit_is_refused(keys: dict[str, Any], options: dict[str, int], message: str) -> None:
@@ -243,21 +217,10 @@ def test_what_does_not_fit_is_refused(keys: dict[str, Any], options: dict[str, i
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("min_length", "lengths"), [(None, {2, 4, 6, 8, 10, 12, 14}), (7, {8, 10, 12, 14}), (8, {8, 10, 12, 14})]
-)
-@pytest.mark.parametrize("curriculum_steps", [0, 5])
-def test_strings_have_all_lengths_that_their_language_has(
-    min_length: int | None, lengths: set[int], curriculum_steps: int
-) -> None:
-    c = settings("modular-arithmetic", min_length=min_length, curriculum_steps=curriculum_steps)
-    answers = steps(c, 60, seq_len=16)[5:, 1]  # rows of 15 symbols, of which no string has so many
-    assert set((answers != -100).flatten(0, 1).nonzero()[:, 1].tolist()) == lengths
-
-
-def test_what_is_not_refused_is_trained_on_to_the_end() -> None:
+def test_what_is_not_refused_is_trained_on_to_the_end(tmp_path: Path) -> None:
+    (tmp_path / "z2.csv").write_text("0,1\n1,0\n")  # in lower case, and no language
     refused = 0
-    for task in ("modular-arithmetic", "modular-arithmetic-brackets", "parity", "S3"):
+    for task in ("modular-arithmetic", "modular-arithmetic-brackets", str(tmp_path / "z2.csv")):
         for seq_len in range(2, 9):
             for keys in ({}, {"min_length": 2}, {"curriculum_steps": 5}, {"curriculum_steps": 5, "min_length": 2}):
                 c = settings(task, validation_samples=3, test_samples=3, **keys)
@@ -270,11 +233,5 @@ def test_what_is_not_refused_is_trained_on_to_the_end() -> None:
                     assert batch["input_ids"].shape == (G, seq_len)  # type: ignore[union-attr]
                 for build in (validation_set, synthetic.test_set):
                     assert len(list(build(c, Place(seq_len, 3, 3, 0, 1), 64, CPU))) >= 1
-    assert 0 < refused < 4 * 7 * 4 / 2
+    assert 0 < refused < 3 * 7 * 4 / 2
     loader(settings(min_length=16, test_length=16), vocab=8)
-
-
-def test_a_table_in_lower_case_is_a_file_not_a_language(tmp_path: Path) -> None:
-    (tmp_path / "z2.csv").write_text("0,1\n1,0\n")
-    problem = build_problem(settings(str(tmp_path / "z2.csv")))
-    assert (problem.name[:3], problem.vocab_size) == ("z2-", 4)

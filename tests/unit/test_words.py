@@ -74,11 +74,9 @@ def test_rows_are_words_and_their_running_products(name: str, high: int, fewer: 
 
 
 def test_elements_places_rows_and_lengths_are_even_and_independent(random: Random) -> None:
-    for name in ("S3", "Z10", "A5"):
-        rows = WordProblem(parse_group(name)).rows(random, torch.arange(3000), 6, 6)
-        for made in rows:
-            for place in (1, 2, 6):
-                assert_even(made[:, place].tolist(), parse_group(name).order)
+    for made in WordProblem(parse_group("A5")).rows(random, torch.arange(3000), 6, 6):
+        for place in (1, 2, 6):
+            assert_even(made[:, place].tolist(), 60)
     x = S3.rows(random, torch.arange(4000), 4, 4)[0][:, 1:]
     assert_even(map(tuple, x[:, :2].tolist()), 36)
     assert_even(zip(x[:-1, 0].tolist(), x[1:, 0].tolist(), strict=True), 36)
@@ -87,9 +85,9 @@ def test_elements_places_rows_and_lengths_are_even_and_independent(random: Rando
     assert_even(zip((x < 6).sum(1).tolist(), x[:, 0].tolist(), strict=True), 24)
 
 
-@pytest.mark.parametrize(("name", "moved", "drawn"), [("S5", 2, 1 + 10), ("A5", 3, 1 + 20)])
-def test_only_elements_that_move_few_points_are_drawn(random: Random, name: str, moved: int, drawn: int) -> None:
-    problem = WordProblem(parse_group(name), max_moved=moved)
+def test_only_elements_that_move_few_points_are_drawn(random: Random) -> None:
+    moved, drawn = 2, 1 + 10  # the identity and the swaps
+    problem = WordProblem(parse_group("S5"), max_moved=moved)
     words = checked_words(problem, *problem.rows(random, torch.arange(300), 12, 12))
     permutations = problem.group.permutations.tolist()
     allowed = {i for i, row in enumerate(permutations) if sum(p != j for j, p in enumerate(row)) <= moved}
@@ -99,11 +97,10 @@ def test_only_elements_that_move_few_points_are_drawn(random: Random, name: str,
     assert len({running_products(problem.group, word)[-1] for word in words}) > problem.group.order / 2
 
 
-@pytest.mark.parametrize(("name", "moved", "least"), [("A5", 2, 3), ("Z7", 6, 7), ("S3", 1, 2)])
-def test_a_limit_that_leaves_only_the_identity_is_refused_with_what_would_do(name: str, moved: int, least: int) -> None:
-    with pytest.raises(UserError, match=rf"state_tracking.max_moved = {moved} leaves only the identity of {name}.* {least} "):
-        WordProblem(parse_group(name), max_moved=moved)
-    WordProblem(parse_group(name), max_moved=least)
+def test_a_limit_that_leaves_only_the_identity_is_refused_with_what_would_do() -> None:
+    with pytest.raises(UserError, match=r"state_tracking.max_moved = 6 leaves only the identity of Z7.* 7 points or more"):
+        WordProblem(parse_group("Z7"), max_moved=6)
+    WordProblem(parse_group("Z7"), max_moved=7)
 
 
 def test_describe_names_what_makes_words_what_they_are() -> None:
@@ -113,10 +110,9 @@ def test_describe_names_what_makes_words_what_they_are() -> None:
     assert any("S5, 120 elements, drawing 11 of them, 4 tokens an element" in text for text in words)
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_a_row_depends_on_its_index_alone(random: Random, n: int) -> None:
-    problem, samples = WordProblem(parse_group("S4"), tokens_per_element=n), torch.randint(2**50, (30,))
-    for part in (torch.randperm(30), *torch.arange(30)[:, None], torch.arange(0)):
+def test_a_row_depends_on_its_index_alone(random: Random) -> None:
+    problem, samples = WordProblem(parse_group("S4"), tokens_per_element=3), torch.randint(2**50, (30,))
+    for part in (torch.randperm(30), samples.argmin()[None], torch.arange(0)):
         for whole, made in zip(problem.rows(random, samples, 3, 20), problem.rows(random, samples[part], 3, 20), strict=True):
             assert torch.equal(whole[part], made)
 
