@@ -16,11 +16,10 @@ from titan_dp.checkpoint.weights import save_model_weights
 from titan_dp.cli import dispatch
 from titan_dp.config.describe import all_keys
 from titan_dp.config.load import Loaded
-from titan_dp.data.batch import IGNORE
+from titan_dp.data.synthetic.counter_rng import Random
 from titan_dp.data.synthetic.groups import parse_group
 from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
-from titan_dp.model.deltaproduct import DeltaProduct
 from titan_dp.model.transformer import Transformer, build_model
 from titan_dp.studies.state_tracking import constructions
 from titan_dp.studies.state_tracking.inspection import Head, Trace, describe, trace
@@ -82,49 +81,18 @@ def test_rotations_of_the_cube_have_keys_in_three_dimensions() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_forget_gate": True, "num_householder": 3, "allow_neg_eigval": False}])
-def test_states_follow_the_definition(changes: dict[str, Any]) -> None:
-    """Step by step, H <- H - beta k (k^T H) + beta k v^T for j = 1 to n, after the token's decay."""
-    _, model = random_model(num_hidden_layers=1, **changes)
+def test_states_are_those_that_decoding_has_in_every_layer(changes: dict[str, Any]) -> None:
+    _, model = random_model(**changes)
     problem = WordProblem(parse_group("S3"))
-    t = trace(model, problem, 3, 12)[0]
-    mixer = model.blocks[0].attn
-    assert isinstance(mixer, DeltaProduct)
-    normed = model.blocks[0].attn_norm.apply_to(model.embeddings(words_with(problem, t.products)))
-    inputs = mixer.recurrence_inputs(normed, None)
-    k, v, beta = (x.double() for x in (inputs.k, inputs.v, inputs.beta))
-    H = torch.zeros(3, 3, 4, 4, dtype=torch.float64)  # words, heads, dk, dv
-    for i in range(13):
-        H = H if inputs.g is None else H * inputs.g.double()[:, i, :, None, None].exp()
-        for j in range(k.shape[2]):
-            key, value = k[:, i, j, :, :, None], v[:, i, j, :, None, :]
-            H = H + beta[:, i, j, :, None, None] * key @ (value - key.mT @ H)
-        if i:
-            torch.testing.assert_close(t.states[:, i - 1].double(), H, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close((t.k, t.beta), (inputs.k[:, 1:], inputs.beta[:, 1:]))
-
-
-def words_with(problem: WordProblem, products: torch.Tensor) -> torch.Tensor:
-    """The input whose running products these are."""
-    table, rows = problem.group.table, []
-    for row in products.tolist():
-        word, before = [], 0
-        for y in row:
-            word.append(next(x for x in range(problem.group.order) if table[x, before] == y))
-            before = y
-        rows.append([problem.bos, *word])
-    return torch.tensor(rows)
-
-
-def test_the_second_layer_sees_what_the_first_wrote() -> None:
-    _, model = random_model()
-    problem = WordProblem(parse_group("S3"))
-    t = trace(model, problem, 4, 10)
-    tokens = words_with(problem, t[1].products)
-    mixer, seen = model.blocks[1].attn, []
-    assert isinstance(mixer, DeltaProduct)
-    mixer.b_proj.register_forward_hook(lambda _, args, out: seen.append(out))
-    model(tokens)
-    assert torch.allclose(t[1].beta, 2 * torch.sigmoid(seen[-1][:, 1:]).view(4, 10, 2, 3), atol=1e-5)
+    found = trace(model, problem, 3, 12)
+    assert list(found) == [0, 1]
+    tokens, products = problem.rows(Random("inspect"), torch.arange(3), 12, 12)
+    for length in (1, 12):
+        _, caches = model.step_hidden(tokens[:, : 1 + length])
+        for layer, t in found.items():
+            assert torch.equal(t.products, products[:, 1:])
+            assert (t.beta.shape, t.k.shape) == ((3, 12, model.blocks[0].attn.n, 3), (*t.beta.shape, 4))
+            torch.testing.assert_close(t.states[:, length - 1], caches[layer].state, atol=1e-4, rtol=1e-4)
 
 
 def test_describe_counts_as_numpy_does() -> None:
@@ -151,12 +119,10 @@ def test_describe_counts_as_numpy_does() -> None:
 
 def test_fillers_are_read_but_not_shown() -> None:
     _, model = random_model()
-    found = traces_of(model, words=3, length=5, tokens_per_element=3)
-    assert found[0].states.shape[:2] == (3, 5)
-    plain = traces_of(model, words=3, length=5)
-    assert torch.equal(found[0].products, plain[0].products)
-    assert (found[0].products != IGNORE).all()
-    assert not torch.allclose(found[0].states, plain[0].states)
+    found, plain = (traces_of(model, words=3, length=5, tokens_per_element=n)[0] for n in (3, 1))
+    assert found.states.shape[:2] == (3, 5)
+    assert torch.equal(found.products, plain.products)
+    assert not torch.allclose(found.states, plain.states)
 
 
 def test_hybrids_show_their_matrix_states_only() -> None:
