@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from tests.unit.test_words import assert_even
 from titan_dp.data.synthetic.counter_rng import Random
 from titan_dp.data.synthetic.languages import LANGUAGES, find_language
 from titan_dp.errors import UserError
@@ -75,48 +75,24 @@ def test_every_valid_length_is_as_likely_as_another_and_no_other_occurs(random: 
     valid = {"modular-arithmetic": [2, 4, 6, 8, 10]}.get(name, list(range(2 if "=" in language.symbols else 1, 12)))
     assert list(language.lengths(0, 11)) == valid
     lengths = [len(string) for string, _ in strings(name, random, 3000, 1, 11)]
-    assert set(lengths) == set(valid)
-    assert_even(lengths, len(valid))
+    counts = Counter(lengths)
+    assert set(counts) == set(valid)
+    assert min(counts.values()) > 3000 / len(valid) / 2
     assert list(find_language("modular-arithmetic").lengths(3, 9)) == [4, 6, 8]
 
 
-def test_answers_and_symbols_are_even(random: Random) -> None:
-    for name in RIGHT:
-        if name not in ("modular-arithmetic", "modular-arithmetic-brackets-mult"):  # multiplication makes 0 commoner
-            assert_even((answer for _, answer in strings(name, random, 3000, 2, 40)), find_language(name).answers)
-    for name in list(RIGHT)[:3]:
-        samples = strings(name, random, 2000, 1, 4)
-        assert_even(((len(string), string[0]) for string, _ in samples), 4 * len(find_language(name).symbols))
-
-
-def test_arithmetic_alternates_even_digits_and_even_operators(random: Random) -> None:
+def test_arithmetic_alternates_digits_and_operators(random: Random) -> None:
     samples = strings("modular-arithmetic", random, 500, 2, 40)
     assert all(re.fullmatch(r"[0-4]([-+*][0-4])*=", "".join(string)) for string, _ in samples)
-    assert_even((digit for string, _ in samples for digit in string[::2]), 5)
-    assert_even((operator for string, _ in samples for operator in string[1:-1:2]), 3)
-
-
-def left_length(string: list[str]) -> int:
-    """Symbols of the first of the two expressions that the outer brackets hold."""
-    depth = 0
-    for place, symbol in enumerate(string):
-        if depth == 1 and symbol in "+-*" and string[place - 1] in "01234)":
-            return place - 1
-        depth += {"(": 1, ")": -1}.get(symbol, 0)
-    raise AssertionError(string)
 
 
 @pytest.mark.parametrize(("name", "operators"), list(zip(BRACKETS, ["+-", "+-*"], strict=True)))
-def test_bracketed_expressions_follow_their_grammar_and_split_evenly(random: Random, name: str, operators: str) -> None:
+def test_bracketed_expressions_follow_their_grammar(random: Random, name: str, operators: str) -> None:
     for string, _ in strings(name, random, 300, 2, 64):
         text, reductions = re.sub(r"\(-?[0-4]\)", "E", "".join(string)), 1
         while reductions:
             text, reductions = re.subn(rf"\((E|-?[0-4])[{re.escape(operators)}](E|-?[0-4])\)", "E", text)
         assert re.fullmatch("(E|-?[0-4])=", text), string
-    shortest = [string for string, _ in strings(name, random, 2000, 6, 6)]  # (x+y)=
-    assert_even((string[2] for string in shortest), len(operators))
-    assert_even((string[1] + string[3] for string in shortest), 25)
-    assert_even((left_length(string) for string, _ in strings(name, random, 2000, 15, 15)), 14 - 4)
 
 
 @every_language

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections import Counter
-from collections.abc import Iterable
 
 import pytest
 import torch
@@ -23,14 +21,6 @@ S3 = WordProblem(parse_group("S3"))
 @pytest.fixture
 def random() -> Random:
     return Random(secrets.token_hex())
-
-
-def assert_even(values: Iterable[object], classes: int) -> None:
-    """Each of `classes` values is as common as another, within six standard deviations."""
-    counts = Counter(values)
-    n, p = counts.total(), 1 / classes
-    assert len(counts) == classes
-    assert all(abs(count - n * p) <= 6 * (n * p * (1 - p)) ** 0.5 for count in counts.values()), counts
 
 
 def running_products(group: Group, word: list[int]) -> list[int]:
@@ -73,18 +63,6 @@ def test_rows_are_words_and_their_running_products(name: str, high: int, fewer: 
     assert all(low <= len(word) <= high for word in checked_words(problem, input_ids, labels))
 
 
-def test_elements_places_rows_and_lengths_are_even_and_independent(random: Random) -> None:
-    for made in WordProblem(parse_group("A5")).rows(random, torch.arange(3000), 6, 6):
-        for place in (1, 2, 6):
-            assert_even(made[:, place].tolist(), 60)
-    x = S3.rows(random, torch.arange(4000), 4, 4)[0][:, 1:]
-    assert_even(map(tuple, x[:, :2].tolist()), 36)
-    assert_even(zip(x[:-1, 0].tolist(), x[1:, 0].tolist(), strict=True), 36)
-    assert_even(zip(x[:-1, 1].tolist(), x[1:, 0].tolist(), strict=True), 36)
-    x = S3.rows(random, torch.arange(6000), 1, 4)[0][:, 1:]
-    assert_even(zip((x < 6).sum(1).tolist(), x[:, 0].tolist(), strict=True), 24)
-
-
 def test_only_elements_that_move_few_points_are_drawn(random: Random) -> None:
     moved, drawn = 2, 1 + 10  # the identity and the swaps
     problem = WordProblem(parse_group("S5"), max_moved=moved)
@@ -93,7 +71,6 @@ def test_only_elements_that_move_few_points_are_drawn(random: Random) -> None:
     allowed = {i for i, row in enumerate(permutations) if sum(p != j for j, p in enumerate(row)) <= moved}
     assert len(allowed) == drawn
     assert {x for word in words for x in word} == allowed
-    assert_even((x for word in words for x in word), drawn)
     assert len({running_products(problem.group, word)[-1] for word in words}) > problem.group.order / 2
 
 
@@ -140,13 +117,3 @@ def test_numbers_are_those_of_python_integers(key: str, sample: int, start: int,
     expected = [(mix((row + (start + i + 1) * gamma) % 2**64) & (2**63 - 1)) % below[i] for i in range(n)]
     numbers = random.integers(torch.tensor([0, sample]), n, torch.tensor(below), start)
     assert (numbers.dtype, numbers[1].tolist()) == (torch.int64, expected)
-
-
-def test_numbers_are_even_in_their_range_and_keys_and_rows_have_their_own() -> None:
-    key = secrets.token_hex()
-    assert_even(Random(key).integers(torch.arange(4000), 5, 7).flatten().tolist(), 7)
-    large, other = (Random(k).integers(torch.arange(3000), 4, 2**31) for k in (key, key + "x"))
-    assert 0 <= large.min() <= large.max() < 2**31
-    assert_even((large >> 28).flatten().tolist(), 8)
-    assert_even((large & 7).flatten().tolist(), 8)
-    assert len(torch.cat([large, other]).unique()) > 23_970  # 24,000 draws of 2^31 meet 0.13 times
