@@ -49,10 +49,8 @@ def norm_is_at_most_one(rng: np.random.Generator, draws: int) -> Fact:
 
     Siems et al. 2025 (arXiv 2502.10297), section 4.
     """
-    worst = max(
-        float(np.linalg.norm(transitions(_beta(rng, size, n, 2), _keys(rng, size, n, d)), ord=2, axis=(-2, -1)).max())
-        for size, n, d in _shapes(draws)
-    )
+    found = (transitions(_beta(rng, size, n, 2), _keys(rng, size, n, d)) for size, n, d in _shapes(draws))
+    worst = max(float(np.linalg.norm(A, ord=2, axis=(-2, -1)).max()) for A in found)
     statement = f"||A|| <= 1 for beta in [0, 2], n_h = 1 to {MOST_STEPS}"
     return Fact(statement, "largest norm - 1", draws, worst - 1, f"<= {ROUNDING:g}", worst - 1 <= ROUNDING)
 
@@ -111,10 +109,8 @@ def two_factors_are_real_up_to_one(rng: np.random.Generator, draws: int) -> Fact
 
 def three_factors_can_be_complex(rng: np.random.Generator, draws: int) -> Fact:
     """With three factors complex eigenvalues appear for beta in [0, 1] too: a product of three such matrices can turn."""
-    worst = max(
-        float(_largest_imaginary_part(transitions(_beta(rng, size, 3, 1), _keys(rng, size, 3, d))).max())
-        for size, _, d in _shapes(draws)
-    )
+    found = (transitions(_beta(rng, size, 3, 1), _keys(rng, size, 3, d)) for size, _, d in _shapes(draws))
+    worst = max(float(_largest_imaginary_part(A).max()) for A in found)
     statement = "three factors, beta in [0, 1]: complex eigenvalues appear"
     return Fact(statement, "largest imaginary part", draws, worst, "> 0.01", worst > 0.01)
 
