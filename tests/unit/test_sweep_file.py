@@ -340,11 +340,3 @@ def test_the_papers_sweep_is_the_papers_nine_configs() -> None:
         ours, theirs = (c.model_dump(exclude={"job"}) for c in (cell.config, config))
         ours["model"]["intermediate_size"] = theirs["model"]["intermediate_size"] = cell.config.model.mlp_size
         assert ours == theirs
-
-
-def test_figure_10_compares_steps_with_head_dimensions_at_equal_parameters() -> None:
-    cells = load_sweep(SHIPPED / "sweeps" / "figure10.toml").cells
-    assert {cell.config.model.num_householder for cell in cells} >= {1, 3}
-    for one, other in zip(cells[::2], cells[1::2], strict=True):
-        assert abs(one.parameters / other.parameters - 1) < 0.005
-        assert one.config.model.num_householder != other.config.model.num_householder

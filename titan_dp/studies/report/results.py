@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,8 @@ class Fit:
     """One law of one family; if there is too little for it, `lacks` says what is missing and `law` is None."""
 
     family: str
+    sizes: list[str]
+    """Columns of the quantities that the loss is a law of."""
     points: DataFrame
     """The configurations it is fitted to."""
     left_out: int
@@ -122,23 +125,18 @@ def fit_families(configurations: DataFrame) -> tuple[list[Fit], list[Fit]]:
     surfaces, computes = [], []
     for family, members in _families(configurations):
         fitted = _best_of_each_size(members)
-        points = front(fitted, "flops", SAME_BUDGET)
+        points, left_out = front(fitted, "flops", SAME_BUDGET), len(members) - len(fitted)
+        surfaces.append(Fit(family, ["parameters", "tokens"], fitted, left_out, _surface_lacks(fitted)))
         lacks = (
             f"the fit needs {_BUDGETS} budgets of FLOPs, each with a lower loss than the one before; there are {len(points)}"
         )
-        lacks = "" if len(points) >= _BUDGETS else lacks
-        surfaces.append(Fit(family, fitted, len(members) - len(fitted), _surface_lacks(fitted)))
-        computes.append(Fit(family, points, len(members) - len(fitted), lacks))
-    possible = [(fit, sizes) for fits, sizes in ((surfaces, ["parameters", "tokens"]), (computes, ["flops"])) for fit in fits]
-    possible = [(fit, sizes) for fit, sizes in possible if not fit.lacks]
-    problems = [_problem(fit.points, sizes) for fit, sizes in possible]
-    if len(problems) > 2:
-        with ProcessPoolExecutor() as pool:
-            laws = list(pool.map(fit_power_law, *zip(*problems, strict=True)))
-    else:
-        laws = [fit_power_law(*problem) for problem in problems]
-    for (fit, _), law in zip(possible, laws, strict=True):
-        fit.law = law
+        computes.append(Fit(family, ["flops"], points, left_out, lacks if len(points) < _BUDGETS else ""))
+    possible = [fit for fit in (*surfaces, *computes) if not fit.lacks]
+    problems = list(zip(*(_problem(fit.points, fit.sizes) for fit in possible), strict=True)) or [()]
+    with ProcessPoolExecutor() if len(possible) > 2 else nullcontext() as pool:
+        laws = (pool.map if pool else map)(fit_power_law, *problems)
+        for fit, law in zip(possible, laws, strict=True):
+            fit.law = law
     return surfaces, computes
 
 
