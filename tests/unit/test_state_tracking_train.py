@@ -87,7 +87,7 @@ MEANT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("words", MEANT)
 def test_flags_set_their_keys_and_nothing_else(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (cell,) = cells(monkeypatch, *words.split())
-    small = str(train.config_folder() / "state_tracking/small.toml")
+    small = str(train.SHIPPED / "state_tracking/small.toml")
     expected = load_config(["--config", small, "--debug.seed=1", "--data.seed=1"]).config.model_dump(exclude={"job"})
     for key, value in MEANT[words].items():
         section, name = key.split(".")

@@ -1,9 +1,9 @@
 """Many runs on this machine: at most K at once, unfinished ones resumed, failed ones tried again.
 
 K threads take the cells in order, and each does the same for every cell: wait while another process trains it, skip it if it
-is finished, else start train.py (under launch/torchrun.py for several ranks) and, if that may help, start it again after a
-pause. What a cell prints goes to `attempt-N.log` in its run folder. Ctrl-C and SIGTERM end the cells, which save; a second
-Ctrl-C kills them. The same command then goes on: the state of a sweep is its run folders.
+is finished, else start `titan-dp train` and, if that may help, start it again after a pause. What a cell prints goes to
+`attempt-N.log` in its run folder. Ctrl-C and SIGTERM end the cells, which save; a second Ctrl-C kills them. The same command
+then goes on: the state of a sweep is its run folders.
 """
 
 from __future__ import annotations

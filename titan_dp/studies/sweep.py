@@ -30,7 +30,7 @@ from titan_dp.train.run_folder import RunLock, holds_config, identity, is_finish
 if TYPE_CHECKING:
     from rich.table import Table
 
-_OURS = {"config.toml", ".config.toml.tmp", ".lock", ".slot"}
+_OURS = (".lock", ".slot", ".config.toml.tmp", "config.toml")
 """What a cell's folder may hold before its first attempt."""
 
 
@@ -188,7 +188,7 @@ def _dropped(sweep: Sweep, written: dict[str, str]) -> list[Path]:
                 f"{folder} was trained and {sweep.file} does not name it: give this sweep another [sweep] name, put the cell "
                 "back, or move that folder away"
             )
-    return [f for f in gone if {entry.name for entry in f.iterdir()} <= _OURS and _is_as_written(f, written)]
+    return [f for f in gone if {entry.name for entry in f.iterdir()} <= set(_OURS) and _is_as_written(f, written)]
 
 
 def _state_of(cell: Cell) -> str:
