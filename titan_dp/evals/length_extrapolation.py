@@ -22,7 +22,7 @@ import numpy as np
 from titan_dp.config.arguments import positive
 from titan_dp.errors import UserError
 from titan_dp.evals.scoring import keeps_all_tokens, token_losses
-from titan_dp.evals.session import Arrays, Result, Session, add_common_arguments, run_evaluation
+from titan_dp.evals.session import Arrays, Result, Session, add_common_arguments, batched, run_evaluation
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
 from titan_dp.output import number_table, print_table, print_written, save_figure, subplots, write_csv
 
@@ -71,7 +71,7 @@ def evaluate(s: Session) -> list[Result]:
     if s.world.is_main:
         _show(results)
         _write_csv(results, table)
-        save_figure(_plot(results, args.x_axis), plot)
+        _draw(results, args.x_axis, plot)
         print_written(*(result.path for result in results), table, plot)
     return results
 
@@ -134,16 +134,16 @@ def _measure(s: Session, pretrained: Pretrained, texts: Texts, result: Result) -
             "time per token grow with --max-length"
         )
 
-    def score(batch: list[np.ndarray]) -> Iterator[Arrays]:
+    def score(batch: list[np.ndarray]) -> Arrays:
         ids = torch.from_numpy(np.stack(batch).astype(np.int64)).to(s.world.device)
         losses, right = token_losses(model, ids[:, :-1], ids[:, 1:], settings["segment"])
-        yield _addend(losses.double().cpu().numpy(), right.cpu().numpy(), edges, smooth)
+        return _addend(losses.double().cpu().numpy(), right.cpu().numpy(), edges, smooth)
 
     # int32, because every rank holds all sequences: their number must be known before the first is scored.
     found = [ids.astype(np.int32) for ids in itertools.islice(sequences(texts, length), settings["sequences_at_most"])]
     nothing = np.zeros((0, length - 1))
-    zeros = _addend(nothing, nothing, edges, smooth)
-    sums = result.sums(found, score, zeros, batch_size=settings["batch_size"], name="sequences", total=len(found))
+    batches = list(batched(found, settings["batch_size"]))
+    sums = result.sums(batches, score, _addend(nothing, nothing, edges, smooth), total=len(batches))
     return _results(sums, len(found), edges, smooth)
 
 
@@ -255,7 +255,7 @@ def _write_csv(results: list[Result], path: Path) -> None:
     write_csv(path, ["position", *names], ([p, *(f"{x:.6f}" for x in row)] for p, row in enumerate(rows, 1)))
 
 
-def _plot(results: list[Result], x_axis: str) -> Any:
+def _draw(results: list[Result], x_axis: str, path: Path) -> None:
     figure, (above, below) = subplots(2, 1, figsize=(8, 7.5), sharex=True)
     settings = results[0].settings
     # On a linear axis the steep first positions would take most of the height and look like a vertical line.
@@ -281,7 +281,7 @@ def _plot(results: list[Result], x_axis: str) -> Any:
         below.set_xscale("log", base=2)
     below.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     below.legend(edgecolor="none", framealpha=0.9)
-    return figure
+    save_figure(figure, path)
 
 
 def _mark_trained_lengths(above: Any, below: Any, lengths: list[int]) -> None:

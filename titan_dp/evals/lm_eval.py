@@ -33,8 +33,7 @@ from titan_dp.output import number_table, print_table, print_written
 if TYPE_CHECKING:
     from titan_dp.evals.lm_eval_model import TitanDPLM
 
-Preset = dict[str, dict[str, str]]
-PAPER: Preset = {
+PAPER = {
     "wikitext": {"Wiki ppl": "word_perplexity"},
     "lambada_openai": {"LMB ppl": "perplexity", "LMB acc": "acc"},
     "piqa": {"PIQA acc": "acc"},
@@ -47,9 +46,8 @@ PAPER: Preset = {
     "fda": {"FDA cont": "contains"},
 }
 """Tasks of the paper's table, and of each the columns and their metrics."""
-PRESETS = {"paper": PAPER}
 AVERAGE = "Avg"
-_AVERAGED_TASKS = ("lambada_openai", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
+_LAST_AVERAGED = "arc_challenge"
 _SAMPLES = "-samples.jsonl"  # beside the result
 _DEFINITIONS = {".yaml", ".yml", ".py", ".json", ".jsonl"}
 
@@ -58,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, "requests", batch_size=16)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tasks", type=_names, metavar="A,B", help="tasks, groups or tags of the harness; * matches any")
-    which.add_argument("--preset", choices=sorted(PRESETS), help="paper: the zero-shot tasks of the DeltaProduct paper's table")
+    which.add_argument("--preset", choices=("paper",), help="paper: the zero-shot tasks of the DeltaProduct paper's table")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with task definitions of your own (YAML)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N documents of each task; for trying out")
     parser.add_argument("--num-fewshot", type=natural, metavar="K", help="examples before each question (default: the task's)")
@@ -97,7 +95,7 @@ def evaluate(s: Session) -> Result:
 
     args = s.args
     with _quiet(s):
-        names, manager = together(lambda: find_tasks(args.tasks or list(PRESETS[args.preset]), args.include_path))
+        names, manager = together(lambda: find_tasks(args.tasks or list(PAPER), args.include_path))
     pretrained = s.load(args.checkpoint)
     lm = TitanDPLM(
         pretrained,
@@ -155,14 +153,10 @@ def _digest(folder: Path) -> str:
 @contextlib.contextmanager
 def _quiet(s: Session) -> Iterator[None]:
     """stdout is kept for the results, and of what the harness says to stderr one rank's is enough."""
-    with contextlib.ExitStack() as stack:
-        if s.world.is_main:
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        else:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        yield
+    with open(os.devnull, "w") as nowhere:
+        said = sys.stderr if s.world.is_main else nowhere
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield
 
 
 # -- tasks ---------------------------------------------------------------------------------------------------------------
@@ -254,7 +248,9 @@ def _measure(s: Session, lm: TitanDPLM, names: list[str], manager: Any, result: 
         return {}
     lm.replaced.say()
     assert raw is not None
-    results = collect(raw, lm.truncated, PRESETS.get(args.preset))
+    results = collect(raw, lm.truncated)
+    if args.preset:
+        results["columns"] = columns(results["tasks"])
     if args.log_samples:
         results["samples"] = _write_samples(raw["samples"], result.beside(_SAMPLES))
     return results
@@ -273,8 +269,8 @@ def _write_samples(samples: dict[str, list[dict[str, Any]]], path: Path) -> str:
     return path.name
 
 
-def collect(raw: Mapping[str, Any], truncated: Mapping[str, int], preset: Preset | None) -> dict[str, Any]:
-    """Results of `simple_evaluate` as JSON: by task and group its version, documents and metrics; a preset's columns."""
+def collect(raw: Mapping[str, Any], truncated: Mapping[str, int]) -> dict[str, Any]:
+    """Results of `simple_evaluate` as JSON: by task and group its version, documents and metrics."""
     tasks = {}
     for name, found in raw["results"].items():
         counts = raw["n-samples"].get(name)  # a group has none
@@ -285,10 +281,7 @@ def collect(raw: Mapping[str, Any], truncated: Mapping[str, int], preset: Preset
             "documents_in_task": counts and counts["original"],
             "metrics": _metrics(found, raw["higher_is_better"].get(name, {})),
         }
-    results: dict[str, Any] = {"tasks": tasks, "truncated_requests": dict(truncated)}
-    if preset is not None:
-        results["columns"] = columns(tasks, preset)
-    return results
+    return {"tasks": tasks, "truncated_requests": dict(truncated)}
 
 
 def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
@@ -313,17 +306,14 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def columns(tasks: Mapping[str, Any], preset: Preset) -> dict[str, float | None]:
-    """The columns of a preset's table in their order, after the last averaged task the mean of the accuracies so far."""
+def columns(tasks: Mapping[str, Any]) -> dict[str, float | None]:
+    """The columns of the paper's table in their order, the mean of the accuracies after the last of them."""
     row: dict[str, float | None] = {}
-    averaged: list[float] = []
-    for task, metrics in preset.items():
-        for column, metric in metrics.items():
-            row[column] = tasks[task]["metrics"][metric]["value"]
-            if task in _AVERAGED_TASKS and metric.startswith("acc"):
-                averaged.append(row[column])  # type: ignore[arg-type]
-        if task == _AVERAGED_TASKS[-1]:
-            row[AVERAGE] = sum(averaged) / len(averaged)
+    for task, metrics in PAPER.items():
+        row |= {column: tasks[task]["metrics"][metric]["value"] for column, metric in metrics.items()}
+        if task == _LAST_AVERAGED:
+            accuracies: list[Any] = [value for column, value in row.items() if "acc" in column]
+            row[AVERAGE] = sum(accuracies) / len(accuracies)
     return row
 
 

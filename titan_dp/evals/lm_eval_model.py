@@ -38,7 +38,7 @@ from titan_dp.data.tokenizer import Tokenizer, hugging_face_folder, tiktoken_enc
 from titan_dp.distributed import World, world_size_from_env
 from titan_dp.errors import UserError, run_main
 from titan_dp.evals.answers import Answers
-from titan_dp.evals.scoring import token_losses
+from titan_dp.evals.scoring import row_losses
 from titan_dp.evals.session import Session
 from titan_dp.files import Replaced, as_unicode
 from titan_dp.inference.pretrained import Pretrained, load_pretrained
@@ -98,7 +98,6 @@ class TitanDPLM(TemplateLM):
         super().__init__()
         self.model, self.text, self.answers = pretrained.model, pretrained.tokenizer, answers
         self.source, self.batch_size, self.seed = pretrained.source, batch_size, seed
-        self._device = pretrained.model.output_weight.device
         self.max_length = max_length or pretrained.source.seq_len
         self.stock_bos = stock_bos
         if stock_bos:
@@ -253,13 +252,9 @@ class TitanDPLM(TemplateLM):
         return [tuple(answers[key]) if row.targets else nothing for key, row in zip(keys, rows, strict=True)]
 
     def _losses(self, rows: list[Scored]) -> list[list[Any]]:
-        shape = len(rows), max(len(row.inputs) for row in rows)
-        tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
-        for i, (inputs, targets) in enumerate(rows):  # padded on the right, which a causal model does not see
-            tokens[i, : len(inputs)] = torch.tensor(inputs)
-            labels[i, len(inputs) - len(targets) : len(inputs)] = torch.tensor(targets)
-        wanted = labels.to(self._device)
-        losses, likeliest = token_losses(self.model, tokens.to(self._device), wanted, segment=shape[1])
+        labels = ([IGNORE] * (len(inputs) - len(targets)) + targets for inputs, targets in rows)
+        pairs = [(torch.tensor(row.inputs), torch.tensor(wanted)) for row, wanted in zip(rows, labels, strict=True)]
+        losses, likeliest, wanted = row_losses(self.model, pairs)
         sums, greedy = losses.double().sum(1), (likeliest | (wanted == IGNORE)).all(1)
         return [[-loss, match] for loss, match in zip(sums.tolist(), greedy.tolist(), strict=True)]
 

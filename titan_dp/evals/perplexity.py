@@ -6,13 +6,14 @@ training. As in training, the first token of a document is not scored; every oth
 
 A window has `--context` tokens and begins `--stride` after the one before. So in all windows except a document's first,
 context - stride tokens come before the ones that are scored. `--state carry` instead hands the recurrent state from window
-to window, so that every token is predicted from the whole document before it. The unit of work is a window, or the document
-whose state is carried; losses are summed in float64.
+to window, so that every token is predicted from the whole document before it. Losses are
+summed in float64.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,15 +22,17 @@ import numpy as np
 
 from titan_dp.config.arguments import positive
 from titan_dp.errors import UserError
-from titan_dp.evals.scoring import token_losses
-from titan_dp.evals.session import Arrays, Result, Session, add_common_arguments, run_evaluation
+from titan_dp.evals.scoring import row_losses
+from titan_dp.evals.session import Result, Session, add_common_arguments, batched, run_evaluation
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
 from titan_dp.output import number_table, print_table, print_written
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from titan_dp.model.transformer import Transformer
 
-_BATCHES_AT_ONCE = 8  # sorted by length together, and saved together
+_BATCHES_AT_ONCE = 8  # sorted by length together
 
 
 class Window(NamedTuple):
@@ -143,16 +146,11 @@ def _measure(model: Transformer, texts: Texts, result: Result) -> dict[str, Any]
             else:
                 yield from windows([ids], context, settings["stride"])
 
-    def score(group: list[Window]) -> Iterator[Arrays]:
-        for batch in batches(group, size):
-            yield {"sums": _score(model, batch, context)}
-
     # Every rank reads all documents, of which it scores a share of the windows, so each knows how many there are.
     sums = result.sums(
-        units(),
-        score,
+        itertools.chain.from_iterable(batches(group, size) for group in batched(units(), _BATCHES_AT_ONCE * size)),
+        lambda batch: {"sums": _score(model, batch, context)},
         {"sums": np.zeros(4)},
-        batch_size=_BATCHES_AT_ONCE * size,
         name="documents",
         total=texts.documents,
         position=lambda: documents,
@@ -180,14 +178,12 @@ def _score(model: Transformer, batch: list[Window], segment: int) -> np.ndarray:
 
     from titan_dp.data.batch import IGNORE
 
-    shape = len(batch), max(len(window.ids) for window in batch) - 1
-    tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
-    for i, (ids, known, joins) in enumerate(batch):
-        tokens[i, : len(ids) - 1] = torch.from_numpy(ids[:-1])
-        labels[i, known : len(ids) - 1] = torch.from_numpy(ids[known + 1 :])
-        labels[i, torch.from_numpy(joins)] = IGNORE
-    device = model.output_weight.device
-    losses, right = token_losses(model, tokens.to(device), labels.to(device), segment)
+    def row(window: Window) -> tuple[Tensor, Tensor]:
+        labels = window.ids[1:].copy()
+        labels[: window.known] = labels[window.joins] = IGNORE
+        return torch.from_numpy(window.ids[:-1]), torch.from_numpy(labels)
+
+    losses, right, labels = row_losses(model, map(row, batch), segment)
     return np.array([float(losses.double().sum()), int((labels != IGNORE).sum()), int(right.sum()), len(batch)])
 
 

@@ -6,7 +6,7 @@ followed by its value. At each queried key, the value should be the likeliest ne
 sequence goes on as it began; and queries lie uniformly in the slots of two tokens after the pairs, not at power-law gaps, so
 that every distance is asked for. If --length leaves slots without a query, they hold keys that have no pair here. Keys and
 values come from two disjoint random halves of the vocabulary without special tokens. A sequence is a function of --seed, its
-number of pairs and its index alone; the unit of work is a sequence.
+number of pairs and its index alone.
 
 Two levels say what an accuracy is worth: that of a random id (among all of the vocabulary, or among the sequence's values),
 and the best guess of a model that knows which values there are and which of them have been an answer, but not which key has
@@ -18,13 +18,14 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from titan_dp.config.arguments import natural, positive
 from titan_dp.errors import UserError
-from titan_dp.evals.session import Arrays, Result, Session, add_common_arguments, run_evaluation
+from titan_dp.evals.session import Arrays, Result, Session, add_common_arguments, batched, run_evaluation
 from titan_dp.output import number_table, print_table, print_written, save_figure, subplots, write_csv
 
 if TYPE_CHECKING:
@@ -92,13 +93,15 @@ def evaluate(s: Session) -> list[Result]:
         result = Result(s, "recall", pretrained.source, settings, beside=(".csv",))
         if not result.results:
             counts = _measure(args, pretrained, vocabulary, result)
-            result.finish(_summary(args.pairs, counts, pretrained.tokenizer.vocab_size, args.queries))
+            found = _summary(args.pairs, counts, pretrained.tokenizer.vocab_size, args.queries)
+            if s.world.is_main:
+                _write_csv(found, result.beside(".csv"))
+            result.finish(found)
         results.append(result)
     if s.world.is_main:
         figure = args.out / "recall.png"
         _draw(results, figure)
         for result in results:
-            _write_csv(result)
             _show(result)
         print_written(figure)
     return results
@@ -162,22 +165,19 @@ def _measure(args: argparse.Namespace, pretrained: Pretrained, vocabulary: Vocab
     """
     tokenizer, zeros = pretrained.tokenizer, np.zeros((len(args.pairs), _DISTANCES, 3), np.int64)
 
-    def row(unit: int) -> int:
-        return unit // args.sequences
-
-    def count(units: list[int]) -> Iterator[Arrays]:
-        pairs, counts = args.pairs[row(units[0])], np.zeros_like(zeros)
-        shape = tokenizer.bos_id, pairs, args.queries, args.length, args.seed
-        batch = [make_example(vocabulary, *shape, unit % args.sequences) for unit in units]
+    def count(indices: tuple[int, list[int]]) -> Arrays:
+        row, of_row = indices
+        counts, shape = np.zeros_like(zeros), (tokenizer.bos_id, args.pairs[row], args.queries, args.length, args.seed)
+        batch = [make_example(vocabulary, *shape, index) for index in of_row]
         right, among = score(pretrained.model, batch, tokenizer.vocab_size)
         bins = np.log2(np.stack([example.distances for example in batch])).astype(int)
         for i, hits in enumerate((np.ones_like(right), right, among)):
-            np.add.at(counts[row(units[0]), :, i], bins, hits)
-        yield {"counts": counts}
+            np.add.at(counts[row, :, i], bins, hits)
+        return {"counts": counts}
 
-    units = range(len(args.pairs) * args.sequences)
-    options: dict[str, Any] = {"batch_size": args.batch_size, "name": "sequences", "total": len(units), "alike": row}
-    return result.sums(units, count, {"counts": zeros}, **options)["counts"]
+    of_row = list(batched(range(args.sequences), args.batch_size))
+    batches = [(row, indices) for row in range(len(args.pairs)) for indices in of_row]
+    return result.sums(batches, count, {"counts": zeros}, total=len(batches))["counts"]
 
 
 def score(model: Transformer, batch: list[Example], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -240,19 +240,19 @@ def _summary(pairs: list[int], counts: np.ndarray, vocab_size: int, queries: int
 # -- what is shown -------------------------------------------------------------------------------------------------------
 
 
-def _write_csv(result: Result) -> None:
-    """recall-<label>.csv: a row per number of pairs and range of distances."""
+def _write_csv(found: dict[str, Any], path: Path) -> None:
+    """A row per number of pairs and range of distances."""
     rows = []
-    for row in result.results["by_pairs"]:
+    for row in found["by_pairs"]:
         for near in row["by_distance"]:
             numbers = [x for suffix, _ in _AMONG for x in (near[f"accuracy{suffix}"], *near[f"interval{suffix}"])]
             numbers += [row[level] for level in _LEVELS]
             rows.append([row["pairs"], *near["distance"], near["queries"], *(f"{x:.6g}" for x in numbers)])
     measured = [f"{name}{suffix}" for suffix, _ in _AMONG for name in ("accuracy", "low", "high")]
-    write_csv(result.beside(".csv"), ["pairs", "distance_from", "distance_to", "queries", *measured, *_LEVELS], rows)
+    write_csv(path, ["pairs", "distance_from", "distance_to", "queries", *measured, *_LEVELS], rows)
 
 
-def _draw(results: list[Result], path: Any) -> None:
+def _draw(results: list[Result], path: Path) -> None:
     """Accuracy by number of pairs, a curve per checkpoint, a panel each for all ids and for the sequence's values."""
     figure, panels = subplots(1, 2, figsize=(10, 4.5), sharey=True)
     rows = results[0].results["by_pairs"]

@@ -6,7 +6,7 @@ the sequence, except for ids, losses, and the keys and values that softmax layer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,6 +29,23 @@ def token_losses(model: Transformer, tokens: Tensor, labels: Tensor, segment: in
 
     losses, right = zip(*segment_losses(model, tokens, labels, segment), strict=True)
     return torch.cat(losses, 1), torch.cat(right, 1)
+
+
+def row_losses(
+    model: Transformer, rows: Iterable[tuple[Tensor, Tensor]], segment: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`token_losses` of rows of any lengths, each (tokens [T], labels [T]) int64 on the CPU, and the labels [B, longest].
+
+    Rows are padded on the right, where a causal model does not see it, with labels of -100. By default `segment` is all.
+    """
+    from torch.nn.utils.rnn import pad_sequence
+
+    from titan_dp.model.loss import IGNORE
+
+    device, (tokens, labels) = model.output_weight.device, zip(*rows, strict=True)
+    padded = pad_sequence(list(tokens), batch_first=True).to(device)
+    wanted = pad_sequence(list(labels), batch_first=True, padding_value=IGNORE).to(device)
+    return *token_losses(model, padded, wanted, segment or padded.shape[1]), wanted
 
 
 def segment_losses(model: Transformer, tokens: Tensor, labels: Tensor, segment: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,7 +1,8 @@
 """What every evaluation shares: its processes, its models, sums over ranks, and results that can be interrupted.
 
-An evaluation runs in one process or under torchrun. Every rank holds the whole model and does every ranks-th unit of work
-(unit rank, rank + ranks, ...); the sums meet at the end. A result is one JSON file with the checkpoint's identity and every
+An evaluation runs in one process or under torchrun. Every rank holds the whole model and measures every ranks-th batch (batch
+rank, rank + ranks, ...); the sums meet at the end. Batches are made before they are dealt to the ranks, so each of them, and
+with it every rounding, is the same for any number of ranks. A result is one JSON file with the checkpoint's identity and every
 setting; it exists whole or not at all. What a rank has computed so far lies beside it, and the same command goes on from
 there. A finished result is only shown again, and one made with other settings is not overwritten.
 """
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from titan_dp.inference.pretrained import Pretrained
     from titan_dp.inference.sources import Source
 
+B = TypeVar("B")
 U = TypeVar("U")
 Arrays = dict[str, np.ndarray]
 
@@ -222,41 +224,39 @@ class Result:
 
     def sums(
         self,
-        units: Iterable[U],
-        measure: Callable[[list[U]], Iterable[Arrays]],
+        batches: Iterable[B],
+        measure: Callable[[B], Arrays],
         zeros: Arrays,
         *,
-        batch_size: int,
-        name: str,
+        name: str = "batches",
         total: int | None,
         position: Callable[[], int] | None = None,
-        alike: Callable[[U], object] = lambda unit: None,
     ) -> Arrays:
-        """The sums of what is measured on all units, by all ranks; a rank goes on after the last unit whose sums it kept.
+        """The sums of what is measured on all batches, by all ranks; a rank goes on after the last batch whose sums it kept.
 
         Args:
-            units: of work, the same on every rank, which measures its share.
-            measure: the addends of at most `batch_size` units.
-            zeros: the sums before the first unit, float64 or int64, by name.
+            batches: the same on every rank, which measures its share.
+            measure: the addends of a batch.
+            zeros: the sums before the first batch, float64 or int64, by name.
             name: what the progress bar counts, up to `total`.
-            position: how far it is; None takes it that all ranks have done as many units as this one.
-            alike: units share a batch only if this is the same for them.
+            position: how far it is; None takes it that all ranks have done as many batches as this one.
         """
         import torch
 
         from titan_dp.distributed import all_reduce_sum
 
-        world, sums = self._session.world, zeros | self.resume()
-        done = int(sums.pop("done", 0))
-        mine = itertools.islice(units, world.rank + done * world.size, None, world.size)
+        world, sums = self._session.world, {"batches_done": np.int64(0), **zeros}
+        if (kept := self.resume()).keys() == sums.keys():
+            sums = kept
+        done = int(sums.pop("batches_done"))
         with self._session.progress() as progress:
             task = progress.add_task(name, total=total)
-            for batch in _batches(mine, batch_size, alike):
-                for addend in measure(batch):
-                    sums = {key: value + addend[key] for key, value in sums.items()}
-                done += len(batch)
-                self.keep({"done": done, **sums})
-                progress.update(task, completed=position() if position else min(done * world.size, total or done * world.size))
+            for batch in itertools.islice(batches, world.rank + done * world.size, None, world.size):
+                addend = measure(batch)
+                sums = {key: value + addend[key] for key, value in sums.items()}
+                done += 1
+                self.keep({"batches_done": done, **sums})
+                progress.update(task, completed=position() if position else done * world.size)
         return {key: all_reduce_sum(torch.tensor(x, device=world.device)).cpu().numpy() for key, x in sums.items()}
 
     def finish(self, results: dict[str, Any]) -> None:
@@ -284,10 +284,11 @@ class Result:
         self._partial.unlink(missing_ok=True)
 
 
-def _batches(units: Iterable[U], size: int, alike: Callable[[U], object]) -> Iterator[list[U]]:
-    for _, same in itertools.groupby(units, alike):
-        while batch := list(itertools.islice(same, size)):
-            yield batch
+def batched(units: Iterable[U], size: int) -> Iterator[list[U]]:
+    """`units` in lists of `size`, the last of which may be shorter."""
+    rest = iter(units)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
 
 
 def _refuse_others(paths: list[Path]) -> None:

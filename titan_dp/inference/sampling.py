@@ -52,16 +52,15 @@ class Sampling:
         logits = logits.float() - logits.amax(-1, keepdim=True).float()
         probabilities = torch.softmax(logits / max(self.temperature, 1e-30), -1)
         check_finite(probabilities, "the model's logits")
+        ids = None
         if self.top_k or self.top_p < 1:
             # Likeliest ids first; with top_k, sorting only the first k is enough.
             count = min(self.top_k or probabilities.shape[-1], probabilities.shape[-1])
-            sorted_p, ids = probabilities.topk(count, -1)
-            total = sorted_p.sum(-1, keepdim=True)
-            before = sorted_p.cumsum(-1) - sorted_p
-            sorted_p = torch.where(before < self.top_p * total, sorted_p, 0)
-            drawn = torch.stack([torch.multinomial(p, 1, generator=g) for p, g in zip(sorted_p, generators, strict=True)])
-            return ids.gather(-1, drawn)[:, 0]
-        return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators, strict=True)])
+            probabilities, ids = probabilities.topk(count, -1)
+            before, total = probabilities.cumsum(-1) - probabilities, probabilities.sum(-1, keepdim=True)
+            probabilities = torch.where(before < self.top_p * total, probabilities, 0)
+        drawn = torch.stack([torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators, strict=True)])
+        return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, bos: bool = True, raw: bool = False) -> list[int]:
