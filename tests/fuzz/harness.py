@@ -123,24 +123,13 @@ def limited_memory() -> Iterator[None]:
 
 # -- what a reader may meet -----------------------------------------------------------------------------------------------
 
-NAMES = ["", ".", "..", "../up", "/etc/passwd", "a/b", "a\x00b", "a\nb", "n" * 300, "\ud800", "\u202e", "~", "-rf", "$(true)"]
+NAMES = ["", "..", "../up", "/etc/passwd", "a/b", "a\x00b", "a\nb", "n" * 300, "\ud800", "~", "-rf"]
 NUMBERS = [-1, 0, 1, 2, 2**31, 2**32, 2**62, 2**63, 2**64, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308, 5e-324]
 NOT_FINITE = [float("inf"), float("-inf"), float("nan")]
 _CHUNKS = [b"\x00", b"\xff\xfe", b"[" * 20_000, b"{" * 3000, b"(" * 900, b"9" * 5000, b"0x" + b"f" * 5000, b"NaN", b"1e999"]
 _CHUNKS += b'../ \n " \'\'\' """ # = , \r\n null - \xf0\x9f\x92\xa9 PK\x03\x04 \x80\x04'.split(b" ")
 
-_NESTED: list[Any] = [
-    [],
-    {},
-    [1, 2],
-    [None],
-    [[]],
-    {"": 1},
-    [{"a": [1]}],
-    {"a": {"b": {"c": []}}},
-    ["x"] * 50,
-    [0.5, "x", True],
-]
+_NESTED: list[Any] = [[], {}, [1, 2], [None], [[]], {"": 1}, [{"a": [1]}], {"a": {"b": {"c": []}}}, ["x"] * 50]
 
 scalars = st.sampled_from([*NAMES, *NUMBERS, *NOT_FINITE, None, True, False]) | st.integers() | st.text(max_size=9)
 values = scalars | st.sampled_from(_NESTED)
