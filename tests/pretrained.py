@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from titan_dp.config.describe import all_keys
 from titan_dp.config.load import Loaded
 from titan_dp.model.transformer import Transformer, build_model
 
+Make = Callable[..., Path]
+"""The fixtures `checkpoint_of` and `export_of`."""
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

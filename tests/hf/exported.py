@@ -14,31 +14,14 @@ UNTIED: dict[str, Any] = {"use_output_gate": True, "expand_v": 2.0, "tie_word_em
 VARIANTS: dict[str, dict[str, Any]] = {
     "DeltaProduct_2": {},
     "DeltaNet, more heads than fit the width": {"num_householder": 1, "num_heads": 3, "norm_eps": 1e-2},
-    "Gated DeltaNet": {"num_householder": 1, "use_forget_gate": True},
     "Gated DeltaProduct_3, output gate, expand_v 2, untied": {"num_householder": 3, "use_forget_gate": True, **UNTIED},
-    "DeltaProduct_3, beta in [0, 1], no convolution": {
-        "num_householder": 3,
-        "allow_neg_eigval": False,
-        "use_short_conv": False,
-    },
+    "DeltaProduct_3, beta in [0, 1]": {"num_householder": 3, "allow_neg_eigval": False, "use_short_conv": False},
     "narrow values, short convolution": {"use_output_gate": True, "expand_v": 0.5, "conv_size": 2, "norm_eps": 1e-2},
     "gated linear attention": {"mixer": "gla", "num_householder": 1, "use_forget_gate": True},
-    "linear attention, output gate": {"mixer": "gla", "num_householder": 1, "use_output_gate": True},
     "Transformer": {"mixer": "attention"},
-    "Transformer, windowed, grouped": {
-        "mixer": "attention",
-        "attention_num_heads": 4,
-        "attention_num_kv_heads": 2,
-        "attention_window": 9,
-    },
-    "hybrid": {"attention_layers": [1], "use_forget_gate": True, "rope_theta": 500.0},
+    "Transformer, windowed": {"mixer": "attention", "attention_num_heads": 4, "attention_window": 9},
+    "hybrid, untied": {**UNTIED, "attention_layers": [1], "use_forget_gate": True, "rope_theta": 500.0},
     "hybrid, windowed, grouped": {"attention_layers": [0], "attention_num_kv_heads": 1, "attention_window": 9},
-    "hybrid of gated linear attention": {
-        "mixer": "gla",
-        "num_householder": 1,
-        "use_forget_gate": True,
-        "attention_layers": [1],
-    },
 }
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tests.hf.exported import UNTIED, VARIANTS, assert_same, greedy, load, tokens
-from tests.pretrained import random_model
+from tests.pretrained import Make, random_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ShortConvolution is crucial"),
@@ -135,7 +135,7 @@ def load_fla(folder: Path) -> Any:
 
 @pytest.mark.parametrize(("length", "name"), [*((11, name) for name in MODELS), *((66, name) for name in IN_CHUNKS)])
 @torch.no_grad()
-def test_fla_computes_our_logits(length: int, name: str, export_of: Callable[..., Path]) -> None:
+def test_fla_computes_our_logits(length: int, name: str, export_of: Make) -> None:
     """In steps up to 64 tokens, in chunks beyond."""
     model_type, changes = MODELS[name]
     ids = tokens(1, length)
@@ -143,8 +143,8 @@ def test_fla_computes_our_logits(length: int, name: str, export_of: Callable[...
     assert_same(actual.float().cpu(), random_model(**changes)[1](ids))
 
 
-@pytest.mark.parametrize("name", ["Gated DeltaNet", "hybrid, windowed, grouped", "gated_deltanet", "delta_net"])
-def test_fla_generates_our_continuation_token_by_token(name: str, export_of: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("name", ["hybrid, windowed, grouped", "gated_deltanet", "delta_net"])
+def test_fla_generates_our_continuation_token_by_token(name: str, export_of: Make) -> None:
     model_type, changes = MODELS[name]
     prompt = tokens(1, 6)
     written = load_fla(export_of(changes, model_type=model_type)).generate(
@@ -154,7 +154,7 @@ def test_fla_generates_our_continuation_token_by_token(name: str, export_of: Cal
 
 
 @pytest.mark.parametrize("model_type", ["gated_deltaproduct", "gated_deltanet"])
-def test_no_token_is_cut_off_from_fine_tuning(model_type: str, export_of: Callable[..., Path]) -> None:
+def test_no_token_is_cut_off_from_fine_tuning(model_type: str, export_of: Make) -> None:
     """fla makes pad_token_id the embedding's padding_idx, which gets no gradient: the end of the text must not be it."""
     theirs = load_fla(export_of(GATED, model_type=model_type))
     assert theirs.model.embeddings.padding_idx is None

@@ -12,32 +12,29 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer
 
 from tests.pretrained import save_checkpoint
 from titan_dp.data.tokenizer import ORIGIN, Tokenizer, load_tokenizer
 from titan_dp.inference.hf.export import export
 from titan_dp.inference.pretrained import open_source
 
-TEXTS = {
-    "nothing": "",
-    "English": "Call me Ishmael. Some years ago--never mind how long precisely--having little or no money in my purse,",
-    "contractions": "It's what they'll say: we've, I'd, you're, don't, IT'S, WE'LL",
-    "digits": "1 12 123 1234 12345678 3.14159 1,000,000",
-    "spaces": "a  b   c    d     e      f",
-    "only spaces": "       ",
-    "around": "  leading and trailing   ",
-    "newlines": "one\ntwo\n\nthree\r\nfour\n\n\n  five\t\tsix \n ",
-    "tabs and odd spaces": "\t\u00a0\u2003\u3000x\u200bx\u2028x\x0bx\x0cx",
-    "Latin": "naïve façade Zürich Ångström œuvre Łódź",
-    "combining": "e\u0301 vs \u00e9, n\u0303 vs \u00f1, \ufb01 vs fi",
-    "Greek, Cyrillic, Arabic, Hebrew": "Ελλάδα Москва مرحبا שלום",
-    "Chinese, Japanese, Korean": "北京欢迎你 日本語のテキスト 한국어",
-    "emoji": "👩‍🚀🎉🇩🇪👍🏽 text 🙂🙂",
-    "outside the first plane": "\U0001d573\U0001d58a 𠜎𠜱",
-    "controls": "\x00\x01\x7f\ufeff\ufffd",
-    "code": "def f(x):\n    return {k: v**2 for k, v in x.items()}  # ok\n",
-    "long word": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaabababababab",
-}
+TEXTS = [
+    "",
+    "It's what they'll say: we've, I'd, you're, don't, IT'S, WE'LL",
+    "1 12 123 1234 12345678 3.14159 1,000,000",
+    "  a  b   c    d     e      f  ",
+    "       ",
+    "one\ntwo\n\nthree\r\nfour\n\n\n  five\t\tsix \n ",
+    "\t\u00a0\u2003\u3000x\u200bx\u2028x\x0bx\x0cx",
+    "naïve façade Zürich Ångström œuvre Łódź, e\u0301 vs \u00e9, n\u0303 vs \u00f1, \ufb01 vs fi",
+    "Ελλάδα Москва مرحبا שלום 北京欢迎你 日本語のテキスト 한국어",
+    "👩‍🚀🎉🇩🇪👍🏽 text 🙂🙂 \U0001d573\U0001d58a 𠜎𠜱",
+    "\x00\x01\x7f\ufeff\ufffd",
+    "def f(x):\n    return {k: v**2 for k, v in x.items()}  # ok\n",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaabababababab",
+]
 CHARACTERS = "abz AZ019  \n\t\r'.,!<|>_éßłΩж北👍\u0301\u00a0\u200d\U0001d573"
 
 
@@ -46,7 +43,7 @@ def rank_file(path: Path) -> str:
     order = list(range(256))
     random.Random(0).shuffle(order)
     ranks = {bytes([byte]): rank for rank, byte in enumerate(order)}
-    text = " the whale and the sea    \n\n" * 3 + " ".join(TEXTS.values())
+    text = " the whale and the sea    \n\n" * 3 + " ".join(TEXTS)
     pieces = [[bytes([byte]) for byte in word.encode()] for word in text.replace(" ", "\0 ").split("\0")]
     for _ in range(160):
         pairs = Counter(pair for piece in pieces for pair in pairwise(piece))
@@ -70,50 +67,38 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return original, folder / "exported"
 
 
-def random_texts() -> list[str]:
-    rng = random.Random(1)
-    return ["".join(rng.choice(CHARACTERS) for _ in range(rng.randint(1, 40))) for _ in range(300)]
-
-
-@pytest.mark.parametrize("name", [*TEXTS, "random"])
-def test_every_reader_of_the_folder_encodes_as_the_original(pair: tuple[Tokenizer, Path], name: str) -> None:
-    from tokenizers import Tokenizer as Backend
-    from transformers import AutoTokenizer
-
+def test_every_reader_of_the_folder_encodes_as_the_original(pair: tuple[Tokenizer, Path]) -> None:
     original, folder = pair
     theirs, backend = AutoTokenizer.from_pretrained(folder), Backend.from_file(str(folder / "tokenizer.json"))
     ours = load_tokenizer(str(folder))
-    for text in random_texts() if name == "random" else [TEXTS[name]]:
+    for text in [*TEXTS, *("".join(random.choices(CHARACTERS, k=random.randint(1, 40))) for _ in range(300))]:
         expected = original.encode(text)
-        assert ours.encode(text) == expected, text
-        assert backend.encode(text).ids == expected, text
-        assert theirs(text)["input_ids"] == expected, text
-        assert theirs.decode(expected) == original.decode(expected) == text, text
-        assert ours.decode(expected) == text, text
+        assert ours.encode(text) == backend.encode(text).ids == theirs(text)["input_ids"] == expected, text
+        assert ours.decode(expected) == theirs.decode(expected) == original.decode(expected) == text, text
 
 
 def test_special_tokens_in_a_text_are_text_as_for_the_original(pair: tuple[Tokenizer, Path]) -> None:
     """Transformers takes them for tokens unless asked not to; titan_dp, which promises one hash, must not."""
-    from transformers import AutoTokenizer
-
     original, folder = pair
     text = "<|bos|> and <|eos|> and <|endoftext|>, <|bos|><|eos|>"
     assert AutoTokenizer.from_pretrained(folder)(text, split_special_tokens=True)["input_ids"] == original.encode(text)
     assert load_tokenizer(str(folder)).encode(text) == original.encode(text)
 
 
-def test_the_tokenizer_keeps_its_hash_and_its_special_tokens(pair: tuple[Tokenizer, Path]) -> None:
+def test_the_tokenizer_keeps_its_hash_and_its_special_tokens_however_often_it_is_exported(
+    pair: tuple[Tokenizer, Path], tmp_path: Path
+) -> None:
     original, folder = pair
-    again = load_tokenizer(str(folder))
-    assert again.hash == original.hash
-    assert (again.vocab_size, again.bos_id, again.eos_id) == (original.vocab_size, original.bos_id, original.eos_id)
-    assert again.special_tokens == original.special_tokens
-    assert json.loads((folder / "tokenizer_config.json").read_text())[ORIGIN]["hash"] == original.hash
+    export(open_source(folder), tmp_path / "again")
+    for place in (folder, tmp_path / "again"):
+        again = load_tokenizer(str(place))
+        assert again.hash == original.hash
+        assert (again.vocab_size, again.bos_id, again.eos_id) == (original.vocab_size, original.bos_id, original.eos_id)
+        assert again.special_tokens == original.special_tokens
+        assert json.loads((place / "tokenizer_config.json").read_text())[ORIGIN]["hash"] == original.hash
 
 
 def test_transformers_knows_the_ids_of_beginning_end_and_padding(pair: tuple[Tokenizer, Path]) -> None:
-    from transformers import AutoTokenizer
-
     original, folder = pair
     theirs = AutoTokenizer.from_pretrained(folder)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (original.bos_id, original.eos_id)
@@ -121,11 +106,3 @@ def test_transformers_knows_the_ids_of_beginning_end_and_padding(pair: tuple[Tok
     assert len(theirs) == original.vocab_size
     batch = theirs(["a", "whale"], padding=True)
     assert [sum(mask) for mask in batch["attention_mask"]] == [len(original.encode(text)) for text in ("a", "whale")]
-
-
-def test_a_tokenizer_exported_twice_is_the_same(pair: tuple[Tokenizer, Path], tmp_path: Path) -> None:
-    original, folder = pair
-    export(open_source(folder), tmp_path / "again")
-    assert load_tokenizer(str(tmp_path / "again")).hash == original.hash
-    text = TEXTS["English"]
-    assert load_tokenizer(str(tmp_path / "again")).encode(text) == original.encode(text)
