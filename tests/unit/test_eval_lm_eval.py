@@ -8,7 +8,6 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.pretrained import evaluate, random_model
+from tests.pretrained import Make, evaluate, random_model
 from titan_dp.errors import UserError
 
 pytest.importorskip("lm_eval")
@@ -40,7 +39,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(checkpoint_of: Callable[..., Path]) -> Path:
+def checkpoint(checkpoint_of: Make) -> Path:
     return checkpoint_of(seq_len=SEQ_LEN, **ARCHITECTURE)
 
 
@@ -105,26 +104,24 @@ def greedy(exact: Any, prompt: list[int], count: int) -> str:
     return bytes(tokens[len(prompt) :]).decode(errors="replace")
 
 
+# -- requests ------------------------------------------------------------------------------------------------------------
+
 PAIRS = [("The whale", " dives"), ("It", " was the best of times"), ("", "Call me")]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def test_loglikelihood_is_the_sum_of_log_probabilities_after_bos(checkpoint: Path, exact: Any) -> None:
-    lm = make(checkpoint)
+    lm = make(checkpoint, batch_size=2)
     found = lm.loglikelihood(requests(*PAIRS))
-    for (context, continuation), (value, _) in zip(PAIRS, found, strict=True):
-        assert value == pytest.approx(score(exact, [BOS, *ids(context)], ids(continuation))[0], rel=1e-5)
+    expected = [score(exact, [BOS, *ids(context)], ids(continuation)) for context, continuation in PAIRS]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-5)
     before, after = lm.loglikelihood(requests(("Ahab ", "says"), ("Ahab", " says")))
     assert before == after, "a space between them is scored with the continuation"
     assert lm.loglikelihood(requests(("The", ""))) == [(0.0, True)], "nothing is certain"
-
-
-def test_a_continuation_is_greedy_where_every_token_is_the_likeliest(checkpoint: Path, exact: Any) -> None:
     context = [BOS, *ids("The whale")]
-    likeliest = int(exact(context)[-1, :128].argmax())
-    lm = make(checkpoint)
     best = int(exact(context)[-1].argmax())
-    found = lm._loglikelihood_tokens([(None, context, [best]), (None, context, [best, likeliest]), (None, context, [best + 1])])
-    assert [match for _, match in found] == [True, score(exact, context, [best, likeliest])[1], False]
+    found = lm._loglikelihood_tokens([(None, context, [best]), (None, context, [best, best]), (None, context, [best + 1])])
+    assert [match for _, match in found] == [True, score(exact, context, [best, best])[1], False], "greedy if all are likeliest"
 
 
 def test_without_bos_a_text_without_context_follows_eos(checkpoint: Path, exact: Any) -> None:
@@ -152,19 +149,16 @@ def test_stock_bos_scores_as_the_harness_scores_the_exported_model(checkpoint: P
     assert [value for value, _ in make(checkpoint).loglikelihood(pairs)] != pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("chosen", "said"),
-    [
-        ({}, "convention: BOS before every context, a text without context follows <|bos|>; --stock-bos takes"),
-        ({"add_bos_token": False}, "convention: no BOS before a context, a text without context follows <|eos|>; --stock-bos"),
-        (
-            {"stock_bos": True},
-            "convention: no BOS before a context, a text without context follows <|bos|> as in the harness's",
-        ),
-    ],
-)
+CONVENTIONS = [
+    ({}, "BOS before every context, a text without context follows <|bos|>; --stock-bos takes"),
+    ({"add_bos_token": False}, "no BOS before a context, a text without context follows <|eos|>; --stock-bos"),
+    ({"stock_bos": True}, "no BOS before a context, a text without context follows <|bos|> as in the harness's"),
+]
+
+
+@pytest.mark.parametrize(("chosen", "said"), CONVENTIONS)
 def test_the_convention_of_bos_and_eos_is_said(checkpoint: Path, chosen: dict[str, bool], said: str) -> None:
-    assert convention(make(checkpoint, **chosen).conventions()).startswith(said)
+    assert convention(make(checkpoint, **chosen).conventions()).startswith(f"convention: {said}")
 
 
 def test_a_tokenizer_that_adds_bos_itself_does_so_for_the_stock_class(tmp_path: Path) -> None:
@@ -182,60 +176,25 @@ def test_a_tokenizer_that_adds_bos_itself_does_so_for_the_stock_class(tmp_path: 
 
 def test_a_long_context_loses_its_beginning_and_is_counted(checkpoint: Path, exact: Any) -> None:
     lm = make(checkpoint, max_length=10)
-    context, continuation = "abcdefghijklmnopqrstuvwxyz", "123"
-    found = lm.loglikelihood(requests((context, continuation), ("a", "b")))
-    inputs = ids(context + continuation)[:-1][-10:]  # what a window of ten may hold
-    expected = score(exact, inputs[:-2], ids(continuation))[0]
-    assert found[0][0] == pytest.approx(expected, rel=1e-5)
+    found = lm.loglikelihood(requests((LETTERS, "123"), ("a", "b")))
+    inputs = ids(LETTERS + "123")[:-1][-10:]  # what a window of ten may hold
+    assert found[0][0] == pytest.approx(score(exact, inputs[:-2], ids("123"))[0], rel=1e-5)
     assert lm.truncated["loglikelihood"] == 1
     whole = make(checkpoint, max_length=5).loglikelihood(requests(("ab", "0123456789")))
     assert whole[0][0] == pytest.approx(score(exact, ids("b"), ids("0123456789"))[0], rel=1e-5), "what is scored is never cut"
 
 
 def test_rolling_predicts_each_token_once_with_the_most_context_a_window_gives(checkpoint: Path, exact: Any) -> None:
-    text = "".join(random.Random(0).choices("abc de", k=150))
+    text = "".join(random.choices("abc de", k=150))
     found = make(checkpoint, max_length=40).loglikelihood_rolling(requests(text, "", "ab"))
     assert found == pytest.approx([rolling(exact, text, 40), 0.0, score(exact, [BOS], ids("ab"))[0]], rel=1e-5)
 
 
-def test_answers_do_not_depend_on_what_else_is_in_the_batch(checkpoint: Path) -> None:
-    pairs = [*PAIRS, *PAIRS[:2], ("x" * 40, "y"), ("x", "y" * 40)]
-    alone = [make(checkpoint).loglikelihood(requests(pair))[0] for pair in pairs]
-    for batch_size in (1, 3, 16):
-        together = make(checkpoint, batch_size=batch_size).loglikelihood(requests(*pairs))
-        assert [match for _, match in together] == [match for _, match in alone]
-        assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], rel=1e-5)
-
-
-def test_greedy_generation_is_the_argmax_of_the_full_forward_token_by_token(checkpoint: Path, exact: Any) -> None:
-    prompts = ["The whale", "A", "Once upon a time there was"]
-    wanted = {"until": [], "max_gen_toks": 12, "do_sample": False}
-    found = make(checkpoint).generate_until(requests(*((prompt, wanted) for prompt in prompts)))
-    assert found == [greedy(exact, [BOS, *ids(prompt)], 12) for prompt in prompts]
-
-
-def test_generation_is_exact_for_a_hybrid_whose_prompts_differ_in_length(checkpoint_of: Callable[..., Path]) -> None:
-    changes = {"attention_layers": [1], "initializer_range": 0.1}
-    checkpoint, model = checkpoint_of(**changes), random_model(**changes)[1].double()
-    prompts = ["Hi", "A longer one"]
-    found = make(checkpoint).generate_until(requests(*((p, {"until": [], "max_gen_toks": 6}) for p in prompts)))
-    assert found == [greedy(lambda tokens: model(torch.tensor([tokens]))[0], [BOS, *ids(p)], 6) for p in prompts]
-
-
-def test_a_generation_ends_before_its_first_stop_string(checkpoint: Path) -> None:
-    lm = make(checkpoint)
-    (text,) = lm.generate_until(requests(("The whale", {"until": [], "max_gen_toks": 20})))
-    stops = [text[9:11], text[6:8]]
-    (stopped,) = lm.generate_until(requests(("The whale", {"until": stops, "max_gen_toks": 20})))
-    assert stopped == text[: min(text.find(stop) for stop in stops)]
-
-
-def test_each_row_of_a_batch_has_its_own_length_and_stops(checkpoint: Path) -> None:
-    def ask(*arguments: Any) -> list[str]:
-        return make(checkpoint).generate_until(requests(*arguments))
-
-    asked = [("The", {"until": [], "max_gen_toks": count}) for count in (3, 9, 0, 1)]
-    assert ask(*asked) == [ask(each)[0] for each in asked]
+def test_generation_is_the_argmax_token_by_token_and_leaves_room_for_itself(checkpoint: Path, exact: Any) -> None:
+    lm, asked = make(checkpoint, max_length=40), [("The whale", 12), ("A", 3), ("Once upon a time", 0), (LETTERS * 2, 8)]
+    found = lm.generate_until(requests(*((p, {"until": [], "max_gen_toks": n, "do_sample": False}) for p, n in asked)))
+    assert found == [greedy(exact, [BOS, *ids(prompt)][-(40 - count) :], count) for prompt, count in asked]
+    assert lm.truncated["generate_until"] == 1
 
 
 def test_sampling_depends_on_the_seed_and_not_on_the_batch(checkpoint: Path) -> None:
@@ -247,78 +206,65 @@ def test_sampling_depends_on_the_seed_and_not_on_the_batch(checkpoint: Path) -> 
     assert first != make(checkpoint, seed=1).generate_until(asked)
 
 
-def test_a_long_prompt_leaves_room_for_what_is_generated(checkpoint: Path, exact: Any) -> None:
-    lm = make(checkpoint, max_length=20)
-    prompt = "abcdefghijklmnopqrstuvwxyz"
-    found = lm.generate_until(requests((prompt, {"until": [], "max_gen_toks": 8})))
-    assert found == [greedy(exact, ids(prompt)[-12:], 8)]
-    assert lm.truncated["generate_until"] == 1
+def test_what_cannot_be_done_is_refused(checkpoint: Path) -> None:
+    named = {"checkpoint": str(checkpoint)}
+    arguments = {"checkpoint=PATH": {}, "auto": named | {"batch_size": "auto"}, "max_len": named | {"max_len": 8}}
+    for says, given in {**arguments, "dtype": named | {"dtype": "f"}}.items():
+        with pytest.raises(UserError, match=says):
+            TitanDPLM.create_from_arg_obj(given)
+    for says, wanted in {"--max-length 64": {"max_gen_toks": 64}, "num_beams": {"num_beams": 4, "max_gen_toks": 4}}.items():
+        with pytest.raises(UserError, match=says):
+            make(checkpoint).generate_until(requests(("The", wanted)))
 
 
-@pytest.mark.parametrize(
-    ("wanted", "says"), [({"max_gen_toks": 64}, "--max-length 64"), ({"num_beams": 4, "max_gen_toks": 4}, "num_beams")]
-)
-def test_a_generation_that_cannot_be_done_is_refused(checkpoint: Path, wanted: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        make(checkpoint).generate_until(requests(("The", wanted)))
-
-
-# The whole command, on local tasks.
+# -- the whole command, on local tasks -----------------------------------------------------------------------------------
 
 QUESTIONS = [("Two and two make", "four", "five"), ("The sea is", "dry today", "wet"), ("Ships", "fly", "sail")]
 GOLD = [0, 1, 1]
 SENTENCES = [("The quick brown", "fox"), ("Call me", "Ishmael"), ("To be or not to", "be")]
 DOCUMENTS = ["It was the best of times, it was the worst of times, it was the age of wisdom", "Loomings"]
-OURS = {"our_choice": "choice", "our_last_word": "word", "our_documents": "document", "our_completion": "completion"}
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "choices": [{"q": q, "o": options, "gold": gold} for (q, *options), gold in zip(QUESTIONS, GOLD, strict=True)],
+    "sentences": [{"c": c, "w": w} for c, w in SENTENCES],
+    "documents": [{"t": t} for t in DOCUMENTS],
+}
+OURS = {"our_choice": "choice", "our_last_word": "word", "our_documents": "document", "our_completion": "contains"}
 
 
-def _metrics(*names: str) -> str:
-    aggregation = {"word_perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte", "perplexity": "perplexity"}
-    each = (f"{{metric: {n}, aggregation: {aggregation.get(n, 'mean')}, higher_is_better: {n[:3] == 'acc'}}}" for n in names)
-    return f"metric_list: [{', '.join(each)}]"
-
-
-SENTENCE = "doc_to_text: '{{c}}'\ndoc_to_target: '{{w}}'"
-GENERATION = f"{SENTENCE}\ngeneration_kwargs: {{until: ['e'], max_gen_toks: 6, do_sample: false}}"
-KINDS = {  # kind: (data, output type, the rest of its YAML)
-    "choice": (
-        "choices",
-        "multiple_choice",
-        f"doc_to_text: '{{{{q}}}}'\ndoc_to_choice: '{{{{o}}}}'\ndoc_to_target: gold\n{_metrics('acc', 'acc_norm')}",
-    ),
-    "word": ("sentences", "loglikelihood", f"{SENTENCE.replace('{{w}}', ' {{w}}')}\n{_metrics('perplexity', 'acc')}"),
+AGGREGATION = {"word_perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte", "perplexity": "perplexity"}
+SENTENCE = {"doc_to_text": "{{c}}", "doc_to_target": "{{w}}", "process_results": "!function own.contains"}
+CHOICE = {"doc_to_text": "{{q}}", "doc_to_choice": "{{o}}", "doc_to_target": "gold"}
+KINDS: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {  # kind: data, output type, its definition, metrics
+    "choice": ("choices", "multiple_choice", CHOICE, ["acc", "acc_norm"]),
+    "word": ("sentences", "loglikelihood", {"doc_to_text": "{{c}}", "doc_to_target": " {{w}}"}, ["perplexity", "acc"]),
     "document": (
         "documents",
         "loglikelihood_rolling",
-        f"doc_to_text: ''\ndoc_to_target: '{{{{t}}}}'\n{_metrics('word_perplexity', 'bits_per_byte')}",
+        {"doc_to_text": "", "doc_to_target": "{{t}}"},
+        ["word_perplexity", "bits_per_byte"],
     ),
-    "completion": ("sentences", "generate_until", f"{GENERATION}\n{_metrics('exact_match')}"),
     "contains": (
         "sentences",
         "generate_until",
-        f"{GENERATION}\n{_metrics('contains')}\nprocess_results: !function own.contains",
+        {**SENTENCE, "generation_kwargs": {"until": ["e"], "max_gen_toks": 6, "do_sample": False}},
+        ["contains"],
     ),
 }
 
 
-def write_tasks(folder: Path, names: dict[str, str]) -> Path:
-    """A folder with a task of each name and kind over the documents above."""
+def write_tasks(folder: Path, names: dict[str, str], **more: object) -> Path:
+    """A folder with a task of each name and kind over the documents above; `more` is added to each definition."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[dict[str, Any]]] = {
-        "choices": [{"q": q, "o": options, "gold": gold} for (q, *options), gold in zip(QUESTIONS, GOLD, strict=True)],
-        "sentences": [{"c": c, "w": w} for c, w in SENTENCES],
-        "documents": [{"t": t} for t in DOCUMENTS],
-    }
-    for data, each in rows.items():
+    for data, each in ROWS.items():
         (folder / f"{data}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
     (folder / "own.py").write_text("def contains(doc, results):\n    return {'contains': int(doc['w'] in results[0])}\n")
     for name, kind in names.items():
-        data, output_type, rest = KINDS[kind]
-        dataset = f"{{data_files: {{test: {folder / data}.jsonl}}, cache_dir: {folder.parent / 'cache'}}}"
-        head = f"task: {name}\nmetadata: {{version: 3.0}}\noutput_type: {output_type}"
-        (folder / f"{name}.yaml").write_text(
-            f"{head}\ndataset_path: json\ndataset_kwargs: {dataset}\ntest_split: test\n{rest}\n"
-        )
+        data, output_type, definition, metrics = KINDS[kind]
+        files = {"data_files": {"test": f"{folder / data}.jsonl"}, "cache_dir": str(folder.parent / "cache")}
+        head = {"task": name, "output_type": output_type, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
+        found = [{"metric": m, "aggregation": AGGREGATION.get(m, "mean"), "higher_is_better": m[:3] == "acc"} for m in metrics]
+        text = json.dumps({**head, "metadata": {"version": 3.0}, "metric_list": found, **definition, **more})  # which is YAML
+        (folder / f"{name}.yaml").write_text(text.replace('"!function own.contains"', "!function own.contains"))
     return folder
 
 
@@ -329,66 +275,48 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(checkpoint: Path, tasks: Path, out: Path, *more: str) -> dict[str, Any]:
     """What the command writes."""
-    which = [] if "--preset" in more or "--tasks" in more else ["--tasks", ",".join(OURS)]
-    return evaluate("lm-eval", checkpoint, out, "--batch-size", 2, "--include-path", tasks, *which, *more)
+    return evaluate("lm-eval", checkpoint, out, "--batch-size", 2, "--include-path", tasks, *more)
 
 
-def read(out: Path) -> dict[str, Any]:
-    (path,) = out.glob("*.json")
-    return json.loads(path.read_text())
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoint: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an evaluation."""
-    out = tmp_path_factory.mktemp("evaluations")
-    measured(checkpoint, tasks, out, "--log-samples")
-    return out
-
-
-def values(folder: Path, task: str) -> dict[str, float]:
-    return {name: metric["value"] for name, metric in read(folder)["results"]["tasks"][task]["metrics"].items()}
-
-
-def test_multiple_choice_takes_the_likeliest_option(folder: Path, exact: Any) -> None:
+def test_tasks_give_what_their_metrics_are_defined_as(checkpoint: Path, tasks: Path, exact: Any, tmp_path: Path) -> None:
+    result = measured(checkpoint, tasks, tmp_path, "--tasks", ",".join(OURS), "--log-samples")
+    found = {
+        name: {m: each["value"] for m, each in task["metrics"].items()} for name, task in result["results"]["tasks"].items()
+    }
     right, right_by_length = [], []
     for (question, *options), gold in zip(QUESTIONS, GOLD, strict=True):
         scores = [score(exact, [BOS, *ids(question)], ids(f" {option}"))[0] for option in options]
         by_length = [s / len(option) for s, option in zip(scores, options, strict=True)]
         right.append(scores[gold] == max(scores))
         right_by_length.append(by_length[gold] == max(by_length))
-    assert values(folder, "our_choice") == pytest.approx({"acc": sum(right) / 3, "acc_norm": sum(right_by_length) / 3})
-
-
-def test_loglikelihood_tasks_give_the_perplexity_of_the_target(folder: Path, exact: Any) -> None:
-    scores = [score(exact, [BOS, *ids(c)], ids(f" {w}")) for c, w in SENTENCES]
-    expected = {"perplexity": math.exp(-sum(s for s, _ in scores) / 3), "acc": sum(match for _, match in scores) / 3}
-    assert values(folder, "our_last_word") == pytest.approx(expected, rel=1e-4)
-
-
-def test_rolling_tasks_give_perplexity_by_word_and_bits_by_byte(folder: Path, exact: Any) -> None:
+    assert found["our_choice"] == pytest.approx({"acc": sum(right) / 3, "acc_norm": sum(right_by_length) / 3})
+    words = [score(exact, [BOS, *ids(c)], ids(f" {w}")) for c, w in SENTENCES]
+    expected = {"perplexity": math.exp(-sum(s for s, _ in words) / 3), "acc": sum(match for _, match in words) / 3}
+    assert found["our_last_word"] == pytest.approx(expected, rel=1e-4)
     nats = -sum(rolling(exact, text, SEQ_LEN) for text in DOCUMENTS)
-    words, size = sum(len(text.split()) for text in DOCUMENTS), sum(len(text) for text in DOCUMENTS)
-    expected = {"word_perplexity": math.exp(nats / words), "bits_per_byte": nats / size / math.log(2)}
-    assert values(folder, "our_documents") == pytest.approx(expected, rel=1e-4)
-
-
-def test_generation_tasks_see_the_greedy_text_up_to_its_stop(folder: Path, exact: Any) -> None:
-    (path,) = folder.glob("*-samples.jsonl")
-    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    count, size = sum(len(text.split()) for text in DOCUMENTS), sum(len(text) for text in DOCUMENTS)
+    expected = {"word_perplexity": math.exp(nats / count), "bits_per_byte": nats / size / math.log(2)}
+    assert found["our_documents"] == pytest.approx(expected, rel=1e-4)
+    samples = [json.loads(line) for line in (tmp_path / result["results"]["samples"]).read_text().splitlines()]
     texts = [sample["resps"][0][0] for sample in samples if sample["task"] == "our_completion"]
     assert texts == [greedy(exact, [BOS, *ids(c)], 6).split("e")[0] for c, _ in SENTENCES]
 
-
-def test_the_result_says_what_was_measured_and_how(folder: Path, checkpoint: Path) -> None:
-    result = read(folder)
     settings, task = result["settings"], result["results"]["tasks"]["our_choice"]
-    assert result["checkpoint"]["step"] == 7
-    assert settings["lm_eval"] == lm_eval.__version__
     assert (settings["add_bos_token"], settings["max_length"], settings["seed"]) == (True, SEQ_LEN, 42)
+    assert (settings["lm_eval"], result["checkpoint"]["step"]) == (lm_eval.__version__, 7)
     assert (task["version"], task["num_fewshot"], task["documents"], task["documents_in_task"]) == (3.0, 0, 3, 3)
     assert task["metrics"]["acc"]["stderr"] is not None
     assert result["results"]["truncated_requests"] == {"loglikelihood": 0, "loglikelihood_rolling": 0, "generate_until": 0}
+
+    harness = lm_eval.simple_evaluate(  # by its own command, which makes the model from its name
+        "titan_dp",
+        model_args=f"checkpoint={checkpoint},max_length={SEQ_LEN}",
+        batch_size="2",
+        device="cpu",
+        tasks=["our_documents"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+    )["results"]["our_documents"]
+    assert {name: harness[f"{name},none"] for name in expected} == pytest.approx(found["our_documents"])
 
 
 def test_the_preset_prints_the_columns_of_the_paper(
@@ -426,24 +354,21 @@ def test_an_unknown_task_is_refused_with_the_nearest_names(
     assert not list(tmp_path.iterdir())
 
 
-def test_data_that_cannot_be_had_is_said_with_the_task(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"dataset_path": "nobody/has_this"}, "task odd cannot be loaded.*HF_HOME"),
+        ({"unsafe_code": True}, "task odd runs code"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_refused_before_anything_is_written(
+    how: dict[str, Any], says: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    own = write_tasks(tmp_path / "tasks", {"far_away": "word"})
-    definition = own / "far_away.yaml"
-    definition.write_text(definition.read_text().replace("dataset_path: json", "dataset_path: nobody/has_this"))
-    with pytest.raises(UserError, match="task far_away cannot be loaded.*HF_HOME"):
-        measured(checkpoint, own, tmp_path / "out", "--tasks", "far_away")
+    own = write_tasks(tmp_path / "tasks", {"odd": "word"}, **how)
+    with pytest.raises(UserError, match=says):
+        measured(checkpoint, own, tmp_path / "out", "--tasks", "odd")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_task_that_runs_what_the_model_writes_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    own = write_tasks(tmp_path / "tasks", {"dangerous": "completion"})
-    with (own / "dangerous.yaml").open("a") as definition:
-        definition.write("unsafe_code: true\n")
-    with pytest.raises(UserError, match="task dangerous runs code"):
-        measured(checkpoint, own, tmp_path / "out", "--tasks", "dangerous")
 
 
 def test_without_the_harness_one_sentence_says_how_to_get_it(
@@ -452,28 +377,3 @@ def test_without_the_harness_one_sentence_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'titan_dp\[eval\]'"):
         evaluate("lm-eval", checkpoint, tmp_path, "--preset", "paper")
-
-
-def test_the_harness_itself_takes_the_model_by_name(folder: Path, checkpoint: Path, tasks: Path) -> None:
-    found = lm_eval.simple_evaluate(
-        "titan_dp",
-        model_args=f"checkpoint={checkpoint},max_length={SEQ_LEN}",
-        batch_size="2",
-        device="cpu",
-        tasks=["our_choice", "our_documents"],
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-    )["results"]
-    for task in ("our_choice", "our_documents"):
-        numbers = {key.removesuffix(",none"): value for key, value in found[task].items() if key.removesuffix(",none") != key}
-        expected = values(folder, task)
-        assert {name: numbers[name] for name in expected} == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [({}, "checkpoint=PATH"), ({"batch_size": "auto"}, "auto"), ({"max_len": 8}, "max_len"), ({"dtype": "f"}, "dtype")],
-)
-def test_model_args_that_cannot_be_used_are_refused(checkpoint: Path, given: dict[str, Any], says: str) -> None:
-    named = {"checkpoint": str(checkpoint)} if given else {}
-    with pytest.raises(UserError, match=says):
-        TitanDPLM.create_from_arg_obj(named | given)

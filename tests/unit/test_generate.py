@@ -5,19 +5,17 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.pretrained import random_model
+from tests.pretrained import Make, random_model
 from titan_dp import config
 from titan_dp.cli import dispatch
 from titan_dp.data.tokenizer import load_tokenizer
-from titan_dp.errors import RunError, UserError
+from titan_dp.errors import UserError
 from titan_dp.inference.generate import sample_text
 from titan_dp.inference.sampling import Sampling, TextStream, continue_text, encode_prompt, generate_ids
 from titan_dp.model.transformer import Transformer
@@ -34,11 +32,6 @@ VARIANTS: dict[str, dict] = {
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(params=VARIANTS, ids=str)
-def model(request: pytest.FixtureRequest) -> Transformer:
-    return random_model(**VARIANTS[request.param])[1]
-
-
 def ids_of(length: int, seed: int) -> list[int]:
     return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -52,17 +45,17 @@ def continued(model: Transformer, prompts: list[list[int]], tokens: int, samplin
 # -- ids ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
-def test_greedy_ids_are_those_the_parallel_forward_finds_likeliest(model: Transformer) -> None:
-    prompt = ids_of(9, 0)
-    (row,) = continued(model, [prompt], 40)
-    logits = model(torch.tensor([prompt + row]))[0, :, :258]
-    assert row == logits.argmax(-1)[len(prompt) - 1 : -1].tolist()
+def test_greedy_ids_of_a_batch_are_those_the_parallel_forward_finds_likeliest(name: str) -> None:
+    model, prompts = random_model(**VARIANTS[name])[1], [ids_of(length, length) for length in (3, 20, 1, 11)]
+    for prompt, row in zip(prompts, continued(model, prompts, 20), strict=True):
+        logits = model(torch.tensor([prompt + row]))[0, :, :258]
+        assert row == logits.argmax(-1)[len(prompt) - 1 : -1].tolist()
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=40)], ids=["greedy", "drawn"])
-def test_a_row_goes_on_the_same_whatever_else_is_in_the_batch(sampling: Sampling, model: Transformer) -> None:
-    prompts = [ids_of(length, length) for length in (3, 20, 1, 11)]
+def test_a_drawn_row_goes_on_the_same_whatever_else_is_in_the_batch() -> None:
+    model, prompts, sampling = random_model()[1], [ids_of(length, length) for length in (3, 20)], Sampling(1.0, top_k=40)
     together = continued(model, prompts, 20, sampling)
     for seed, prompt in enumerate(prompts):
         alone = generate_ids(model, [prompt], sampling=sampling, seeds=[seed], vocab_size=258)
@@ -128,55 +121,40 @@ def test_temperature_0_and_near_it_take_the_likeliest(temperature: float) -> Non
     assert drawn(Sampling(temperature), 3)[1] == 1
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1.0])
-def test_logits_that_are_not_finite_draw_nothing(temperature: float, wrong: float) -> None:
-    with pytest.raises(RunError, match="the model's logits are not finite"):
-        Sampling(temperature).choose(torch.tensor([[0.0, wrong, 1.0]]), [torch.Generator()])
-
-
 # -- text ---------------------------------------------------------------------------------------------------------------
 
 BYTES = load_tokenizer("bytes")
 
 
-def streamed(text: str, stop: tuple[str, ...] = (), eos: bool = False) -> tuple[list[str], TextStream]:
+def streamed(ids: list[int], *stop: str) -> tuple[list[str], TextStream]:
+    """The pieces that are not empty."""
     stream, pieces = TextStream(BYTES, [256], stop), []
-    for token in BYTES.encode(text) + [257] * eos:
-        pieces.append(stream.push(token))
-        if stream.finished:
-            return pieces, stream
-    return [*pieces, stream.close()], stream
+    for token in ids:
+        if not stream.finished:
+            pieces.append(stream.push(token))
+    return [piece for piece in [*pieces, "" if stream.finished else stream.close()] if piece], stream
 
 
-def test_characters_of_several_bytes_come_whole() -> None:
-    pieces, _ = streamed("né 北🎉.")
-    assert [piece for piece in pieces if piece] == ["n", "é", " ", "北", "🎉", "."]
-
-
-def test_bytes_that_are_no_text_are_shown_as_such_in_the_end() -> None:
-    stream = TextStream(BYTES, [256])
-    text = "".join(stream.push(0xFF) for _ in range(3)) + stream.close()
-    assert text == "\ufffd" * 3
+def test_characters_of_several_bytes_come_whole_and_bytes_that_are_no_text_in_the_end() -> None:
+    assert streamed(BYTES.encode("né 北🎉."))[0] == ["n", "é", " ", "北", "🎉", "."]
+    assert "".join(streamed([0xFF] * 3)[0]) == "\ufffd" * 3
 
 
 @pytest.mark.parametrize(
     ("stop", "shown"), [(("fox",), "the brown "), (("fox jumps", "x j"), "the brown fo"), (("zebra", "o"), "the br")]
 )
 def test_text_ends_before_the_stop_string_that_is_complete_first(stop: tuple[str, ...], shown: str) -> None:
-    pieces, stream = streamed("the brown fox jumps", stop)
+    pieces, stream = streamed(BYTES.encode("the brown fox jumps"), *stop)
     assert ("".join(pieces), stream.finished) == (shown, "stop")
 
 
 def test_the_beginning_of_a_stop_string_that_does_not_come_is_shown_later() -> None:
-    pieces, stream = streamed("foam", ("fox",))
-    assert "".join(pieces) == "foam"
-    assert pieces[:2] == ["", ""]
-    assert stream.finished is None
+    pieces, stream = streamed(BYTES.encode("foam"), "fox")
+    assert (pieces, stream.finished) == (["foa", "m"], None)
 
 
 def test_the_end_of_text_token_ends_it_and_is_not_shown() -> None:
-    pieces, stream = streamed("done", eos=True)
+    pieces, stream = streamed([*BYTES.encode("done"), 257])
     assert ("".join(pieces), stream.finished, stream.tokens) == ("done", "eos", 5)
 
 
@@ -190,12 +168,9 @@ def test_special_tokens_in_a_prompt_are_what_they_are_and_bos_comes_once() -> No
     assert encode_prompt(BYTES, "<|bos|>", raw=True) == [256, *b"<|bos|>"]
 
 
-def test_an_unknown_special_token_is_refused_with_those_there_are() -> None:
+def test_a_prompt_that_would_be_read_as_something_else_is_refused() -> None:
     with pytest.raises(UserError, match=r"'<\|user\|>', which is no special token.*<\|bos\|>, <\|eos\|>.*--raw-prompt"):
         encode_prompt(BYTES, "<|user|>hello")
-
-
-def test_an_empty_prompt_without_bos_is_refused() -> None:
     with pytest.raises(UserError, match="the prompt is empty"):
         encode_prompt(BYTES, "", bos=False)
 
@@ -203,51 +178,38 @@ def test_an_empty_prompt_without_bos_is_refused() -> None:
 # -- the command --------------------------------------------------------------------------------------------------------
 
 
-def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert dispatch(["generate", *arguments]) == 0
-    return capsys.readouterr().out
-
-
-def test_one_prompt_is_continued_on_stdout(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = output(capsys, str(checkpoint), "--prompt", "Once", "--max-new-tokens", "20", "--seed", "3")
+def test_one_prompt_is_continued_on_stdout_and_speed_goes_to_stderr(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("From a pipe"))
+    words = ["generate", str(checkpoint), "--prompt-file", "-", "--max-new-tokens", "20", "--seed", "3"]
+    assert dispatch(words) == 0
+    out, err = capsys.readouterr()
     _, model = random_model(use_forget_gate=True, num_householder=2)
-    expected = continue_text(model, BYTES, "Once", max_new_tokens=20, sampling=Sampling(), seed=3)
-    assert text == f"Once{expected}\n"
+    expected = continue_text(model, BYTES, "From a pipe", max_new_tokens=20, sampling=Sampling(), seed=3)
+    assert out == f"From a pipe{expected}\n"
+    assert "tokens/s" in err
 
 
 def test_several_prompts_and_samples_are_one_json_object_a_line(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "A"}\n{"prompt": "Bc"}\n')
-    arguments = [str(checkpoint), "--prompt-file", str(tmp_path / "prompts.jsonl"), "--samples", "2", "--json"]
-    records = [json.loads(line) for line in output(capsys, *arguments, "--max-new-tokens", "6").splitlines()]
+    words = ["generate", str(checkpoint), "--prompt-file", str(tmp_path / "prompts.jsonl"), "--samples", "2", "--json"]
+    assert dispatch([*words, "--max-new-tokens", "6"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert sorted((r["index"], r["prompt"]) for r in records) == [(0, "A"), (1, "A"), (2, "Bc"), (3, "Bc")]
     assert all(r["tokens"] <= 6 and r["finish"] in ("length", "eos") for r in records)
 
 
-def test_a_prompt_comes_from_stdin_and_speed_goes_to_stderr(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("From a pipe"))
-    assert dispatch(["generate", str(checkpoint), "--prompt-file", "-", "--max-new-tokens", "5"]) == 0
-    out, err = capsys.readouterr()
-    assert out.startswith("From a pipe")
-    assert "tokens/s" in err
-
-
-WRONG = ["--top-p 1.5", "--top-k 0", "--temperature -1", "--temperature nan", "--max-new-tokens none", "--samples 0"]
-
-
-@pytest.mark.parametrize("wrong", [*WRONG, f"--seed {2**62}"])
-def test_settings_that_make_no_sense_are_the_users_mistake(wrong: str, checkpoint: Path) -> None:
+@pytest.mark.parametrize("wrong", ["--top-p 1.5", "--top-k 0", "--temperature nan", "--temperature -1", f"--seed {2**62}"])
+def test_settings_that_make_no_sense_are_the_users_mistake(wrong: str) -> None:
     with pytest.raises(SystemExit) as left:
-        dispatch(["generate", str(checkpoint), *wrong.split()])
+        dispatch(["generate", "nowhere", *wrong.split()])
     assert left.value.code == 2
 
 
-def test_what_cannot_be_continued_is_the_users_mistake(
-    checkpoint_of: Callable[..., Path], checkpoint: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_continued_is_the_users_mistake(checkpoint_of: Make, checkpoint: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "A"}\n{"text": "B"}\n')
     small = checkpoint_of(vocab_size=256)

@@ -6,6 +6,7 @@ Every attack is a real one: a payload that makes a file when it runs, put where 
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import pickle
@@ -15,19 +16,23 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from tests.pretrained import save_checkpoint
+from tests.pretrained import Make
 from titan_dp.checkpoint import manifest as ckpt
+from titan_dp.checkpoint.weights import CheckpointTensors
 from titan_dp.config.load import config_from_toml, load_config
 from titan_dp.data.shards import TokenShards
 from titan_dp.data.sources import load_hugging_face
 from titan_dp.data.tokenizer import load_tokenizer
 from titan_dp.errors import UserError
 from titan_dp.files import checksum, inside, stays_inside
+from titan_dp.inference.pretrained import load_model, open_source
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
@@ -37,13 +42,8 @@ SOURCES = [
 
 # -- what no source file may call -------------------------------------------------------------------------------------------
 
-# (file, what it does): why it may.
-ALLOWED = {
-    (
-        "titan_dp/checkpoint/dcp_files.py",
-        "imports pickle",
-    ): "the index of a checkpoint, through an allow-list of classes"
-}
+# (file, what it does): the index of a checkpoint goes through an allow-list of classes.
+ALLOWED = {("titan_dp/checkpoint/dcp_files.py", "imports pickle")}
 _MODULES = set("pickle cPickle dill cloudpickle marshal shelve joblib yaml tarfile runpy code".split())
 _BUILTINS = {"eval", "exec", "compile", "__import__"}
 _CALLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell"}
@@ -90,8 +90,7 @@ def test_no_source_file_can_run_what_it_reads() -> None:
         for path in SOURCES
         for offence in offences(ast.parse(path.read_text(), str(path)))
     }
-    assert found - set(ALLOWED) == set()
-    assert set(ALLOWED) - found == set(), "an exception that is not needed any more"
+    assert found == ALLOWED, "or an exception that is not needed any more"
 
 
 FORBIDDEN = """import pickle
@@ -188,21 +187,22 @@ def as_pickle(canary: Path, _: bytes) -> bytes:
 
 def as_torch_file(canary: Path, original: bytes) -> bytes:
     """What DCP expects in a .distcp file, files of torch.save one after another, but each a payload."""
-    import io
-
     buffer = io.BytesIO()
     torch.save({"weight": Payload(canary)}, buffer)
     return (buffer.getvalue() * (len(original) // len(buffer.getvalue()) + 1))[: len(original)]
 
 
+@pytest.fixture
+def checkpoint(checkpoint_of: Make, tmp_path: Path) -> Path:
+    """A copy to tamper with."""
+    return Path(shutil.copytree(checkpoint_of(), tmp_path / "run/checkpoint/step-00000007"))
+
+
 @pytest.mark.parametrize("pattern", [".metadata", "*.distcp"])
 @pytest.mark.parametrize("attack", [as_pickle, as_torch_file])
 def test_no_file_of_a_checkpoint_runs(
-    tmp_path: Path, canary: Path, pattern: str, attack: Callable[[Path, bytes], bytes]
+    checkpoint: Path, canary: Path, pattern: str, attack: Callable[[Path, bytes], bytes]
 ) -> None:
-    from titan_dp.inference.pretrained import load_model, open_source
-
-    checkpoint = save_checkpoint(tmp_path / "run")
     file = next(checkpoint.glob(pattern))
     replace(checkpoint, file.name, attack(canary, file.read_bytes()))
     assert ckpt.verify(checkpoint) == [], "the checksums must not be what saves us"
@@ -210,64 +210,49 @@ def test_no_file_of_a_checkpoint_runs(
         load_model(open_source(checkpoint), torch.device("cpu"))
 
 
-def test_a_pickle_that_stands_for_a_tensor_is_not_loaded(tmp_path: Path, canary: Path) -> None:
+def a_pickle_for_a_tensor(index: Any) -> None:
     """DCP reads what an index calls bytes with weights_only=False: such an index must not get that far."""
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+    index.state_dict_metadata["model.norm.weight"] = BytesStorageMetadata()
 
-    from titan_dp.checkpoint.weights import CheckpointTensors
 
-    checkpoint = save_checkpoint(tmp_path / "run")
+def a_file_elsewhere(index: Any) -> None:
+    for info in index.storage_data.values():
+        info.relative_path = "../../secret"
+
+
+def more_than_there_is(index: Any) -> None:
+    next(iter(index.state_dict_metadata.values())).size = torch.Size([2**40, 2**10])
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (a_pickle_for_a_tensor, "norm.weight, which is no tensor.*do not trust it"),
+        (a_file_elsewhere, "names '../../secret', which is not a file of its folder"),
+        (more_than_there_is, "is damaged"),
+    ],
+)
+def test_an_index_leads_to_tensors_that_are_there(change: Callable[[Any], None], match: str, checkpoint: Path) -> None:
     index = pickle.loads((checkpoint / ".metadata").read_bytes())
-    name = next(iter(index.state_dict_metadata))
-    index.state_dict_metadata[name] = BytesStorageMetadata()
+    change(index)
     replace(checkpoint, ".metadata", pickle.dumps(index))
-    with pytest.raises(UserError, match=f"{name.removeprefix('model.')}, which is no tensor.*do not trust it"):
+    with pytest.raises(UserError, match=match):
         CheckpointTensors(checkpoint)
-
-
-def test_an_index_leads_to_no_file_elsewhere_and_to_no_more_than_there_is(tmp_path: Path) -> None:
-    from titan_dp.checkpoint.weights import CheckpointTensors
-
-    checkpoint = save_checkpoint(tmp_path / "run")
-    raw = (checkpoint / ".metadata").read_bytes()
-
-    def refusal(change: Callable[..., object]) -> str:
-        index = pickle.loads(raw)
-        change(index)
-        replace(checkpoint, ".metadata", pickle.dumps(index))
-        with pytest.raises(UserError) as caught:
-            CheckpointTensors(checkpoint)
-        return str(caught.value)
-
-    def elsewhere(index) -> None:  # type: ignore[no-untyped-def]
-        for info in index.storage_data.values():
-            info.relative_path = "../../secret"
-
-    def huge(index) -> None:  # type: ignore[no-untyped-def]
-        next(iter(index.state_dict_metadata.values())).size = torch.Size([2**40, 2**10])
-
-    assert "names '../../secret', which is not a file of its folder" in refusal(elsewhere)
-    assert "is damaged" in refusal(huge)
 
 
 def test_a_shard_of_python_objects_is_not_read(shards: Path, tmp_path: Path, canary: Path) -> None:
     folder = Path(shutil.copytree(shards / "train", tmp_path / "train"))
-    file = folder / "shard-00000.npy"
+    file, array = folder / "shard-00000.npy", io.BytesIO()
     objects = np.empty(TokenShards(folder).shards[0].tokens, dtype=object)
     objects[0] = Payload(canary)
-    np.save(file, objects, allow_pickle=True)
-    with pytest.raises(UserError, match=r"shard-00000.npy is cut off or no .npy file"):
-        TokenShards(folder)
-    for raw in (pickle.dumps(Payload(canary)), b"PK\x03\x04" + bytes(200)):  # which np.load would take for a pickle, an archive
+    np.save(array, objects, allow_pickle=True)
+    archive = b"PK\x03\x04" + bytes(200)  # which np.load would open
+    for raw in (array.getvalue(), pickle.dumps(Payload(canary)), archive):
         file.write_bytes(raw)
         with pytest.raises(UserError, match=r"shard-00000.npy is cut off or no .npy file"):
             TokenShards(folder)
-
-
-def test_a_pipe_in_place_of_a_shard_is_not_waited_for(shards: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(shards / "train", tmp_path / "train"))
-    (folder / "shard-00000.npy").unlink()
-    os.mkfifo(folder / "shard-00000.npy")
+    file.unlink()
+    os.mkfifo(file)  # which nobody waits for
     with pytest.raises(UserError, match=r"shard-00000.npy is missing"):
         TokenShards(folder)
 
@@ -296,9 +281,7 @@ def test_a_dataset_that_is_a_script_is_not_run(tmp_path: Path, canary: Path, mon
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "adapter.pt", "modeling_titan_dp.py"])
-def test_no_file_of_a_hugging_face_folder_runs(tmp_path: Path, canary: Path, name: str, export_of: Callable[..., Path]) -> None:
-    from titan_dp.inference.pretrained import load_model, open_source
-
+def test_no_file_of_a_hugging_face_folder_runs(tmp_path: Path, canary: Path, name: str, export_of: Make) -> None:
     folder = Path(shutil.copytree(export_of({}, target="remote-code"), tmp_path / "exported"))
     if name == "pytorch_model.bin":
         (folder / "model.safetensors").unlink()
@@ -311,11 +294,7 @@ def test_no_file_of_a_hugging_face_folder_runs(tmp_path: Path, canary: Path, nam
         load_model(open_source(folder), torch.device("cpu"))  # such files are not looked at
 
 
-def test_an_index_of_weights_names_files_of_its_folder_and_kind(
-    tmp_path: Path, canary: Path, export_of: Callable[..., Path]
-) -> None:
-    from titan_dp.inference.pretrained import open_source
-
+def test_an_index_of_weights_names_files_of_its_folder_and_kind(tmp_path: Path, canary: Path, export_of: Make) -> None:
     folder = Path(shutil.copytree(export_of({}, max_shard_bytes=10_000), tmp_path / "exported"))
     index = folder / "model.safetensors.index.json"
     (folder / "evil.pt").write_bytes(pickle.dumps(Payload(canary)))
@@ -330,25 +309,10 @@ def test_an_index_of_weights_names_files_of_its_folder_and_kind(
 
 # -- names ------------------------------------------------------------------------------------------------------------------
 
-LEADING_OUT = [
-    "",
-    ".",
-    "..",
-    "../x",
-    "/x",
-    "x/../../y",
-    "x/",
-    "x//y",
-    "a\0b",
-    "a\nb",
-    "\x1b[2J",
-    "n" * 256,
-    "é" * 200,
-    "\ud800",
-]
+LEADING_OUT = ["", ".", "..", "../x", "/x", "x/../../y", "x/", "x//y", "a\0b", "a\nb", "n" * 256, "é" * 200, "\ud800"]
 
 
-@pytest.mark.parametrize("name", [*LEADING_OUT, None, 3, ["x"]])
+@pytest.mark.parametrize("name", [*LEADING_OUT, None, ["x"]])
 def test_a_name_that_leads_out_of_its_folder_is_none(tmp_path: Path, name: object) -> None:
     assert not stays_inside(name)
     assert not stays_inside(name, nested=True)
@@ -356,7 +320,7 @@ def test_a_name_that_leads_out_of_its_folder_is_none(tmp_path: Path, name: objec
         inside(tmp_path, name, "index")
 
 
-@pytest.mark.parametrize("name", ["x", "x.npy", ".metadata", "...", "-rf", "a b", "日本", "~", "n" * 255])
+@pytest.mark.parametrize("name", ["x.npy", ".metadata", "...", "-rf", "a b", "日本", "~", "n" * 255])
 def test_any_other_name_is_one_whatever_it_looks_like(tmp_path: Path, name: str) -> None:
     assert inside(tmp_path, name, "index").resolve().parent == tmp_path.resolve()
     assert stays_inside(f"group/{name}", nested=True)
@@ -364,16 +328,12 @@ def test_any_other_name_is_one_whatever_it_looks_like(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("key", ["job.run_name", "checkpoint.folder"])
-@pytest.mark.parametrize("name", ["../other", "/tmp/x", "a/../../b", "a\nb", "a\x00b"])
-def test_a_run_stays_in_its_dump_folder(key: str, name: str) -> None:
-    section, _, last = key.partition(".")
+def test_a_run_stays_in_its_dump_folder(key: str, tmp_path: Path) -> None:
+    config, (section, _, last) = "[training]\nsteps = 1\n", key.partition(".")
     with pytest.raises(UserError, match=rf'{key} = .*: expected .*name without "\.\."'):
-        config_from_toml(f"[training]\nsteps = 1\n[{section}]\n{last} = {json.dumps(name)}\n")
-
-
-def test_a_run_name_may_have_slashes_and_comes_from_a_file_only_if_it_is_a_name(tmp_path: Path) -> None:
-    assert config_from_toml('[training]\nsteps = 1\n[job]\nrun_name = "group/run"\n').job.run_name == "group/run"
+        config_from_toml(f'{config}[{section}]\n{last} = "a/../../b"\n')
+    assert "group/run" in str(config_from_toml(f'{config}[{section}]\n{last} = "group/run"\n'))
     path = tmp_path / "...toml"  # of which `..` is the stem
-    path.write_text("[training]\nsteps = 1\n")
+    path.write_text(config)
     with pytest.raises(UserError, match=r'the file\'s name: job.run_name = "\.\."'):
         load_config(["--config", str(path)])
