@@ -19,7 +19,6 @@ from torch import Tensor
 from tests.distributed.test_trainer import losses_of
 from tests.hf.exported import tokens
 from tests.pretrained import Make, random_model
-from titan_dp import config
 from titan_dp.checkpoint.manifest import verify
 from titan_dp.checkpoint.weights import load_model_weights
 from titan_dp.inference.hf.export import FORMATS, export
@@ -57,30 +56,16 @@ def tensors(path: Path) -> dict[str, Tensor]:
     return source.read(source.shapes)
 
 
+@torch.no_grad()
 def assert_same_checkpoint(imported: Path, original: Path) -> None:
-    before, after = open_source(original), open_source(imported)
-    assert function_of(after.config) == function_of(before.config)
-    assert (after.seq_len, after.tokenizer) == (before.seq_len, before.tokenizer)
+    """The same tensors, tokenizer and length, and settings with which they compute the same."""
+    before, after, ids = load_pretrained(original, CPU), load_pretrained(imported, CPU), tokens(2, 40)
+    assert torch.equal(after.model(ids), before.model(ids))
+    assert (after.source.seq_len, after.source.tokenizer) == (before.source.seq_len, before.source.tokenizer)
+    assert after.source.config.initializer_range == before.source.config.initializer_range
     expected, actual = tensors(original), tensors(imported)
     assert set(actual) == set(expected)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-def function_of(c: config.Model) -> dict[str, Any]:
-    """The settings that the function computed and its initialisation depend on, in one spelling: defaults filled in, the
-    keys of mixers that no layer has left out."""
-    values = c.model_dump(exclude={"backend", "mixer", "attention_layers"})
-    mixers = [c.mixer_of(i) for i in range(c.num_hidden_layers)]
-    values |= {"mixers": mixers, "intermediate_size": c.mlp_size, "expand_v": c.head_v_dim / c.head_dim}
-    values |= {"attention_num_heads": c.softmax_heads, "attention_num_kv_heads": c.attention_num_kv_heads or c.softmax_heads}
-    softmax = {"attention_num_heads", "attention_num_kv_heads", "attention_window", "rope_theta"}
-    shared = {"hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "tie_word_embeddings", "norm_eps"}
-    shared |= {"initializer_range", "mixers"}
-    if "attention" not in mixers:
-        values = {key: value for key, value in values.items() if key not in softmax}
-    if set(mixers) == {"attention"}:
-        values = {key: value for key, value in values.items() if key in softmax | shared}
-    return values
 
 
 # -- ours to theirs and back -------------------------------------------------------------------------------------------
@@ -167,39 +152,23 @@ def test_other_ways_to_hold_the_weights_are_read_alike(what: str, export_of: Mak
 # -- the authors' layout -----------------------------------------------------------------------------------------------
 
 
-def released(folder: Path, changes: dict[str, Any]) -> Path:
-    """A folder as released with the paper: a matrix for each Householder step, fewer keys, no tokenizer."""
-    c, model = random_model(**changes)
-    held: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        theirs = name if name.startswith("lm_head") else "model." + name.replace(".forget_gate", "")
-        stem, _, last = theirs.rpartition(".attn.")
-        kind = last.removesuffix(".weight")
-        if kind in ("k_proj", "v_proj", "b_proj", "k_conv1d", "v_conv1d"):
-            for i, part in enumerate(tensor.chunk(c.num_householder)):
-                held[f"{stem}.attn.{kind}s.{i}.weight"] = part.contiguous()
-        elif kind == "q_conv1d":
-            for i in range(c.num_householder):
-                held[f"{stem}.attn.q_conv1ds.{i}.weight"] = tensor if i == 0 else torch.randn_like(tensor)
-        else:
-            held[theirs] = tensor
-    settings = {
-        "architectures": ["GatedDeltaProductForCausalLM"],
-        "model_type": "gated_deltaproduct",
-        "attn": None,
-        "attn_mode": "chunk",
-        "hidden_act": "swish",
-        "hidden_ratio": 4,
-        "norm_first": False,
-        "use_gate": c.use_output_gate,
-        "intermediate_size": c.mlp_size,
-        "max_position_embeddings": 2048,
-        "torch_dtype": "float32",
-    }
-    same = ("hidden_size", "num_hidden_layers", "num_heads", "head_dim", "expand_v", "num_householder", "use_forget_gate")
-    same += ("allow_neg_eigval", "use_short_conv", "conv_size", "vocab_size", "tie_word_embeddings", "norm_eps")
+def released(exported: Path, folder: Path) -> Path:
+    """`exported` as released with the paper: a matrix for each Householder step, fewer keys, no tokenizer."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**settings, **{key: getattr(c, key) for key in same}}))
+    values = json.loads((exported / "config.json").read_text())
+    values["use_gate"] = values.pop("use_output_gate")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attnres_block_size"):
+        del values[key]
+    if not values["use_forget_gate"]:
+        values |= {"model_type": "gated_delta_product", "clamp_min": None, "use_beta_conv1d": False}
+        del values["use_forget_gate"]
+    (folder / "config.json").write_text(json.dumps(values))
+    held = load_file(exported / "model.safetensors")
+    for name, part in [(name, name.split(".")[-2]) for name in held if ".attn." in name and name.endswith(".weight")]:
+        if part in ("k_proj", "v_proj", "b_proj", "q_conv1d", "k_conv1d", "v_conv1d"):
+            tensor, steps = held.pop(name), values["num_householder"]
+            parts = [tensor, *torch.randn(steps - 1, *tensor.shape)] if part == "q_conv1d" else tensor.chunk(steps)
+            held |= {name.replace(part, f"{part}s.{i}"): each.contiguous() for i, each in enumerate(parts)}
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -212,20 +181,13 @@ RELEASED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", RELEASED)
 def test_the_layout_the_paper_was_released_in_becomes_the_model_it_was_made_from(
-    changes: dict[str, Any], tmp_path: Path
+    changes: dict[str, Any], export_of: Make, tmp_path: Path
 ) -> None:
     """Two of the authors' files say gated_delta_product, know no forget gate, and hold keys that nobody reads."""
-    c, model = random_model(**changes)
-    folder = released(tmp_path / "released", changes)
-    if not c.use_forget_gate:
-        values = json.loads((folder / "config.json").read_text())
-        values |= {"model_type": "gated_delta_product", "clamp_min": None, "use_beta_conv1d": False}
-        del values["use_forget_gate"]
-        (folder / "config.json").write_text(json.dumps(values))
+    folder = released(export_of(changes), tmp_path / "released")
     checkpoint = import_folder(FolderSource(folder), tmp_path / "imported", tokenizer="bytes")
     loaded, ids = load_pretrained(checkpoint, CPU), tokens(2, 40)
-    assert torch.equal(loaded.model(ids), model(ids))
-    assert loaded.source.config.use_output_gate == c.use_output_gate
+    assert torch.equal(loaded.model(ids), random_model(**changes)[1](ids))
     assert loaded.source.tokenizer == "bytes"
 
 
