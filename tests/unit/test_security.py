@@ -48,6 +48,8 @@ _MODULES = set("pickle cPickle dill cloudpickle marshal shelve joblib yaml tarfi
 _BUILTINS = {"eval", "exec", "compile", "__import__"}
 _CALLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell"}
 _CALLS |= {"shutil.unpack_archive", "pd.read_pickle", "pandas.read_pickle", "np.fromregex", "ast.unparse"}
+_NEEDED = [("torch.load", "weights_only", True), ("np.load", "allow_pickle", False), ("numpy.load", "allow_pickle", False)]
+_NEEDED += [("Environment", "autoescape", True)]
 _FROM_TRANSFORMERS = re.compile(r"^(Auto[A-Z]\w*|pipeline)$")
 
 
@@ -65,23 +67,22 @@ def offences(tree: ast.AST) -> Iterator[str]:
             yield from _offences_of_call(node)
 
 
+def _name(node: ast.expr) -> str:
+    """`np.load` of that expression; of anything that is not a name or an attribute only what comes after it."""
+    return f"{_name(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
 def _offences_of_call(node: ast.Call) -> Iterator[str]:
-    name = ast.unparse(node.func)
-    given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-    if name in _BUILTINS or name in _CALLS:
+    name = _name(node.func)
+    given = {keyword.arg: getattr(keyword.value, "value", keyword.value) for keyword in node.keywords}
+    if name in _BUILTINS | _CALLS or name.endswith((".extractall", ".extract")):
         yield f"calls {name}"
-    if name.endswith("torch.load") and given.get("weights_only") != "True":
-        yield "calls torch.load without weights_only=True"
-    if name in ("np.load", "numpy.load") and given.get("allow_pickle") != "False":
-        yield "calls np.load without allow_pickle=False"
-    if given.get("shell", "False") != "False":
-        yield f"calls {name} with shell"
-    if given.get("trust_remote_code", "False") != "False":
-        yield f"calls {name} with trust_remote_code"
-    if name.endswith("Environment") and given.get("autoescape") != "True":
-        yield "makes templates without autoescape=True"
-    if name.endswith((".extractall", ".extract")):
-        yield f"calls {name}"
+    for function, option, needed in _NEEDED:
+        if name.endswith(function) and given.get(option) is not needed:
+            yield f"calls {name} without {option}={needed}"
+    yield from (
+        f"calls {name} with {option}" for option in ("shell", "trust_remote_code") if given.get(option, False) is not False
+    )
 
 
 def test_no_source_file_can_run_what_it_reads() -> None:

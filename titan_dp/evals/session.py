@@ -128,8 +128,8 @@ class Session:
         def check() -> None:
             seen: dict[str, Path] = {}
             for path in self.args.checkpoints:
-                if (first := seen.setdefault(open_source(path).label, path)) is not path:
-                    label = open_source(path).label
+                label = open_source(path).label
+                if (first := seen.setdefault(label, path)) is not path:
                     raise UserError(f"{path} and {first} are both called {label!r}; evaluate one of them into another --out")
             for path in self.args.out.glob(f"{kind}-*.json"):
                 with suppress(OSError, ValueError, AttributeError, RecursionError):
@@ -245,7 +245,7 @@ class Result:
 
         from titan_dp.distributed import all_reduce_sum
 
-        world, sums = self._session.world, {"batches_done": np.int64(0), **zeros}
+        world, sums = self._session.world, {"batches_done": np.array(0), **zeros}
         if (kept := self.resume()).keys() == sums.keys():
             sums = kept
         done = int(sums.pop("batches_done"))

@@ -8,7 +8,6 @@ file describes something else than its config.json.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -178,20 +177,13 @@ class _Training(JsonObject):
 def _read_training(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    training = parse_json(
-        _Training, path.read_bytes(), path, "training summary", "move it out of the folder, or take it from its source"
-    )
-    return training.model_dump(exclude_unset=True)
+    remedy = "move it out of the folder, or take it from its source"
+    return parse_json(_Training, path.read_bytes(), path, "training summary", remedy).model_dump(exclude_unset=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({shorten(str(error))}); take it from where the folder comes from") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object; take it from where the folder comes from")
-    return value
+    found = parse_json(JsonObject, path.read_bytes(), path, "JSON object", "take it from where the folder comes from")
+    return found.model_extra or {}
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
