@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 from titan_dp.config.arguments import parse
@@ -63,6 +64,7 @@ def dispatch(argv: list[str]) -> int:
     if argv[:1] == ["train"]:  # its arguments are the configuration's own, whose --help lists them all
         return import_module(COMMANDS["train"][0]).run(argv[1:])
     parser = argparse.ArgumentParser(prog="titan-dp", description="Pretraining for DeltaProduct language models.")
+    parser.add_argument("--version", action="version", version=f"titan-dp {version('titan_dp')}")
     _add_commands(parser, COMMANDS, argv)
     args = parse(parser, argv)
     return args.run(args)
@@ -70,9 +72,12 @@ def dispatch(argv: list[str]) -> int:
 
 def _add_commands(parser: argparse.ArgumentParser, commands: Commands, argv: list[str]) -> None:
     """A subcommand for each; only of the one that `argv` names is the module imported."""
-    subparsers = parser.add_subparsers(metavar="COMMAND" if commands is COMMANDS else "KIND", required=True)
+    parser.set_defaults(run=lambda args: print(parser.format_help(), end="") or 0)  # of a command without its kind
+    subparsers = parser.add_subparsers(metavar="COMMAND" if commands is COMMANDS else "KIND")
     for name, (where, summary) in commands.items():
-        subparser = subparsers.add_parser(name, help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
+        subparser = subparsers.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
+        )
         if argv[:1] != [name]:
             continue
         if isinstance(where, dict):

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import NoReturn
 
 # Faults of the machine, and what to say beyond the operating system's own words.
@@ -69,6 +70,12 @@ class RunError(RuntimeError):
 
 class StoppedError(RuntimeError):
     """A signal asked the run to stop and everything is saved. Exit code 75, on which a scheduler starts the same again."""
+
+
+def require(what: str, *packages: str) -> None:
+    """Raise UserError if `what` needs packages that are not installed; to be called before hours are spent."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise UserError(f"{what} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

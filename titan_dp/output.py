@@ -12,11 +12,10 @@ import gzip
 import io
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from titan_dp.errors import UserError
+from titan_dp.errors import require
 from titan_dp.files import write_atomically
 
 if TYPE_CHECKING:
@@ -34,8 +33,7 @@ _STYLE: dict[Any, Any] = {
 
 def check_matplotlib() -> None:
     """Raises UserError if matplotlib is not installed; to be called before hours are spent."""
-    if find_spec("matplotlib") is None:
-        raise UserError("plots need matplotlib: pip install 'titan_dp[eval]'")
+    require("a plot", "matplotlib")
 
 
 def subplots(*args: Any, **kw: Any) -> tuple[Figure, Any]:

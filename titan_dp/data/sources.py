@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from titan_dp.errors import RunError, UserError, passing_fault
+from titan_dp.errors import RunError, UserError, passing_fault, require
 from titan_dp.files import Replaced, shorten
 
 
@@ -92,10 +92,9 @@ def load_hugging_face(name: str, config: str, split: str, column: str, streaming
 
     Raises UserError if the package, the dataset, the split or the column is missing.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError("reading Hugging Face datasets needs the package `datasets`: pip install 'titan_dp[data]'") from error
+    require("reading Hugging Face datasets", "datasets")
+    import datasets
+
     try:
         dataset = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
     except Exception as error:
@@ -151,10 +150,9 @@ def _json_lines(path: Path, column: str) -> Iterator[tuple[str, str]]:
 
 
 def _parquet(path: Path, column: str) -> Iterator[tuple[str, str]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path} needs the package `pyarrow`: pip install 'titan_dp[data]'") from error
+    require(str(path), "pyarrow")
+    import pyarrow.parquet
+
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow's errors derive from them
@@ -188,10 +186,9 @@ def _decode(raw: bytes, where: str) -> str:
 
 
 def _zstandard(path: Path) -> IO[bytes]:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError(f"{path} needs the package `zstandard`: pip install 'titan_dp[data]'") from error
+    require(str(path), "zstandard")
+    import zstandard
+
     return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness (`pip install 'titan_dp[eval]'`), run through its own API.
+"""Tasks of EleutherAI's lm-evaluation-harness (`pip install lm_eval`), run through its own API.
 
 Prompts, metrics and standard errors are the harness's; the result says which version of it and of each task. `--preset paper`
 is the zero-shot table of Siems et al. 2025 (arXiv 2502.10297, section 5) with the three recall-intensive tasks added. How
@@ -20,12 +20,11 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_dp.config.arguments import natural, positive
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, require
 from titan_dp.evals.session import Result, Session, add_common_arguments, run_evaluation
 from titan_dp.files import as_unicode, to_json, write_atomically
 from titan_dp.output import number_table, print_table, print_written
@@ -79,8 +78,7 @@ def _names(text: str) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     if args.stock_bos and args.add_bos is not None:
         raise UserError("--stock-bos and --add-bos (or --no-add-bos) both say where BOS goes; give one of them")
-    if find_spec("lm_eval") is None:
-        raise UserError("lm-evaluation-harness is not installed: pip install 'titan_dp[eval]'")
+    require("titan-dp evaluate lm-eval", "lm_eval")
     return run_evaluation(evaluate, args)
 
 

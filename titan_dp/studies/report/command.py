@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, require
 from titan_dp.files import write_atomically, write_json
 
 if TYPE_CHECKING:
@@ -43,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, compute, print and write. Raises UserError for unfit runs or an unfit folder, before anything is written."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # fits are small and have a process each: more threads are in the way
-    if missing := [name for name in ("pandas", "pyarrow", "scipy", "matplotlib", "jinja2") if find_spec(name) is None]:
-        raise UserError(f"titan-dp report needs {' and '.join(missing)}: pip install 'titan_dp[scaling]'")
+    require("titan-dp report", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2")
     from titan_dp.studies.report.read import find_runs, read_runs, read_sweep
     from titan_dp.studies.report.results import results_of
 

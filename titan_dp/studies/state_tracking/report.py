@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from titan_dp import config
 from titan_dp.config.mixers import MIXERS
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, require
 from titan_dp.files import check_own, write_atomically, write_json
 from titan_dp.output import print_written, save_figure, subplots
 from titan_dp.studies.state_tracking.models import label
@@ -42,14 +41,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_possible(out: Path) -> None:
-    """Raises UserError if a package that reports need is missing, or a report would write over a file of somebody else.
-
-    To be called before hours are spent.
-    """
-    if missing := [name for name in ("pandas", "pyarrow", "scipy", "matplotlib") if find_spec(name) is None]:
-        raise UserError(f"titan-dp state-tracking needs {' and '.join(missing)}: pip install 'titan_dp[scaling]'")
-    check_own(out, _FILES[0], {"task", "train_length", "models"}, _FILES[1:])
 
 
 def report(folders: list[Path], out: Path) -> None:
