@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# Without a GPU, PyTorch's build for CPUs, which is gigabytes smaller. TORCH_INDEX= takes the usual build all the same.
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || echo https://download.pytorch.org/whl/cpu)
 # Processes that train; by default one per GPU, two where there is none.
 NPROC ?=
 
@@ -13,7 +16,9 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[data,eval,scaling,hf,dev]'
+	@echo "Installing into $(VENV): about 3 GB on disk (6 GB with CUDA), mostly PyTorch. This often takes 2 to 5 minutes."
+	$(if $(TORCH_INDEX),$(PIP) --retries 1 --index-url $(TORCH_INDEX) torch || echo "No answer from there: the usual index is asked.")
+	$(PIP) --editable '.[data,eval,scaling,hf,dev]'
 	touch $@
 
 data/corpus/train/manifest.json: $(INSTALLED) $(wildcard corpus/*.jsonl)
@@ -22,6 +27,11 @@ data/corpus/train/manifest.json: $(INSTALLED) $(wildcard corpus/*.jsonl)
 # exec: a shell in between would end at a Ctrl-C, while the ranks still save.
 train: data/corpus/train/manifest.json
 	exec $(BIN)/titan-dp train --config debug.toml $(if $(NPROC),--nproc $(NPROC))
+	@printf '%s\n' "" "What next (README.md and docs/guides/ have more):" \
+	    "  source $(VENV)/bin/activate                                    # once per shell: the commands are in there" \
+	    '  titan-dp generate outputs/debug --prompt "The whale "          # let the model write' \
+	    "  titan-dp state-tracking train --group S3 --num-householder 2   # a task for two Householder steps: 3 minutes" \
+	    "  titan-dp prepare FILES --out data/mine --tokenizer bytes       # then train on your own text"
 
 study: data/corpus/train/manifest.json
 	$(BIN)/titan-dp sweep cpu_study --launch local --at-once 2

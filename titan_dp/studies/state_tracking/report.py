@@ -41,6 +41,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_possible(out: Path) -> None:
+    """Raises UserError if a package that reports need is missing, or a report would write over a file of somebody else.
+
+    To be called before hours are spent.
+    """
+    require("titan-dp state-tracking", "pandas", "pyarrow", "scipy", "matplotlib")
+    check_own(out, _FILES[0], {"task", "train_length", "models"}, _FILES[1:])
 
 
 def report(folders: list[Path], out: Path) -> None:

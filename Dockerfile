@@ -1,0 +1,17 @@
+# titan_dp for a machine with GPUs (its driver and the NVIDIA container toolkit) or without:
+#
+#   docker build -t titan-dp .
+#   docker build -t titan-dp --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .    # CPUs only, 3 GB smaller
+#   docker run --gpus all --ipc host -v $PWD/data:/workspace/data -v $PWD/outputs:/workspace/outputs titan-dp \
+#       titan-dp train --config 800m.toml
+FROM python:3.11-slim
+# Triton compiles its launchers with gcc.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+WORKDIR /opt/titan_dp
+ARG TORCH_INDEX=
+COPY constraints.txt .
+RUN pip install --no-cache-dir --constraint constraints.txt ${TORCH_INDEX:+--index-url $TORCH_INDEX} torch
+COPY . .
+RUN pip install --no-cache-dir --constraint constraints.txt '.[data,eval,scaling,hf]'
+WORKDIR /workspace
+CMD ["titan-dp", "--help"]
