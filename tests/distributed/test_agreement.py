@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -18,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.harness import run_ranks
 from tests.pretrained import save_checkpoint
+from tests.processes import run_script_in_ranks
 from titan_dp.config.load import load_config
 from titan_dp.errors import RunError, UserError
 from titan_dp.faults import agreement
@@ -335,20 +333,11 @@ def test_what_rank_0_alone_writes_fails_on_all_ranks(tiny_config: Path, when: st
 
 
 @pytest.mark.parametrize("key", ["optimizer.lr", "optimizer.rate"], ids=["another value", "no such key"])
-def test_two_nodes_with_other_commands_both_leave_with_2(tiny_config: Path, root: Path, key: str) -> None:
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
-    environment |= {"WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
-    command = [sys.executable, str(root / "train.py"), "--config", str(tiny_config)]
-    nodes = []
-    for rank, settings in enumerate([[], [f"--{key}", "0.1"]]):
-        own = environment | {"RANK": str(rank)}
-        nodes.append(subprocess.Popen([*command, *settings], cwd=root, env=own, stderr=subprocess.PIPE, text=True))
-    said = [node.communicate(timeout=600)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [2, 2], said
-    assert all("Traceback" not in text and key in text for text in said), said
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def test_two_nodes_with_other_commands_both_leave_with_2(tiny_config: Path, tmp_path: Path, root: Path, key: str) -> None:
+    command = (root / "train.py", "--config", tiny_config)
+    log, nodes = tmp_path / "log", {"GROUP_WORLD_SIZE": "2"}
+    assert run_script_in_ranks(2, *command, log=log, env=nodes, last=[f"--{key}", "0.1"]) == [2, 2], log.read_text()
+    said = [line for line in log.read_text().splitlines() if "error" in line]
+    assert len(said) == 2
+    assert all(key in line for line in said), said
+    assert "Traceback" not in log.read_text()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from tests.distributed.harness import run_ranks
+from tests.processes import SERVER
+from titan_dp.distributed import LAUNCHER_PID, end_with_launcher
 
 SETTINGS = [
     *("--training.steps", "6", "--training.seq_len", "16"),
@@ -69,25 +72,23 @@ def test_a_signal_breaks_a_validation_off_and_the_run_that_resumes_does_it(tiny_
     assert validations(tiny_config, "struck") == validations(tiny_config, "undisturbed")
 
 
-ORPHAN = '''
-import os, subprocess, sys, time
-child = """
-import os, time
-from titan_dp.distributed import end_with_launcher
-while os.getppid() == int(os.environ["TITAN_DP_LAUNCHER_PID"]):
-    time.sleep(0.01)
-end_with_launcher()
-print("still here")
-"""
-os.environ["TITAN_DP_LAUNCHER_PID"] = str(os.getpid())
-subprocess.Popen([sys.executable, "-c", child])
-os.kill(os.getpid(), 9)
-'''
+def die_beside_a_rank(pipe: Connection) -> None:
+    """A launcher that is killed while its rank starts."""
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    if os.fork() == 0:
+        while os.getppid() == int(os.environ[LAUNCHER_PID]):
+            time.sleep(0.01)
+        end_with_launcher()
+        pipe.send("still here")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_rank_whose_launcher_has_died_already_ends(root: Path) -> None:
-    launcher = subprocess.run(
-        [sys.executable, "-c", ORPHAN], cwd=root, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert launcher.returncode == -signal.SIGKILL
-    assert (launcher.stdout, launcher.stderr) == ("", ""), "the pipe is open until the rank has ended"
+def test_a_rank_whose_launcher_has_died_already_ends() -> None:
+    ours, theirs = SERVER.Pipe()
+    launcher = SERVER.Process(target=die_beside_a_rank, args=(theirs,))
+    launcher.start()
+    theirs.close()
+    with pytest.raises(EOFError):  # the pipe is open until the rank has ended
+        ours.recv()
+    launcher.join()
+    assert launcher.exitcode == -signal.SIGKILL

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.processes import run_script_in_ranks
 
 RANK = """
 import sys, time
@@ -34,19 +31,11 @@ sys.exit(run_main(main))
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def test_the_reason_and_the_exit_code_of_a_rank_that_fails_alone_survive_its_process_group() -> None:
-    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK], cwd=ROOT, env=env | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    ]
-    waiting, failing = [(rank.communicate(timeout=100)[1], rank.returncode) for rank in ranks]
-    assert failing == ("error (rank 1): data.path = 'x': shard 7 is missing; restore it\n", 2)
-    assert waiting[0].startswith("error: the connection to another rank is lost; that one says why, or was killed (")
-    assert waiting[1] == 1
+def test_the_reason_and_the_exit_code_of_a_rank_that_fails_alone_survive_its_process_group(tmp_path: Path) -> None:
+    script, log = tmp_path / "rank.py", tmp_path / "log"
+    script.write_text(RANK)
+    assert run_script_in_ranks(2, script, log=log) == [1, 2], log.read_text()
+    said = log.read_text()
+    assert "error (rank 1): data.path = 'x': shard 7 is missing; restore it\n" in said
+    assert "error: the connection to another rank is lost; that one says why, or was killed (" in said
+    assert "Traceback" not in said

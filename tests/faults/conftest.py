@@ -14,10 +14,6 @@ from tests.faults.runs import STEPS, Chain, Started
 
 TRAIN_TIMEOUT = 20
 """Seconds: a step takes a hundredth of one, and a busy machine must not make one look like a hang."""
-HANGS = [
-    {"place": "step", "step": 8, "ranks": [1], "after": 5, "deed": "sleep"},
-    {"place": "step", "step": 13, "ranks": [1], "after": 10, "deed": "SIGSTOP"},
-]
 
 
 @pytest.fixture(scope="session")
@@ -32,13 +28,13 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return losses
 
 
-class Hung(Chain):
-    """One command under --max-restarts: a rank sleeps, in the next life one is stopped by a signal, the third is left alone."""
+class Still(Chain):
+    """One command whose rank 1 stands still in step 8, by `deed`; the launcher starts the ranks once more."""
 
-    def __init__(self, shards: Path, folder: Path) -> None:
-        super().__init__(shards, folder, "hung")
-        timeout = ("--comm.train_timeout_seconds", str(TRAIN_TIMEOUT))
-        self.started = self.start(HANGS, *timeout, torchrun=("--max-restarts=2", "--monitor-interval=0.1"))
+    def __init__(self, shards: Path, folder: Path, deed: str) -> None:
+        super().__init__(shards, folder, deed)
+        fault = {"place": "step", "step": 8, "ranks": [1], "after": 5, "deed": deed}
+        self.started = self.start([fault], "--comm.train_timeout_seconds", str(TRAIN_TIMEOUT), torchrun=("--max-restarts=1",))
 
 
 class Pair(Chain):
@@ -51,14 +47,16 @@ class Pair(Chain):
         patient = ("--comm.train_timeout_seconds", "3600", "--comm.init_timeout_seconds", "3600")  # gloo's is the second
         self.first = self.start([fault], *patient)
         self.first.wait_for('"what": "fault"')
-        self.second: Started = self.start([], ranks=1)
+        self.second: Started = self.start([])
 
 
 @pytest.fixture(scope="session")
-def hung(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hung]:
-    hung = Hung(shards, tmp_path_factory.mktemp("hung"))
-    yield hung
-    hung.started.process.kill()  # nothing where it has ended; its ranks follow
+def still(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Still]]:
+    """By what made a rank stand still."""
+    still = {deed: Still(shards, tmp_path_factory.mktemp(deed), deed) for deed in ("sleep", "SIGSTOP")}
+    yield still
+    for chain in still.values():
+        chain.started.process.kill()  # nothing where it has ended; its ranks follow
 
 
 @pytest.fixture(scope="session")

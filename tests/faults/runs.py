@@ -8,17 +8,16 @@ Nothing here asserts, so that a kind that fails hides no other.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import ROOT
-from tests.processes import run_script_in_ranks
+from tests.processes import run_script_in_ranks, start_command, start_launcher
 
 Fault = dict[str, Any]
 
@@ -108,32 +107,33 @@ class Chain:
         self.config.write_text(CONFIG.format(folder=self.run.parent, shards=shards, steps=STEPS, interval=INTERVAL))
 
     def start(
-        self, plan: list[Fault], *options: str, ranks: int = 2, torchrun: tuple[str, ...] = (), prefix: tuple[str, ...] = ()
+        self, plan: list[Fault], *options: str, torchrun: tuple[str, ...] = (), prefix: tuple[str, ...] | None = None
     ) -> Started:
-        """Start the command; `plan` has a fault for each life, `prefix` goes before it. One rank needs no launcher."""
-        launcher = [str(ROOT / "launch/torchrun.py"), "--standalone", f"--nproc-per-node={ranks}", *torchrun]
-        command = [*prefix, sys.executable, *(launcher if ranks > 1 else [])]
-        command += [str(ROOT / "tests/faults/train_with_fault.py"), "--config", str(self.config)]
-        command += ["--job.run_name", self.run.name, *options]
-        self.starts += 1
-        log = self.folder / f"{self.run.name}-{self.starts}.log"
-        env = os.environ | {"OMP_NUM_THREADS": "1", "FAULTS": json.dumps(plan)}
-        with log.open("w") as output:
-            process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        return Started(process, log)
+        """Start two ranks under the launcher; `plan` has a fault for each life.
 
-    def live(self, *plan: Fault, torchrun: tuple[str, ...] = ()) -> list[Life]:
-        """Run the command to its end, through all restarts that `torchrun` is given; one `Life` for each."""
-        return self.start(list(plan), torchrun=torchrun).finish()
+        All are forked; with a `prefix`, which may be (), launcher and ranks are started by this command, as users start them.
+        """
+        arguments = ["--standalone", "--nproc-per-node=2", *torchrun]
+        arguments += [str(ROOT / "tests/faults/train_with_fault.py"), "--config", str(self.config)]
+        arguments += ["--job.run_name", self.run.name, *options]
+        log, env = self._new_log(), {"FAULTS": json.dumps(plan)}
+        if prefix is None:
+            return Started(start_launcher(*arguments, log=log, env=env), log)
+        return Started(start_command(*prefix, sys.executable, ROOT / "launch/torchrun.py", *arguments, log=log, env=env), log)
 
     def live_without_launcher(self, *plan: Fault, options: tuple[str, ...] = ()) -> Life:
         """One life of two forked ranks, for what launcher and starting have no part in; its code is the highest."""
-        self.starts += 1
-        log = self.folder / f"{self.run.name}-{self.starts}.log"
+        log = self._new_log()
         arguments = ["--config", self.config, "--job.run_name", self.run.name, *options]
         env = {"FAULTS": json.dumps(plan)}
         codes = run_script_in_ranks(2, ROOT / "tests/faults/train_with_fault.py", *arguments, log=log, env=env)
         return Life(log, code=max(codes))
+
+    def _new_log(self) -> Path:
+        self.starts += 1
+        log = self.folder / f"{self.run.name}-{self.starts}.log"
+        log.touch()
+        return log
 
     @property
     def checkpoints(self) -> Path:
@@ -151,17 +151,16 @@ class Chain:
 class Started:
     """A command that runs."""
 
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     log: Path
 
     def finish(self, timeout: float = 1200) -> list[Life]:
         """Wait for the command, not for ranks that it may leave behind; past `timeout` seconds it is killed."""
-        try:
-            code = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            code = None
+        self.process.join(timeout)
+        code = self.process.exitcode
+        if code is None:
             self.process.kill()
-            self.process.wait()
+            self.process.join()
         lives = [Life(self.log, i) for i in range(self.log.read_text().count('{"what": "life", "rank": 0,') or 1)]
         lives[-1].code = code
         return lives
@@ -169,5 +168,5 @@ class Started:
     def wait_for(self, text: str, timeout: float = 600) -> None:
         """Return when the log holds `text`, the command has ended, or `timeout` seconds are over."""
         deadline = time.monotonic() + timeout
-        while text not in self.log.read_text() and self.process.poll() is None and time.monotonic() < deadline:
+        while text not in self.log.read_text() and self.process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -14,7 +14,7 @@ import pytest
 from tests.faults.runs import INTERVAL, STEPS, Chain, Fault, Life
 from titan_dp.checkpoint.manifest import all_steps, committed_steps, step_folder, verify
 
-pytestmark = pytest.mark.usefixtures("hung", "pair")  # they wait meanwhile
+pytestmark = pytest.mark.usefixtures("still", "pair")  # they wait meanwhile
 
 KILL = {"deed": "SIGKILL"}
 # What dies and when, and the step the next life resumes at. keep_latest_k = 4: the commit of 30 retires 10.
@@ -38,7 +38,7 @@ def chain(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
 @pytest.fixture(scope="module")
 def lives(chain: Chain) -> list[Life]:
     plan = [fault | KILL for _, fault, _ in ROWS]
-    return chain.live(*plan, torchrun=(f"--max-restarts={len(ROWS)}", "--monitor-interval=0.1"))
+    return chain.start(plan, torchrun=(f"--max-restarts={len(ROWS)}",)).finish()
 
 
 @pytest.mark.parametrize("number", range(len(ROWS)), ids=[name for name, _, _ in ROWS])
