@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.processes import run_script
 from titan_dp.launch.torchrun import interface_towards
 
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"OMP_NUM_THREADS": "1", "VENV": sys.prefix}
@@ -73,29 +74,28 @@ def test_an_array_skips_a_cell_that_is_finished(root: Path, tmp_path: Path) -> N
     assert f"{tmp_path} is finished: skipped" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("statement", "code"), [("pass", 0), ("sys.exit(2)", 2), ("sys.exit(1)", 1), ("os.kill(os.getpid(), 9)", 137)]
-)
+@pytest.mark.parametrize(("statement", "code"), [("pass", 0), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 137)])
 def test_the_launcher_leaves_with_the_exit_code_of_what_it_launched(
     root: Path, tmp_path: Path, statement: str, code: int
 ) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(f"import os, sys\n{statement}\n")
-    logs = tmp_path / "logs"
-    result = run(root, sys.executable, "launch/torchrun.py", "--standalone", "--nproc-per-node=1", f"--log-dir={logs}", script)
+    result, logs = launched(root, tmp_path, f"import os, sys\n{statement}\n")
     assert result.returncode == code, result.stderr
     assert [int(file.read_text()) for file in logs.glob("exit_code")] == [code] * (code > 0)
     assert "Traceback" not in result.stderr
 
 
 def test_logs_that_cannot_be_written_do_not_take_the_exit_code_away(root: Path, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import shutil, sys\nshutil.rmtree({str(tmp_path / 'logs')!r})\n"
-        f"open({str(tmp_path / 'logs')!r}, 'w').close()\nsys.exit(2)\n"
-    )
-    launcher = (sys.executable, "launch/torchrun.py", "--standalone", "--nproc-per-node=1", f"--log-dir={tmp_path / 'logs'}")
-    assert run(root, *launcher, script).returncode == 2
+    logs = str(tmp_path / "logs")
+    result, _ = launched(root, tmp_path, f"import shutil, sys\nshutil.rmtree({logs!r})\nopen({logs!r}, 'w')\nsys.exit(2)\n")
+    assert result.returncode == 2
+
+
+def launched(root: Path, tmp_path: Path, script: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """How the launcher ends one process of `script`, and the folder of its logs."""
+    path, logs = tmp_path / "script.py", tmp_path / "logs"
+    path.write_text(script)
+    launcher = ("titan_dp.launch.torchrun", "--standalone", "--nproc-per-node=1", f"--log-dir={logs}")
+    return run_script(*launcher, path), logs
 
 
 def signalled(root: Path, tmp_path: Path, site: str, script: str, when: str) -> int:

@@ -102,13 +102,6 @@ def test_a_mistake_on_two_nodes_ends_the_job_with_exit_code_2_and_is_not_tried_a
     assert "there are no token shards in 'nowhere'" in log
 
 
-def test_a_job_without_a_config_prints_the_usage(cluster: Cluster, project: Path) -> None:
-    job = cluster.sbatch(*ONE_CPU, "launch/slurm.sbatch", cwd=project, **ENV)
-    (end,) = cluster.wait_until_over(job, seconds=600)
-    assert end["ExitCode"] == "2:0"
-    assert "usage: sbatch --nodes=N launch/slurm.sbatch CONFIG" in (project / f"slurm-{job}.log").read_text()
-
-
 def test_a_sweep_is_an_array_that_retries_failed_cells_and_leaves_mistakes_and_finished_ones(
     cluster: Cluster, project: Path, tiny_config: Path
 ) -> None:
@@ -169,13 +162,3 @@ def kill_training(cluster: Cluster, config: str) -> None:
         command = Path(f"/proc/{process}/cmdline").read_text().split("\0")
         if config in command and "launch/torchrun.py" not in command:
             os.kill(process, signal.SIGKILL)
-
-
-def test_nothing_of_a_cluster_outlives_it() -> None:
-    with pytest.raises(KeyError), Cluster() as cluster:
-        cluster.sbatch("--nodes=2", "--wrap=srun sleep 600", cwd=cluster.folder)
-        names = lambda: {Path(f"/proc/{p}/comm").read_text().strip() for p in cluster.processes()}  # noqa: E731
-        wait_for(lambda: {"munged", "slurmctld", "slurmd", "slurmstepd", "sleep"} <= names(), "job", 600, cluster.logs)
-        raise KeyError("a test that fails")
-    assert cluster.processes() == []
-    assert not cluster.folder.exists()

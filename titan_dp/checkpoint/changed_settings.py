@@ -32,38 +32,30 @@ _NO_MATTER_EITHER = {"training.gc_freq", "training.max_nonfinite_steps", "data.v
 _NO_MATTER_EITHER |= {"training.global_batch_size", "state_tracking.test_length", "state_tracking.test_samples"}
 
 
-def check_resumable(
-    saved: dict[str, Any], current: dict[str, Any], allow_changed: list[str], tensors: str | None = None
+def check_changes(
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    allow_changed: list[str],
+    tensors: str | None = None,
+    weights_of: str | None = None,
 ) -> None:
-    """Compare a manifest with what the run that resumes it would save.
+    """Compare a manifest with what the run that goes on from it would save.
 
     Args:
         saved, current: with `config` (TOML), `fingerprint`, `tokenizer`, `tokenizer_hash`, `global_batch_size`.
         allow_changed: keys that may differ.
         tensors: how the tensors themselves differ, which no key allows.
+        weights_of: the checkpoint whose weights alone a new run starts from, for the message; None for a resume.
 
     Raises UserError naming every architecture or data key that differs and is not allowed, with both values.
     """
-    changed = {key: pair for key, pair in _changed(saved, current).items() if tensors or key not in allow_changed}
-    ways = "restore it, choose another job.run_name"
-    _refuse(changed, allow_changed, tensors, f"the run to resume (step {saved['step']}) was started with another", ways)
-
-
-def check_initial(
-    saved: dict[str, Any], current: dict[str, Any], allow_changed: list[str], where: str, tensors: str | None = None
-) -> None:
-    """The same for a new run that starts from the weights in `where`: what these compute and what their tokens mean."""
-    changed = {key: pair for key, pair in weights_changed(saved, current).items() if tensors or key not in allow_changed}
-    ways = "use the [model] section and the tokenizer it was made with"
-    _refuse(changed, allow_changed, tensors, f"{where} was made with another", ways)
-
-
-def weights_changed(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
-    """What makes the same weights compute something else, or the same tokens mean something else."""
-    return {**_architecture(saved, current), **_vocabulary(saved, current)}
-
-
-def _refuse(changed: Changes, allow_changed: list[str], tensors: str | None, opening: str, ways: str) -> None:
+    if weights_of is None:
+        opening = f"the run to resume (step {saved['step']}) was started with another"
+        changed, ways = _changed(saved, current), "restore it, choose another job.run_name"
+    else:
+        opening = f"{weights_of} was made with another"
+        changed, ways = weights_changed(saved, current), "use the [model] section and the tokenizer it was made with"
+    changed = {key: pair for key, pair in changed.items() if tensors or key not in allow_changed}
     if not changed and tensors is None:
         return
     listed = ", ".join(f"{shorten(key)} (was {_show(old)}, now {_show(new)})" for key, (old, new) in sorted(changed.items()))
@@ -72,6 +64,11 @@ def _refuse(changed: Changes, allow_changed: list[str], tensors: str | None, ope
         raise UserError(f"{opening} {what}: {tensors}; {ways} (no checkpoint.allow_changed mends that)")
     flag = to_json(sorted({*allow_changed, *changed}))
     raise UserError(f"{opening} {listed}; {ways}, or allow it with --checkpoint.allow_changed '{flag}'")
+
+
+def weights_changed(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
+    """What makes the same weights compute something else, or the same tokens mean something else."""
+    return {**_architecture(saved, current), **_vocabulary(saved, current)}
 
 
 def changed_since(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
@@ -147,27 +144,15 @@ def _function(section: dict[str, Any]) -> dict[str, Any]:
 def _vocabulary(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
     """Whether tokens mean the same: by the tokenizer's hash, not by its name, which may be a path."""
     was, now = saved.get("tokenizer_hash"), current.get("tokenizer_hash")
-    if now is None or (was is None and saved.get("tokenizer") == current.get("tokenizer")):
+    if now in (None, was) or (was is None and saved.get("tokenizer") == current.get("tokenizer")):
         return {}  # saved before hashes were kept: the name has to do
-    was = was or _hash_of(str(saved.get("tokenizer")))
-    if was == now:
-        return {}
     sources = {saved_value(saved_sections(of["config"]), "data.source") for of in (saved, current)}
     key = "state_tracking.task" if sources == {"state_tracking"} else "data.tokenizer"
     return {key: (_identity(saved["tokenizer"], was), _identity(current["tokenizer"], now))}
 
 
-def _hash_of(name: str) -> str | None:
-    from titan_dp.data.tokenizer import load_tokenizer
-
-    try:
-        return load_tokenizer(name).hash
-    except UserError:
-        return None
-
-
 def _identity(name: object, digest: str | None) -> str:
-    return f"{name} {digest[:12]}..." if digest else f"{name}, which cannot be had here"
+    return f"{name} {digest[:12]}..." if digest else f"{name}, saved without its hash"
 
 
 def _names(sections: dict[str, Any], prefix: str = "") -> set[str]:

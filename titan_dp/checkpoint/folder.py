@@ -20,7 +20,6 @@ from titan_dp.checkpoint.manifest import (
     all_steps,
     committed_steps,
     read_manifest,
-    saved_sections,
     saved_value,
     step_folder,
     unhealthy,
@@ -127,23 +126,6 @@ def step_of(checkpoint: Path) -> str:
     name = checkpoint.name.partition(".")[0] if _ASIDE.fullmatch(checkpoint.name) else checkpoint.name
     match = re.fullmatch(r"step-0*(\d+)", name)
     return match[1] if match else ""
-
-
-def loaded_step(checkpoint: Path) -> object:
-    """`checkpoint.load_step` of the run that saved it; None if that cannot be read."""
-    try:
-        return saved_value(saved_sections(read_manifest(checkpoint)["config"]), "checkpoint.load_step")
-    except UserError:
-        return None
-
-
-def health(checkpoint: Path) -> tuple[str, bool]:
-    """Why a checkpoint is not healthy, and whether its tensors are finite. A damaged one is for `verify` to find."""
-    try:
-        manifest = read_manifest(checkpoint)
-    except DamagedError:
-        return "", True
-    return unhealthy(manifest), manifest["finite"]
 
 
 # -- setting aside and deleting ------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from titan_dp.files import (
     STRICT,
     JsonObject,
     checksum,
-    file_sha256,
     first_mistake,
     inside,
     shorten,
@@ -40,7 +39,6 @@ from titan_dp.files import (
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
-"""Version 1 had sha256 where 2 has xxh3_128, and no checksum of itself; it is still read."""
 
 
 class DamagedError(UserError):
@@ -58,8 +56,7 @@ class _File(BaseModel):
 
     name: str
     bytes: Annotated[int, Field(ge=0)]
-    xxh3_128: str | None = None
-    sha256: str | None = None
+    xxh3_128: str
 
 
 class _Manifest(JsonObject):
@@ -100,13 +97,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {checkpoint} {state}; committed steps there: {others}")
     try:
         manifest = json.loads(path.read_text())
-        version = manifest.pop("format_version")
-        if version not in (1, FORMAT_VERSION):
-            raise NewerError(f"{path} has format version {shown(version)}, this program reads 1 and {FORMAT_VERSION}")
-        if version > 1 and manifest.pop("checksum") != _own_checksum(manifest):
-            raise ValueError("its checksum differs")
         if "shards" in manifest:
             raise UserError(f"{checkpoint} is a folder of token shards; give a run folder or a checkpoint")
+        if (version := manifest.pop("format_version")) != FORMAT_VERSION:
+            raise NewerError(f"{path} has format version {shown(version)}, this program reads {FORMAT_VERSION}")
+        if manifest.pop("checksum") != _own_checksum(manifest):
+            raise ValueError("its checksum differs")
         _Manifest.model_validate(manifest)
     except UserError:
         raise
@@ -193,8 +189,7 @@ def verify(checkpoint: Path, part: int = 0, parts: int = 1, files: list[dict[str
         problem = size_problem(checkpoint, entry)
         if problem is None:
             path = checkpoint / entry["name"]
-            same = file_sha256(path) == entry["sha256"] if "sha256" in entry else checksum(path) == entry.get("xxh3_128")
-            problem = None if same else f"{path} is not what was saved (its checksum differs)"
+            problem = None if checksum(path) == entry["xxh3_128"] else f"{path} is not what was saved (its checksum differs)"
         if problem is not None:
             problems.append(problem)
     return problems

@@ -13,8 +13,17 @@ from typing import Any
 import torch.distributed as dist
 
 from titan_dp import config
-from titan_dp.checkpoint.folder import delete_checkpoint, health, loaded_step, set_aside
-from titan_dp.checkpoint.manifest import MANIFEST, DamagedError, committed_steps, read_manifest, step_folder, unhealthy
+from titan_dp.checkpoint.folder import delete_checkpoint, set_aside
+from titan_dp.checkpoint.manifest import (
+    MANIFEST,
+    DamagedError,
+    committed_steps,
+    read_manifest,
+    saved_sections,
+    saved_value,
+    step_folder,
+    unhealthy,
+)
 from titan_dp.checkpoint.seen import verify_together
 from titan_dp.errors import UserError, say_once
 from titan_dp.faults.agreement import on_main
@@ -46,8 +55,16 @@ def _step_to_load(load_step: int, folder: Path, steps: list[int], group: dist.Pr
     """
     newer = {step: step_folder(folder, step) for step in steps if step > load_step}
 
+    def resumed_from_it(checkpoint: Path) -> bool:
+        try:
+            manifest = read_manifest(checkpoint)
+            began = saved_value(saved_sections(manifest["config"]), "checkpoint.load_step")
+        except UserError:
+            return False
+        return began == load_step and manifest["healthy"]
+
     def look() -> tuple[bool, list[int]]:
-        own = [step for step, path in newer.items() if loaded_step(path) == load_step and not health(path)[0]]
+        own = [step for step, path in newer.items() if resumed_from_it(path)]
         return (step_folder(folder, load_step) / MANIFEST).exists(), own
 
     exists, own = on_main(look, group)
@@ -75,15 +92,14 @@ def _newest_healthy(folder: Path, steps: list[int], group: dist.ProcessGroup) ->
     If none is healthy, the newest is taken whose weights and moments are finite: the step it was saved after was skipped, and
     changed nothing.
     """
-    passed: list[tuple[Path, str, bool]] = []
+    passed: list[Found] = []
     for step in reversed(steps):
         checkpoint = step_folder(folder, step)
-        why, finite = on_main(partial(health, checkpoint), group)
-        if why:
-            passed.append((checkpoint, why, finite))
-            continue
         try:
             manifest = on_main(partial(read_manifest, checkpoint), group)
+            if not manifest["healthy"]:
+                passed.append((checkpoint, manifest))
+                continue
             problems = verify_together(checkpoint, manifest, group)
         except DamagedError as error:  # anything else in a manifest stops the run
             problems = [str(error)]
@@ -93,20 +109,17 @@ def _newest_healthy(folder: Path, steps: list[int], group: dist.ProcessGroup) ->
         aside = on_main(partial(set_aside, checkpoint), group)
         instead = f"it is set aside as {aside.name}, and the one before is taken"
         say_once(f"WARNING: checkpoint {checkpoint} is damaged: {'; '.join(problems)}; {instead}")
-    for i, (checkpoint, why, finite) in enumerate(passed):
-        if not finite:
-            continue
-        manifest = on_main(partial(read_manifest, checkpoint), group)
-        if not verify_together(checkpoint, manifest, group):
+    for i, (checkpoint, manifest) in enumerate(passed):
+        if manifest["finite"] and not verify_together(checkpoint, manifest, group):
             _pass_over(passed[:i], f"the run goes on from {checkpoint.name}", group)
-            taken = f"{checkpoint.name}, whose weights are finite, is taken ({why})"
+            taken = f"{checkpoint.name}, whose weights are finite, is taken ({unhealthy(manifest)})"
             say_once(f"WARNING: no checkpoint in {folder} is healthy; {taken}")
             return checkpoint, manifest
     if passed:
-        newest, why, _ = passed[0]
+        newest, manifest = passed[0]
         raise UserError(
-            f"no checkpoint in {folder} is healthy (the newest, {newest.name}: {why}); start again with another job.run_name "
-            "and a lower optimizer.lr or other data"
+            f"no checkpoint in {folder} is healthy (the newest, {newest.name}: {unhealthy(manifest)}); start again with "
+            "another job.run_name and a lower optimizer.lr or other data"
         )
     if on_main(lambda: list(folder.glob("step-*.damaged")), group):
         raise UserError(
@@ -116,14 +129,14 @@ def _newest_healthy(folder: Path, steps: list[int], group: dist.ProcessGroup) ->
     return None
 
 
-def _pass_over(passed: list[tuple[Path, str, bool]], instead: str, group: dist.ProcessGroup) -> None:
+def _pass_over(passed: list[Found], instead: str, group: dist.ProcessGroup) -> None:
     def aside_only_once(checkpoint: Path) -> None:
         """A run that goes NaN at every start would fill the disk with the same step."""
         if (before := checkpoint.with_name(f"{checkpoint.name}.unhealthy")).exists():
             delete_checkpoint(before)
         set_aside(checkpoint, "unhealthy")
 
-    for checkpoint, why, _ in passed:
+    for checkpoint, manifest in passed:
         on_main(partial(aside_only_once, checkpoint), group)
         aside = f"it is set aside as {checkpoint.name}.unhealthy, and {instead}"
-        say_once(f"WARNING: checkpoint {checkpoint} is not healthy ({why}); {aside}")
+        say_once(f"WARNING: checkpoint {checkpoint} is not healthy ({unhealthy(manifest)}); {aside}")

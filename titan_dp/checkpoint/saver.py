@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_op
 from torch.optim import Optimizer
 
 from titan_dp import config
-from titan_dp.checkpoint.changed_settings import check_resumable, keeps_moments
+from titan_dp.checkpoint.changed_settings import check_changes, keeps_moments
 from titan_dp.checkpoint.dcp_files import Writer, os_error
 from titan_dp.checkpoint.folder import apply_retention, delete_checkpoint, make_empty, set_aside_folders
 from titan_dp.checkpoint.manifest import MANIFEST, committed_steps, now, step_folder, write_manifest
@@ -208,7 +208,7 @@ class Checkpointer:
         weights, rng = model_tensors(model), {}
         saved = CheckpointTensors(folder, verified=True)
         difference = tensor_difference(saved.shapes, without_prefix(weights, "model."))
-        check_resumable(manifest, current, self.c.allow_changed, difference)
+        check_changes(manifest, current, self.c.allow_changed, difference)
         # Another optimizer, which was allowed, begins without moments.
         keeps = keeps_moments(manifest, current)
         moments, rest = optimizer_tensors(model, optimizers) if keeps else ({}, {})

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
-from titan_dp.checkpoint.changed_settings import check_initial
+from titan_dp.checkpoint.changed_settings import check_changes
 from titan_dp.checkpoint.dcp_files import Reader, Writer, os_error
 from titan_dp.checkpoint.folder import make_empty, resolve_checkpoint
 from titan_dp.checkpoint.manifest import now, size_problems, write_manifest
@@ -82,7 +82,7 @@ def load_model_weights(
     tensors = model_tensors(model)
     saved = CheckpointTensors(folder, verified=True)
     difference = tensor_difference(saved.shapes, without_prefix(tensors, "model."))
-    check_initial(manifest, current or manifest, list(allow_changed), f"checkpoint {folder}", difference)
+    check_changes(manifest, current or manifest, list(allow_changed), difference, weights_of=f"checkpoint {folder}")
     dcp.load(tensors, storage_reader=saved.reader)
     refuse_not_finite(tensors, folder)
     set_model_state_dict(model, without_prefix(tensors, "model."), options=OPTIONS)
