@@ -129,12 +129,15 @@ def export_of(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def tiny_config(shards: Path, tmp_path: Path) -> Path:
+    return write_tiny_config(tmp_path / "tiny.toml", shards)
+
+
+def write_tiny_config(path: Path, shards: Path) -> Path:
     """A config file for a run of seconds: two gated blocks, n_h = 2, float32, everything a user would have on."""
-    path = tmp_path / "tiny.toml"
     path.write_text(
         f"""
 [job]
-dump_folder = "{tmp_path / "outputs"}"
+dump_folder = "{path.parent / "outputs"}"
 run_name = "tiny"
 [model]
 hidden_size = 32

@@ -170,14 +170,8 @@ def test_versions_and_sources_are_compared() -> None:
 
 DIFFERENT = [
     ("optimizer.lr", "0.1"),
-    ("optimizer.weight_decay", "0.2"),
-    ("training.max_norm", "2.0"),
-    ("lr_scheduler.warmup_steps", "3"),
-    ("debug.seed", "1"),
     ("model.norm_eps", "0.001"),
     ("data.document_boundaries", "carry"),
-    ("training.steps", "21"),
-    ("training.global_batch_size", "16"),
     ("training.global_batch_size", "5"),
     ("parallelism.data_parallel_replicate_degree", "2"),
     ("job.run_name", "other"),

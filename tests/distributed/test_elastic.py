@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import write_tiny_config
 from tests.distributed.harness import run_ranks
 from titan_dp.checkpoint.manifest import committed_steps, read_manifest, step_folder
 
@@ -20,7 +21,7 @@ STEPS, BATCH = 15, 24
 SETTINGS = [
     *("--training.global_batch_size", str(BATCH), "--training.local_batch_size", "1", "--lr_scheduler.total_steps", str(STEPS)),
     *("--checkpoint.interval", "1000", "--validation.enable=false", "--generate.enable=false"),
-    *("--training.seq_len", "16"),
+    *("--training.seq_len", "16", "--model.num_householder", "1"),
 ]
 
 Part = tuple[int, int, int]
@@ -65,21 +66,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def config(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("elastic")
-    path = folder / "tiny.toml"
-    path.write_text(
-        f"""
-job = {{ dump_folder = "{folder / "outputs"}" }}
-model = {{ hidden_size = 32, num_hidden_layers = 2, num_heads = 2, head_dim = 16, num_householder = 1, use_forget_gate = true, \
-intermediate_size = 64, vocab_size = 320, initializer_range = 0.02 }}
-data = {{ path = "{shards / "train"}", document_boundaries = "reset" }}
-training = {{ mixed_precision_param = "float32" }}
-optimizer = {{ lr = 0.003 }}
-lr_scheduler = {{ warmup_steps = 2 }}
-metrics = {{ log_freq = 1, enable_tensorboard = false }}
-"""
-    )
-    return path
+    return write_tiny_config(tmp_path_factory.mktemp("elastic") / "tiny.toml", shards)
 
 
 @pytest.fixture(scope="module")

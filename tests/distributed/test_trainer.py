@@ -38,17 +38,11 @@ def saved_tensors(config: Path, name: str) -> dict[str, str]:
     return {file["name"]: file["xxh3_128"] for file in manifest["files"] if file["name"].endswith(".distcp")}
 
 
-@pytest.fixture
-def undisturbed(tiny_config: Path) -> dict[int, float]:
-    return losses_of(tiny_config, 1, "undisturbed")
-
-
 HSDP = ("--parallelism.data_parallel_replicate_degree", "2")
 
 
-def test_twenty_steps_give_the_same_losses_on_1_rank_fsdp_on_2_and_4_and_hsdp_2x2(
-    tiny_config: Path, undisturbed: dict[int, float]
-) -> None:
+def test_twenty_steps_give_the_same_losses_on_1_rank_fsdp_on_2_and_4_and_hsdp_2x2(tiny_config: Path) -> None:
+    undisturbed = losses_of(tiny_config, 1, "undisturbed")
     runs = {"fsdp2": (2,), "fsdp4": (4,), "hsdp2x2": (4, *HSDP)}
     for name, (world_size, *overrides) in runs.items():
         losses = losses_of(tiny_config, world_size, name, *overrides)
@@ -56,12 +50,10 @@ def test_twenty_steps_give_the_same_losses_on_1_rank_fsdp_on_2_and_4_and_hsdp_2x
     assert undisturbed[20] < undisturbed[1] - 0.5, "the run must have learnt something for the comparison to mean it"
 
 
-@pytest.mark.parametrize("stop", [5, 7])
-def test_a_run_stopped_at_any_step_and_resumed_equals_one_never_stopped_bit_for_bit(tiny_config: Path, stop: int) -> None:
+def test_a_run_stopped_and_resumed_equals_one_never_stopped_bit_for_bit(tiny_config: Path) -> None:
     whole = losses_of(tiny_config, 2, "whole")
-    steps = ["--lr_scheduler.total_steps", "20", "--checkpoint.interval", str(stop)]
-    losses_of(tiny_config, 2, "parts", "--training.steps", str(stop), *steps)
-    assert losses_of(tiny_config, 2, "parts", *steps) == whole
+    losses_of(tiny_config, 2, "parts", "--training.steps", "7", "--lr_scheduler.total_steps", "20")
+    assert losses_of(tiny_config, 2, "parts") == whole
     assert saved_tensors(tiny_config, "parts") == saved_tensors(tiny_config, "whole"), "generator states are among them"
 
 

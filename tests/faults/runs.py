@@ -16,49 +16,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_tiny_config
 from tests.processes import run_script_in_ranks, start_command, start_launcher
 
 Fault = dict[str, Any]
 
 STEPS, INTERVAL = 60, 5
-CONFIG = """
-[job]
-dump_folder = "{folder}"
-[model]
-hidden_size = 32
-num_hidden_layers = 2
-num_heads = 2
-head_dim = 16
-num_householder = 2
-use_forget_gate = true
-intermediate_size = 64
-vocab_size = 320
-initializer_range = 0.02
-[data]
-path = "{shards}/train"
-document_boundaries = "reset"
-[validation]
-enable = false
-[training]
-steps = {steps}
-seq_len = 32
-local_batch_size = 2
-mixed_precision_param = "float32"
-max_nonfinite_steps = 3
-[optimizer]
-lr = 0.003
-[lr_scheduler]
-warmup_steps = 2
-[checkpoint]
-interval = {interval}
-keep_latest_k = 4
-[metrics]
-log_freq = 1
-enable_tensorboard = false
-[generate]
-enable = false
-"""
+OPTIONS = [
+    *("--training.steps", str(STEPS), "--training.global_batch_size", "4", "--training.max_nonfinite_steps", "3"),
+    *("--checkpoint.interval", str(INTERVAL), "--checkpoint.keep_latest_k", "4"),
+    *("--validation.enable=false", "--generate.enable=false"),
+]
 
 
 @dataclass
@@ -101,10 +69,9 @@ class Chain:
     """A run folder and its lives so far; `name` is the run's."""
 
     def __init__(self, shards: Path, folder: Path, name: str) -> None:
-        self.folder, self.run, self.starts = folder, folder / "runs" / name, 0
+        self.folder, self.run, self.starts = folder, folder / "outputs" / name, 0
         self.run.parent.mkdir(parents=True, exist_ok=True)
-        self.config = folder / f"{name}.toml"
-        self.config.write_text(CONFIG.format(folder=self.run.parent, shards=shards, steps=STEPS, interval=INTERVAL))
+        self.settings = ["--config", str(write_tiny_config(folder / "tiny.toml", shards)), "--job.run_name", name, *OPTIONS]
 
     def start(
         self, plan: list[Fault], *options: str, torchrun: tuple[str, ...] = (), prefix: tuple[str, ...] | None = None
@@ -114,8 +81,7 @@ class Chain:
         All are forked; with a `prefix`, which may be (), launcher and ranks are started by this command, as users start them.
         """
         arguments = ["--standalone", "--nproc-per-node=2", *torchrun]
-        arguments += [str(ROOT / "tests/faults/train_with_fault.py"), "--config", str(self.config)]
-        arguments += ["--job.run_name", self.run.name, *options]
+        arguments += [str(ROOT / "tests/faults/train_with_fault.py"), *self.settings, *options]
         log, env = self._new_log(), {"FAULTS": json.dumps(plan)}
         if prefix is None:
             return Started(start_launcher(*arguments, log=log, env=env), log)
@@ -124,9 +90,8 @@ class Chain:
     def live_without_launcher(self, *plan: Fault, options: tuple[str, ...] = ()) -> Life:
         """One life of two forked ranks, for what launcher and starting have no part in; its code is the highest."""
         log = self._new_log()
-        arguments = ["--config", self.config, "--job.run_name", self.run.name, *options]
-        env = {"FAULTS": json.dumps(plan)}
-        codes = run_script_in_ranks(2, ROOT / "tests/faults/train_with_fault.py", *arguments, log=log, env=env)
+        script, env = ROOT / "tests/faults/train_with_fault.py", {"FAULTS": json.dumps(plan)}
+        codes = run_script_in_ranks(2, script, *self.settings, *options, log=log, env=env)
         return Life(log, code=max(codes))
 
     def _new_log(self) -> Path:

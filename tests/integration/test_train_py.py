@@ -1,4 +1,4 @@
-"""train.py as a user calls it: exit codes, what it prints, a full disk, eight ranks; and what it refuses."""
+"""train.py as a user calls it: exit codes, what it prints, two ranks; and what it refuses."""
 
 from __future__ import annotations
 
@@ -110,13 +110,13 @@ def test_weights_of_another_run_start_a_new_one(tiny_config: Path) -> None:
     assert second[1] < first[1] - 0.5
 
 
-def test_eight_ranks_train_the_debug_config(shards: Path, tmp_path: Path, root: Path) -> None:
+def test_two_ranks_train_the_debug_config(shards: Path, tmp_path: Path, root: Path) -> None:
     data = ["--data.path", str(shards / "train"), "--validation.path", str(shards / "validation"), "--validation.steps", "1"]
-    arguments = ["--config", "debug.toml", "--training.steps", "4", "--job.dump_folder", str(tmp_path), *data]
+    arguments = ["--config", "debug.toml", "--training.steps", "2", "--job.dump_folder", str(tmp_path), *data]
     log = tmp_path / "log"
-    assert run_script_in_ranks(8, root / "train.py", *arguments, log=log) == [0] * 8, log.read_text()
-    assert "8 rank(s)" in log.read_text()
-    assert log.read_text().count("step 4/4 (100%)") == 1
+    assert run_script_in_ranks(2, root / "train.py", *arguments, log=log) == [0, 0], log.read_text()
+    assert "2 rank(s)" in log.read_text()
+    assert log.read_text().count("step 2/2 (100%)") == 1
 
 
 def test_the_dry_run_and_the_configuration_are_printed_once_without_data(tiny_config: Path, tmp_path: Path, root: Path) -> None:

@@ -29,16 +29,16 @@ def _handlers() -> Iterator[None]:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_a_wish_that_all_ranks_hear_of(number: signal.Signals) -> None:
     with Interrupt(CPU) as interrupt:
-        assert interrupt.agreed(interrupt.flags()) is None
+        assert interrupt.hand_in(interrupt.flags()) is None
         os.kill(os.getpid(), number)
-        assert interrupt.agreed(interrupt.flags()) is number
+        assert interrupt.hand_in(interrupt.flags()) is number
 
 
 def test_an_interrupt_that_is_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the shell starts what runs in the background
     with Interrupt(CPU) as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
-        assert interrupt.agreed(interrupt.flags()) is None
+        assert interrupt.hand_in(interrupt.flags()) is None
 
 
 def save_for_ever(ready: Any) -> None:

@@ -1,4 +1,4 @@
-"""Parameter groups by role, Muon on one rank, the learning rate's schedule, and the guard's counting."""
+"""Parameter groups by role, the learning rate's schedule, and the guard's counting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from tests.unit.test_model import make
 from titan_dp import config
 from titan_dp.errors import UserError
 from titan_dp.train.lr_scheduler import build_lr_scheduler
-from titan_dp.train.muon import Muon
 from titan_dp.train.optim import NonFiniteError, NonFiniteGuard, build_optimizer, clip_grad_norm
 
 # -- groups ------------------------------------------------------------------------------------------------------------
@@ -58,23 +57,6 @@ def test_clipping_leaves_small_gradients_as_they_are() -> None:
     parameter.grad = torch.tensor([0.3, 0.4])
     assert float(clip_grad_norm([parameter], 1.0)) == pytest.approx(0.5)
     assert parameter.grad.tolist() == pytest.approx([0.3, 0.4])
-
-
-@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
-def test_muon_without_other_ranks_is_torchs_bit_for_bit(shape: tuple[int, int]) -> None:
-    """Its shards on several ranks are tests/distributed/test_optim.py's."""
-
-    def trained(kind: type[torch.optim.Muon]) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        parameter = torch.nn.Parameter(torch.randn(shape, generator=generator))
-        optimizer = kind([parameter], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-        for _ in range(3):
-            parameter.grad = torch.randn(shape, generator=generator)
-            optimizer.step()
-        return [parameter.detach(), optimizer.state[parameter]["momentum_buffer"]]
-
-    for own, theirs in zip(trained(Muon), trained(torch.optim.Muon), strict=True):
-        assert torch.equal(own, theirs)
 
 
 # -- the learning rate -------------------------------------------------------------------------------------------------

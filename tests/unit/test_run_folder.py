@@ -44,24 +44,13 @@ def config(more: str = "") -> Config:
     return config_from_toml(TEXT + more)
 
 
-def test_the_name_and_place_of_a_run_are_no_part_of_its_identity() -> None:
+def test_an_identity_is_of_the_settings_wherever_a_run_is_and_however_they_are_written() -> None:
     named = config('[job]\nrun_name = "x"\ndump_folder = "elsewhere"\ndescription = "y"\n')
-    assert identity(named) == identity(config())
-
-
-@pytest.mark.parametrize(
-    "more", ["[debug]\nseed = 1\n", "[data]\nseed = 1\n", "[model]\nnum_heads = 4\n", "[optimizer]\nlr = 1e-3\n"]
-)
-def test_every_other_setting_is(more: str) -> None:
-    assert identity(config(more)) != identity(config())
-
-
-def test_an_identity_does_not_depend_on_how_values_are_written() -> None:
-    assert identity(config("[optimizer]\nlr = 0.001\n")) == identity(config("[optimizer]\nlr = 1e-3\n"))
-    assert identity(config("[model]\nnum_heads = 8\n")) == identity(config())  # the default, spelled out
+    spelled_out = config("[model]\nnum_heads = 8\n")
     # The same in every process and version: sweeps and resumes compare it.
     known = "793afd1340847db45c55278de8c21c86f1d5bd651de62ebb527c8fb1bbcf3a8c"
-    assert identity(config()) == known
+    assert identity(named) == identity(spelled_out) == identity(config()) == known
+    assert identity(config("[optimizer]\nlr = 0.002\n")) == identity(config("[optimizer]\nlr = 2e-3\n")) != known
 
 
 # -- run.json ----------------------------------------------------------------------------------------------------------
@@ -83,12 +72,6 @@ def test_a_run_is_finished_only_when_it_says_so(tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(UserError, match=r"run\.json"):
             is_finished(tmp_path)
-
-
-def test_a_folder_that_does_not_exist_holds_no_run(tmp_path: Path) -> None:
-    folder = tmp_path / "nowhere"
-    assert (read_run(folder), is_finished(folder), is_locked(folder), last_step(folder)) == (None, False, False, 0)
-    assert not folder.exists()
 
 
 # -- the lock ----------------------------------------------------------------------------------------------------------
@@ -122,15 +105,15 @@ def test_a_folder_is_locked_while_a_process_holds_it_and_free_however_that_ends(
 
 
 def test_asking_for_the_lock_neither_takes_nor_makes_it(tmp_path: Path) -> None:
-    assert not is_locked(tmp_path)
+    folder = tmp_path / "new" / "run"
+    assert (read_run(folder), is_finished(folder), is_locked(folder), last_step(folder)) == (None, False, False, 0)
     assert list(tmp_path.iterdir()) == []
-    lock = RunLock(tmp_path / "new" / "run")
-    assert is_locked(tmp_path / "new" / "run")
-    assert is_locked(tmp_path / "new" / "run")
+    lock = RunLock(folder)
+    assert is_locked(folder)
+    assert is_locked(folder)
     lock.close()
-    assert not is_locked(tmp_path / "new" / "run")
-    assert not is_locked(tmp_path / "new" / "run")
-    RunLock(tmp_path / "new" / "run").close()
+    assert not is_locked(folder)
+    RunLock(folder).close()
 
 
 def test_the_lock_is_not_inherited_by_programs_the_run_starts(tmp_path: Path) -> None:
@@ -181,8 +164,7 @@ def test_the_newest_values_stand_for_a_run(tmp_path: Path) -> None:
 
 
 NOT_RECORDS = [
-    "3", "null", '"text"', "[1, 2]", "{}", '{"loss": 1.0}', '{"step": "5"}', '{"step": 5.0}', '{"step": true}', '{"step": -1}',
-    '{"step": null}', '{"step": 5, "loss": "low"}', '{"step": 5, "loss": [1.0]}', '{"step": 5, "tokens_per_second": {}}',
+    "3", "{}", '{"step": "5"}', '{"step": 5.0}', '{"step": true}', '{"step": -1}', '{"step": 5, "loss": "low"}',
     '{"step": 5, "paused_validation": [1]}', '{"step": 1' + "0" * 30 + "}", "[" * 5_000,
 ]  # fmt: skip
 
@@ -190,12 +172,11 @@ NOT_RECORDS = [
 @pytest.mark.parametrize("line", NOT_RECORDS, ids=lambda line: line[:40])
 def test_a_line_that_is_json_but_no_record_is_left_out_by_every_reader(line: str, tmp_path: Path) -> None:
     write_lines(tmp_path, [{"step": 1, "loss": 3.0}], line + "\n")
-    assert parsed_record(line) is None
     assert read_records(tmp_path) == [{"step": 1, "loss": 3.0}]
     assert last_record(tmp_path) == {"step": 1, "loss": 3.0}
 
 
-@pytest.mark.parametrize("line", ['{"step": 1, "lo', '{"step": 2}, {"step": 3}', '{"step": 2', "", "3"])
+@pytest.mark.parametrize("line", ['{"step": 1, "lo', '{"step": 2}, {"step": 3}', ""])
 def test_lines_that_are_not_records_are_counted_except_the_last(line: str) -> None:
     record = {"step": 1, "loss": 3.0}
     whole = json.dumps(record)

@@ -60,11 +60,11 @@ class Interrupt:
             return torch.zeros(len(SIGNALS), dtype=torch.int64, device=self.device)
         return torch.tensor(self._received, device=self.device)
 
-    def agreed(self, sums: Tensor) -> signal.Signals | None:
-        """The signal to stop for, the same on every rank; None to go on.
+    def hand_in(self, sums: Tensor) -> signal.Signals | None:
+        """Hand in a step's sums; returns the signal to stop for, the same on every rank, or None to go on.
 
         Args:
-            sums: [3] int64, `flags` of this step summed over all ranks.
+            sums: [3] int64, `flags` of this step summed over all ranks. On a GPU they are kept, and the last step's are read.
         """
         if sums.is_cuda:
             arriving = torch.empty_like(sums, device="cpu", pin_memory=True).copy_(sums, non_blocking=True)

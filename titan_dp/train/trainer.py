@@ -268,7 +268,7 @@ class Trainer:
             flags=self.interrupt.flags(),
             phase=self._phase,
         )
-        self.stop_for = self.interrupt.agreed(result.signals)
+        self.stop_for = self.interrupt.hand_in(result.signals)
         return result
 
     def _phase(self, name: PhaseName, micro: int) -> AbstractContextManager[None]:
@@ -291,7 +291,7 @@ class Trainer:
     def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """`batches`, up to the first at which any rank has been asked to stop, on all ranks the same."""
         for batch in batches:
-            self.stop_for = self.stop_for or self.interrupt.agreed(distributed.all_reduce_sum(self.interrupt.flags()))
+            self.stop_for = self.stop_for or self.interrupt.hand_in(distributed.all_reduce_sum(self.interrupt.flags()))
             if self.stop_for is not None:
                 return
             yield batch
