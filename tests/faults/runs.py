@@ -105,7 +105,7 @@ class Chain:
         return self.run / "checkpoint"
 
     def records(self) -> list[dict[str, Any]]:
-        """metrics.jsonl, a record a step."""
+        """metrics.jsonl, one record per step."""
         return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
 
     def losses(self) -> dict[int, float]:

@@ -140,6 +140,11 @@ def test_a_change_is_refused_by_name_and_the_flag_that_the_refusal_advises_lets_
     check_changes(entries(), now, allowed)
 
 
+def test_a_new_run_from_weights_may_have_other_data_and_another_optimizer() -> None:
+    now = entries({"optimizer": {"name": "'Muon'"}, "data": {"seed": "7"}}, fingerprint="c" * 64, global_batch_size=8)
+    check_changes(entries(), now, [], weights_of="X")
+
+
 @pytest.mark.parametrize("allowed", [[], ["model.num_householder"]])
 def test_what_changes_tensors_is_refused_whatever_is_allowed_and_no_flag_is_advised(allowed: list[str]) -> None:
     now = entries(model(num_householder="3"))
@@ -150,17 +155,9 @@ def test_what_changes_tensors_is_refused_whatever_is_allowed_and_no_flag_is_advi
     assert "--checkpoint.allow_changed" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("optimizer.learning_rate", r"checkpoint\.allow_changed: unknown key optimizer\.learning_rate; set optimizer\.lr"),
-        ("trainig.seq_len", r"unknown key trainig\.seq_len; did you mean training\.seq_len"),
-        ("seq_len", r"unknown key seq_len; did you mean training\.seq_len"),
-    ],
-)
-def test_an_unknown_key_is_not_allowed_to_change_and_the_nearest_is_named(key: str, message: str) -> None:
-    with pytest.raises(UserError, match=r"^command line: " + ".*" + message):
-        load_config(["--config", "debug.toml", "--checkpoint.allow_changed", f'["{key}"]'])
+def test_an_unknown_key_is_not_allowed_to_change_and_the_nearest_is_named() -> None:
+    with pytest.raises(UserError, match=r"^command line: .*unknown key trainig\.seq_len; did you mean training\.seq_len"):
+        load_config(["--config", "debug.toml", "--checkpoint.allow_changed", '["trainig.seq_len"]'])
 
 
 # -- what is named ------------------------------------------------------------------------------------------------------

@@ -198,16 +198,15 @@ def test_each_run_folder_is_a_run_of_its_own_at_wandb_which_a_resume_continues(t
     metrics(tmp_path / "moved", enable_wandb=True).close()
     first, second, resumed, moved = (run["id"] for run in wandb.runs)
     assert first == resumed == moved != second
-    assert all(run["resume"] == "allow" for run in wandb.runs)
+    for run in wandb.runs:
+        assert (run["resume"], run["allow_val_change"]) == ("allow", True), "a resume may have other settings"
+        assert (run["config"]["training"]["steps"], run["config"]["optimizer"]["lr"]) == (1000, 3e-4)
 
 
-def test_wandb_gets_any_run_name_and_the_resolved_configuration(tmp_path: Path, wandb: FakeWandb) -> None:
-    for name in ("a:b", "lr#3", "paper/213m", "what? 'quoted', 50 %; -", "x" * 200):
+def test_wandb_gets_any_run_name(tmp_path: Path, wandb: FakeWandb) -> None:
+    for name in ("a:b, lr#3 / what? 'quoted', 50 %; -", "x" * 200):
         metrics(tmp_path / name, enable_wandb=True, run_name=name).close()
         assert wandb.runs[-1]["name"] == name[-128:]
-        resolved = wandb.runs[-1]["config"]
-        assert (resolved["training"]["steps"], resolved["optimizer"]["lr"]) == (1000, 3e-4)
-        assert wandb.runs[-1]["allow_val_change"], "a resume may have other settings"
 
 
 def test_wandb_that_refuses_or_is_missing_is_the_users_mistake(

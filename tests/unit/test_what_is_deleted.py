@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,8 @@ def test_only_what_was_set_aside_and_holds_nothing_else_is_advised_to_be_deleted
     assert shlex.split(advice) == ["rm", "-r", *(str(tmp_path / names[i]) for i in (0, 2))]
     assert f"{tmp_path / 'step-00000001.damaged-2'} holds files that no save wrote" in said
     assert "step-00000001.keep" in said, "a checkpoint under a name of its own is listed as one"
+    subprocess.run(advice, shell=True, check=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001.keep", "step-00000002", names[1]}
 
 
 @pytest.mark.parametrize(
