@@ -2,8 +2,8 @@
 
 Importing them costs three seconds of a core, more than most tests need for what they are about. A forked process has a memory
 of its own, takes signals and leaves with an exit code as any other; what it lacks is a command line (/proc shows the server's)
-and Python's own start. So what is about those starts Python itself. A forked launcher (launch/torchrun.py) forks its ranks in
-turn: they are its children, in sessions of their own, as those that it starts.
+and Python's own start. So what is about those starts Python itself. A forked launcher forks its ranks in turn: they are its
+children, in sessions of their own, as those that it starts.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tests.conftest import ROOT
-
+LAUNCHER = "titan_dp.launch.torchrun"
 SERVER = mp.get_context("forkserver")
 SERVER.set_forkserver_preload(["titan_dp.train.trainer", "titan_dp.inference.generate", "torch.distributed.run"])
 
@@ -67,8 +66,8 @@ def run_script_in_ranks(
 
 
 def start_launcher(*arguments: str | Path, log: Path, env: Mapping[str, str] | None = None) -> BaseProcess:
-    """`python launch/torchrun.py ARGUMENTS` in a session of its own; what it and its ranks print is appended to `log`."""
-    argv = [str(ROOT / "launch/torchrun.py"), *map(str, arguments)]
+    """`python -m LAUNCHER ARGUMENTS` in a session of its own; what it and its ranks print is appended to `log`."""
+    argv = [LAUNCHER, *map(str, arguments)]
     return _start(argv, str(log), str(log), Path.cwd(), env or {}, _launch)
 
 

@@ -1,4 +1,4 @@
-"""Runs that come to grief: started as users start them, two ranks under launch/torchrun.py, and read from what they leave.
+"""Runs that come to grief: two ranks under titan_dp.launch.torchrun, as users start them, read from what they leave.
 
 A `Chain` is one run folder started again and again; each start is a `Life`, or several where torchrun restarts the ranks. A
 test of one kind of fault looks at the life that suffered it and at the next, which resumed; losses are compared at the end.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import ROOT, write_tiny_config
-from tests.processes import run_script_in_ranks, start_command, start_launcher
+from tests.processes import LAUNCHER, run_script_in_ranks, start_command, start_launcher
 
 Fault = dict[str, Any]
 
@@ -85,7 +85,7 @@ class Chain:
         log, env = self._new_log(), {"FAULTS": json.dumps(plan)}
         if prefix is None:
             return Started(start_launcher(*arguments, log=log, env=env), log)
-        return Started(start_command(*prefix, sys.executable, ROOT / "launch/torchrun.py", *arguments, log=log, env=env), log)
+        return Started(start_command(*prefix, sys.executable, "-m", LAUNCHER, *arguments, log=log, env=env), log)
 
     def live_without_launcher(self, *plan: Fault, options: tuple[str, ...] = ()) -> Life:
         """One life of two forked ranks, for what launcher and starting have no part in; its code is the highest."""

@@ -75,22 +75,20 @@ def test_an_array_skips_a_cell_that_is_finished(root: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("statement", "code"), [("pass", 0), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 137)])
-def test_the_launcher_leaves_with_the_exit_code_of_what_it_launched(
-    root: Path, tmp_path: Path, statement: str, code: int
-) -> None:
-    result, logs = launched(root, tmp_path, f"import os, sys\n{statement}\n")
+def test_the_launcher_leaves_with_the_exit_code_of_what_it_launched(tmp_path: Path, statement: str, code: int) -> None:
+    result, logs = launched(tmp_path, f"import os, sys\n{statement}\n")
     assert result.returncode == code, result.stderr
     assert [int(file.read_text()) for file in logs.glob("exit_code")] == [code] * (code > 0)
     assert "Traceback" not in result.stderr
 
 
-def test_logs_that_cannot_be_written_do_not_take_the_exit_code_away(root: Path, tmp_path: Path) -> None:
+def test_logs_that_cannot_be_written_do_not_take_the_exit_code_away(tmp_path: Path) -> None:
     logs = str(tmp_path / "logs")
-    result, _ = launched(root, tmp_path, f"import shutil, sys\nshutil.rmtree({logs!r})\nopen({logs!r}, 'w')\nsys.exit(2)\n")
+    result, _ = launched(tmp_path, f"import shutil, sys\nshutil.rmtree({logs!r})\nopen({logs!r}, 'w')\nsys.exit(2)\n")
     assert result.returncode == 2
 
 
-def launched(root: Path, tmp_path: Path, script: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+def launched(tmp_path: Path, script: str) -> tuple[subprocess.CompletedProcess[str], Path]:
     """How the launcher ends one process of `script`, and the folder of its logs."""
     path, logs = tmp_path / "script.py", tmp_path / "logs"
     path.write_text(script)

@@ -160,5 +160,5 @@ def kill_training(cluster: Cluster, config: str) -> None:
     """SIGKILL the training process, not the launcher above it."""
     for process in cluster.processes():
         command = Path(f"/proc/{process}/cmdline").read_text().split("\0")
-        if config in command and "launch/torchrun.py" not in command:
+        if config in command and "titan_dp.launch.torchrun" not in command:
             os.kill(process, signal.SIGKILL)
