@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_trainer import losses_of, said_by
+from tests.distributed.test_trainer import said_by
 from tests.distributed.test_trainer import train as train_here
 from tests.processes import run_script, run_script_in_ranks
 from titan_dp.errors import UserError
@@ -24,12 +24,7 @@ def train(root: Path, *arguments: str | Path, **env: str) -> subprocess.Complete
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 MISTAKES = [
-    (["--data.path", "nowhere"], "there are no token shards in 'nowhere'"),
     (["--model.vocab_size", "100"], "model.vocab_size = 100 is too small"),
-    (
-        ["--training.global_batch_size", "3"],
-        "training.global_batch_size = 3 is not a multiple of training.local_batch_size = 2",
-    ),
     (["--parallelism.data_parallel_shard_degree", "4"], "must be the number of ranks, which is 1"),
     (["--checkpoint.initial_load_path", "nowhere"], "nowhere does not exist; give a run folder"),
 ]
@@ -74,9 +69,8 @@ def test_a_mistake_is_one_message_and_exit_code_2(tiny_config: Path, root: Path,
 def test_changed_architecture_or_data_is_refused_on_resume_and_harms_nothing(tiny_config: Path) -> None:
     run_ranks(1, train_here, tiny_config, "--training.steps", "2")
     (said,) = run_ranks(1, refusals, tiny_config, [["--model.num_heads", "1"], ["--data.seed", "7"]])
-    assert ["was started with another model.num_heads" in said[0], "was started with another data.seed" in said[1]] == [
-        True
-    ] * 2
+    assert "was started with another model.num_heads" in said[0]
+    assert "was started with another data.seed" in said[1]
     (again,) = run_ranks(1, said_by, tiny_config, "--training.steps", "3")
     assert "resumed at step 2" in again
 
@@ -101,13 +95,6 @@ def test_the_closing_sample_cannot_fail_a_run_that_is_done_and_saved(tiny_config
     assert "no sample\n" in result.stdout
     assert "no special token of tokenizer" in result.stdout
     assert json.loads((tiny_config.parent / "outputs/tiny/run.json").read_text())["state"] == "finished"
-
-
-def test_weights_of_another_run_start_a_new_one(tiny_config: Path) -> None:
-    first = losses_of(tiny_config, 1, "first", "--training.steps", "15")
-    start = str(tiny_config.parent / "outputs/first")
-    second = losses_of(tiny_config, 1, "second", "--checkpoint.initial_load_path", start, "--training.steps", "1")
-    assert second[1] < first[1] - 0.5
 
 
 def test_two_ranks_train_the_debug_config(shards: Path, tmp_path: Path, root: Path) -> None:
