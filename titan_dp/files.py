@@ -114,6 +114,14 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} that is too long to be shown"
 
 
+def short(number: float) -> str:
+    """A count in three digits: 804,698,112 as 805M, 49,253.4 as 49.3k."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * size:
+            return f"{float(f'{number / size:.3g}'):g}{unit}"
+    return f"{float(f'{number:.3g}'):g}"
+
+
 def shorten(text: str, most: int = 200) -> str:
     """`text`, cut if it is too long for one sentence."""
     return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"

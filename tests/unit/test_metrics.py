@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.runs import write_sweep
 from titan_dp import config
 from titan_dp.config.describe import all_keys
 from titan_dp.config.load import Loaded
@@ -66,8 +67,8 @@ def test_a_log_line_shows_all_a_person_asks_for(tmp_path: Path, capsys: pytest.C
     log(m, 10)
     log(m, 20, skipped=3, during=interval(paused={"checkpoint": 2.5}, remarks=["rank 3 on a7 computes at 50 %"]))
     first, second, remark = capsys.readouterr().out.splitlines()
-    assert first.startswith("step    10/1,000 (  1%) | loss 2.0000 | lr 3.00e-04 | norm 0.500 | ")
-    assert all(part in first for part in ("tok/s", "FLOP/s", "GiB", "data 0.0%", "ETA 0:"))
+    assert first.startswith("step    10/1,000 | loss 2.0000 | lr 3.0e-04 | norm 0.50 | ")
+    assert all(part in first for part in ("tok/s", "FLOP/s", "GiB", "ETA 0:"))
     assert second.endswith("| 3 skipped | checkpoint 2.5 s")
     assert remark == "step    20 | rank 3 on a7 computes at 50 %"
     assert records(tmp_path)[1]["paused_checkpoint"] == 2.5
@@ -164,7 +165,11 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     log(m, 10)
     m.close()
     events = EventAccumulator(str(folder / "tb")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 2.0)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 2.0)]
+    assert {"optimizer/lr", "speed/tokens_per_second", "train/grad_norm"} <= set(events.Tags()["scalars"])
+    (text,) = events.Tensors("configuration/text_summary")
+    assert b"lr = 0.0003" in text.tensor_proto.string_val[0]
+    assert "_hparams_/session_start_info" in events.summary_metadata
 
 
 class FakeWandb(types.ModuleType):
@@ -174,6 +179,7 @@ class FakeWandb(types.ModuleType):
         super().__init__("wandb")
         self.errors = types.SimpleNamespace(Error=Exception, UsageError=type("UsageError", (Exception,), {}))
         self.runs: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, Any]]] = []
 
     def init(self, **told: Any) -> Any:
         if set(told["id"]) & set(":;,#?/'") or not told["id"].strip():
@@ -182,7 +188,7 @@ class FakeWandb(types.ModuleType):
             raise self.errors.UsageError("Invalid project name")
         assert len(told["name"]) <= 128
         self.runs.append(told)
-        return types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+        return types.SimpleNamespace(log=lambda record, step: self.logged.append((step, record)), finish=lambda: None)
 
 
 @pytest.fixture
@@ -207,6 +213,27 @@ def test_wandb_gets_any_run_name(tmp_path: Path, wandb: FakeWandb) -> None:
     for name in ("a:b, lr#3 / what? 'quoted', 50 %; -", "x" * 200):
         metrics(tmp_path / name, enable_wandb=True, run_name=name).close()
         assert wandb.runs[-1]["name"] == name[-128:]
+
+
+def test_wandb_groups_the_cells_of_a_sweep_and_takes_tags(tmp_path: Path, wandb: FakeWandb) -> None:
+    write_sweep(tmp_path / "study", {"nh1": {}})
+    m = metrics(tmp_path / "study/nh1", enable_wandb=True, wandb_entity="lab", wandb_tags=["week 3"])
+    log(m, 10)
+    m.close()
+    metrics(tmp_path / "alone", enable_wandb=True, wandb_group="mine").close()
+    cell, alone = wandb.runs
+    assert [cell[key] for key in ("group", "entity", "tags")] == ["study", "lab", ["week 3"]]
+    assert [alone[key] for key in ("group", "entity", "tags")] == ["mine", None, []]
+    assert [(step, record["train/loss"]) for step, record in wandb.logged] == [(10, 2.0)]
+
+
+def test_a_step_line_of_the_largest_runs_fits_100_columns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    m = metrics(tmp_path, start_step=100_000, peak_tflops=1.0)
+    m.total_steps = 104_905
+    log(m, 100_001, norm=100.0)
+    log(m, 100_002, norm=100.0, during=interval(30.0))
+    _, line = capsys.readouterr().out.splitlines()
+    assert len(line) <= 100, line
 
 
 def test_wandb_that_refuses_or_is_missing_is_the_users_mistake(

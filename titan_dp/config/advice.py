@@ -189,7 +189,8 @@ def rules(c: Config) -> Iterator[Rule]:
     nothing = not c.checkpoint.resume and not c.checkpoint.initial_load_path
     yield nothing, "checkpoint", "allow_changed", "checkpoint.resume is false and there is no initial_load_path"
     yield not c.validation.enable, "validation", "path freq steps local_batch_size", "validation.enable is false"
-    yield not c.metrics.enable_wandb, "metrics", "wandb_project", "metrics.enable_wandb is false"
+    wandb = "wandb_project wandb_entity wandb_group wandb_tags"
+    yield not c.metrics.enable_wandb, "metrics", wandb, "metrics.enable_wandb is false"
     traces = "profile_freq profiler_warmup profiler_active"
     yield not c.profiling.enable_profiling, "profiling", traces, "profiling.enable_profiling is false"
     sample = "prompt max_new_tokens temperature"

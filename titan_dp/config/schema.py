@@ -417,6 +417,12 @@ class Metrics(Section):
     """Log to Weights & Biases as well (needs the wandb package); the run's id there is kept in the run folder, as wandb_id."""
     wandb_project: str = "titan_dp"
     """Project of the W&B run."""
+    wandb_entity: str = ""
+    """User or team that the project belongs to; default: W&B's own default."""
+    wandb_group: str = ""
+    """Group of the W&B run; default: the sweep that the run is a cell of."""
+    wandb_tags: list[str] = []
+    """Tags of the W&B run."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
     """Dense peak of one device in TFLOP/s at the training dtype, for MFU; default: by the name of a known GPU."""
 

@@ -7,26 +7,32 @@ without pauses, which faults/step_times.py books; device tensors are read only h
 
 from __future__ import annotations
 
+import math
 import resource
 import secrets
 import sys
+import textwrap
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 
 from titan_dp import config
+from titan_dp.config.describe import all_keys
 from titan_dp.config.load import Loaded
 from titan_dp.errors import RunError, UserError
 from titan_dp.faults.step_times import Interval
-from titan_dp.files import to_json, write_atomically
+from titan_dp.files import short, to_json, write_atomically
 from titan_dp.hardware import peak
 from titan_dp.train.facts import RunFacts
 from titan_dp.train.run_folder import read_records
 from titan_dp.train.step import StepResult
 from titan_dp.train.validate import Evaluation, bits_per_byte
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def peak_flops(c: config.Metrics, device: torch.device, dtype: str) -> float | None:
@@ -55,7 +61,7 @@ class Metrics:
         self.peak = peak_flops(c, world.device, settings.training.mixed_precision_param)
         self.validation_loss: float | None = None
         self._console = Console(highlight=False, quiet=not world.is_main, soft_wrap=True)
-        self._last_step, self._last_tokens, self._step_seconds = start_step, start_tokens, 0.0
+        self._last_step, self._last_tokens, self._step_seconds, self._memory = start_step, start_tokens, 0.0, 0.0
         self._file = self._tensorboard = self._wandb = None
         if world.is_main:
             run_folder.mkdir(parents=True, exist_ok=True)
@@ -66,6 +72,7 @@ class Metrics:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._tensorboard = SummaryWriter(str(run_folder / "tb"), purge_step=start_step + 1)
+                describe_run(self._tensorboard, facts.loaded, start_step)
             if c.enable_wandb:
                 self._wandb = _start_wandb(c, run_folder, facts.loaded)
         if self.peak is None and world.device.type == "cuda":
@@ -121,13 +128,16 @@ class Metrics:
             if self._step_seconds == 0 or self._last_step <= self.start_step + 1
             else (0.8 * self._step_seconds + 0.2 * step_seconds)
         )
-        eta = timedelta(seconds=round(self._step_seconds * (self.total_steps - step)))
+        left = timedelta(seconds=round(self._step_seconds * (self.total_steps - step)))
+        eta = f"{left.days} d {left.seconds // 3600} h" if left.days else str(left)
         width = len(f"{self.total_steps:,}")
+        grown, self._memory = record["memory_gib"] > 1.01 * self._memory, max(self._memory, record["memory_gib"])
+        # What is always there fits 100 columns; the rest only where it tells something.
         self._console.print(
-            f"step {step:>{width},}/{self.total_steps:,} ({step / self.total_steps:4.0%}) | "
-            f"loss [bold]{loss_value:.4f}[/bold] | lr {lr:.2e} | norm {norm_value:.3f} | {tokens_per_second:,.0f} tok/s | "
-            f"{speed} | "
-            f"{record['memory_gib']:.2f} GiB | data {record['data_wait']:.1%} | ETA {eta}"
+            f"step {step:>{width},}/{self.total_steps:,} | loss [bold]{loss_value:.4f}[/bold] | lr {lr:.1e} | "
+            f"norm {norm_value:.2f} | {short(tokens_per_second)} tok/s | {speed} | ETA {eta}"
+            + (f" | {record['memory_gib']:.2f} GiB" if grown else "")
+            + (f" | waiting for data {record['data_wait']:.1%}" if record["data_wait"] >= 0.01 else "")
             + (f" | {record['householder_steps']:.2f} Householder steps per token" if "householder_steps" in record else "")
             + (f" | {skipped} skipped" if skipped else "")
             + "".join(f" | {what} {seconds:.1f} s" for what, seconds in interval.paused.items() if seconds >= 0.05)
@@ -156,12 +166,12 @@ class Metrics:
         if self._file is not None:
             self._file.write(to_json(record) + "\n")
             self._file.flush()
+        tagged = {tag_of(key): value for key, value in record.items() if key != "step"}
         if self._tensorboard is not None:
-            for key, value in record.items():
-                if key != "step":
-                    self._tensorboard.add_scalar(key, value, step)
+            for tag, value in tagged.items():
+                self._tensorboard.add_scalar(tag, value, step)
         if self._wandb is not None:
-            self._wandb.log(record, step=step)
+            self._wandb.log(tagged, step=step)
 
     def close(self) -> None:
         """End the log. What cannot be ended, such as W&B's upload, is said: it neither fails a run nor hides why one failed."""
@@ -176,6 +186,30 @@ class Metrics:
                     getattr(sink, end)()
             except Exception as error:
                 print(f"WARNING: the log of {name} may lack its end ({error})", file=sys.stderr, flush=True)
+
+
+_TRAIN = {"loss", "grad_norm", "tokens", "skipped_steps", "householder_steps"}
+
+
+def tag_of(key: str) -> str:
+    """The name of a record's entry in TensorBoard and W&B, which show what has the part before "/" in common together."""
+    if key.startswith("validation_"):
+        return key.replace("_", "/", 1)
+    return f"{'train' if key in _TRAIN else 'optimizer' if key == 'lr' else 'speed'}/{key}"
+
+
+def describe_run(tensorboard: SummaryWriter, loaded: Loaded, step: int) -> None:
+    """The configuration for TensorBoard: as text, and as the hyperparameters of its table of runs."""
+    from torch.utils.tensorboard.summary import hparams
+
+    c = loaded.config
+    if c.job.description:
+        tensorboard.add_text("description", c.job.description, step)
+    tensorboard.add_text("configuration", textwrap.indent(loaded.resolved_toml(), "    "), step)
+    values = {key.dotted: key.of(c) for key in all_keys().values()}
+    shown = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in values.items() if v is not None}
+    for summary in hparams(shown, {"validation/loss": math.nan}):
+        tensorboard._get_file_writer().add_summary(summary)
 
 
 def memory_gib(device: torch.device) -> float:
@@ -204,13 +238,16 @@ def _start_wandb(c: config.Metrics, run_folder: Path, loaded: Loaded) -> Any:
             id=wandb_id(run_folder),
             resume="allow",
             name=loaded.run_name[-128:],  # its longest
+            entity=c.wandb_entity or None,
+            group=c.wandb_group or (run_folder.parent.name if (run_folder.parent / "sweep.json").exists() else None),
+            tags=c.wandb_tags,
             dir=str(run_folder),
             config=loaded.config.model_dump(mode="json"),
             allow_val_change=True,  # a resume may train with other settings, and says so itself
         )
     except wandb.errors.UsageError as error:
         raise UserError(
-            f"metrics.enable_wandb: W&B refuses this run: {error}; see metrics.wandb_project and `wandb login`"
+            f"metrics.enable_wandb: W&B refuses this run: {error}; see metrics.wandb_project, wandb_entity and `wandb login`"
         ) from error
     except wandb.errors.Error as error:
         raise RunError(
