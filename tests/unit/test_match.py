@@ -163,10 +163,13 @@ def test_depth_grows_with_the_size_and_is_kept_when_given(match: Match) -> None:
     assert {c.num_hidden_layers for c in match("--params", "400M", "--model.num_hidden_layers", "12").models} == {12}
 
 
-def test_a_neighbouring_depth_is_taken_where_the_best_one_reaches_no_shape(match: Match) -> None:
-    question = ("--params", "2511886", "--num-householder", "1,2,3,4", "--model.vocab_size", "512")
-    assert match(*question, "--model.num_hidden_layers", "3").code == 0
-    check(match(*question).models, 2_511_886)
+def test_a_neighbouring_depth_is_taken_where_the_best_one_reaches_no_shape_and_differences_are_told(match: Match) -> None:
+    question = ("--params", "1908177", "--num-householder", "1,2,3,4", "--model.vocab_size", "512")
+    answer = match(*question)
+    check(answer.models, 1_908_177)
+    depth = answer.models[0].num_hidden_layers
+    assert any(match(*question, "--model.num_hidden_layers", str(depth + more)).code for more in (-2, -1, 1, 2))
+    assert "they differ in more than heads: MLP 640 to 2048; another size" in answer.out
 
 
 # -- other mixers, configs ---------------------------------------------------------------------------------------------
