@@ -17,12 +17,12 @@ import pytest
 
 from tests.integration.test_user_journey import ENV, kill_all, losses
 
-STEPS = 100  # many enough that a signal sent at step 5 comes before the end
+STEPS = 100  # many enough that a signal sent at step 20 comes before the end
 
 
 @pytest.fixture
 def sweep_file(tiny_config: Path) -> Iterator[Path]:
-    """Two cells of 100 steps with a checkpoint every 5, from the smallest config there is."""
+    """Two cells of 100 steps with a checkpoint every 20, from the smallest config there is."""
     path = tiny_config.parent / "pair.toml"
     path.write_text(
         f"""
@@ -31,6 +31,8 @@ extends = "tiny.toml"
 num_householder = [1, 2]
 [training]
 steps = {STEPS}
+[checkpoint]
+interval = 20
 [validation]
 enable = false
 [generate]
@@ -66,7 +68,7 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str] | No
 
 
 def committed(sweep_file: Path, cell: str) -> bool:
-    return (folder(sweep_file) / cell / "checkpoint/step-00000005/manifest.json").exists()
+    return (folder(sweep_file) / cell / "checkpoint/step-00000020/manifest.json").exists()
 
 
 def check_finished(sweep_file: Path, *cells: str) -> None:
