@@ -189,7 +189,11 @@ def almost_a_group() -> np.ndarray:
             return table
 
 
-@pytest.mark.parametrize("table", [np.array(LOOP), *(almost_a_group() for _ in range(3))])
+TWICE = [[2 * LOOP[a // 2][b // 2] + (a ^ b) % 2 for b in range(10)] for a in range(10)]
+"""Z2 x LOOP, whose first generator associates with everything."""
+
+
+@pytest.mark.parametrize("table", [np.array(LOOP), np.array(TWICE), *(almost_a_group() for _ in range(3))])
 def test_the_elements_that_do_not_associate_are_named_rightly(table: np.ndarray) -> None:
     with pytest.raises(UserError) as caught:
         check_axioms(table, "the loop")

@@ -407,6 +407,9 @@ def test_sizes_that_share_a_budget_give_a_parabola(tmp_path: Path) -> None:
         for seed in (1, 2):
             settings = {"training.steps": 4000 // 2**i, "debug.seed": seed}
             write_run(tmp_path / f"{i}-{seed}", settings, loss + 0.001 * seed, facts=facts)
+        write_run(
+            tmp_path / f"{i}-0", {"training.steps": 4000 // 2**i, "optimizer.lr": 1.0}, 4.0 + i, facts=facts
+        )  # not the best
     (profile,) = results(tmp_path).isoflops
     assert profile.parabola.minimum == pytest.approx(2e5, rel=0.01)
     assert profile.budget == pytest.approx(6e5 * 4000 * 128)
