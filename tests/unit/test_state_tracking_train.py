@@ -205,7 +205,7 @@ def test_the_largest_model_keeps_the_mlp_that_was_given_and_a_size_may_be_asked_
 def test_only_settings_that_matter_to_no_model_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[list[str]] = []
     monkeypatch.setattr(train, "run", lambda args: warnings.append(train.plan(args)[1]) or 0)
-    dispatch([*TRAIN, "--models", "deltanet", "attention", "--model.num_heads", "2", *COST])
+    dispatch([*TRAIN, "--models", "attention", "deltanet", "--model.num_heads", "2", *COST])
     (found,) = warnings
     assert [warning for warning in found if "num_heads" in warning] == []
     assert len([warning for warning in found if "householder_cost" in warning]) == 1
