@@ -103,15 +103,21 @@ def test_a_mixture_reads_from_all_its_folders_in_proportion(shards: Path) -> Non
     assert "validation 25.0%" in said
 
 
-def validation(trained: Path, held_out: Path, rank: int = 0, world_size: int = 1, L: int = 1) -> ValidationLoader:
+def validation(
+    trained: Path, held_out: Path, rank: int = 0, world_size: int = 1, L: int = 1, most: int | None = None
+) -> ValidationLoader:
     data, place = config.Data(path=str(trained), document_boundaries="reset"), Place(T, L, L * world_size, rank, world_size)
-    return build_validation_loader(config.Validation(path=str(held_out)), data, place, 300, [TokenShards(trained)])
+    return build_validation_loader(config.Validation(path=str(held_out)), data, place, 300, [TokenShards(trained)], most)
 
 
+@pytest.mark.parametrize("most", [None, 5])
 @pytest.mark.parametrize(("world_size", "L"), [(1, 3), (4, 1)])
-def test_validation_predicts_every_held_out_token_once_on_any_ranks(shards: Path, world_size: int, L: int) -> None:
+def test_validation_predicts_the_held_out_tokens_once_on_any_ranks(
+    shards: Path, world_size: int, L: int, most: int | None
+) -> None:
     tokens, starts = row_of(TokenShards(shards / "validation"))
-    loaders = [validation(shards / "train", shards / "validation", rank, world_size, L) for rank in range(world_size)]
+    tokens = tokens if most is None else tokens[: most * T + 1]
+    loaders = [validation(shards / "train", shards / "validation", rank, world_size, L, most) for rank in range(world_size)]
     assert len({len(one) for one in loaders}) == 1
     labels = torch.cat([batch["labels"].flatten() for one in loaders for batch in one])  # type: ignore[union-attr]
     expected = np.bincount([t for i, t in enumerate(tokens) if i and i not in starts], minlength=258)

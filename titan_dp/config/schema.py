@@ -399,7 +399,8 @@ class Validation(Section):
     freq: Positive = 500
     """Steps between validations; one is always run at the end."""
     steps: PositiveOrAll = -1
-    """Batches of each validation; -1: every held-out token once."""
+    """Batches of training.global_batch_size sequences in each validation, the same on any number of ranks; -1: every held-out
+    token once."""
     local_batch_size: Positive | None = None
     """Sequences per rank and batch; default: training.local_batch_size."""
 

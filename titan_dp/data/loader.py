@@ -109,11 +109,14 @@ def read_rows(rows: list[tuple[TokenShards, int]], place: Place, reset: bool) ->
 
 
 class ValidationLoader:
-    """Every held-out token once, in order, split over ranks; all ranks have the same number of batches."""
+    """Every held-out token once, in order, split over ranks; all ranks have the same number of batches.
 
-    def __init__(self, sources: list[TokenShards], place: Place, reset: bool) -> None:
+    With `most`, only the first so many sequences: the same ones for any number of ranks.
+    """
+
+    def __init__(self, sources: list[TokenShards], place: Place, reset: bool, most: int | None = None) -> None:
         self.sources, self.place, self.reset = sources, place, reset
-        self.rows = [(source, start) for source in sources for start in range(0, len(source) - 1, place.seq_len)]
+        self.rows = [(source, start) for source in sources for start in range(0, len(source) - 1, place.seq_len)][:most]
         self.fingerprint = " ".join(source.fingerprint for source in sources)
         self.text_bytes, tokens, documents = (
             sum(source.manifest[key] for source in sources) for key in ("text_bytes", "tokens", "documents")
@@ -134,14 +137,22 @@ class ValidationLoader:
 
 
 def build_validation_loader(
-    validation: config.Validation, data: config.Data, place: Place, vocab_size: int, trained: list[TokenShards]
+    validation: config.Validation,
+    data: config.Data,
+    place: Place,
+    vocab_size: int,
+    trained: list[TokenShards],
+    most: int | None = None,
 ) -> ValidationLoader:
-    """The held-out loader. Raises UserError if it may hold what is in `trained`, the folders that training reads."""
+    """The held-out loader, of at most `most` sequences.
+
+    Raises UserError if it may hold what is in `trained`, the folders that training reads.
+    """
     sources = open_shards(validation.paths, "validation.path", data.tokenizer, vocab_size)
     for training in trained:
         for held_out in sources:
             _refuse_overlap(training, held_out)
-    return ValidationLoader(sources, place, data.document_boundaries == "reset")
+    return ValidationLoader(sources, place, data.document_boundaries == "reset", most)
 
 
 def _refuse_overlap(trained: TokenShards, held_out: TokenShards) -> None:

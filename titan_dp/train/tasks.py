@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -69,7 +68,7 @@ class TextTask(Task):
     held_out: ValidationLoader | None = None
 
     def __init__(self, c: config.Config, batch: BatchPlan, world: World, sample: Sample | None) -> None:
-        self.world, self.validation, self.sample = world, c.validation, sample
+        self.world, self.sample = world, sample
         readers, parts = data_world(c.parallelism, world), c.parallelism.context_parallel_degree
         segment = world.rank % parts, parts  # neighbouring ranks share a row
         self.verify = c.data.verify
@@ -80,12 +79,12 @@ class TextTask(Task):
         if c.validation.enable:
             own = c.validation.local_batch_size or own
             place = Place(batch.seq_len, own, own * readers.size, readers.rank, readers.size, *segment)
-            self.held_out = build_validation_loader(c.validation, c.data, place, c.model.vocab_size, self.loader.sources)
+            most = None if c.validation.steps == -1 else c.validation.steps * batch.global_batch_size
+            self.held_out = build_validation_loader(c.validation, c.data, place, c.model.vocab_size, self.loader.sources, most)
 
     def evaluate(self, model: Transformer, watched: Watched) -> Evaluation:
         assert self.held_out is not None
-        limit = None if self.validation.steps == -1 else self.validation.steps
-        return evaluate_loss(model, watched(itertools.islice(self.held_out, limit)), self.world.device)
+        return evaluate_loss(model, watched(self.held_out), self.world.device)
 
     def watch_data(self, run_folder: Path) -> None:
         shards = [*self.loader.sources, *(self.held_out.sources if self.held_out else [])]
