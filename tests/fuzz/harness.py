@@ -82,18 +82,15 @@ def fuzz(target: Target, folder: Path, cases: int, *, seeds: Iterator[int] | Non
                 suppress_health_check=list(HealthCheck),
             )
             before = counts.cases
-            test = given(strategy)(one)
+
+            @given(strategy)
+            def test(case: Any) -> None:
+                one(case)
+
             rounds(test if seeds is None else seed(next(seeds))(test))()
-            _forget(one)
             if seeds is None or counts.cases == before:  # the same again, or nothing left to try
                 break
     return counts
-
-
-def _forget(one: Any) -> None:
-    """hypothesis notes on a function that it has been decorated; the next round decorates it again."""
-    for name in [name for name in vars(one) if "hypothesis" in name]:
-        delattr(one, name)
 
 
 def _is_taken(check: Check, case: Any) -> bool:

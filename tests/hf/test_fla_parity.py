@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.hf.exported import UNTIED, VARIANTS, assert_same, greedy, load, tokens
+from tests.hf.exported import VARIANTS, assert_same, greedy, load, tokens
 from tests.pretrained import Make, random_model
 
 pytestmark = [
@@ -29,32 +29,24 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 ONE = {"num_hidden_layers": 1}  # unless it is a hybrid: the interpreter is slow
 GATED, UNGATED = {**ONE, "num_householder": 1, "use_forget_gate": True}, {**ONE, "num_householder": 1}
-HYBRID = {"num_hidden_layers": 2, "use_short_conv": False}
+OUTPUT_GATE = {"use_output_gate": True, "expand_v": 2.0, "allow_neg_eigval": False, "norm_eps": 1e-2}
+HYBRID = {"num_hidden_layers": 2, "use_short_conv": False, "tie_word_embeddings": False}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{
-        name: ("gated_deltaproduct", changes if "attention_layers" in changes else ONE | changes)
-        for name, changes in VARIANTS.items()
-        if changes.get("mixer") != "gla"
-    },
-    "gated_deltanet": ("gated_deltanet", GATED),
-    "gated_deltanet, output gate": ("gated_deltanet", {**GATED, **UNTIED, "allow_neg_eigval": False, "norm_eps": 1e-2}),
+    name: ("gated_deltaproduct", changes if "attention_layers" in changes else ONE | changes)
+    for name, changes in VARIANTS.items()
+    if changes.get("mixer") != "gla"
+}
+MODELS |= {
+    "gated_deltanet": ("gated_deltanet", GATED | OUTPUT_GATE),
     "gated_deltanet, hybrid": ("gated_deltanet", {**GATED, **HYBRID, "attention_layers": [1]}),
-    "delta_net": ("delta_net", UNGATED),
-    "delta_net, output gate": (
-        "delta_net",
-        {**UNGATED, "use_output_gate": True, "num_heads": 3, "expand_v": 2.0, "allow_neg_eigval": False, "norm_eps": 1e-2},
-    ),
-    "delta_net, hybrid": (
-        "delta_net",
-        {**UNGATED, **HYBRID, "attention_layers": [0], "tie_word_embeddings": False},
-    ),
+    "delta_net": ("delta_net", {**UNGATED, **OUTPUT_GATE, "num_heads": 3}),
+    "delta_net, hybrid": ("delta_net", {**UNGATED, **HYBRID, "attention_layers": [0]}),
 }
 IN_CHUNKS = [
-    "DeltaProduct_2",
     "Gated DeltaProduct_3, output gate, expand_v 2, untied",
     "hybrid, windowed, grouped",
-    "gated_deltanet, output gate",
-    "delta_net, output gate",
+    "gated_deltanet",
+    "delta_net",
 ]
 
 

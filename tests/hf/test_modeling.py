@@ -52,25 +52,35 @@ def loaded(folder_of: Callable[[str], Path]) -> dict[str, Any]:
 
 
 @pytest.fixture(params=HARD)
-def pair(request: pytest.FixtureRequest, loaded: dict[str, Any]) -> tuple[Transformer, Any]:
-    """The model in memory, and in transformers."""
-    return random_model(**VARIANTS[request.param])[1], loaded[request.param]
+def hard(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-@pytest.fixture(params=HARD)
-def fresh(request: pytest.FixtureRequest, loaded: dict[str, Any]) -> tuple[Transformer, Any]:
-    """The same, to be changed."""
-    return random_model(**VARIANTS[request.param])[1], load(Path(loaded[request.param].name_or_path))
+@pytest.fixture
+def ours(hard: str) -> Transformer:
+    """The model in memory; in transformers it is `theirs`, or `fresh` if it is to be changed."""
+    return random_model(**VARIANTS[hard])[1]
+
+
+@pytest.fixture
+def theirs(hard: str, loaded: dict[str, Any]) -> Any:
+    return loaded[hard]
+
+
+@pytest.fixture
+def fresh(hard: str, folder_of: Callable[[str], Path]) -> Any:
+    return load(folder_of(hard))
+
+
+@pytest.fixture
+def one(loaded: dict[str, Any]) -> Any:
+    """One of them, for what does not depend on the layers."""
+    return loaded[HARD[0]]
 
 
 @pytest.fixture
 def folder(folder_of: Callable[[str], Path]) -> Path:
     return folder_of(HARD[0])
-
-
-@pytest.fixture
-def theirs(loaded: dict[str, Any]) -> Any:
-    return loaded[HARD[0]]
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +116,8 @@ def test_bfloat16_stays_near_float32_and_keeps_its_float32_islands(
     assert float(actual) == pytest.approx(float(expected), rel=0.05)
 
 
-def test_the_loss_and_its_gradients_are_ours(fresh: tuple[Transformer, Any]) -> None:
+def test_the_loss_and_its_gradients_are_ours(ours: Transformer, fresh: Any) -> None:
     """The mean over labels that are not ignored; or over the whole batch's, if transformers' Trainer gives their number."""
-    ours, theirs = fresh
     ids = tokens(2, 40)
     labels = ids.clone()
     labels[0, 5:9] = -100
@@ -116,14 +125,14 @@ def test_the_loss_and_its_gradients_are_ours(fresh: tuple[Transformer, Any]) -> 
     ours.requires_grad_(True)
     expected = ours(ids, wanted).loss / (wanted != -100).sum()
     expected.backward()
-    loss = theirs(ids, labels=labels).loss
+    loss = fresh(ids, labels=labels).loss
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    found = {name: p.grad for name, p in theirs.named_parameters()}
+    found = {name: p.grad for name, p in fresh.named_parameters()}
     for name, parameter in ours.named_parameters():
         name = name if name.startswith("lm_head") else "model." + name.replace(".forget_gate", "")
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
-    part = theirs(ids, labels=labels, num_items_in_batch=4 * int((wanted != -100).sum())).loss
+    part = fresh(ids, labels=labels, num_items_in_batch=4 * int((wanted != -100).sum())).loss
     torch.testing.assert_close(part, expected / 4)
 
 
@@ -165,9 +174,9 @@ def test_a_folder_needs_torch_and_transformers_alone(folder: Path, tmp_path: Pat
     assert torch.equal(written[:, ids.shape[1] :], greedy(ours, ids, 8))
 
 
-def test_a_model_saved_by_transformers_loads_again_bit_for_bit(theirs: Any, tmp_path: Path) -> None:
-    theirs.save_pretrained(tmp_path / "saved")
-    assert torch.equal(load(tmp_path / "saved")(ROW).logits, theirs(ROW).logits)
+def test_a_model_saved_by_transformers_loads_again_bit_for_bit(one: Any, tmp_path: Path) -> None:
+    one.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved")(ROW).logits, one(ROW).logits)
 
 
 def test_transformers_reads_every_setting_from_config_json(folder_of: Callable[[str], Path]) -> None:
@@ -189,8 +198,7 @@ def test_sampling_ends_at_the_tokenizers_end_of_text(folder: Path) -> None:
     assert written.shape[1] < 3000
 
 
-def test_generation_in_beams_is_that_without_a_cache(pair: tuple[Transformer, Any]) -> None:
-    _, theirs = pair
+def test_generation_in_beams_is_that_without_a_cache(ours: Transformer, theirs: Any) -> None:
     prompt = tokens(2, 10)
     how: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False, "num_beams": 3}
     assert torch.equal(theirs.generate(prompt, **how), theirs.generate(prompt, use_cache=False, **how))
@@ -215,9 +223,8 @@ def alone(ours: Transformer, row: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("how", PACKED)
-def test_documents_packed_into_a_row_see_nothing_of_each_other(how: str, pair: tuple[Transformer, Any]) -> None:
+def test_documents_packed_into_a_row_see_nothing_of_each_other(how: str, ours: Transformer, theirs: Any) -> None:
     """The first token of a document is predicted from nothing: its label does not count in the loss, as in training."""
-    ours, theirs = pair
     row = tokens(1, sum(LENGTHS))
     out, expected = theirs(row, labels=row, **PACKED[how]), alone(ours, row)
     assert_same(out.logits, expected)
@@ -226,8 +233,7 @@ def test_documents_packed_into_a_row_see_nothing_of_each_other(how: str, pair: t
     torch.testing.assert_close(out.loss, sum(losses) / (sum(LENGTHS) - len(LENGTHS)))
 
 
-def test_packed_rows_of_a_batch_may_be_padded_anywhere(pair: tuple[Transformer, Any]) -> None:
-    ours, theirs = pair
+def test_packed_rows_of_a_batch_may_be_padded_anywhere(ours: Transformer, theirs: Any) -> None:
     mask = torch.zeros(2, sum(LENGTHS) + 12, dtype=torch.long)
     mask[0, :-12], mask[1, 5:-7] = NUMBERS, NUMBERS
     ids = tokens(*mask.shape)
@@ -238,8 +244,7 @@ def test_packed_rows_of_a_batch_may_be_padded_anywhere(pair: tuple[Transformer, 
 
 
 @pytest.mark.parametrize("how", ["position_ids", "numbers in attention_mask"])
-def test_a_packed_row_read_in_parts_with_a_cache_is_the_row_read_at_once(how: str, pair: tuple[Transformer, Any]) -> None:
-    ours, theirs = pair
+def test_a_packed_row_read_in_parts_with_a_cache_is_the_row_read_at_once(how: str, ours: Transformer, theirs: Any) -> None:
     row, cache, logits, start = tokens(1, sum(LENGTHS)), DynamicCache(), [], 0
     for size in (30, 40, 1, 1, 11, 30):  # a part ends where a document does, and one begins inside the next
         end = start + size
@@ -264,9 +269,8 @@ def padded(ids: Tensor, padding: list[tuple[int, int]]) -> tuple[Tensor, Tensor,
 
 
 @pytest.mark.parametrize(("side", "counted"), [("left", ""), ("right", "tokens"), ("both", "columns")])
-def test_a_cache_goes_on_after_padding_as_without_it(side: str, counted: str, pair: tuple[Transformer, Any]) -> None:
+def test_a_cache_goes_on_after_padding_as_without_it(side: str, counted: str, ours: Transformer, theirs: Any) -> None:
     """Positions may be left out, or count the padding, or not."""
-    ours, theirs = pair
     ids, mask, rows = padded(tokens(2, 24), PADDED[side])
     cache, more, end = DynamicCache(), tokens(2, 30)[:, 15:], 24
     mask = torch.cat([mask, torch.ones_like(more)], 1)
@@ -281,8 +285,7 @@ def test_a_cache_goes_on_after_padding_as_without_it(side: str, counted: str, pa
             assert_same(logits[i], ours(row)[0, -part.shape[1] :])
 
 
-def test_a_padded_prompt_is_continued_as_without_padding(pair: tuple[Transformer, Any]) -> None:
-    ours, theirs = pair
+def test_a_padded_prompt_is_continued_as_without_padding(ours: Transformer, theirs: Any) -> None:
     ids, mask, rows = padded(tokens(2, 24), PADDED["both"])
     written = theirs.generate(ids, attention_mask=mask, max_new_tokens=14, do_sample=False)
     for i, row in enumerate(rows):
@@ -312,31 +315,30 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "match"), REFUSED, ids=[match for _, match in REFUSED])
-def test_an_argument_that_would_have_to_be_ignored_is_refused(arguments: dict[str, Any], match: str, theirs: Any) -> None:
+def test_an_argument_that_would_have_to_be_ignored_is_refused(arguments: dict[str, Any], match: str, one: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=f"^[^\n]*{match}[^\n]*$"):
-        theirs(ROW, **arguments)
+        one(ROW, **arguments)
 
 
-def test_arguments_that_change_nothing_are_taken(theirs: Any) -> None:
+def test_arguments_that_change_nothing_are_taken(one: Any) -> None:
     nothing = {"token_type_ids": torch.zeros_like(ROW), "output_attentions": False, "head_mask": None, "is_causal": True}
     positions = {"position_ids": torch.arange(8)[None], "cache_position": torch.arange(8), "attention_mask": torch.ones(2, 8)}
-    assert torch.equal(theirs(ROW, **nothing, **positions).logits, theirs(ROW).logits)
+    assert torch.equal(one(ROW, **nothing, **positions).logits, one(ROW).logits)
 
 
-def test_a_past_that_a_mask_would_hide_afterwards_is_refused(theirs: Any) -> None:
+def test_a_past_that_a_mask_would_hide_afterwards_is_refused(one: Any) -> None:
     cache, mask = DynamicCache(), torch.ones(2, 9)
-    theirs(ROW, past_key_values=cache)
+    one(ROW, past_key_values=cache)
     mask[1, 3] = 0
     with pytest.raises(ValueError, match="attention_mask differs from what it was"):
-        theirs(ROW[:, :1], attention_mask=mask, past_key_values=cache)
+        one(ROW[:, :1], attention_mask=mask, past_key_values=cache)
 
 
 # -- caches ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("made_from", ["nothing", "the configuration"])
-def test_generation_fills_a_callers_cache_and_goes_on_from_it(made_from: str, pair: tuple[Transformer, Any]) -> None:
-    ours, theirs = pair
+def test_generation_fills_a_callers_cache_and_goes_on_from_it(made_from: str, ours: Transformer, theirs: Any) -> None:
     prompt, cache = tokens(2, 20), DynamicCache(config=theirs.config) if "config" in made_from else DynamicCache()
     written = theirs.generate(prompt, past_key_values=cache, max_new_tokens=6, do_sample=False)
     assert torch.equal(written[:, 20:], greedy(ours, prompt, 6))
@@ -346,15 +348,13 @@ def test_generation_fills_a_callers_cache_and_goes_on_from_it(made_from: str, pa
 
 
 @pytest.mark.parametrize("kind", ["static", "offloaded"])
-def test_generation_with_any_kind_of_cache_of_the_library_writes_the_same(kind: str, pair: tuple[Transformer, Any]) -> None:
-    ours, theirs = pair
+def test_generation_with_any_kind_of_cache_of_the_library_writes_the_same(kind: str, ours: Transformer, theirs: Any) -> None:
     prompt = tokens(2, 20)
     written = theirs.generate(prompt, cache_implementation=kind, max_new_tokens=6, do_sample=False)
     assert torch.equal(written[:, 20:], greedy(ours, prompt, 6))
 
 
-def test_a_cache_copied_and_repeated_goes_on_in_every_row(pair: tuple[Transformer, Any]) -> None:
-    ours, theirs = pair
+def test_a_cache_copied_and_repeated_goes_on_in_every_row(ours: Transformer, theirs: Any) -> None:
     prompt, ends, cache = tokens(2, 20), tokens(6, 4), DynamicCache()
     theirs(prompt, past_key_values=cache)
     branch = copy.deepcopy(cache)
@@ -367,42 +367,41 @@ def test_a_cache_copied_and_repeated_goes_on_in_every_row(pair: tuple[Transforme
     assert_same(theirs(prompt, past_key_values=branch).logits, ours(prompt))
 
 
-def test_a_cache_only_read_stays_as_it_was(theirs: Any) -> None:
+def test_a_cache_only_read_stays_as_it_was(one: Any) -> None:
     cache = DynamicCache()
-    theirs(ROW, past_key_values=cache)
-    once = theirs(ROW, past_key_values=cache, use_cache=False)
+    one(ROW, past_key_values=cache)
+    once = one(ROW, past_key_values=cache, use_cache=False)
     assert once.past_key_values is None
     assert cache.get_seq_length() == 8
-    assert torch.equal(theirs(ROW, past_key_values=cache, use_cache=False).logits, once.logits)
+    assert torch.equal(one(ROW, past_key_values=cache, use_cache=False).logits, once.logits)
 
 
-def test_a_cache_that_the_model_cannot_use_is_refused(theirs: Any) -> None:
+def test_a_cache_that_the_model_cannot_use_is_refused(one: Any) -> None:
     foreign = DynamicCache()
     foreign.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
     with pytest.raises(ValueError, match="filled by another model"):
-        theirs(ROW, past_key_values=foreign)
+        one(ROW, past_key_values=foreign)
     with pytest.raises(ValueError, match="past_key_values is a StaticCache; .* pass DynamicCache"):
-        theirs(ROW, past_key_values=StaticCache(config=theirs.config, max_cache_len=16))
+        one(ROW, past_key_values=StaticCache(config=one.config, max_cache_len=16))
     cache = DynamicCache()
-    theirs(ROW, past_key_values=cache)
+    one(ROW, past_key_values=cache)
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(3)
     with pytest.raises(ValueError, match="cannot go on from past_key_values"):
-        theirs(ROW, past_key_values=cache, seq_idx=torch.zeros_like(ROW))
+        one(ROW, past_key_values=cache, seq_idx=torch.zeros_like(ROW))
     with pytest.raises(ValueError, match="past_key_values holds 2 rows, and the batch has 1"):
-        theirs(ROW[:1], past_key_values=cache)
+        one(ROW[:1], past_key_values=cache)
 
 
-def test_drafted_tokens_are_refused(theirs: Any) -> None:
+def test_drafted_tokens_are_refused(one: Any) -> None:
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        theirs.generate(ROW[:1], prompt_lookup_num_tokens=3, max_new_tokens=4)
+        one.generate(ROW[:1], prompt_lookup_num_tokens=3, max_new_tokens=4)
 
 
 # -- outputs -----------------------------------------------------------------------------------------------------------
 
 
-def test_hidden_states_are_the_inputs_of_the_layers_and_the_last_is_after_the_norm(pair: tuple[Transformer, Any]) -> None:
-    ours, theirs = pair
+def test_hidden_states_are_the_inputs_of_the_layers_and_the_last_is_after_the_norm(ours: Transformer, theirs: Any) -> None:
     ids, mask, _ = padded(tokens(2, 24), PADDED["left"])
     seen: list[Tensor] = []
     for block in ours.layers:
@@ -444,18 +443,17 @@ def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_trains_with_the_same_gradients(reentrant: bool, fresh: tuple[Transformer, Any]) -> None:
-    _, theirs = fresh
+def test_gradient_checkpointing_trains_with_the_same_gradients(reentrant: bool, fresh: Any) -> None:
     ids = tokens(2, 70)
-    expected = gradients(theirs.train(), ids)
-    theirs.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    expected = gradients(fresh.train(), ids)
+    fresh.gradient_checkpointing_enable({"use_reentrant": reentrant})
     calls: list[object] = []
-    theirs.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    torch.testing.assert_close(gradients(theirs, ids), expected)
+    fresh.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(gradients(fresh, ids), expected)
     assert len(calls) == 2  # computed again in the backward pass
     with pytest.raises(ValueError, match="gradient checkpointing cannot go on from past_key_values"):
-        cache = theirs.eval()(ids).past_key_values
-        theirs.train()(ids, past_key_values=cache)
+        cache = fresh.eval()(ids).past_key_values
+        fresh.train()(ids, past_key_values=cache)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2", "no_such_thing"])
@@ -482,14 +480,13 @@ def test_weights_on_disk_give_our_logits_every_time(folder: Path, tmp_path: Path
     assert torch.equal(written[:, 30:], greedy(ours, ids, 4))
 
 
-def test_an_adapter_on_every_linear_layer_trains_and_is_merged(fresh: tuple[Transformer, Any]) -> None:
+def test_an_adapter_on_every_linear_layer_trains_and_is_merged(ours: Transformer, fresh: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
-    ours, theirs = fresh
     ids = tokens(2, 40)
-    linear = {name for name, module in theirs.named_modules() if type(module) is torch.nn.Linear}
-    adapted = get_peft_model(theirs, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    reached = {name.removesuffix(".lora_A") for name, _ in theirs.named_modules() if name.endswith(".lora_A")}
+    linear = {name for name, module in fresh.named_modules() if type(module) is torch.nn.Linear}
+    adapted = get_peft_model(fresh, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    reached = {name.removesuffix(".lora_A") for name, _ in fresh.named_modules() if name.endswith(".lora_A")}
     assert reached == linear - {"lm_head"}
     assert_same(adapted(input_ids=ids).logits, ours(ids))  # a new adapter adds nothing
 

@@ -73,8 +73,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 NAMES: dict[str, Callable[[], Any]] = {
     "a tokenizer of the Hub": lambda: load_tokenizer("nobody/has-this"),
     "a tiktoken encoding": lambda: load_tokenizer("gpt2"),
-    "a dataset": lambda: load_hugging_face("nobody/has-this", "", "train", "text", False),
-    "a dataset as a stream": lambda: load_hugging_face("nobody/has-this", "", "train", "text", True),
+    "a dataset": lambda: load_hugging_face("nobody/has-this", "", "train", "text", True),
 }
 
 
