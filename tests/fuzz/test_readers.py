@@ -9,7 +9,7 @@ import pytest
 from tests.fuzz.harness import fuzz
 from tests.fuzz.targets import TARGETS
 
-CASES = 1500
+CASES = 1000
 
 
 @pytest.mark.parametrize("name", TARGETS)
