@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_user_journey import losses
+from tests.processes import run_script_in_ranks
 from tests.slurm.cluster import Cluster, missing_programs, wait_for
 
 pytestmark = pytest.mark.skipif(
@@ -85,9 +86,8 @@ def test_a_run_on_two_nodes_survives_preemption_and_the_time_limit(
     for node in (0, 1):
         assert list((project / f"outputs/slurm/{job}/start-2/node-{node}").glob("**/0/stdout.log")), node
 
-    undisturbed = ["--job.run_name", "undisturbed", *settings]
-    local = [sys.executable, "-m", "titan_dp", "train", "--nproc", "2", "--config", str(tiny_config), *undisturbed]
-    subprocess.run(local, env=os.environ | ENV, check=True, capture_output=True, timeout=600)
+    command = ("titan_dp.train", "--config", tiny_config, "--job.run_name", "undisturbed", *settings)
+    assert run_script_in_ranks(2, *command, log=tmp_path / "undisturbed.log") == [0, 0]
     assert losses(run) == losses(tmp_path / "outputs/undisturbed")
 
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from titan_dp import config
 from titan_dp.checkpoint.folder import delete_checkpoint, set_aside
 from titan_dp.checkpoint.manifest import (
-    MANIFEST,
     DamagedError,
     committed_steps,
     read_manifest,
@@ -63,12 +62,8 @@ def _step_to_load(load_step: int, folder: Path, steps: list[int], group: dist.Pr
             return False
         return began == load_step and manifest["healthy"]
 
-    def look() -> tuple[bool, list[int]]:
-        own = [step for step, path in newer.items() if resumed_from_it(path)]
-        return (step_folder(folder, load_step) / MANIFEST).exists(), own
-
-    exists, own = on_main(look, group)
-    if exists or own:
+    own = on_main(lambda: [step for step, path in newer.items() if resumed_from_it(path)], group)
+    if load_step in steps or own:
         for step in sorted(newer.keys() - set(own)):
             aside = on_main(partial(set_aside, newer[step], "abandoned"), group)
             said = f"checkpoint {newer[step]} is set aside as {aside.name}: the run goes on from an earlier step"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,6 @@ from titan_dp.errors import RunError, UserError, say_once
 from titan_dp.faults.agreement import gather, on_main
 from titan_dp.files import shorten
 
-T = TypeVar("T")
 SAVE_TIMEOUT = timedelta(hours=1)  # a slow file system is not a hang
 
 
@@ -88,7 +87,7 @@ class Checkpointer:
         """
         self.wait()
         folder = step_folder(self.folder, step)
-        self._on_main(lambda: make_empty(folder))
+        on_main(lambda: make_empty(folder), self.group)
         state = {**model_tensors(model), **optimizer_tensors(model, optimizers)[0]}
         wrong = not_finite_anywhere(state)
         tensors = {**state, **rng_tensors()}
@@ -167,10 +166,7 @@ class Checkpointer:
             except OSError as error:  # the new one is committed; an old one too many is no reason to stop
                 print(f"WARNING: old checkpoints could not be deleted ({error})", file=sys.stderr, flush=True)
 
-        self._on_main(commit)
-
-    def _on_main(self, action: Callable[[], T]) -> T:
-        return on_main(action, self.group)
+        on_main(commit, self.group)
 
     def _explain(self, error: BaseException, folder: Path) -> BaseException:
         """A failed save as one sentence, the half-written folder removed."""
@@ -221,7 +217,7 @@ class Checkpointer:
             state: Any = {**rest, **without_prefix(moments, "optimizer.")}
             set_optimizer_state_dict(model, optimizers, optim_state_dict=state, options=OPTIONS)
         restore_rng(rng, current["seed"], manifest["step"])
-        if aside := self._on_main(lambda: [path.name for path in set_aside_folders(self.folder)]):
+        if aside := on_main(lambda: [path.name for path in set_aside_folders(self.folder)], self.group):
             kept = f"{len(aside)} checkpoint(s) were set aside and are kept: {shorten(', '.join(aside))}"
             say_once(f"{kept}; `titan-dp checkpoint list {self.folder}` says how to delete them")
         return manifest
