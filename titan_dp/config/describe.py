@@ -55,7 +55,7 @@ class Key:
     def accepts(self, value: object) -> bool:
         """Whether the field's type takes `value`, apart from the rules of its section."""
         try:
-            self._type.validate_python(value)
+            Section.fits_toml(self._type.validate_python(value))
         except ValueError:
             return False
         return True

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
@@ -159,15 +159,10 @@ def config_from_toml(text: str, name: str = "configuration", newer: bool = False
     With `newer`, what this version does not know outside [model] is passed over: another version may have written it.
     """
     settings = list(read_text(text, name))
-    if newer:
-        settings = [s for s in settings if s.key.startswith("model.") or _is_known(s)]
+    if newer:  # what allow_changed names is of the version that wrote it
+        other = {key for key, _ in _wrong(settings, all_keys(), explain_unknown)} | {"checkpoint.allow_changed"}
+        settings = [s for s in settings if s.key.startswith("model.") or s.key not in other]
     return build_config(settings)[0]
-
-
-def _is_known(setting: Setting) -> bool:
-    """Whether this version has the key and the value; what allow_changed names is of the version that wrote it."""
-    key = all_keys().get(setting.key)
-    return key is not None and key.accepts(setting.value) and setting.key != "checkpoint.allow_changed"
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -341,25 +336,17 @@ def build_config(settings: list[Setting], problems: Iterable[str] = ()) -> tuple
         merged[setting.key] = setting
     known = {key: setting for key, setting in merged.items() if key in all_keys()}
     values = _nested(known)
+    wrong = _wrong(settings, all_keys(), explain_unknown)
+    lines = [*problems, *(line for _, line in wrong)]
+    unsound = {key.partition(".")[0] for key, _ in wrong}  # rules over a section with a mistake would only repeat it
     try:
         config, errors = Config.model_validate(values), []
     except ValidationError as error:
         config, errors = None, error.errors()
-    lines, wrong = list(problems), {_key_of(error["loc"]) for error in errors}
-    for setting in settings:  # in their order, unknown keys and wrong values alike
-        if setting.key not in all_keys():
-            lines.append(f"{setting.origin}: unknown key {shorten(setting.key)}; {explain_unknown(setting.key)}")
-            continue
-        key = all_keys()[setting.key]
-        # One that a later source overrides was not validated with the others.
-        if setting.key in wrong if setting is known.get(setting.key) else not key.accepts(setting.value):
-            lines.append(_refusal(setting, key))
     allowed = known.get("checkpoint.allow_changed")
-    if allowed is not None and allowed.key not in wrong:
+    if allowed is not None and "checkpoint" not in unsound:
         for name in (name for name in allowed.value if name not in all_keys()):  # type: ignore[attr-defined]  # a list
             lines.append(f"{allowed.origin}: {allowed.key}: unknown key {shorten(name)}; {explain_unknown(name)}")
-    # Rules over a section with a mistake would only repeat it.
-    unsound = {key.partition(".")[0] for key in (merged.keys() - known.keys()) | wrong}
     lines += _broken_rules(errors, known, unsound)
     lines += _broken_rules_across(values, unsound | {str(error["loc"][0]) for error in errors if error["loc"]})
     if config is None or lines:
@@ -370,22 +357,27 @@ def build_config(settings: list[Setting], problems: Iterable[str] = ()) -> tuple
 def build_section(kind: type[AnySection], name: str, settings: list[Setting]) -> AnySection:
     """A section that Config does not have, such as [sweep] of a sweep file. Raises UserError with all that is wrong in it."""
     keys = {key.dotted: key for key in walk(kind, name)}
-    lines = []
+
+    def hint(unknown: str) -> str:
+        near = get_close_matches(unknown, list(keys), n=1)
+        return f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+
+    if wrong := _wrong(settings, keys, hint):
+        raise _refused(line for _, line in wrong)
+    return kind.model_validate(_nested({setting.key: setting for setting in settings}).get(name, {}))
+
+
+def _wrong(settings: list[Setting], keys: dict[str, Key], hint: Callable[[str], str]) -> list[tuple[str, str]]:
+    """Each key that does not exist or has a wrong value, in their order, also where a later source overrides it; and a line."""
+    found = []
     for setting in settings:
         if (key := keys.get(setting.key)) is None:
-            near = get_close_matches(setting.key, list(keys), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
-            lines.append(f"{setting.origin}: unknown key {shorten(setting.key)}; {hint}")
+            found.append((setting.key, f"{setting.origin}: unknown key {shorten(setting.key)}; {hint(setting.key)}"))
         elif not key.accepts(setting.value):
-            lines.append(_refusal(setting, key))
-    if lines:
-        raise _refused(lines)
-    by_key = {setting.key: setting for setting in settings}
-    try:
-        return kind.model_validate(_nested(by_key).get(name, {}))
-    except ValidationError as error:  # what a type alone does not tell: an integer that TOML cannot hold
-        wrong = {f"{name}.{mistake['loc'][0]}" for mistake in error.errors() if mistake["loc"]}
-        raise _refused([_refusal(setting, keys[key]) for key, setting in by_key.items() if key in wrong]) from error
+            absent = setting.value is _MISSING
+            given = f"--{setting.key} needs a value;" if absent else f"{setting.key} = {_show(setting.value)}:"
+            found.append((setting.key, f"{setting.origin}: {given} expected {key.expected}"))
+    return found
 
 
 def _nested(settings: dict[str, Setting]) -> dict[str, Any]:
@@ -400,23 +392,10 @@ def _nested(settings: dict[str, Setting]) -> dict[str, Any]:
     return values
 
 
-def _key_of(location: tuple[int | str, ...]) -> str:
-    """The key of pydantic's location, which goes on into lists and alternatives; empty for a section or the whole."""
-    paths = (".".join(map(str, location[:parts])) for parts in range(2, len(location) + 1))
-    return next((path for path in paths if path in all_keys()), "")
-
-
-def _refusal(setting: Setting, key: Key) -> str:
-    expected = f"expected {key.expected}"
-    if setting.value is _MISSING:
-        return f"{setting.origin}: --{setting.key} needs a value; {expected}"
-    return f"{setting.origin}: {setting.key} = {_show(setting.value)}: {expected}"
-
-
 def _broken_rules(errors: list[Any], known: dict[str, Setting], unsound: set[str]) -> Iterator[str]:
     """What sections' own rules say, with the origins of the keys they mention: '... (hidden_size from 800m.toml:7)'."""
     for error in errors:
-        if not error["loc"] or _key_of(error["loc"]) or error["loc"][0] in unsound:
+        if not error["loc"] or error["loc"][0] in unsound:
             continue
         section = ".".join(map(str, error["loc"]))
         for text in error["msg"].removeprefix("Value error, ").split("\n"):

@@ -86,8 +86,8 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _fits_toml(cls, value: Any) -> Any:
-        """A run writes its settings down, and TOML's integers have 64 bits."""
+    def fits_toml(cls, value: Any) -> Any:
+        """A run writes its settings down, and TOML's integers have 64 bits. Raises ValueError for one with more."""
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, int) and not -(2**63) <= number < 2**63 for number in numbers):
             raise ValueError("does not fit into 64 bits")
