@@ -219,9 +219,12 @@ def test_a_checkpoint_is_found_from_inside_its_folder(tmp_path: Path, monkeypatc
 
 def test_a_path_that_holds_no_checkpoint_is_said_to_be_so(tmp_path: Path, shards: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/config.json").write_text("{}")
     for path, message in (
         (tmp_path / "typo", "typo does not exist; give a run folder"),
         (tmp_path / "empty", "holds no committed checkpoint; give a run folder"),
+        (tmp_path / "hub", "hub is a Hugging Face folder; make a checkpoint of it first: titan-dp import .*hub OUT"),
         (shards / "train", "train is a folder of token shards; give a run folder or a checkpoint"),
     ):
         for read in (

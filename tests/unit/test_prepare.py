@@ -166,6 +166,21 @@ def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(tmp_path: Path) -> 
     prepare("--out", tmp_path / "cut", "--verify")
 
 
+def test_a_column_that_is_not_there_leaves_nothing_in_the_way_of_the_right_one(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"body": "some text"}\n' * 3)
+    arguments = [tmp_path / "x.jsonl", "--out", tmp_path / "out", "--workers", "1", "--validation-fraction", "0"]
+    with pytest.raises(UserError, match="has no text under 'text'"):
+        prepare(*arguments)
+    prepare(*arguments, "--column", "body")
+    assert len(documents(tmp_path / "out" / "train")) == 3
+
+
+def test_documents_too_few_to_hold_any_out_are_said_to_be_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "x.txt").write_text("a text")
+    prepare(tmp_path / "x.txt", "--out", tmp_path / "out", "--workers", "1")
+    assert "WARNING: none of 1 documents was held out at --validation-fraction 0.01" in capsys.readouterr().out
+
+
 def test_a_finished_folder_is_verified_and_left_alone_until_overwrite(
     tmp_path: Path, jsonl: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -174,7 +189,7 @@ def test_a_finished_folder_is_verified_and_left_alone_until_overwrite(
     before = contents(tmp_path / "out")
     prepare(*arguments)
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(UserError, match="was prepared with another validation_fraction"):
+    with pytest.raises(UserError, match=r"was prepared with other arguments \(validation_fraction\)"):
         prepare(*arguments, "--validation-fraction", "0.5")
     assert contents(tmp_path / "out") == before
     prepare("--out", tmp_path / "out", "--verify")

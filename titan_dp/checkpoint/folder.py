@@ -103,6 +103,8 @@ def checkpoint_folder(path: Path) -> Path:
         return several[0].parent
     if several:
         raise UserError(f"{path} holds several folders of checkpoints or checkpoints; name one: {', '.join(map(str, several))}")
+    if (path / "config.json").exists():
+        raise UserError(f"{path} is a Hugging Face folder; make a checkpoint of it first: titan-dp import {path} OUT")
     raise UserError(f"{path} holds no committed checkpoint; give a run folder, its checkpoint folder, or one step-... of it")
 
 

@@ -134,9 +134,12 @@ def _go_on(out: Path, plan: dict[str, Any]) -> _Progress:
         if any(out.iterdir()):
             raise UserError(f"--out {out} is not empty and holds no earlier prepare; choose another folder")
         return _Progress.nothing(plan)
-    if differing := [key for key in plan if saved.plan.get(key) != plan[key]]:
+    differing = [key for key in plan if saved.plan.get(key) != plan[key]]
+    if differing and not saved.finished and not any(out.glob("*/*")):
+        return _Progress.nothing(plan)  # the earlier one has written nothing
+    if differing:
         raise UserError(
-            f"--out {out} was prepared with another {', '.join(differing)}; repeat those arguments, choose another folder, or "
+            f"--out {out} was prepared with other arguments ({', '.join(differing)}); repeat those, choose another folder, or "
             "--overwrite"
         )
     return saved
@@ -237,6 +240,11 @@ def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, pr
         else:
             with suppress(OSError):  # somebody else's files are in it
                 writer.folder.rmdir()
+    if plan["validation_fraction"] and not writers["validation"].shards:
+        print(
+            f"WARNING: none of {index:,} documents was held out at --validation-fraction {plan['validation_fraction']:g}; give "
+            "a larger one with --overwrite, or train with --validation.enable=false"
+        )
     progress.done, progress.finished = dict.fromkeys(SPLITS, index), True
     progress.save(args.out)
 
