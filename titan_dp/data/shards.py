@@ -10,6 +10,7 @@ A folder may come from anywhere: reading it runs no code, opens no file outside 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -242,7 +243,7 @@ def listed_shards(folder: Path) -> list[Shard] | None:
 
 
 def _where_else(folder: Path) -> str:
-    """What to do about a folder that holds no shards. `prepare` itself refuses to write into one that holds something else."""
+    """What to do about a folder that holds no shards. No advice writes into a folder that holds something else."""
     near = [folder / split for split in SPLITS] + [folder.parent] * folder.is_file()
     if held := [repr(str(path)) for path in near if (path / MANIFEST).exists()]:
         return f"; there are some in {' and in '.join(held)}: name that folder"
@@ -250,9 +251,23 @@ def _where_else(folder: Path) -> str:
         if (out / PROGRESS).exists():
             return f"; `titan-dp prepare` into {str(out)!r} was cut off or held nothing out: give its command again, or {AGAIN}"
     # A folder for prepare to write into so that `folder`, or one beside it, comes to hold the shards.
-    out, name = (folder.parent, folder.name) if folder.name in SPLITS else (folder, SPLITS[0])
+    out = folder.parent if folder.name in SPLITS else folder
+    stem = out.name if out.name not in ("", "..") else "data"
+    others = (out.parent / f"{stem}-tokens{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
+    out = next(path for path in itertools.chain([out], others) if _is_free(path))
+    name = folder.name if folder.name in SPLITS else SPLITS[0]
     command = f"titan-dp prepare INPUT --out {shlex.quote(str(out))} --tokenizer NAME"
     return f"; write them with `{command}` and name {str(out / name)!r}"
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing is there but, at most, an empty folder."""
+    try:
+        return not any(path.iterdir())
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
 
 
 def _parse(path: Path, raw: bytes) -> _Manifest:
