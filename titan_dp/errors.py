@@ -98,6 +98,8 @@ def say_once(sentence: str) -> None:
 
 def run_main(command: Callable[[], int]) -> int:
     """Run `command` and return the process's exit code, printing what went wrong to stderr."""
+    # torch's threads wait by spinning unless told before its import, and take the cores from whoever else computes there.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if path := os.environ.get(STOPPED_FILE):  # of an earlier life of this rank
         with suppress(OSError):
             os.unlink(path)

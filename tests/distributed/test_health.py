@@ -33,11 +33,12 @@ class Clock:
         self.now = max(times)
 
 
-def _intervals(slow_data: int | None, slow_work: int | None) -> list[Interval]:
+def _intervals(slow_data: int | None, slow_work: int | None, cores: int = 4) -> list[Interval]:
     """Three intervals of two steps on this rank; the ranks named wait for data, or work, ten times as long."""
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(health, "time", clock := Clock())
+        patch.setattr(health.os, "cpu_count", lambda: cores)
         times, intervals = StepTimes(torch.device("cpu"), compiled=False), []
         for number in range(3):
             for step in range(2):
@@ -67,6 +68,11 @@ def test_a_rank_that_computes_slowly_is_named() -> None:
         assert remark.startswith("rank 1 on ")
         assert "computes at 10% of the median's speed" in remark
         assert last.work_slowest == pytest.approx(10)
+
+
+def test_ranks_that_share_cores_are_not_blamed_for_it() -> None:
+    for intervals in run_ranks(4, _intervals, None, 1, 3):
+        assert [remark for interval in intervals for remark in interval.remarks] == []
 
 
 def test_equal_ranks_are_not_blamed() -> None:

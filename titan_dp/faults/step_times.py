@@ -8,6 +8,7 @@ compilation) are counted by name, so that a gap in a run is explained.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -89,6 +90,9 @@ class StepTimes:
         """Entered around what this rank does alone."""
         self._hosts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(self._hosts, socket.gethostname())
+        own = self._hosts.count(socket.gethostname())
+        self._crowded = device.type == "cpu" and own > (os.cpu_count() or 1)
+        """Ranks share cores here: which of them is slow is chance."""
         self._suspects: set[int] = set()
         self._compiled_seconds = 0.0
         self.begin()
@@ -150,7 +154,7 @@ class StepTimes:
         for rank, (waited, worked) in enumerate(zip(data, work, strict=True)):
             if waited - usual_data > _SLOW_DATA * seconds:
                 slow[rank] = f"waits for data {(waited - usual_data) / seconds:.0%} of the time longer than the median"
-            elif worked > _SLOW_WORK * usual_work:
+            elif worked > _SLOW_WORK * usual_work and not self._crowded:
                 slow[rank] = f"computes at {usual_work / worked:.0%} of the median's speed"
         again, self._suspects = self._suspects & slow.keys(), set(slow)
         return [f"rank {rank} on {self._hosts[rank]} {slow[rank]}" for rank in sorted(again)]
