@@ -218,7 +218,13 @@ _SOFTMAX = {"layers": [0], "num_heads": 2, "num_kv_heads": 1, "window_size": 8, 
 
 
 def _hugging_face_folders(folder: Path) -> Prepared:
-    sizes = {"hidden_size": 16, "head_dim": 8, "num_hidden_layers": 1, "vocab_size": 258, "attention_layers": []}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "head_dim": 8,
+        "num_hidden_layers": 1,
+        "vocab_size": 258,
+        "attention_layers": [],
+    }
     source = open_source(save_checkpoint(folder / "run", **sizes))
     fla, ours, sharded = (folder / name for name in ("fla", "remote-code", "sharded"))
     export(source, fla)
