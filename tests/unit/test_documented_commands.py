@@ -1,4 +1,4 @@
-"""The commands in README.md and docs/ can be followed literally: their programs, options, settings and files exist."""
+"""The commands of the pages can be followed literally: their programs, options, settings and files exist. So do links."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from titan_dp.config.load import load_config
 from titan_dp.launch.command import take_nproc
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "launch/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "launch/README.md",
+    *sorted(str(path.relative_to(ROOT)) for folder in ("docs", "docs/guides") for path in (ROOT / folder).glob("*.md")),
+]
 ACTIVATE = "source .venv/bin/activate"
 _PROGRAMS = ("titan-dp", "python", "torchrun", "sbatch", "make", "source", "kubectl")
 _STAND_INS = {"CHECKPOINT": "outputs/debug", "CHECKPOINT...": "outputs/debug"}
@@ -32,11 +37,18 @@ def commands(text: str) -> Iterator[list[str]]:
             yield [_STAND_INS.get(word, word) for word in shlex.split(words, comments=True)]
 
 
+def files_shown(page: str) -> Iterator[tuple[str, str]]:
+    """Name and content of every file that a page shows whole: a TOML block whose first line is a comment with the name."""
+    for block in re.findall(r"```toml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        if name := re.match(r"# (\S+\.toml)\n", block):
+            yield name[1], block
+
+
 def found(page: str) -> list[list[str]]:
     return list(commands((ROOT / page).read_text()))
 
 
-ALL = [pytest.param(command, id=f"{page}: {' '.join(command)[:90]}") for page in PAGES for command in found(page)]
+ALL = [pytest.param(page, command, id=f"{page}: {' '.join(command)[:90]}") for page in PAGES for command in found(page)]
 
 
 def accepts(argv: list[str]) -> bool:
@@ -66,8 +78,13 @@ def torchrun_options(argv: list[str]) -> set[str]:
     return {word.partition("=")[0] for word in argv[:script] if word.startswith("--")}
 
 
-@pytest.mark.parametrize("command", ALL)
-def test_a_documented_command_is_understood_and_its_files_are_here(command: list[str]) -> None:
+@pytest.mark.parametrize(("page", "command"), ALL)
+def test_a_documented_command_is_understood_and_its_files_are_here(
+    page: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where a reader has saved what the page shows
+    for name, content in files_shown(page):
+        Path(name).write_text(content)
     for word in command:
         if re.match(r"(train_configs|launch|benchmarks|corpus|docs|tests|titan_dp|kernels)/|train\.py$", word):
             assert list(ROOT.glob(word)), word
@@ -99,6 +116,8 @@ def test_what_readme_reads_was_made_by_a_command_before_it() -> None:
             if word.startswith(("outputs/", "data/", "my-model")) and command[1] not in ("prepare", "export", "import"):
                 assert any(word == path or word.startswith(path + "/") for path in made), " ".join(command)
         match command:
+            case ["titan-dp", "prepare", _, "--out", out, *_]:
+                made |= {out, f"{out}/train"}
             case ["titan-dp", "export", source, out, *_]:
                 assert source in made
                 made.add(out)
@@ -114,3 +133,19 @@ def test_what_readme_reads_was_made_by_a_command_before_it() -> None:
 def test_the_environment_is_the_one_that_make_makes() -> None:
     assert "VENV := .venv" in (ROOT / "Makefile").read_text()
     assert [ACTIVATE.split()] == [command for command in found("README.md") if command[0] == "source"]
+
+
+LINKED = [*PAGES, "CHANGELOG.md", "docs/cpu_study/README.md"]
+
+
+@pytest.mark.parametrize("page", LINKED)
+def test_the_links_of_a_page_lead_to_files(page: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text):
+        assert ((ROOT / page).resolve().parent / link).exists(), link
+
+
+def test_the_index_of_docs_names_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text()
+    pages = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md") if path != ROOT / "docs/README.md"]
+    assert [str(page) for page in pages if f"({page})" not in index] == []

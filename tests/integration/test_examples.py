@@ -1,0 +1,46 @@
+"""The scripts in examples/ run as their docstrings say."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.processes import run_script
+
+
+def run(root: Path, name: str, *arguments: str | Path) -> str:
+    """What the example prints."""
+    process: subprocess.CompletedProcess[str] = run_script(root / "examples" / name, *arguments)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def test_a_layer_of_ones_own_learns_and_hands_its_state_on(root: Path) -> None:
+    said = run(root, "layer.py")
+    losses = [float(line.split()[2]) for line in said.splitlines() if line.startswith("step")]
+    assert len(losses) == 3
+    assert losses[-1] < 0.1
+    assert float(said.split()[-1]) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The run folder that train_from_python.py makes, and what it prints."""
+    outputs = tmp_path_factory.mktemp("examples")
+    return outputs / "tiny", run(root, "train_from_python.py", shards, outputs)
+
+
+def test_a_run_from_python_trains(trained: tuple[Path, str]) -> None:
+    folder, said = trained
+    losses = [float(line.split()[-1]) for line in said.splitlines() if line.startswith("step") and ": loss " in line]
+    assert losses[-1] < losses[0]
+    assert (folder / "checkpoint" / "step-00000020" / "manifest.json").exists()
+
+
+def test_a_run_folder_is_loaded_and_goes_on(root: Path, trained: tuple[Path, str]) -> None:
+    lines = run(root, "load_and_generate.py", trained[0], "Story 1").splitlines()
+    assert "tokenizer bytes" in lines[0]
+    assert any(line.startswith("sampled: ") for line in lines)
+    assert any(line.startswith("likeliest: ") for line in lines)
