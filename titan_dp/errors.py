@@ -2,8 +2,8 @@
 
 A scheduler acts on the exit code (docs/reliability.md has the table of causes, each with its test): 0 done; 2 the user's
 mistake, which no further try mends; 75 stopped by a signal with everything saved, so the same command goes on; 130 after
-Ctrl-C; 1 anything else, worth another try. Mistakes and faults of the machine or the network are one message; our own
-mistakes, asserts among them, are a traceback. Nothing here imports torch.
+Ctrl-C in a command that is not training; 1 anything else, worth another try. Mistakes and faults of the machine or the
+network are one message; our own mistakes, asserts among them, are a traceback. Nothing here imports torch.
 """
 
 from __future__ import annotations

@@ -23,7 +23,10 @@ from titan_dp.errors import UserError, say_once
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that it exists whole or not at all, and is on the disk when this returns."""
+    """Write a file so that it exists whole or not at all.
+
+    Its bytes are on the disk when this returns. A power cut right after may still bring the old file back.
+    """
     temporary = path.with_name(f".{path.name}.tmp")  # always the same, so that what a kill leaves behind is overwritten
     try:
         with temporary.open("wb") as file:

@@ -34,7 +34,7 @@ from titan_dp.train.trainer import Trainer
 
 
 PAGE = (Path(__file__).parents[2] / "docs/contributing.md").read_text()
-DEFINED: dict = {"config": config, "Counts": Counts, "Mixer": Mixer}
+DEFINED: dict = {"Model": config.Model, "Counts": Counts, "Mixer": Mixer}
 exec(textwrap.dedent(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]), DEFINED)  # type: ignore[index]
 RECORD = DEFINED["MovingAverageRecord"]()
 

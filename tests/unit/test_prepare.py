@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import bz2
+import csv
 import gzip
 import itertools
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -24,6 +27,7 @@ from tests.processes import SERVER, TIMEOUT_SECONDS
 from titan_dp.cli import dispatch
 from titan_dp.data import shards
 from titan_dp.data.shards import TokenShards
+from titan_dp.data.tokenizer import load_tokenizer
 from titan_dp.errors import UserError
 
 TEXTS = [f"Document {i}. " + "word " * (i % 40) for i in range(400)]
@@ -74,21 +78,75 @@ def as_parquet(path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, row_group_size=64)
 
 
-def compressed(compress: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()))
-
-
 def as_dataset(folder: Path) -> None:
     folder.mkdir()
     write_jsonl(folder / "train.jsonl")
 
 
+def as_arrow(path: Path) -> None:
+    import pyarrow
+
+    table = pyarrow.table({"text": TEXTS})
+    new = pyarrow.ipc.new_stream if path.stem == "stream" else pyarrow.ipc.new_file
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=64)
+
+
+def as_table(path: Path) -> None:
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        rows.writerows([["id", "text"], *enumerate(TEXTS)])
+
+
+def as_linked_folders(folder: Path) -> None:
+    """Two levels, one of them a link, and a link that leads back."""
+    elsewhere = folder.with_name("elsewhere")
+    (elsewhere / "deeper").mkdir(parents=True)
+    write_jsonl(elsewhere / "deeper" / "x.ndjson")
+    folder.mkdir()
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+
+
+def packed(write: Callable[[Path], object], compress: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    """What `write` writes into a file of the name without its last ending, compressed."""
+
+    def write_packed(path: Path) -> None:
+        plain = path.with_suffix("")
+        write(plain)
+        path.write_bytes(compress(plain.read_bytes()))
+        plain.unlink()
+
+    return write_packed
+
+
+def in_frames(raw: bytes) -> bytes:
+    """zstd as a writer leaves it that flushes now and then: several frames."""
+    return b"".join(zstandard.compress(raw[i : i + 5000]) for i in range(0, len(raw), 5000))
+
+
+def values(separator: str, around: str = "") -> Callable[[Path], object]:
+    records = [json.dumps({"id": [i], "text": text}, indent=1) for i, text in enumerate(TEXTS)]
+    return lambda path: path.write_text(around[:1] + separator.join(records) + around[1:])
+
+
 WRITERS: dict[str, Callable[[Path], object]] = {
     "folder": as_texts,
+    "linked folders": as_linked_folders,
     "x.jsonl": write_jsonl,
-    "x.jsonl.gz": compressed(gzip.compress),
-    "x.jsonl.zst": compressed(zstandard.compress),
+    "x.JSONL": lambda path: path.write_bytes(b"\xef\xbb\xbf" + write_jsonl(path).read_bytes()),
+    "x.jsonl.gz": packed(write_jsonl, gzip.compress),
+    "x.jsonl.zst": packed(write_jsonl, in_frames),
+    "x.Ndjson.BZ2": packed(write_jsonl, bz2.compress),
+    "x.ndjson.xz": packed(write_jsonl, lzma.compress),
+    "array.json": values(",\n", "[]"),
+    "values.json.gz": packed(values("\n"), gzip.compress),
+    "x.csv": as_table,
+    "x.tsv.zst": packed(as_table, zstandard.compress),
     "x.parquet": as_parquet,
+    "x.parquet.gz": packed(as_parquet, gzip.compress),
+    "stream.arrow": as_arrow,
+    "file.arrow": as_arrow,
     "a dataset": as_dataset,
     "a streamed dataset": as_dataset,
 }
@@ -166,6 +224,71 @@ def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(tmp_path: Path) -> 
     prepare("--out", tmp_path / "cut", "--verify")
 
 
+def test_a_separator_ends_documents_wherever_it_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titan_dp.data.formats._PIECE", 7)  # separators lie across what is read at a time
+    (tmp_path / "x.txt").write_text("\n--\n".join(TEXTS[:30]) + "\n--\n")
+    arguments = ["--workers", "1", "--validation-fraction", "0"]
+    prepare(tmp_path / "x.txt", "--out", tmp_path / "out", "--separator", r"\n--\n", *arguments)
+    assert documents(tmp_path / "out/train") == [text.encode() for text in TEXTS[:30]]
+
+
+def test_bad_documents_are_counted_if_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bad = [b'{"text": 3}', b"{", b'{"text": "\xff"}', b'{"txt": "a"}']
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([*bad, b'{"text": "good"}', b'{"text": ""}', b'{"text": "\\ud800"}']))
+    prepare(tmp_path / "x.jsonl", "--out", tmp_path / "out", "--on-bad-document", "skip", "--validation-fraction", "0")
+    assert documents(tmp_path / "out/train") == [b"good", b"", "\ufffd".encode()]
+    said = capsys.readouterr().out
+    assert "1 documents are empty" in said
+    assert "WARNING: 4 documents were refused, the first: " in said
+    assert "x.jsonl:1 holds int under 'text', not text" in said
+    counts = {"files": 1, "files_skipped": {}, "documents_empty": 1, "documents_refused": 4, "characters_replaced": 1}
+    assert TokenShards(tmp_path / "out/train").manifest["account"] == counts
+
+
+def test_what_a_folder_holds_besides_is_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "x.jsonl")
+    for name in ("a.pdf", "b.PDF", ".hidden.txt", "LICENSE"):
+        (folder / name).write_text("no document")
+    prepare(folder, "--out", tmp_path / "out", "--workers", "1")
+    assert "read 1 files; not read: 2 .pdf, 1 hidden, 1 no ending" in capsys.readouterr().out
+
+
+def test_a_file_that_lies_there_twice_is_refused(tmp_path: Path) -> None:
+    packed(write_jsonl, gzip.compress)(tmp_path / "in.jsonl.gz")
+    write_jsonl(tmp_path / "in.jsonl")
+    with pytest.raises(UserError, match=r"in.jsonl and .*in.jsonl.gz look like one file twice"):
+        prepare(tmp_path, "--out", tmp_path / "out")
+
+
+def test_inputs_may_be_named_in_a_list(tmp_path: Path, jsonl: Path) -> None:
+    (tmp_path / "list").write_text(f"{jsonl}\n\n")
+    prepare("--files-from", tmp_path / "list", "--out", tmp_path / "out", "--workers", "1", "--validation-fraction", "0")
+    assert len(documents(tmp_path / "out/train")) == len(TEXTS)
+
+
+def test_an_input_that_changed_at_the_same_size_is_seen(tmp_path: Path, jsonl: Path) -> None:
+    arguments = [jsonl, "--out", tmp_path / "out", "--workers", "1"]
+    prepare(*arguments)
+    jsonl.write_text(jsonl.read_text().replace("Document 1.", "Document x."))
+    with pytest.raises(UserError, match=r"texts.jsonl has changed since it was prepared into .*out; --overwrite prepares"):
+        prepare(*arguments)
+    prepare(*arguments, "--overwrite")
+    assert any(text.startswith(b"Document x.") for text in documents(tmp_path / "out/train"))
+
+
+def test_what_a_tokenizer_file_says_about_inference_does_not_cut_documents(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "[PAD]": 2}, merges=[]))
+    backend.enable_truncation(4)
+    backend.enable_padding(pad_id=2, pad_token="[PAD]", length=8)
+    (tmp_path / "tokenizer").mkdir()
+    backend.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path / "tokenizer")).encode_batch(["ababab", "b"]) == [[0, 1, 0, 1, 0, 1], [1]]
+
+
 def test_a_column_that_is_not_there_leaves_nothing_in_the_way_of_the_right_one(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"body": "some text"}\n' * 3)
     arguments = [tmp_path / "x.jsonl", "--out", tmp_path / "out", "--workers", "1", "--validation-fraction", "0"]
@@ -203,6 +326,9 @@ def test_a_finished_folder_is_verified_and_left_alone_until_overwrite(
     prepare("--out", tmp_path / "out", "--verify")
 
 
+LINES = "".join(json.dumps({"text": f"{i} of many"}) + "\n" for i in range(2000)).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -210,11 +336,26 @@ def test_a_finished_folder_is_verified_and_left_alone_until_overwrite(
         ("x.jsonl", b'{"body": "good"}\n', r"x.jsonl:1 has no text under 'text' \(it has body\)"),
         ("x.jsonl", b'{"text": "\xff"}\n', r"x.jsonl:1 is not UTF-8"),
         ("x.jsonl", b"", "the input holds no documents"),
-        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-9], "x.jsonl.gz cannot be decompressed"),
+        ("x.jsonl", b'{"text": null}\n', r"x.jsonl:1 holds NoneType under 'text', not text"),
+        ("x.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "x.jsonl:1 is not JSON: Exceeds the limit"),
+        ("x.jsonl", b"[" * 100_000, "x.jsonl:1 is not JSON: maximum recursion depth"),
+        ("x.json", b'[{"text": "a"}, {"text"]', "item 2 of .*x.json is not JSON"),
+        ("x.csv", b"id,body\n1,a\n", "x.csv has no column 'text'; it has id, body"),
+        ("x.csv", b"id,text\n1\n", "row 1 of .*x.csv is shorter than the first row"),
+        ("x.arrow", b"no arrow", "x.arrow is not an arrow file"),
+        ("x.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "x.jsonl.gz ends early"),
+        ("x.jsonl.bz2", bz2.compress(LINES)[:-9], "x.jsonl.bz2 ends early"),
+        ("x.jsonl.xz", lzma.compress(LINES)[:-9], "x.jsonl.xz ends early"),
+        ("x.jsonl.zst", in_frames(LINES)[:-9], "x.jsonl.zst ends early"),
+        ("x.jsonl.gz", LINES, "x.jsonl.gz cannot be decompressed"),
+        ("x.jsonl.bz2", LINES, "x.jsonl.bz2 cannot be decompressed"),
+        ("x.jsonl.xz", LINES, "x.jsonl.xz cannot be decompressed"),
+        ("x.jsonl.zst", LINES, "x.jsonl.zst cannot be decompressed"),
         ("x.txt", b"caf\xe9", r"x.txt is not UTF-8 \(byte 3\)"),
         ("x.parquet", b"no parquet", "x.parquet is not a parquet file"),
         ("x.pdf", b"%PDF", r"x.pdf' is not one of .txt"),
     ],
+    ids=itertools.count(),
 )
 def test_input_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)

@@ -370,7 +370,7 @@ class Compile(Section):
 
 class Checkpoint(Section):
     enable: bool = True
-    """Save checkpoints."""
+    """Save checkpoints. Without them a signal ends the run with exit code 1, and nothing is saved."""
     folder: FolderName = "checkpoint"
     """Folder inside the run folder."""
     interval: Positive = 500

@@ -5,7 +5,7 @@ rows are one optimizer step. Each step names the file to read next.
 
 Once, before training (`titan-dp prepare`):
 
- 1. sources.py    Files or a Hugging Face dataset -> documents, one str at a time, in a fixed order.
+ 1. sources.py    (and formats.py) Files or a Hugging Face dataset -> documents, one str at a time, in a fixed order.
  2. tokenizer.py  A document -> its ids, list[int].
  3. prepare.py    BOS and EOS go around each document; the hash of its text says whether it is held out. Documents are
                   concatenated, in order -> train/ and validation/.
@@ -15,10 +15,10 @@ Once, before training (`titan-dp prepare`):
 
 For every step of training, on every rank:
 
- 5. batch.Place   (step, micro-batch, rank) -> L consecutive samples of the run's order. All that a checkpoint keeps of
-                  the data is the number of samples consumed.
+ 5. batch.Place   (step, micro-batch, rank) -> L consecutive samples of the run's order. Of shards, a checkpoint
+                  keeps the number of samples consumed; a stream keeps its place as well.
  6. order.py      A sample -> (source, window), int64: a permutation per epoch, computed from (fingerprint, seed, epoch).
- 7. loader.py     Window w is tokens [w T, w T + T] of its source. L of them are read by this process or in workers.py's
+ 7. loader.py     Window w is T + 1 tokens of its source, from token w T on. This process, or a worker of workers.py, reads L
                   -> rows [L, T + 1] int64, and for each row the positions at which documents begin, int64.
  8. batch.make_batch  -> input_ids [L, T] int64, labels [L, T] int64 (the next tokens; -100 where a document ends and after
                   a row's end), cu_seqlens [N + 1] int32 (where documents begin in the flattened rows; None if their

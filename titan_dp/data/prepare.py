@@ -27,7 +27,9 @@ from pydantic import Field
 
 from titan_dp.config.arguments import count, number
 from titan_dp.data import sources
+from titan_dp.data.formats import COMPRESSIONS, READERS, Reading
 from titan_dp.data.shards import MANIFEST, PROGRESS, SPLITS, Shard, ShardWriter, Split, TokenShards, listed_shards, shard_name
+from titan_dp.data.sources import Account
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
 from titan_dp.files import JsonObject, Natural, Replaced, parse_json, write_json
@@ -40,10 +42,13 @@ _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1_000_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, either = parser.add_argument, argparse.BooleanOptionalAction
     share = number(Annotated[float, Field(ge=0, lt=1)])
-    add("inputs", nargs="*", metavar="INPUT", help=f"files or folders: {', '.join(sources.READERS)}")
+    add("inputs", nargs="*", metavar="INPUT", help=f"files or folders: {', '.join(READERS)}; also {', '.join(COMPRESSIONS)}")
+    add("--files-from", type=Path, metavar="LIST", help="read the inputs named in this file, one per line")
     add("--out", type=Path, required=True, help="folder to write train/ and validation/ into")
     add("--tokenizer", default="bytes", help="bytes, a tiktoken encoding, a .tiktoken file, or a Hugging Face tokenizer")
     add("--column", default="text", help="key or column that holds the text (default: text)")
+    add("--separator", default="", help=r"what ends a document in text files, such as '\n\n\n' (default: the file does)")
+    add("--on-bad-document", choices=("stop", "skip"), default="stop", help="what cannot be read ends it, or is counted")
     add("--hf-dataset", default="", help="read this Hugging Face dataset instead of files")
     add("--hf-name", default="", help="configuration of the dataset")
     add("--hf-split", default="train", help="split of the dataset (default: train)")
@@ -60,16 +65,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.verify:
         return _verify(args.out)
+    if args.files_from:
+        args.inputs += _names_in(args.files_from)
     if bool(args.inputs) == bool(args.hf_dataset):
         raise UserError("prepare reads either INPUT files or --hf-dataset NAME: give one of them")
-    files = sources.find_files(args.inputs)
+    account = Account()
+    files = sources.find_files(args.inputs, account)
     tokenizer = load_tokenizer(args.tokenizer)
     plan = _plan(args, files, tokenizer)
     progress = _begin_again(args.out, plan) if args.overwrite else _go_on(args.out, plan)
     if progress.finished:
         print(f"{args.out} is complete already: nothing to do (--overwrite starts again)")
         return 0
-    _write(args, files, tokenizer, progress)
+    _write(args, files, tokenizer, progress, account)
     for split in SPLITS:
         if (args.out / split / MANIFEST).exists():
             shards = TokenShards(args.out / split)
@@ -78,10 +86,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _names_in(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--files-from {path} cannot be read: {error}") from error
+
+
 def _plan(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer) -> dict[str, Any]:
     """Everything the result depends on; a second run must agree to continue the first one's work."""
     return {
-        "inputs": [{"file": str(path), "bytes": path.stat().st_size} for path in files],
+        "inputs": [_input(path) for path in files],
         "hf": [args.hf_dataset, args.hf_name, args.hf_split] if args.hf_dataset else None,
         "column": args.column,
         "tokenizer": tokenizer.hash,
@@ -89,7 +104,14 @@ def _plan(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer) -> 
         "eos": _boundary("eos", args.eos, tokenizer.eos_id, tokenizer),
         "validation_fraction": args.validation_fraction,
         "shard_tokens": args.shard_tokens,
+        "separator": args.separator,
+        "on_bad_document": args.on_bad_document,
     }
+
+
+def _input(path: Path) -> dict[str, Any]:
+    found = path.stat()
+    return {"file": str(path), "bytes": found.st_size, "modified": found.st_mtime_ns}
 
 
 def _boundary(role: str, wanted: bool | None, token: int | None, tokenizer: Tokenizer) -> int | None:
@@ -134,7 +156,14 @@ def _go_on(out: Path, plan: dict[str, Any]) -> _Progress:
         if any(out.iterdir()):
             raise UserError(f"--out {out} is not empty and holds no earlier prepare; choose another folder")
         return _Progress.nothing(plan)
-    differing = [key for key in plan if saved.plan.get(key) != plan[key]]
+    if changed := _changed_inputs(saved.plan, plan):
+        raise UserError(
+            f"{changed} has changed since it was prepared into {out}; --overwrite prepares everything anew, or choose another "
+            "folder"
+        )
+    usual = {"separator": "", "on_bad_document": "stop"}  # what an earlier version did, and did not write down
+    differing = [key for key in plan if key != "inputs" and saved.plan.get(key, usual.get(key)) != plan[key]]
+    differing += ["inputs"] * ([i["file"] for i in saved.plan.get("inputs", [])] != [i["file"] for i in plan["inputs"]])
     if differing and not saved.finished and not any(out.glob("*/*")):
         return _Progress.nothing(plan)  # the earlier one has written nothing
     if differing:
@@ -143,6 +172,16 @@ def _go_on(out: Path, plan: dict[str, Any]) -> _Progress:
             "--overwrite"
         )
     return saved
+
+
+def _changed_inputs(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first file of both plans that has another size or time of change now."""
+    known = {each["file"]: each for each in before.get("inputs", [])}
+    for each in now["inputs"]:
+        old = known.get(each["file"], each)
+        if old["bytes"] != each["bytes"] or old.get("modified", each["modified"]) != each["modified"]:
+            return str(each["file"])
+    return None
 
 
 def _begin_again(out: Path, plan: dict[str, Any]) -> _Progress:
@@ -193,18 +232,21 @@ def _own_names(folder: Path, saved: _Progress | None, split: Split) -> set[str]:
 # -- reading, tokenising, writing ----------------------------------------------------------------------------------------
 
 
-def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, progress: _Progress) -> None:
+def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, progress: _Progress, account: Account) -> None:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     plan, done = progress.plan, progress.done
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     writers = {split: ShardWriter(args.out / split, dtype, args.shard_tokens, progress.shards[split]) for split in SPLITS}
     progress.save(args.out)
-    replaced = Replaced("documents")
+    replaced, skip_bad = Replaced("documents"), args.on_bad_document == "skip"
+    how = Reading(args.column, args.separator.replace("\\n", "\n").replace("\\t", "\t"))
     texts = (
-        sources.hugging_face_documents(args.hf_dataset, args.hf_name, args.hf_split, args.column, args.streaming, replaced)
+        sources.hugging_face_documents(
+            args.hf_dataset, args.hf_name, args.hf_split, args.column, args.streaming, replaced, account, skip_bad
+        )
         if args.hf_dataset
-        else sources.documents(files, args.column, replaced)
+        else sources.documents(files, how, replaced, account, skip_bad)
     )
     index = min(done.values())
     columns = (TextColumn("tokenising"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[count]}"))
@@ -225,6 +267,7 @@ def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, pr
             bar.update(task, count=f"{index:,} documents")
         bar.update(task, total=1, completed=1)
     replaced.say()
+    print(account.describe())
     if index == 0:
         raise UserError("the input holds no documents")
     for split, writer in writers.items():
@@ -235,6 +278,7 @@ def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, pr
                 "validation_fraction": args.validation_fraction,
                 "adds_bos": plan["bos"] is not None,
                 "adds_eos": plan["eos"] is not None,
+                "account": account.counts(replaced),
             }
             writer.finish(tokenizer, facts)
         else:

@@ -1,67 +1,174 @@
 """Documents from files or a Hugging Face dataset, in a fixed order and one at a time.
 
-A text file is one document; `.jsonl` (also `.gz`, `.zst`) has one per line and `.parquet` one per row, both by `column`.
-Folders are walked in sorted order. Nothing is held in memory except the document at hand (a row group for parquet).
-To read another format, write its reader and add a line to `READERS`; another compression is a line in `_DECOMPRESSORS`.
+Folders are walked in sorted order, linked ones too; what no reader takes is counted and named, never left out in silence.
+formats.py has the readers.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from titan_dp.data.formats import COMPRESSIONS, READERS, Documents, Reading, compression_of, format_of, read_documents, text_of
 from titan_dp.errors import RunError, UserError, passing_fault, require
 from titan_dp.files import Replaced, shorten
 
 
-def find_files(inputs: list[str]) -> list[Path]:
-    """Input files in the order they are read: as named, folders walked in sorted order.
+@dataclass
+class Account:
+    """What became of the input: counted while it is read, shown at the end and kept in the manifest."""
 
-    Raises UserError for a path that does not exist or a folder with nothing readable.
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Files of folders that were not read, by the reason."""
+    files: int = 0
+    """Files that were read."""
+    empty: int = 0
+    """Documents without a character."""
+    refused: int = 0
+    """Documents that could not be used, with --on-bad-document skip."""
+    first_refused: str = ""
+
+    def counts(self, replaced: Replaced) -> dict[str, Any]:
+        """For the manifest, the same whatever the files are called."""
+        return {
+            "files": self.files,
+            "files_skipped": dict(sorted(self.skipped.items())),
+            "documents_empty": self.empty,
+            "documents_refused": self.refused,
+            "characters_replaced": replaced.characters,
+        }
+
+    def describe(self) -> str:
+        """What a person should know of the input, in one line or two."""
+        parts = [f"read {self.files:,} files"] if self.files else []
+        parts += [f"{self.empty:,} documents are empty"] if self.empty else []
+        said = "; ".join(parts) + _named(self.skipped)
+        return said + (
+            f"\nWARNING: {self.refused:,} documents were refused, the first: {self.first_refused}" if self.refused else ""
+        )
+
+
+def find_files(inputs: list[str], account: Account | None = None) -> list[Path]:
+    """Input files in the order they are read: as named, folders walked in sorted order, links followed.
+
+    Raises UserError for a path that does not exist, a file that no reader takes, a folder with nothing readable, and two files
+    that differ only in their compression.
     """
+    account = account or Account()
     files: list[Path] = []
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _reader(p) is not None)
+            found = [p for p in _walk(path) if _is_taken(p, path, account)]
             if not found:
-                raise UserError(f"{name!r} holds no {', '.join(READERS)} file")
+                raise UserError(f"{name!r} holds no {', '.join(READERS)} file{_named(account.skipped)}")
             files += found
         elif path.is_file():
-            if _reader(path) is None:
-                raise UserError(f"{name!r} is not one of {', '.join(READERS)}; rename or convert it")
+            if format_of(path) is None:
+                known = f"{', '.join(READERS)}, each also {', '.join(COMPRESSIONS)}"
+                raise UserError(f"{name!r} is not one of {known}; rename or convert it")
             files.append(path)
         else:
             raise UserError(f"input {name!r} does not exist")
+    by_content: dict[Path, Path] = {}
+    for path in files:
+        twin = by_content.setdefault(
+            path.with_name(path.name.removesuffix(path.suffix)) if compression_of(path) else path, path
+        )
+        if twin is not path and twin != path:
+            raise UserError(f"{twin} and {path} look like one file twice; move one away, or name the files to read")
     return files
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files below `folder` in sorted order. A folder that a link leads back to is not entered again."""
+    entered: set[str] = set()
+    found = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        found += [Path(root) / name for name in names]
+    return iter(sorted(found))
+
+
+def _is_taken(path: Path, folder: Path, account: Account) -> bool:
+    if not path.is_file():
+        reason = "not a file"
+    elif any(part.startswith(".") for part in path.relative_to(folder).parts):
+        reason = "hidden"
+    elif format_of(path) is None:
+        reason = f"{path.suffix.lower() or 'no ending'}"
+    else:
+        return True
+    account.skipped[reason] += 1
+    return False
+
+
+def _named(skipped: Counter[str]) -> str:
+    """Such as "; not read: 3 .pdf, 1 hidden", most first; nothing if there is nothing."""
+    return f"; not read: {', '.join(f'{n} {reason}' for reason, n in skipped.most_common(10))}" if skipped else ""
 
 
 def text_bytes(files: list[Path]) -> int | None:
     """About how many bytes of text `files` hold; None if a size does not say, because one is compressed."""
-    compressed = any(path.suffix in (*_DECOMPRESSORS, ".parquet") for path in files)
-    return None if compressed else sum(path.stat().st_size for path in files) or None
+    packed = any(compression_of(path) or format_of(path) in (".parquet", ".arrow") for path in files)
+    return None if packed else sum(path.stat().st_size for path in files) or None
 
 
-def documents(files: list[Path], column: str, replaced: Replaced) -> Iterator[str]:
-    """The texts of all files, lone surrogates `replaced`. Raises UserError naming file and line for what cannot be read."""
-    for path in files:
-        read = _reader(path)
-        assert read is not None
-        for where, text in read(path, column):
+def documents(
+    files: list[Path], how: Reading, replaced: Replaced, account: Account | None = None, skip_bad: bool = False
+) -> Iterator[str]:
+    """The texts of all files, lone surrogates `replaced`.
+
+    Raises UserError naming file and line for what cannot be read; with `skip_bad` a document that cannot be used is counted
+    instead. A file that cannot be read on is always an error.
+    """
+    account = account or Account()
+
+    def read() -> Documents:
+        for path in files:
+            account.files += 1
+            yield from read_documents(path, how)
+
+    return _usable(read(), replaced, account, skip_bad)
+
+
+def _usable(found: Documents, replaced: Replaced, account: Account, skip_bad: bool) -> Iterator[str]:
+    for where, text in found:
+        if not isinstance(text, UserError):
+            account.empty += not text
             yield replaced(text, where)
+        elif skip_bad:
+            account.refused += 1
+            account.first_refused = account.first_refused or str(text)
+        else:
+            raise text
 
 
 def hugging_face_documents(
-    name: str, config: str, split: str, column: str, streaming: bool, replaced: Replaced
+    name: str,
+    config: str,
+    split: str,
+    column: str,
+    streaming: bool,
+    replaced: Replaced,
+    account: Account | None = None,
+    skip_bad: bool = False,
 ) -> Iterator[str]:
-    """The texts of a dataset on the Hub or in a local folder, lone surrogates `replaced`."""
-    rows = load_hugging_face(name, config, split, column, streaming)
-    for number, row in enumerate(rows_of(rows, name)):
-        yield replaced(row[column], f"row {number} of {name}")
+    """The texts of a dataset on the Hub or in a local folder, as `documents` gives those of files."""
+
+    def read() -> Documents:
+        for number, row in enumerate(rows_of(load_hugging_face(name, config, split, column, streaming), name)):
+            where = f"row {number} of {name}"
+            yield where, text_of(row, where, column)
+
+    return _usable(read(), replaced, account or Account(), skip_bad)
 
 
 def rows_of(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
@@ -117,94 +224,3 @@ def _reason(error: BaseException) -> str:
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-
-
-# -- formats: a reader yields (where, text) for every document of a file ---------------------------------------------------
-
-
-def _text(path: Path, column: str) -> Iterator[tuple[str, str]]:
-    yield str(path), _decode(path.read_bytes(), str(path))
-
-
-def _json_lines(path: Path, column: str) -> Iterator[tuple[str, str]]:
-    with _open(path) as file:
-        lines = enumerate(file, 1)
-        while True:
-            try:
-                number, raw = next(lines)
-            except StopIteration:
-                return
-            except (OSError, EOFError) as error:  # a cut-off gzip or zstd stream
-                raise UserError(f"{path} cannot be decompressed: {error}") from error
-            if not raw.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(_decode(raw, where))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where} is not JSON: {error.msg}") from error
-            if not isinstance(record, dict) or not isinstance(record.get(column), str):
-                keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise UserError(f"{where} has no text under {column!r} (it has {keys}); name the right one with --column")
-            yield where, record[column]
-
-
-def _parquet(path: Path, column: str) -> Iterator[tuple[str, str]]:
-    require(str(path), "pyarrow")
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from them
-        raise UserError(f"{path} is not a parquet file: {str(error)[:120]}") from error
-    if column not in file.schema_arrow.names:
-        raise UserError(f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
-    number = 0
-    for batch in file.iter_batches(batch_size=256, columns=[column]):
-        try:
-            texts, unchecked = batch.column(0).to_pylist(), False
-        except UnicodeDecodeError:  # parquet does not check what calls itself a string
-            texts, unchecked = batch.column(0).cast(pyarrow.large_binary()).to_pylist(), True
-        for text in texts:
-            where = f"row {number} of {path}"
-            if unchecked and text is not None:
-                text = _decode(text, where)
-            if not isinstance(text, str):
-                raise UserError(f"{where} holds {type(text).__name__} under {column!r}, not text")
-            number += 1
-            yield where, text
-
-
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8", "surrogatepass")  # some programs write surrogates as if they were characters
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 (byte {error.start}); convert it with iconv") from error
-
-
-# -- compressions --------------------------------------------------------------------------------------------------------
-
-
-def _zstandard(path: Path) -> IO[bytes]:
-    require(str(path), "zstandard")
-    import zstandard
-
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))  # type: ignore[arg-type]
-
-
-def _open(path: Path) -> IO[bytes]:
-    decompressor = _DECOMPRESSORS.get(path.suffix)
-    return path.open("rb") if decompressor is None else decompressor(path)
-
-
-_DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _zstandard}
-READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, str]]]] = {
-    **dict.fromkeys((".txt", ".md", ".text"), _text),
-    **dict.fromkeys((".jsonl", *(f".jsonl{ending}" for ending in _DECOMPRESSORS)), _json_lines),
-    ".parquet": _parquet,
-}
-"""By the end of a file's name; called with the file and `column`, which text files ignore."""
-
-
-def _reader(path: Path) -> Callable[[Path, str], Iterator[tuple[str, str]]] | None:
-    return next((read for ending, read in READERS.items() if path.name.endswith(ending)), None)

@@ -169,6 +169,9 @@ def _from_hugging_face(name: str) -> Tokenizer:
             raise
         raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({_short(error)}); {_ALTERNATIVES}") from error
     backend.encode_special_tokens = True  # in a text they are ordinary text
+    # Saved with the tokenizer by who had inference in mind, they would cut every document, or fill it up.
+    backend.no_truncation()
+    backend.no_padding()
     declared = read_settings(folder)
 
     def id_of(role: str) -> int | None:

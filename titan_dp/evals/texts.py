@@ -112,6 +112,7 @@ def _boundaries(shards: Any) -> Iterator[int]:
 
 def _from_text(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
     from titan_dp.data import sources
+    from titan_dp.data.formats import Reading
     from titan_dp.files import Replaced, file_sha256
 
     prefix = [] if args.no_bos or tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -122,7 +123,7 @@ def _from_text(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
         identity: dict[str, Any] = {"hf_dataset": dataset}
     else:
         files = sources.find_files(args.text)
-        texts = partial(sources.documents, files, args.column)
+        texts = partial(sources.documents, files, Reading(args.column))
         identity = {"files": [{"file": str(path), "sha256": file_sha256(path)} for path in files], "column": args.column}
 
     said: list[str] = []

@@ -16,7 +16,7 @@ say() {
     echo "$(date '+%F %T') job $job: $*"
 }
 
-# Back into the queue, to resume from the newest committed checkpoint. Returns only if the cluster refuses.
+# Back into the queue, to resume from the newest healthy checkpoint. Returns only if the cluster refuses.
 requeue() {
     say "$1: requeueing"
     scontrol requeue "$job" && exec sleep infinity # until SLURM ends what runs here, which is part of requeueing

@@ -118,7 +118,9 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        """Take up the run folder's newest committed checkpoint, or another run's weights, or start afresh."""
+        """Take up the run folder's newest healthy checkpoint (or the one of checkpoint.load_step), or another run's weights, or
+        start afresh.
+        """
         c = self.config.checkpoint
         manifest = self.checkpointer.load(self.model, self.optimizers, current=self.facts.manifest())
         if manifest is not None:

@@ -1,0 +1,315 @@
+"""Files of text: which formats and compressions are read, and how each gives its documents one at a time.
+
+A reader yields (where, text) for every document of a file, or (where, UserError) for one that cannot be used; it raises
+UserError for a file that cannot be read on. Nothing is held in memory except the document at hand (a row group for parquet).
+To read another format, write its reader and add a line to `READERS`; another compression is a line in `_DECOMPRESSORS`.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from titan_dp.errors import UserError, require
+from titan_dp.files import shorten
+
+Documents = Iterator[tuple[str, str | UserError]]
+_BOM = b"\xef\xbb\xbf"
+_PIECE = 2**20  # bytes or characters read at a time
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How texts are found in files."""
+
+    column: str = "text"
+    """Key or column that holds the text."""
+    separator: str = ""
+    """Ends a document in a text file; empty: a text file is one document."""
+
+
+def format_of(path: Path) -> str | None:
+    """The end of the file's name without its compression, such as ".jsonl" for "A.JSONL.GZ"; None if it has no reader."""
+    name, compression = path.name.lower(), compression_of(path)
+    ending = Path(name.removesuffix(compression)).suffix
+    return ending if ending in READERS else None
+
+
+def compression_of(path: Path) -> str:
+    """ ".gz", ".zst", ... or "" """
+    ending = path.suffix.lower()
+    return ending if ending in _DECOMPRESSORS else ""
+
+
+def read_documents(path: Path, how: Reading) -> Documents:
+    """The documents of one file. Raises UserError naming the file if it ends early or is damaged."""
+    ending = format_of(path)
+    assert ending is not None
+    with _undamaged(path):
+        yield from READERS[ending](path, how)
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """What a decompressor says of a file that ends early or is damaged, as one UserError. A failing disk is left alone."""
+    try:
+        yield
+    except EOFError as error:
+        raise UserError(f"{path} ends early ({error}); get the whole file and give the same command") from error
+    except (OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{path} cannot be decompressed: {error}; get an undamaged copy and give the same command") from error
+
+
+# -- readers ---------------------------------------------------------------------------------------------------------------
+
+
+def _text(path: Path, how: Reading) -> Documents:
+    with _open(path) as file:
+        if not how.separator:
+            yield str(path), _decoded(file.read().removeprefix(_BOM), str(path))
+            return
+        separator, number, ended = how.separator.encode(), 0, False
+        rest = file.read(_PIECE).removeprefix(_BOM)
+        while not ended:
+            # As much again as is waiting for its end: so a long document is not searched over and over.
+            ended = not (more := file.read(max(_PIECE, len(rest))))
+            *whole, rest = (rest + more).split(separator)
+            for part in filter(None, [*whole, rest] if ended else whole):  # nothing between two separators is no document
+                number += 1
+                where = f"text {number} of {path}"
+                yield where, _decoded(part, where)
+
+
+def _json_lines(path: Path, how: Reading) -> Documents:
+    with _open(path) as file:
+        for number, raw in enumerate(file, 1):
+            line = raw.removeprefix(_BOM) if number == 1 else raw
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, _json_text(line, where, how.column)
+
+
+def _json_text(raw: bytes, where: str, column: str) -> str | UserError:
+    if isinstance(text := _decoded(raw, where), UserError):
+        return text
+    try:
+        return text_of(json.loads(text), where, column)
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
+        return UserError(f"{where} is not JSON: {shorten(str(error))}")
+
+
+def text_of(record: Any, where: str, column: str) -> str | UserError:
+    if isinstance(record, dict) and isinstance(record.get(column), str):
+        return record[column]  # type: ignore[no-any-return]
+    if isinstance(record, dict) and column in record:
+        return UserError(f"{where} holds {type(record[column]).__name__} under {column!r}, not text")
+    keys = shorten(", ".join(record)) if isinstance(record, dict) else type(record).__name__
+    return UserError(f"{where} has no text under {column!r} (it has {keys}); name the right one with --column")
+
+
+def _json(path: Path, how: Reading) -> Documents:
+    """An array of objects, or objects one after another."""
+    decoder, number, position, is_array = json.JSONDecoder(), 0, 0, False
+    with _open(path) as binary:
+        file = io.TextIOWrapper(binary, "utf-8-sig", errors="surrogatepass")
+        buffer, size, ended = "", _PIECE, False
+        while True:
+            # Past what stands between values.
+            while position < len(buffer) and (buffer[position].isspace() or (is_array and buffer[position] in ",]")):
+                position += 1
+            if number == 0 and not is_array and buffer[position : position + 1] == "[":
+                is_array, position = True, position + 1
+                continue
+            if position < len(buffer):
+                try:
+                    record, position = decoder.raw_decode(buffer, position)
+                    number, size = number + 1, _PIECE
+                    where = f"item {number} of {path}"
+                    yield where, text_of(record, where, how.column)
+                    continue
+                except (ValueError, RecursionError) as error:
+                    if ended:
+                        raise UserError(f"item {number + 1} of {path} is not JSON: {shorten(str(error))}") from error
+            elif ended:
+                return
+            try:
+                more = file.read(size)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not UTF-8 (near byte {error.start}); convert it with iconv") from error
+            # A value longer than what was read is tried again with twice as much.
+            buffer, position, size, ended = buffer[position:] + more, 0, 2 * size, not more
+
+
+def _table(path: Path, how: Reading) -> Documents:
+    """A CSV or TSV file whose first row names the columns (RFC 4180)."""
+    delimiter = "\t" if format_of(path) == ".tsv" else ","
+    csv.field_size_limit(sys.maxsize)
+    with _open(path) as binary:
+        rows = csv.DictReader(io.TextIOWrapper(binary, "utf-8-sig", newline=""), delimiter=delimiter)
+        try:
+            if how.column not in (rows.fieldnames or []):
+                raise UserError(f"{path} has no column {how.column!r}; it has {shorten(', '.join(rows.fieldnames or []))}")
+            for number, row in enumerate(rows, 1):
+                where = f"row {number} of {path}"
+                text = row[how.column]
+                yield where, UserError(f"{where} is shorter than the first row") if text is None else text
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 (near line {rows.line_num}); convert it with iconv") from error
+        except csv.Error as error:
+            raise UserError(f"{path}:{rows.line_num} is not a table: {error}") from error
+
+
+def _parquet(path: Path, how: Reading) -> Documents:
+    require(str(path), "pyarrow")
+    import pyarrow.parquet
+
+    with _seekable(path) as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+        except (OSError, ValueError) as error:  # pyarrow's errors derive from them
+            raise UserError(f"{path} is not a parquet file: {str(error)[:120]}") from error
+        _refuse_missing(path, how.column, table.schema_arrow.names)
+        yield from _rows(path, how.column, table.iter_batches(batch_size=256, columns=[how.column]))
+
+
+def _arrow(path: Path, how: Reading) -> Documents:
+    require(str(path), "pyarrow")
+    import pyarrow.ipc
+
+    with _seekable(path) as file:
+        try:
+            try:
+                table = pyarrow.ipc.open_stream(file)  # as `datasets` writes it
+                batches: Iterator[Any] = iter(table)
+            except pyarrow.ArrowInvalid:
+                file.seek(0)
+                table = pyarrow.ipc.open_file(file)
+                batches = (table.get_batch(i) for i in range(table.num_record_batches))
+            _refuse_missing(path, how.column, table.schema.names)
+            yield from _rows(path, how.column, (batch.select([how.column]) for batch in batches))
+        except pyarrow.ArrowInvalid as error:
+            raise UserError(f"{path} is not an arrow file: {str(error)[:120]}") from error
+
+
+def _refuse_missing(path: Path, column: str, names: list[str]) -> None:
+    if column not in names:
+        raise UserError(f"{path} has no column {column!r}; it has {shorten(', '.join(names))}")
+
+
+def _rows(path: Path, column: str, batches: Iterator[Any]) -> Documents:
+    import pyarrow
+
+    number = 0
+    for batch in batches:
+        try:
+            texts, unchecked = batch.column(0).to_pylist(), False
+        except UnicodeDecodeError:  # neither format checks what calls itself a string
+            texts, unchecked = batch.column(0).cast(pyarrow.large_binary()).to_pylist(), True
+        for text in texts:
+            where = f"row {number} of {path}"
+            if unchecked and text is not None:
+                text = _decoded(text, where)
+            elif not isinstance(text, str):
+                text = UserError(f"{where} holds {type(text).__name__} under {column!r}, not text")
+            number += 1
+            yield where, text
+
+
+def _decoded(raw: bytes, where: str) -> str | UserError:
+    try:
+        return raw.decode("utf-8", "surrogatepass")  # some programs write surrogates as if they were characters
+    except UnicodeDecodeError as error:
+        return UserError(f"{where} is not UTF-8 (byte {error.start}); convert it with iconv")
+
+
+# -- compressions ----------------------------------------------------------------------------------------------------------
+
+
+class _Zstandard(io.RawIOBase):
+    """The bytes of a .zst file, frame after frame; the package's own reader takes a file that ends early as whole."""
+
+    def __init__(self, path: Path) -> None:
+        require(str(path), "zstandard")
+        import zstandard
+
+        self._context = zstandard.ZstdDecompressor(max_window_size=2**31)
+        self._error = zstandard.ZstdError
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._held = self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._held:
+            raw = self._rest or self._file.read(2**14)
+            if not raw:
+                if self._frame is not None:
+                    raise EOFError("in the middle of a frame")
+                return 0
+            frame = self._frame or self._context.decompressobj()
+            try:
+                self._held = frame.decompress(raw)
+            except self._error as error:
+                raise OSError(str(error)) from error
+            self._rest, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        count = min(len(buffer), len(self._held))
+        buffer[:count], self._held = self._held[:count], self._held[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed."""
+    decompressor = _DECOMPRESSORS.get(compression_of(path))
+    return path.open("rb") if decompressor is None else decompressor(path)
+
+
+@contextmanager
+def _seekable(path: Path) -> Iterator[IO[bytes]]:
+    """The same for formats that are not read from front to back: what is compressed goes into a temporary file first."""
+    with _open(path) as file:
+        if not compression_of(path):
+            yield file
+            return
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(file, copy)
+            copy.seek(0)
+            yield copy
+
+
+_DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path: io.BufferedReader(_Zstandard(path), _PIECE),
+}
+READERS: dict[str, Callable[[Path, Reading], Documents]] = {
+    **dict.fromkeys((".txt", ".md", ".text"), _text),
+    **dict.fromkeys((".jsonl", ".ndjson"), _json_lines),
+    ".json": _json,
+    **dict.fromkeys((".csv", ".tsv"), _table),
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
+"""By the end of a file's name, in any case of letters, before that of a compression."""
+COMPRESSIONS = tuple(_DECOMPRESSORS)
