@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from titan_dp.config.load import load_config
 from titan_dp.errors import UserError
 from titan_dp.estimate import ledger, trace
 from titan_dp.estimate.collectives import Collective
-from titan_dp.estimate.command import dry_run, gib
+from titan_dp.estimate.command import amount, dry_run, unit_of
 from titan_dp.estimate.ledger import Ledger, Work
 from titan_dp.estimate.result import ALLOWANCE, ALLOWANCE_SHARE, estimate
 from titan_dp.estimate.speed import Assumptions, links, predict, seconds_of
@@ -206,7 +207,7 @@ def test_a_device_is_the_gpu_that_every_word_of_its_name_fits_or_none() -> None:
 def test_the_plan_of_a_run_is_in_numbers_that_are_known() -> None:
     c = load_config(["--config", "800m.toml"]).config
     text = " ".join(planned(c, plan_batches(c.training, 2), 2).values())
-    assert all(part in text for part in ("806,262,780", "104,905 steps", "55 B tokens"))
+    assert all(part in text for part in ("806,262,780", "104,905 steps", "55B tokens"))
     assert "Householder" not in text
     router = ["--model.adaptive_householder", "--training.householder_cost=1"]
     c = load_config(["--config", "800m.toml", *router]).config
@@ -255,7 +256,9 @@ def test_the_dry_run_is_the_estimate_for_what_is_here(
     dry_run(loaded)
     shown = capsys.readouterr().out
     counted = estimate(loaded.config, 1, None, IB, search=False)
-    assert f"{gib(counted.tensors)} per rank, {counted.peak_phase}" in shown
+    size, unit = unit_of([counted.tensors])
+    assert re.search(rf"memory per rank +{unit} +at the peak, {counted.peak_phase}", shown)
+    assert re.search(rf"tensors +{amount(counted.tensors, size)}", shown)
     assert "torch backend" in shown
     assert not any(word in shown for word in ("predicted", "allowance")), "a CPU has no data sheet"
     assert "warning: optimizer.muon_lr (command line) has no effect" in shown

@@ -1,8 +1,9 @@
-"""Tables on a terminal and in a pipe, where no number is ever cut; CSV files."""
+"""Tables on a terminal and in a pipe, where no number is ever cut; signs of life; CSV files."""
 
 from __future__ import annotations
 
 import gzip
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -11,72 +12,169 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from titan_dp.output import number_table, print_table, print_written, write_csv
+from titan_dp import output
+from titan_dp.files import short, si
+from titan_dp.output import (
+    number_table,
+    print_command,
+    print_next,
+    print_table,
+    print_text,
+    print_written,
+    progress,
+    write_csv,
+)
 
 NUMBERS = [f"804,741,{i:03}" for i in range(20)]
 SENTENCE = "the first documents joined and cut"
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 
 def wide_table() -> Table:
     """Twenty columns of eleven characters, and one of words."""
-    table = Table(*(f"n{i}" for i in range(20)), "about", title="[0,1] and [bold]")
-    table.add_row(*NUMBERS, SENTENCE)
-    return table
+    return number_table("[0,1] and [bold]", [*(f"n{i}" for i in range(20)), "about"], [[*NUMBERS, SENTENCE]], left=["about"])
 
 
-def terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+def terminal(monkeypatch: Patch, columns: int) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(columns))
 
 
-def test_in_a_pipe_a_table_is_as_wide_as_it_needs(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def lines(capsys: Capture) -> list[str]:
+    return [line.rstrip() for line in Text.from_ansi(capsys.readouterr().out).plain.splitlines()]
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def test_in_a_pipe_a_table_is_as_wide_as_it_needs_and_has_all_columns(capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    print_table(wide_table())
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if SENTENCE in line]
+    print_table(wide_table(), details=["n3"])
+    (row,) = [line for line in lines(capsys) if SENTENCE in line]
     assert all(number in row for number in NUMBERS)
 
 
-def test_on_a_terminal_that_is_too_narrow_numbers_stay_whole(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_terminal_leaves_out_as_few_details_as_it_can_the_first_named_first_and_says_so(
+    capsys: Capture, monkeypatch: Patch
 ) -> None:
+    details = [f"n{i}" for i in range(19, 0, -1)]
+    for columns, kept in ((80, 3), (100, 5), (400, 20)):
+        terminal(monkeypatch, columns)
+        print_table(wide_table(), details=details)
+        shown = lines(capsys)
+        assert max(map(len, shown)) <= columns
+        (row,) = [line for line in shown if SENTENCE in line]
+        assert [number in row for number in NUMBERS] == [i < kept for i in range(20)]
+        said = " ".join(shown).partition("a wider terminal also shows: ")[2]
+        assert said.strip().split(", ") == ([f"n{i}" for i in range(kept, 20)] if kept < 20 else [""])
+
+
+def test_words_wrap_where_no_more_details_can_go(capsys: Capture, monkeypatch: Patch) -> None:
+    terminal(monkeypatch, 40)
+    print_table(number_table("", ["n", "about"], [["804,741,000", f"{SENTENCE} {SENTENCE}"]], left=["about"]))
+    shown = lines(capsys)
+    assert max(map(len, shown)) <= 40
+    assert shown[2].split() == ["804,741,000", *SENTENCE.split()[:4]]
+    assert " ".join(shown[2:]).split()[1:] == [*SENTENCE.split(), *SENTENCE.split()]
+
+
+def test_a_row_that_is_too_wide_all_the_same_is_a_block_of_lines(capsys: Capture, monkeypatch: Patch) -> None:
     terminal(monkeypatch, 40)
     print_table(wide_table())
-    text = capsys.readouterr().out
-    assert all(number in text for number in NUMBERS)
-    assert all(word in text for word in SENTENCE.split())
-    assert "…" not in text
+    shown = lines(capsys)
+    assert max(map(len, shown)) <= 40
+    assert shown[0] == "[0,1] and [bold]", "brackets are text"
+    assert [line.split() for line in shown[1:21]] == [[f"n{i}", number] for i, number in enumerate(NUMBERS)]
+    assert " ".join(" ".join(shown[21:]).split()) == f"about {SENTENCE}"
 
 
-def test_on_a_terminal_words_wrap_before_lines_run_on(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_aligned_to_the_right_and_names_to_the_left(capsys: Capture) -> None:
+    print_table(number_table("", ("name", "n"), [("a", 1), ("longer", 1000)], left=("name",)))
+    assert lines(capsys)[-3:] == ["a          1", "longer  1000", ""]
+
+
+def test_a_count_has_three_digits_and_a_quantity_a_prefix() -> None:
+    counts = {0: "0", 999.4: "999", 999.6: "1k", 804_698_112: "805M", 19_000_197_120: "19B", 2.54e20: "2.54e20", 1e-7: "1e-7"}
+    assert {number: short(number) for number in counts} == counts
+    assert [si(4.176e16, "FLOPs"), si(4.2e9, "FLOPs"), si(17, "B")] == ["41.8 PFLOPs", "4.2 GFLOPs", "17 B"]
+
+
+# -- sentences and commands --------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_breaks_sentences_between_words_and_a_pipe_nowhere(capsys: Capture, monkeypatch: Patch) -> None:
+    text = f"  - {SENTENCE} into words-with-hyphens that nobody breaks"
+    print_text(text)
+    assert lines(capsys) == [text]
     terminal(monkeypatch, 40)
-    table = Table("n", "about")
-    table.add_row("804,741,000", f"{SENTENCE} {SENTENCE}")
-    print_table(table)
-    lines = Text.from_ansi(capsys.readouterr().out).plain.splitlines()
-    assert max(map(len, lines)) <= 40
-    assert "804,741,000" in "".join(lines)
+    print_text(text)
+    shown = lines(capsys)
+    assert " ".join(line.strip() for line in shown) == text.strip()
+    assert all(line.startswith("  ") and len(line) <= 40 for line in shown)
 
 
-def test_details_are_left_out_only_where_there_is_no_room(
-    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    print_table(wide_table(), details=["n3"])
-    assert NUMBERS[3] in capsys.readouterr().out
-    terminal(monkeypatch, 40)
-    print_table(wide_table(), details=["n3"])
-    text = capsys.readouterr().out
-    assert NUMBERS[3] not in text
-    assert NUMBERS[4] in text
+def test_a_command_of_several_lines_can_be_typed_as_it_is_shown(capsys: Capture, monkeypatch: Patch) -> None:
+    command = "titan-dp train --config 800m.toml --data.path mydata/train --validation.path 'my data/validation' --debug.seed 2"
+    print_next("train on it", command)
+    assert lines(capsys) == ["train on it:", f"  {command}"]
+    terminal(monkeypatch, 60)
+    print_command(command)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 60
+    assert shlex.split(shown.replace("\\\n", "")) == shlex.split(command)
+    assert all("--" in line for line in shown.splitlines()), "an option stays beside its value"
 
 
-def test_brackets_in_a_table_are_text(capsys: pytest.CaptureFixture) -> None:
-    print_table(wide_table())
-    assert "[0,1] and [bold]" in capsys.readouterr().out
+# -- signs of life -----------------------------------------------------------------------------------------------------
 
 
-def test_numbers_are_aligned_to_the_right_and_names_to_the_left(capsys: pytest.CaptureFixture) -> None:
-    print_table(number_table("", ("name", "n"), [("a", 1), ("longer", 1000)], left=("name",), box=None))
-    assert capsys.readouterr().out.splitlines()[-2:] == [" a          1 ", " longer  1000 "]
+@pytest.fixture
+def soon(monkeypatch: Patch) -> None:
+    """What takes seconds takes hundredths."""
+    for name in ("FIRST_SIGN", "NEXT_SIGN", "_BAR_AFTER"):
+        monkeypatch.setattr(output, name, 0.02)
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_log_has_a_line_now_and_then_on_stderr(capsys: Capture) -> None:
+    with progress("documents", 200) as state:
+        for _ in state.each(range(50)):
+            pass
+        time.sleep(0.2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) > 2
+    assert err.splitlines()[-1].startswith("documents 50 of 200: 0.")
+    assert err.splitlines()[-1].endswith(" left")
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_terminal_has_a_bar_that_goes_away(capsys: Capture, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress("counting [a step]"):
+        time.sleep(0.3)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "counting [a step]" in err
+    assert "so far" not in err
+
+
+def test_what_is_done_soon_leaves_no_sign(capsys: Capture) -> None:
+    with progress("documents", 3) as state:
+        assert list(state.each("abc")) == ["a", "b", "c"]
+    assert (state.done, *capsys.readouterr()) == (3, "", "")
+
+
+@pytest.mark.usefixtures("soon")
+def test_other_ranks_show_nothing(capsys: Capture, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with progress("documents"):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.csv.gz"])

@@ -507,7 +507,8 @@ def test_a_sweeps_report_lies_in_its_folder_and_bears_its_name(tmp_path: Path, c
     assert "wide &amp; narrow" in page
     shown = capsys.readouterr().out
     assert "2 runs (1 finished, 1 not started)" in shown
-    assert f"written to {sweep / 'report' / 'report.html'}" in shown
+    assert f"written to {sweep / 'report'}: report.json, runs.csv, " in shown
+    assert f"{sweep / 'report' / 'report.html'} shows it all on one page" in shown
 
 
 def test_curves_of_several_tokenizers_are_left_out_of_a_report_in_the_current_folder(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,11 @@ from titan_dp.config.arguments import above_zero, fraction, positive, take_setti
 from titan_dp.config.load import Loaded, load_config
 from titan_dp.config.mixers import MIXERS
 from titan_dp.errors import UserError
+from titan_dp.files import short, si
 from titan_dp.hardware import GPU, GPUS, NETWORKS, find_gpu, find_network, gpu_of
-from titan_dp.output import print_table
+from titan_dp.output import number_table, print_next, print_table, print_text, progress
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from titan_dp.estimate.result import Estimate
     from titan_dp.train.batch_plan import BatchPlan
 
@@ -63,23 +63,24 @@ def run(args: argparse.Namespace) -> int:
         link=args.link_efficiency,
         gpus_per_node=args.gpus_per_node,
     )
-    result = estimate(loaded.config, args.nproc, gpu, network, assumed, available=memory)
+    with progress("counting a step"):
+        result = estimate(loaded.config, args.nproc, gpu, network, assumed, available=memory)
     if args.json:
         print(result.as_json())
         return 0
     title = f"{loaded.run_name}: estimate for {args.nproc:,} x {result.device}"
-    print_table(_table(title, loaded, args.nproc, result.batch, result))
+    _print(title, loaded, args.nproc, result.batch, result)
     _print_assumptions(result)
     return 0
 
 
 def _print_assumptions(result: Estimate) -> None:
     for line in result.notes:
-        print(f"note: {line}")
+        print_text(f"note: {line}")
     if result.assumptions:
-        print("The time and MFU are predicted, not measured, assuming that")
+        print_text("The time and MFU are predicted, not measured, assuming that")
         for line in result.assumptions:
-            print(f"  - {line}")
+            print_text(f"  - {line}")
 
 
 def dry_run(loaded: Loaded) -> None:
@@ -99,12 +100,15 @@ def dry_run(loaded: Loaded) -> None:
         return
     result = None
     if not MIXERS[c.model.mixer].is_loop:  # followed operator by operator, a loop over tokens takes minutes
-        result = estimate(c, ranks, _gpu_here(), NETWORKS["ib-400"], search=False)
-    print_table(_table(f"{loaded.run_name}: dry run", loaded, ranks, batch, result))
+        with progress("counting a step"):
+            result = estimate(c, ranks, _gpu_here(), NETWORKS["ib-400"], search=False)
+    _print(f"{loaded.run_name}: dry run", loaded, ranks, batch, result)
     if result:
         _print_assumptions(result)
     for line in loaded.warnings():
-        print(f"warning: {line}")
+        print_text(f"warning: {line}")
+    if result and result.device == "cpu":
+        print_next("on GPUs, with memory and speed", "titan-dp estimate --config ... --nproc 8 --gpu H100")
 
 
 def _gpu_here() -> GPU | None:
@@ -119,44 +123,74 @@ def _gpu_here() -> GPU | None:
     return replace(known, memory=here.total_memory, arch=arch, processors=here.multi_processor_count)
 
 
-def gib(size: float) -> str:
-    return f"{size / _GIB:.2f} GiB" if size >= 0.005 * _GIB else f"{size / 2**20:.2f} MiB"
-
-
-def _table(title: str, loaded: Loaded, ranks: int, batch: BatchPlan, e: Estimate | None) -> Table:
+def _print(title: str, loaded: Loaded, ranks: int, batch: BatchPlan, e: Estimate | None) -> None:
     """All that is known of a run before it is one; without an estimate, what follows from the settings alone."""
-    from rich.table import Table
-
     from titan_dp.train.facts import planned
 
-    table = Table(title=title, show_header=False)
-    for name, text in planned(loaded.config, batch, ranks).items():
-        table.add_row(name, text)
+    facts = planned(loaded.config, batch, ranks)
     if e is None:
-        table.add_row("memory", f"not counted for {loaded.config.model.mixer}; titan-dp estimate does, in minutes")
-        return table
-    table.add_row("recurrence", f"{e.backend} backend, on {e.device}")
-    table.add_section()
-    for part, size in e.memory.items():
-        table.add_row(part, gib(size))
-    table.add_row("tensors at the peak", f"{gib(e.tensors)} per rank, {e.peak_phase}")
+        facts["memory"] = f"not counted for {loaded.config.model.mixer}; titan-dp estimate does, in minutes"
+        _print_pairs(title, facts)
+        return
+    _print_pairs(title, facts | {"recurrence": f"{e.backend} backend, on {e.device}"})
+    _print_memory(e)
+    _print_communication(e)
+    _print_pairs("computation", _computation(e))
+
+
+def _print_pairs(title: str, pairs: dict[str, str]) -> None:
+    names = ("", " ")
+    print_table(number_table(title, names, pairs.items(), left=names, show_header=False))
+
+
+def _print_memory(e: Estimate) -> None:
+    size, unit = unit_of([e.tensors])
+    rows = [[part, amount(bytes, size), ""] for part, bytes in e.memory.items()]
+    rows.append(["tensors", amount(e.tensors, size), ""])
     if e.allowance:
-        table.add_row("allowance", f"{gib(e.allowance)} for context, NCCL, workspaces, fragmentation: chosen, not counted")
+        rows.append(["allowance", amount(e.allowance, size), "context, NCCL, workspaces, fragmentation: chosen, not counted"])
     if e.available:
         fits = "fits" if e.total <= e.available else "does NOT fit"
-        table.add_row("in all", f"{gib(e.total)} of {gib(e.available)}: {fits}")
-    if e.largest_batch is not None:
-        table.add_row("largest local batch", str(e.largest_batch) if e.largest_batch else "not even one sequence fits")
-    table.add_section()
-    for purpose, row in e.communication.items():
-        where = f"{gib(row['inside a node'])} inside a node, {gib(row['between nodes'])} between nodes"
-        table.add_row(purpose, f"{gib(row['sent'])} sent per step in {int(row['calls']):,} calls: {where}")
-    table.add_section()
-    table.add_row("model FLOPs", f"{e.model_flops / 1e12:,.4g} T per step of all ranks")
-    table.add_row("executed FLOPs", f"{e.executed_flops / 1e12:,.4g} T per step and rank (recomputation included)")
+        rows.append(["in all", amount(e.total, size), f"{fits} in {amount(e.available, size)}"])
+    columns = ("memory per rank", unit, f"at the peak, {e.peak_phase}")
+    print_table(number_table("", columns, rows, left=(columns[0], columns[2])))
+    if e.largest_batch is not None and e.available:
+        most = f"the largest that fits is {e.largest_batch}" if e.largest_batch else "not even 1 fits"
+        more = "" if e.total <= e.available else "; --activation_checkpoint.mode full, or more ranks, need less memory"
+        print_text(f"local batch {e.batch.local_batch_size}: {most}{more}", "")
+
+
+def _print_communication(e: Estimate) -> None:
+    if not any(row["sent"] for row in e.communication.values()):
+        return
+    size, unit = unit_of([row["sent"] for row in e.communication.values()])
+    names = ("sent", "inside a node", "between nodes")
+    rows = []
+    for what, row in e.communication.items():
+        rows.append([what, *(amount(row[name], size) for name in names), f"{int(row['calls']):,}"])
+    columns = (f"sent per rank and step, {unit}", "in all", *names[1:], "calls")
+    print_table(number_table("", columns, rows, left=columns[:1]))
+
+
+def _computation(e: Estimate) -> dict[str, str]:
+    found = {
+        "model FLOPs": f"{si(e.model_flops, 'FLOPs')} per step of all ranks",
+        "executed FLOPs": f"{si(e.executed_flops, 'FLOPs')} per step and rank (recomputation included)",
+    }
     if e.speed is not None and e.mfu is not None:
-        s = e.speed
-        parts = f"{s.compute:.3g} compute + {s.exposed:.3g} of {s.communication:.3g} communication"
-        table.add_row("predicted step time", f"{s.step:.3g} s = {parts}")
-        table.add_row("predicted MFU", f"{e.mfu:.1%}, {e.batch.tokens_per_step / s.step:,.0f} tokens/s")
-    return table
+        s, (times, unit) = e.speed, (1e3, "ms") if e.speed.step < 1 else (1, "s")
+        step, compute, exposed, communication = (f"{x * times:.3g}" for x in (s.step, s.compute, s.exposed, s.communication))
+        found["predicted step"] = f"{step} {unit} = {compute} computation + {exposed} of {communication} communication"
+        found["predicted speed"] = f"{short(e.batch.tokens_per_step / s.step)} tokens/s, an MFU of {e.mfu:.1%}"
+    return found
+
+
+def unit_of(sizes: Iterable[float]) -> tuple[int, str]:
+    """The one unit for a column of bytes: the largest in which the largest of them is at least 1."""
+    largest = max(sizes, default=0)
+    return next(((size, unit) for size, unit in ((2**30, "GiB"), (2**20, "MiB")) if largest >= size), (2**10, "KiB"))
+
+
+def amount(bytes: float, size: int) -> str:
+    """`bytes` in units of `size`, to the hundredth."""
+    return f"{bytes / size:,.2f}" if bytes >= 0.005 * size or not bytes else "< 0.01"

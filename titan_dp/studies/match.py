@@ -17,11 +17,13 @@ from titan_dp.config.arguments import count, grid, householder_list, percent, ta
 from titan_dp.config.describe import to_toml
 from titan_dp.config.load import SHIPPED, keys_of, load_config
 from titan_dp.errors import UserError
+from titan_dp.files import short
 from titan_dp.model.size import embedding_parameters, model_size, state_size
-from titan_dp.output import number_table, print_table
+from titan_dp.output import number_table, print_command, print_table, print_text
 from titan_dp.studies.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
 
-_DETAILS = ("w/o embedding", "matmul", "recurrence", "memory")
+_DETAILS = ("recurrence", "matmul", "without embedding", "exactly", "GiB to train", "state per layer")
+"""Columns that a terminal may leave out, the first of them first."""
 PAPER_SIZES = ("213m", "392m", "800m")
 PAPER = [f"{size}{partner}" for size in PAPER_SIZES for partner in ("_nh1", "", "_nh3")]
 """The configs of the paper's nine language models, n_h = 1, 2, 3 of each size."""
@@ -71,11 +73,13 @@ def run(args: argparse.Namespace) -> int:
         models = [each.config.model for each in loaded]
         smallest = [models[i // (3 * len(gates)) * 3 * len(gates)] for i in range(len(models))]
         targets = [model_size(model, 4096).parameters for model in smallest]
-        _print_table(models, targets, "parameters", loaded[0].config.training.seq_len)
+        _print_table("the paper's language models", models, targets, "parameters", loaded[0].config.training.seq_len)
+        print_text("train one with titan-dp train --config 800m.toml, or 213m, 392m; _nh1, _nh3, _gated name the others")
         return 0
     models, seq_len = solve(args, gates)
     quantity = "parameters" if args.params else "flops"
-    _print_table(models, [args.params or args.flops] * len(models), quantity, seq_len)
+    wanted = f"{short(args.params)} parameters" if args.params else f"{short(args.flops)} FLOPs per token"
+    _print_table(f"models of {wanted}", models, [args.params or args.flops] * len(models), quantity, seq_len)
     _print_differences(models, args.by)
     _print_settings(models)
     return 0
@@ -126,10 +130,10 @@ def _at_some_depth(solved: Callable[[Variant], list[config.Model]], base: Varian
     raise first
 
 
-def _print_table(models: Sequence[config.Model], targets: Sequence[int], quantity: str, seq_len: int) -> None:
-    rows = []
-    for model, target in zip(models, targets, strict=True):
-        size = model_size(model, seq_len)
+def _print_table(title: str, models: Sequence[config.Model], targets: Sequence[int], quantity: str, seq_len: int) -> None:
+    rows, sizes = [], [model_size(model, seq_len) for model in models]
+    prefix, unit = ("G", 1e9) if max(size.flops_per_token for size in sizes) >= 1e9 else ("M", 1e6)
+    for model, size, target in zip(models, sizes, targets, strict=True):
         reached = size.parameters if quantity == "parameters" else size.flops_per_token
         row = {
             "model": model.family,
@@ -137,20 +141,23 @@ def _print_table(models: Sequence[config.Model], targets: Sequence[int], quantit
             "width": model.hidden_size,
             "heads": f"{model.num_heads} x {model.head_dim}",
             "MLP": model.mlp_size,
-            "parameters": f"{size.parameters:,}",
+            "params": short(size.parameters),
             "off": f"{reached / target - 1:+.2%}",
-            "w/o embedding": f"{size.parameters - embedding_parameters(model):,}",
-            "GFLOPs per token": f"{size.flops_per_token / 1e9:.4g}",
-            "matmul": f"{size.matmul / 1e9:.4g}",
-            "recurrence": f"{size.recurrence / 1e9:.3g}",
-            "state per layer": f"{state_size(model):,}",
-            "memory": f"{16 * size.parameters / 2**30:.3g} GiB",
+            f"{prefix}FLOPs per token": f"{size.flops_per_token / unit:#.4g}",
+            "state per layer": short(state_size(model)),
+            "GiB to train": f"{16 * size.parameters / 2**30:.3g}",
+            "exactly": f"{size.parameters:,}",
+            "without embedding": f"{size.parameters - embedding_parameters(model):,}",
+            "matmul": f"{size.matmul / unit:#.4g}",
+            "recurrence": f"{size.recurrence / unit:.3g}",
         }
         rows.append(row)
-    title = "model FLOPs are forward + backward; memory is parameters, gradients and AdamW in float32, unsharded"
-    table = number_table(title, list(rows[0]), [row.values() for row in rows], left=["model"])
-    table.columns[0].no_wrap = True
-    print_table(table, details=_DETAILS)
+    print_table(number_table(title, list(rows[0]), [row.values() for row in rows], left=["model"]), details=_DETAILS)
+    print_text(
+        "FLOPs are the model's, forward and backward. A state is one sequence's, in numbers. To train takes 16 bytes per "
+        "parameter (weight, gradient and AdamW in float32, unsharded) and activations.",
+        "",
+    )
 
 
 def _print_differences(models: Sequence[config.Model], by: str) -> None:
@@ -163,13 +170,14 @@ def _print_differences(models: Sequence[config.Model], by: str) -> None:
         if key != KNOBS[by] and len(values) > 1:
             ranges.append(f"{name} {values[0]} to {values[-1]}")
     if ranges:
-        print(f"they differ in more than {by}: {', '.join(ranges)}; another size, a smaller --multiple or a larger --tolerance")
-        print("may find models that do not")
+        differing = f"they differ in more than {by}: {', '.join(ranges)}"
+        print_text(f"{differing}; another size, a smaller --multiple or a larger --tolerance may find models that do not", "")
 
 
 def _print_settings(models: Sequence[config.Model]) -> None:
-    """The settings of each model as train.py takes them."""
-    print("\nto train one, add its settings to train.py's:")
+    """The settings of each model as `titan-dp train` takes them."""
+    print_text("train one with titan-dp train --config ... and its settings:")
     for model in models:
         values = {key: getattr(model, key) for key in (*SHAPE_KEYS, "num_householder", "use_forget_gate")}
-        print("  " + " ".join(f"--model.{key} {to_toml(value)}" for key, value in values.items()))
+        print_text(f"  {model.family}")
+        print_command(" ".join(f"--model.{key} {to_toml(value)}" for key, value in values.items()), indent=4)

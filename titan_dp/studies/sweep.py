@@ -17,19 +17,17 @@ import shlex
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from titan_dp.config.arguments import above_zero, fraction, natural, positive
 from titan_dp.config.load import config_from_toml
 from titan_dp.errors import RunError, UserError
-from titan_dp.files import stays_inside, write_json
-from titan_dp.output import number_table, print_table
+from titan_dp.files import short, stays_inside, write_json
+from titan_dp.output import number_table, print_next, print_table, print_text
 from titan_dp.studies.sweep_file import Cell, Sweep, load_sweep
 from titan_dp.train.run_folder import RunLock, holds_config, identity, is_finished, is_locked, last_step, read_run, write_config
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
+_LEAST_HOURS = 0.01
+"""Of the whole sweep: below it GPU-hours say nothing."""
 _OURS = (".lock", ".slot", ".config.toml.tmp", "config.toml")
 """What a cell's folder may hold before its first attempt."""
 
@@ -73,14 +71,15 @@ def run(args: argparse.Namespace) -> int:
         if lock:
             _write(sweep)
         if args.launch != "print":  # whose output is for another program
-            print_table(_cost_table(sweep, args.mfu * args.peak_tflops * 1e12))
-            print(f"runs in {sweep.folder}")
+            _print_costs(sweep, args.mfu, args.peak_tflops)
         if args.launch == "slurm":
             from titan_dp.studies.launch_slurm import launch_slurm
 
             launch_slurm(sweep, at_once=args.at_once, nproc=args.nproc, retries=args.retries, options=options)
         elif args.launch:
             launch(sweep.cells, args.launch, at_once=args.at_once, nproc=args.nproc or 1, retries=args.retries)
+        if args.launch != "print":
+            _print_next(sweep, args)
     return 0
 
 
@@ -204,27 +203,44 @@ def _state_of(cell: Cell) -> str:
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
-def _cost_table(sweep: Sweep, flops_per_second: float) -> Table:
-    states = [_state_of(cell) for cell in sweep.cells]
+def _print_costs(sweep: Sweep, mfu: float, peak_tflops: float) -> None:
+    """The table of what the cells are, how far they are and what they cost, and what its last column is."""
+    states, flops_per_hour = [_state_of(cell) for cell in sweep.cells], mfu * peak_tflops * 1e12 * 3600
     total = sum(cell.flops for cell in sweep.cells)
     left = sum(cell.flops for cell, state in zip(sweep.cells, states, strict=True) if state != "finished")
 
     def hours(flops: int) -> str:
-        return f"{flops / flops_per_second / 3600:.4g}"
+        found = flops / flops_per_hour
+        return f"{found:,.0f}" if found >= 100 else f"{found:.1f}" if found >= 10 else f"{found:.3g}"
 
-    price = f"GPU-hours at\n{flops_per_second / 1e12:.4g} TFLOP/s"
-    columns = ("cell", "state", "model", "shape", "parameters", "tokens", "FLOPs", price)
+    columns = ["cell", "state", "model", "shape", "params", "tokens", "FLOPs", "GPU-hours"]
     rows = []
     for cell, state in zip(sweep.cells, states, strict=True):
         m = cell.config.model
         shape = f"{m.num_hidden_layers} x {m.hidden_size}, {m.num_heads} x {m.head_dim}, {m.mlp_size}"
-        sizes = (f"{cell.parameters:,}", f"{cell.tokens:,}", f"{cell.flops:.3g}", hours(cell.flops))
-        rows.append((cell.name, state, m.family, shape, *sizes))
-    title = f"{sweep.name}: {len(sweep.cells)} cells. {sweep.description}"
-    table = number_table(title, columns, rows, left=columns[:4], show_footer=True)
-    tokens = f"{sum(cell.tokens for cell in sweep.cells):,}"
-    sums = ("all", f"{states.count('finished')} finished", "", "layers x width, heads x dim, MLP", "", tokens, f"{total:.3g}")
-    for column, footer in zip(table.columns, (*sums, f"{hours(total)}\n{hours(left)} left"), strict=True):
+        sizes = map(short, (cell.parameters, cell.tokens, cell.flops))
+        rows.append([cell.name, state, m.family, shape, *sizes, hours(cell.flops)])
+    tokens, finished = sum(cell.tokens for cell in sweep.cells), f"{states.count('finished')} finished"
+    sums = ["all", finished, "", "layers x width, heads x dim, MLP", "", short(tokens), short(total), hours(total)]
+    shown = len(columns) if total >= _LEAST_HOURS * flops_per_hour else len(columns) - 1
+    title = f"{sweep.name}: {len(sweep.cells)} cells. {sweep.description}".rstrip()
+    table = number_table(title, columns[:shown], [row[:shown] for row in rows], left=columns[:4], show_footer=True)
+    for column, footer in zip(table.columns, sums, strict=False):
         column.footer = footer
-    table.columns[0].no_wrap = True
-    return table
+    print_table(table, details=["shape", "FLOPs", "model"])
+    if shown == len(columns):
+        speed = f"{mfu * peak_tflops:.4g} TFLOP/s, an MFU of {mfu:.0%} of {peak_tflops:g} (--mfu, --peak-tflops)"
+        print_text(f"GPU-hours at {speed}; {hours(left)} are left")
+
+
+def _print_next(sweep: Sweep, args: argparse.Namespace) -> None:
+    file, report = shlex.quote(str(args.file)), f"titan-dp report {shlex.quote(str(sweep.folder))}"
+    if args.launch == "local":
+        print_next("compare the runs with", report)
+    elif args.launch == "slurm":
+        print_next("see how far they are, then compare the runs, with", f"titan-dp sweep {file}", report)
+    elif all(is_finished(cell.folder) for cell in sweep.cells):
+        print_next(f"all runs are finished, in {sweep.folder}; compare them with", report)
+    else:
+        print_text(f"nothing is started; the run folders are in {sweep.folder}")
+        print_next("launch the cells, then compare the runs, with", f"titan-dp sweep {file} --launch local", report)

@@ -14,6 +14,7 @@ from titan_dp.data.batch import Loader
 from titan_dp.data.loader import ValidationLoader
 from titan_dp.data.synthetic.loader import SyntheticSet
 from titan_dp.distributed import World, device_name
+from titan_dp.files import short, si
 from titan_dp.model.size import embedding_parameters, model_size
 from titan_dp.train.batch_plan import BatchPlan
 
@@ -69,18 +70,20 @@ def planned(c: config.Config, batch: BatchPlan, world_size: int) -> dict[str, st
     """Sizes, FLOPs, batch, length and precision in words, for the banner and the dry run."""
     size = model_size(c.model, batch.seq_len)
     kinds = {"matmul": size.matmul, "conv": size.conv, "recurrence": size.recurrence, "attention": size.attention}
-    parts = " + ".join(f"{flops / 1e9:.3g} {kind}" for kind, flops in kinds.items() if flops)
+    parts = ", ".join(f"{flops / size.flops_per_token:.1%} {kind}" for kind, flops in kinds.items() if flops)
     taken = ", all Householder steps taken" if c.model.adaptive_householder else ""
     context = c.parallelism.context_parallel_degree
-    ranks = f"{world_size} rank(s)" if context == 1 else f"{world_size // context} group(s) of {context} ranks"
+    groups = world_size // context
+    ranks = f"{groups:,} rank" if context == 1 else f"{groups:,} group"
+    ranks += ("" if groups == 1 else "s") + ("" if context == 1 else f" of {context} ranks")
     return {
         "parameters": f"{size.parameters:,} ({size.parameters - embedding_parameters(c.model):,} without the embedding)",
-        "FLOPs per token": f"{size.flops_per_token / 1e9:.4g} G = {parts} (forward + backward, no recomputation{taken})",
+        "FLOPs per token": f"{si(size.flops_per_token, '')} ({parts}; forward + backward, no recomputation{taken})",
         "batch": (
-            f"{batch.global_batch_size} sequences of {batch.seq_len} = {batch.tokens_per_step:,} tokens per step "
-            f"({ranks} x {batch.local_batch_size} x {batch.accumulation} accumulation)"
+            f"{batch.global_batch_size:,} sequences of {batch.seq_len:,} = {short(batch.tokens_per_step)} tokens per step "
+            f"({ranks} x local batch {batch.local_batch_size} x accumulation {batch.accumulation})"
         ),
-        "length": f"{batch.steps:,} steps = {batch.tokens / 1e9:.4g} B tokens",
+        "length": f"{batch.steps:,} steps = {short(batch.tokens)} tokens",
         "precision": f"compute {c.training.mixed_precision_param}, reduction {c.training.mixed_precision_reduce}, "
         "norms, A_log, dt_bias and the sharded originals float32",
     }

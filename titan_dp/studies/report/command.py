@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from titan_dp.errors import UserError, require
 from titan_dp.files import write_atomically, write_json
+from titan_dp.output import print_text, print_written, progress
 
 if TYPE_CHECKING:
     from titan_dp.studies.report.results import Results
@@ -49,13 +50,19 @@ def run(args: argparse.Namespace) -> int:
     is_sweep = len(args.runs) == 1 and (args.runs[0] / "sweep.json").exists()
     out = args.out or (args.runs[0] / "report" if is_sweep else Path("report"))
     earlier = _check_out(out)
-    runs = read_runs(find_runs(args.runs))
+    found = find_runs(args.runs)
+    with progress(f"reading {len(found):,} runs"):
+        runs = read_runs(found)
     names = [path.resolve().name for path in args.runs]
     title = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     sweep = read_sweep(args.runs[0]) if is_sweep else None
-    results = results_of(runs, args.loss, (sweep and sweep.name) or title, sweep.description if sweep else "")
+    with progress("comparing and fitting"):
+        results = results_of(runs, args.loss, (sweep and sweep.name) or title, sweep.description if sweep else "")
     _print(results)
-    _write(results, out, earlier)
+    with progress("drawing"):
+        written = _write(results, out, earlier)
+    print_written(*written)
+    print_text(f"{out / _PAGE} shows it all on one page")
     return 0
 
 
@@ -86,14 +93,14 @@ def _check_out(out: Path) -> set[str]:
 def _print(results: Results) -> None:
     from titan_dp.studies.report.tables import show, summary, tables
 
-    print(*summary(results), *(f"warning: {line}" for line in results.warnings), "", sep="\n")
+    print_text(*summary(results), *(f"warning: {line}" for line in results.warnings), "")
     for section in tables(results).values():
         for title, table in section:
-            show(title, table)
+            show(title, table, last=table is section[-1][1])
 
 
-def _write(results: Results, out: Path, earlier: set[str]) -> None:
-    """Write the report, and delete those files of the `earlier` one that this one does not have."""
+def _write(results: Results, out: Path, earlier: set[str]) -> list[Path]:
+    """Write the report, and delete those files of the `earlier` one that this one does not have; returns its files."""
     from titan_dp.output import save_figure
     from titan_dp.studies.report.figures import FIGURES, figures
     from titan_dp.studies.report.tables import as_json, configurations_csv, page, runs_csv
@@ -113,5 +120,4 @@ def _write(results: Results, out: Path, earlier: set[str]) -> None:
     html = page(results, drawn)
     write_atomically(out / _PAGE, lambda file: file.write(html))
     write_json(out / "report.json", record | {"files": sorted(written)})
-    for path in (out / "report.json", *(out / name for name in _TABLES), *drawn, out / _PAGE):
-        print(f"written to {path}")
+    return [out / "report.json", *(out / name for name in _TABLES), *drawn, out / _PAGE]

@@ -15,9 +15,9 @@ import pandas as pd
 from pandas import DataFrame
 
 from titan_dp import output as plots
+from titan_dp.files import short
 from titan_dp.studies.report.compare import CONFIDENCE_TEXT, SAME_SIZE, SAME_TOKENS, best, clusters
 from titan_dp.studies.report.results import Fit, IsoFlop, Results
-from titan_dp.studies.report.tables import count
 
 _MARKERS = "os^DvPX*<>"
 _PANELS = 3  # in a row of panels
@@ -72,7 +72,7 @@ def _styled(configurations: DataFrame) -> DataFrame:
     share = math.ceil(len(sizes) / len(_MARKERS))
     for i in range(0, len(sizes), share):
         members = pd.concat(sizes[i : i + share])
-        low, high = (count(end) for end in (members["parameters"].min(), members["parameters"].max()))
+        low, high = (short(end) for end in (members["parameters"].min(), members["parameters"].max()))
         label = low if low == high else f"{low} to {high}"
         shown.loc[members.index, ["group", "marker", "sizes"]] = i // share, _MARKERS[i // share], label
     return shown
@@ -117,7 +117,7 @@ def _log_axis(axes: Any, label: str) -> None:
     decades = math.log10(high / low)
     subs = (1.0,) if decades > 3 else (1.0, 3.0) if decades > 1.5 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    axes.xaxis.set_major_formatter(lambda value, _: count(value))
+    axes.xaxis.set_major_formatter(lambda value, _: short(value))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", labelsize="small")
     axes.set_xlabel(label)
@@ -203,7 +203,7 @@ def _differences(results: Results, shown: DataFrame) -> Any:
             down, up = rows["difference"] - rows["low"], rows["high"] - rows["difference"]
             placed.append(DataFrame({"x": i + offsets, "difference": rows["difference"], "down": down, "up": up}))
         _points(axes, pd.concat(placed).join(shown[["colour", "marker"]]), "x", "difference", ("down", "up"))
-        labels = [f"{count(rows['parameters'].min())}\n{count(rows['tokens'].min())}" for rows in chunk]
+        labels = [f"{short(rows['parameters'].min())}\n{short(rows['tokens'].min())}" for rows in chunk]
         axes.axhline(0, color="0.3", lw=1)
         axes.set_xticks(range(len(chunk)), labels, fontsize="small")
         axes.grid(axis="x", visible=False)
@@ -221,7 +221,7 @@ def _isoflop(results: Results, shown: DataFrame) -> Any:
     for axes, budget in zip(grid, budgets, strict=True):
         for profile in (p for p in results.isoflops if p.budget == budget):
             _profile(axes, profile, shown.loc[profile.points.index])
-        axes.set_title(f"{count(budget)} FLOPs", fontsize="medium")
+        axes.set_title(f"{short(budget)} FLOPs", fontsize="medium")
         _log_axis(axes, "parameters")
         axes.set_ylabel(f"validation loss ({results.unit})")
     _legend(figure, shown.loc[sorted(set(chain(*(profile.points.index for profile in results.isoflops))))])

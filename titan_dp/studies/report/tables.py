@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame
 
-from titan_dp.output import number_table, print_table
+from titan_dp.files import short
+from titan_dp.output import duration, number_table, print_table
 from titan_dp.studies.report.compare import CONFIDENCE_TEXT, LOSSES, SEEDS
 from titan_dp.studies.report.fits import Estimate
 from titan_dp.studies.report.read import STATES
@@ -26,26 +26,6 @@ _NAMED = 5  # runs in a sentence; the tables name all
 _STEPS = ["step", "steps"]
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-def count(value: float) -> str:
-    """1_234_567 -> '1.23M'; below 0.01 and from 1e15 on (FLOPs) in powers of ten."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    if value >= 1e15 or value < 0.01:
-        return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.3g}")
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= 0.9995 * size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """'45 s', '12 min', '3.4 h', '9.1 d'."""
-    for unit, size, least in (("d", 86400, 2), ("h", 3600, 1.5), ("min", 60, 1.5)):
-        if seconds >= least * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def _texts(values: pd.Series, form: Any, unknown: str = "n/a") -> list[str]:
@@ -118,10 +98,10 @@ def _minimum(profile: IsoFlop) -> str:
         side = "below" if parabola.minimum < profile.points["parameters"].min() else "above"
         return f"outside, {side} the sampled sizes"
     if parabola.interval is None:
-        return f"{count(parabola.minimum)}, no interval (as many runs as coefficients)"
+        return f"{short(parabola.minimum)}, no interval (as many runs as coefficients)"
     if not math.isfinite(parabola.interval[1]):
-        return f"{count(parabola.minimum)}, undetermined (unbounded interval)"
-    return f"{count(parabola.minimum)} [{count(parabola.interval[0])}, {count(parabola.interval[1])}]"
+        return f"{short(parabola.minimum)}, undetermined (unbounded interval)"
+    return f"{short(parabola.minimum)} [{short(parabola.interval[0])}, {short(parabola.interval[1])}]"
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -153,7 +133,7 @@ def _configurations_table(results: Results) -> DataFrame:
         "family": rows["family"],
         "n_h": _texts(rows["n_h"], str, "-"),
         "shape": rows["shape"],
-        **{name: rows[name.lower()].map(count) for name in ("parameters", "tokens", "FLOPs")},
+        **{name: rows[name.lower()].map(short) for name in ("parameters", "tokens", "FLOPs")},
         "training loss": _texts(rows["training_loss"], "{:.4f}".format),
         "validation loss": _means(rows),
         "seeds": rows["used"].map(str),
@@ -164,7 +144,7 @@ def _configurations_table(results: Results) -> DataFrame:
 
 
 def _speeds(rows: DataFrame) -> dict[str, list[str]]:
-    speed, mfu = _texts(rows["tokens_per_second"], count), _texts(rows["mfu"], "{:.1%}".format)
+    speed, mfu = _texts(rows["tokens_per_second"], short), _texts(rows["mfu"], "{:.1%}".format)
     return {"tokens/s": speed, "MFU": mfu, "time": _texts(rows["seconds"], duration)}
 
 
@@ -180,8 +160,8 @@ def runs_table(results: Results) -> DataFrame:
         "state": rows["state"] + at,
         "family": rows["family"],
         "shape": rows["shape"],
-        "parameters": _texts(rows["parameters"], count),
-        "tokens": _texts(rows["tokens"], count),
+        "parameters": _texts(rows["parameters"], short),
+        "tokens": _texts(rows["tokens"], short),
         "seeds": [f"{one}, {other}" for one, other in rows[SEEDS].values],
         "training loss": _texts(rows["training_loss"], "{:.4f}".format),
         "validation loss": _texts(rows[LOSSES[results.loss]], "{:.4f}".format),
@@ -198,17 +178,18 @@ def _comparison_table(rows: DataFrame) -> DataFrame:
     between = []
     for against, low, high, verdict in rows[["against", "low", "high", "verdict"]].values:
         no_interval = "" if pd.isna(against) else "none: needs scatter of 2 seeds on both sides"
-        between.append(f"[{low:+.4f}, {high:+.4f}] {verdict}" if low <= high else no_interval)
+        between.append((f"[{low:+.4f}, {high:+.4f}]", verdict) if low <= high else ("", no_interval))
     table = {
         "family": rows["family"],
         "validation loss": _means(rows),
         "seeds": rows["losses"].map(len).map(str),
         "difference": _texts(rows["difference"], "{:+.4f}".format, ""),
-        f"{CONFIDENCE_TEXT} interval": between,
+        f"{CONFIDENCE_TEXT} interval": [interval for interval, _ in between],
+        "verdict": [verdict for _, verdict in between],
         "compared with": _texts(rows["against_name"], str, ""),
         "shape": rows["shape"],
-        "parameters": rows["parameters"].map(count),
-        "FLOPs": rows["flops"].map(count),
+        "parameters": rows["parameters"].map(short),
+        "FLOPs": rows["flops"].map(short),
     }
     return DataFrame(table)
 
@@ -216,7 +197,7 @@ def _comparison_table(rows: DataFrame) -> DataFrame:
 def _comparison_title(results: Results, rows: DataFrame) -> str:
     first = rows.iloc[0]
     others = "".join(f", {key} {first[key]}" for key in results.differing)
-    return f"{count(rows['parameters'].min())} parameters, {count(rows['tokens'].min())} tokens{others}"
+    return f"{short(rows['parameters'].min())} parameters, {short(rows['tokens'].min())} tokens{others}"
 
 
 def _laws(fits: list[Fit], names: list[str]) -> DataFrame:
@@ -224,25 +205,27 @@ def _laws(fits: list[Fit], names: list[str]) -> DataFrame:
     for fit in fits:
         values = [_estimate(fit.law.estimates[name]) if fit.law else "" for name in names]
         rows.append([fit.family, str(len(fit.points)), *values, f"{fit.law.error:.2g}" if fit.law else "", _note(fit)])
-    return DataFrame(rows, columns=["family", "configurations", *names, "error of log L", ""])
+    return DataFrame(rows, columns=["family", "configurations", *names, "error of log L", "note"])
 
 
 def _isoflop_table(results: Results) -> DataFrame:
     rows = []
     for profile in results.isoflops:
         lowest = f"{profile.parabola.loss:.4f}" if profile.parabola.inside else ""
-        sizes = ", ".join(profile.points["parameters"].map(count))
-        rows.append([count(profile.budget), profile.family, sizes, _minimum(profile), lowest])
+        sizes = ", ".join(profile.points["parameters"].map(short))
+        rows.append([short(profile.budget), profile.family, sizes, _minimum(profile), lowest])
     return DataFrame(rows, columns=["FLOPs", "family", "sizes", "parameters at the minimum", "loss there"])
 
 
-def show(title: str, table: DataFrame) -> None:
-    """Print a table."""
-    from rich import box
+_WORDS = {"shape", "compared with", "note", "front", "verdict", "sizes", "parameters at the minimum"}
+_DETAILS = ("MFU", "n_h", "tokens/s", "time", "shape", "FLOPs", "training loss")
+_DETAILS += ("parameters", "compared with", "front", "seeds")  # type: ignore[assignment]
+"""Columns that a terminal may leave out, the first of them first."""
 
-    text = {table.columns[0], "shape", "compared with", "", "front"}
-    rows = table.values.tolist()
-    print_table(number_table(title, table.columns, rows, text, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False))
+
+def show(title: str, table: DataFrame, details: Sequence[str] = _DETAILS, last: bool = True) -> None:
+    """Print a table; `details` and `last` as in `print_table`."""
+    print_table(number_table(title, table.columns, table.values.tolist(), {table.columns[0], *_WORDS}), details, last)
 
 
 # -- CSV and JSON ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from titan_dp import config
 from titan_dp.config.mixers import MIXERS
 from titan_dp.errors import UserError, require
 from titan_dp.files import check_own, write_atomically, write_json
-from titan_dp.output import print_written, save_figure, subplots
+from titan_dp.output import print_text, print_written, save_figure, subplots
 from titan_dp.studies.state_tracking.models import label
 from titan_dp.train.length_test import FILE, LengthTest, read_length_test
 from titan_dp.train.run_folder import identity, is_finished, read_records, read_run
@@ -63,9 +63,9 @@ def report(folders: list[Path], out: Path) -> None:
     test = models[0]["chosen"]["test"]
     title = f"{test.problem}, trained on words of up to {test.train_length} symbols"
     rows = table(models)
-    show(title, rows)
+    show(title, rows, details=("parameters", "median of seeds", "validation", "steps to solve", "95 % interval"))
     if more := len(runs) - sum(model["seeds"] for model in models):
-        print(f"{more} more run(s), of models without a finished one, are not in the table")
+        print_text(f"{more} more run(s), of models without a finished one, are not in the table")
     out.mkdir(parents=True, exist_ok=True)
     found = [_as_json(model) for model in models]
     write_json(out / _FILES[0], {"task": test.problem, "train_length": test.train_length, "models": found})
