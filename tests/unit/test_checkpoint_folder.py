@@ -48,11 +48,12 @@ def make(folder: Path, step: int, *, healthy: bool = True, committed: bool = Tru
 
 
 def listed(path: Path, capsys: pytest.CaptureFixture) -> list[list[str]]:
-    """The cells of the table's rows; whatever is said below the table as rows of one cell."""
+    """The cells of the table's rows; what is said below the table, up to what to do next, as rows of one cell."""
     capsys.readouterr()
     assert dispatch(["checkpoint", "list", str(path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line or line[:1].isalnum()]
+    table, _, said = capsys.readouterr().out.partition("check its files:")[0].partition("\n\n")
+    rows = table.splitlines()[3:]
+    return [re.split(r" {2,}", row.strip()) for row in rows] + [[line] for line in said.splitlines() if line[:1].isalnum()]
 
 
 # -- commit and retention ------------------------------------------------------------------------------------------------

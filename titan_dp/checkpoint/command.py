@@ -26,7 +26,7 @@ from titan_dp.checkpoint.manifest import (
     verify,
 )
 from titan_dp.errors import UserError
-from titan_dp.output import print_table
+from titan_dp.output import number_table, print_next, print_table, print_text, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,10 +52,11 @@ def _checkpoints(path: Path) -> tuple[list[Path], list[Path]]:
 
 def _list(path: Path) -> int:
     from rich.filesize import decimal
-    from rich.table import Table
 
     checkpoints, aside = _checkpoints(path)
-    table = Table("step", "state", "tokens", "ranks", "size", "saved (UTC)", title=str(path))
+    columns = ("step", "state", "tokens", "ranks", "size", "saved (UTC)")
+    table = number_table(str(path), columns, [], left=("step", "state", "saved (UTC)"))
+    last = None
     newer: NewerError | None = None
     remarks: list[str] = []
     for checkpoint in checkpoints:
@@ -74,6 +75,7 @@ def _list(path: Path) -> int:
             continue
         saved = datetime.fromisoformat(manifest["saved"]).strftime("%Y-%m-%d %H:%M:%S")
         size = decimal(sum(entry["bytes"] for entry in manifest["files"]))
+        last = checkpoint
         if why := unhealthy(manifest):
             remarks.append(f"{name} is not healthy: {why}")
         shown_name = name if step_of(checkpoint) else f"{manifest['step']} ({name})"
@@ -82,14 +84,16 @@ def _list(path: Path) -> int:
     sizes = [sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in aside]
     for folder, size_aside in zip(aside, sizes, strict=True):
         table.add_row(step_of(folder), f"{folder.name.split('.', 1)[1]}, set aside", "", "", decimal(size_aside))
-    print_table(table)
-    for remark in remarks:
-        print(remark)
+    print_table(table, details=("ranks", "saved (UTC)"))
+    print_text(*remarks)
     if aside:
-        print(f"{len(aside)} set aside, {decimal(sum(sizes))} in all: no run reads, counts or deletes them.")
+        print_text(f"{len(aside)} set aside, {decimal(sum(sizes))} in all: no run reads, counts or deletes them.")
         _advise_deletion(aside)
     if newer is not None:
         raise newer
+    if last is not None:
+        print_next("check its files", f"titan-dp checkpoint verify {shlex.quote(str(path))}")
+        print_next("load it", f"titan-dp generate {shlex.quote(str(last))}")
     return 0
 
 
@@ -112,7 +116,9 @@ def _verify(path: Path) -> int:
     problems = []
     for checkpoint in checkpoints:
         try:
-            wrong = verify(checkpoint)
+            files = read_manifest(checkpoint)["files"]
+            with progress(f"checking files of {checkpoint.name}", len(files)) as state:
+                wrong = [problem for file in state.each(files) for problem in verify(checkpoint, files=[file])]
         except (DamagedError, NewerError) as error:
             wrong = [str(error)]
         print(f"{checkpoint}: {'BAD' if wrong else 'good'}")

@@ -16,6 +16,7 @@ import numpy as np
 
 from titan_dp.evals.session import Result, Session
 from titan_dp.faults.agreement import gather
+from titan_dp.output import progress
 
 Q = TypeVar("Q")
 
@@ -46,7 +47,7 @@ class Answers:
         """The answer to every question, by its key. Every rank calls this with the same questions.
 
         Args:
-            name: what the progress bar says.
+            name: what people who wait are told.
             questions: by a key that tells each from all others ever asked.
             answer: JSON values for a batch of questions, in their order.
             size: sorts the questions, largest first: what does not fit in memory fails at once, and little is padded.
@@ -56,11 +57,10 @@ class Answers:
         missing = sorted(questions.keys() - self._known.keys(), key=lambda key: (-size(questions[key]), key))
         batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
         mine = batches[self._session.world.rank :: self._session.world.size]
-        with self._session.progress() as progress:
-            task = progress.add_task(name, total=sum(map(len, mine)))
+        with progress(name, sum(map(len, mine))) as state:
             for keys in mine:
                 self._add(dict(zip(keys, answer([questions[key] for key in keys]), strict=True)))
-                progress.advance(task, len(keys))
+                state.advance(len(keys))
         self._exchange()
         return {key: self._known[key] for key in questions}
 

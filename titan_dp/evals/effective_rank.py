@@ -29,7 +29,17 @@ from titan_dp.config.arguments import positive
 from titan_dp.errors import UserError
 from titan_dp.evals.session import Arrays, Result, Session, add_common_arguments, run_evaluation
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
-from titan_dp.output import check_matplotlib, number_table, print_table, print_written, save_figure, subplots, write_csv
+from titan_dp.output import (
+    check_matplotlib,
+    number_table,
+    print_table,
+    print_text,
+    print_written,
+    progress,
+    save_figure,
+    subplots,
+    write_csv,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,8 +175,8 @@ def measure(s: Session, model: Transformer, look: Look, result: Result) -> Array
     done = int(arrays.pop("done", 0))
     pieces = torch.from_numpy(look.ids).to(s.world.device)[None].split(segment, 1)
     cache: list[Any] = [None] * len(model.blocks)
-    with torch.inference_mode(), s.progress() as progress:
-        for i, piece in enumerate(progress.track(pieces, description="segments")):
+    with torch.inference_mode(), progress("segments", len(pieces)) as state:
+        for i, piece in enumerate(state.each(pieces)):
             first = i * segment
             low, high = positions.searchsorted([first, first + segment])
             where = (positions[low:high] - first).tolist()
@@ -414,11 +424,12 @@ def _show(result: Result) -> None:
 
     columns = ("layer", f"below {length}", "heads", f"from {length}", "norm", "beta", "decay", "decay, starts")
     title = f"effective rank (at most {results['largest_possible']}) of {result.source.label}, means over tokens and heads"
-    print_table(number_table(title, columns, (cells(**layer) for layer in results["layers"])))
-    print(
+    table = number_table(title, columns, (cells(**layer) for layer in results["layers"]))
+    print_table(table, details=("decay, starts", "norm", "heads", "decay"))
+    print_text(
         f"{results['tokens']:,} tokens of {results['documents']:,} document(s), every {result.settings['every']}; "
         f"replayed and carried states differ by at most {results['largest_replay_difference']:.1e}"
     )
     if results["skipped_layers"]:
-        print(f"skipped, softmax layers have no state: {', '.join(map(str, results['skipped_layers']))}")
+        print_text(f"skipped, softmax layers have no state: {', '.join(map(str, results['skipped_layers']))}")
     print_written(result.path, *map(result.beside, _BESIDE))

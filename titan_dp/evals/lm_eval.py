@@ -27,7 +27,7 @@ from titan_dp.config.arguments import natural, positive
 from titan_dp.errors import UserError, require
 from titan_dp.evals.session import Result, Session, add_common_arguments, run_evaluation
 from titan_dp.files import as_unicode, to_json, write_atomically
-from titan_dp.output import number_table, print_table, print_written
+from titan_dp.output import number_table, print_table, print_text, print_written
 
 if TYPE_CHECKING:
     from titan_dp.evals.lm_eval_model import TitanDPLM
@@ -324,15 +324,16 @@ def _show(result: Result) -> None:
     rows = itertools.chain.from_iterable(_rows(name, task) for name, task in results["tasks"].items())
     headers = ("task", "version", "shots", "documents", "metric", "value", "standard error")
     title = f"lm-evaluation-harness {settings['lm_eval']}: {result.source.label}"
-    print_table(number_table(title, headers, rows, left=("task", "metric")))
+    details = ("version", "documents", "shots")
+    print_table(number_table(title, headers, rows, left=("task", "metric")), details)
     if row := results.get("columns"):
         percent = {name: value if value is None or name.endswith("ppl") else 100 * value for name, value in row.items()}
         shown = [_shown(value, 2) for value in percent.values()]
         print_table(number_table("as in the paper; all except perplexities in %", list(row), [shown]))
-    print(convention(settings))
+    print_text(convention(settings))
     cut = [f"{count:,} {kind}" for kind, count in results["truncated_requests"].items() if count]
     if cut:
-        print(f"requests that lost the beginning of their context to max_length: {', '.join(cut)}")
+        print_text(f"requests that lost the beginning of their context to max_length: {', '.join(cut)}")
     print_written(result.path, *map(result.path.with_name, [results["samples"]] if "samples" in results else []))
 
 

@@ -293,5 +293,5 @@ def _show(result: Result) -> None:
 
     columns = ("pairs", "queries", "all ids", "chance", "values", "chance", "unpaired guess")
     title = f"recall of {result.source.label}: right answers in % (95 % interval)"
-    print_table(number_table(title, columns, map(cells, result.results["by_pairs"])))
+    print_table(number_table(title, columns, map(cells, result.results["by_pairs"])), details=("queries",))
     print_written(result.path, result.beside(".csv"))

@@ -29,11 +29,10 @@ import numpy as np
 from titan_dp.config.arguments import positive
 from titan_dp.errors import RunError, UserError
 from titan_dp.files import to_json, write_atomically, write_json
-from titan_dp.output import check_matplotlib
+from titan_dp.output import check_matplotlib, progress
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from titan_dp.distributed import World
     from titan_dp.inference.pretrained import Pretrained
@@ -140,14 +139,6 @@ class Session:
         check_matplotlib()
         on_main(check)
 
-    def progress(self) -> Progress:
-        """A progress bar on the main rank; a context manager."""
-        from rich import progress
-
-        columns = (progress.MofNCompleteColumn(), progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
-        bar = (progress.TextColumn("{task.description}"), progress.BarColumn())
-        return progress.Progress(*bar, *columns, console=self.console, transient=True, disable=not self.world.is_main)
-
 
 class Result:
     """The result file `<out>/<kind>-<label>.json`: finished by an earlier command, begun, or not begun yet.
@@ -238,7 +229,7 @@ class Result:
             batches: the same on every rank, which measures its share.
             measure: the addends of a batch.
             zeros: the sums before the first batch, float64 or int64, by name.
-            name: what the progress bar counts, up to `total`.
+            name: what is counted for people who wait, up to `total`.
             position: how far it is; None takes it that all ranks have done as many batches as this one.
         """
         import torch
@@ -249,14 +240,13 @@ class Result:
         if (kept := self.resume()).keys() == sums.keys():
             sums = kept
         done = int(sums.pop("batches_done"))
-        with self._session.progress() as progress:
-            task = progress.add_task(name, total=total)
+        with progress(name, total) as state:
             for batch in itertools.islice(batches, world.rank + done * world.size, None, world.size):
                 addend = measure(batch)
                 sums = {key: value + addend[key] for key, value in sums.items()}
                 done += 1
                 self.keep({"batches_done": done, **sums})
-                progress.update(task, completed=position() if position else done * world.size)
+                state.done = position() if position else done * world.size
         return {key: all_reduce_sum(torch.tensor(x, device=world.device)).cpu().numpy() for key, x in sums.items()}
 
     def finish(self, results: dict[str, Any]) -> None:

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_dp.errors import EXIT_STOPPED, RunError, UserError
+from titan_dp.files import short
 from titan_dp.hardware import visible_gpus
+from titan_dp.output import NEXT_SIGN
 from titan_dp.train.run_folder import is_finished, is_locked, last_record
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ def launch_local(cells: Sequence[Cell], *, at_once: int, nproc: int, retries: in
         futures = [pool.submit(launcher.see_through, run, ended) for run in runs]
         while not ended.told and not all(future.done() for future in futures):
             time.sleep(_POLL_SECONDS)
+            launcher.tell()
         if ended.told:
             with suppress(OSError):  # the terminal may be gone
                 print("the cells save and end; a second Ctrl-C kills them", flush=True)
@@ -125,6 +128,8 @@ class _Launcher:
         self.nproc, self.retries, self.console = nproc, retries, console
         self.free = list(range(at_once))
         """Shares of the machine that no thread has: share i is GPUs i * nproc to (i + 1) * nproc - 1."""
+        self.told = time.monotonic()
+        """When a log was last told how far the cells are."""
         self.threads = max(1, len(os.sched_getaffinity(0)) // (at_once * nproc))
 
     def count(self, state: str) -> int:
@@ -200,28 +205,38 @@ class _Launcher:
             return
         run.state = state
         if not self.console.is_terminal:
-            done = f"[{self.count('finished')}/{len(self.runs)}]"
-            with suppress(OSError, SystemExit):  # nobody reads any more, and rich would leave: the cells go on
-                self.console.print(f"{done} {run.cell.name}: {run.describe()}", markup=False)
+            self._say(run, run.describe())
+
+    def _say(self, run: _Run, what: str) -> None:
+        done = f"[{self.count('finished')}/{len(self.runs)}]"
+        with suppress(OSError, SystemExit):  # nobody reads any more, and rich would leave: the cells go on
+            self.console.print(f"{done} {run.cell.name}: {what}", markup=False)
+
+    def tell(self) -> None:
+        """Where there is no terminal: every half minute how far the cells are that run."""
+        if self.console.is_terminal or time.monotonic() - self.told < NEXT_SIGN:
+            return
+        self.told = time.monotonic()
+        for run in self.runs:
+            if run.state in ("running", "elsewhere"):
+                step, *values = _how_far(run.cell)
+                names = ("loss", "validation", "tokens/s")
+                known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value]
+                self._say(run, ", ".join([f"step {step}", *known]))
 
     def table(self) -> Table:
         """What runs and what failed first, then what else the terminal has room for."""
+        from rich import box
         from rich.table import Column, Table
 
         counts = ", ".join(f"{n} {state}" for state in _STATES if (n := self.count(state)))
-        columns = [Column(name, overflow="fold") for name in ("cell", "state", "step", "loss", "validation", "tokens/s")]
-        table = Table(*columns, title=f"{len(self.runs)} cells: {counts}")  # a live table cannot be wider than the terminal
+        columns = [Column(name, overflow="fold") for name in ("cell", "state")]  # it cannot be wider than the terminal
+        columns += [Column(name, justify="right", no_wrap=True) for name in ("step", "loss", "validation", "tokens/s")]
+        look: dict[str, Any] = {"box": box.SIMPLE, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+        table = Table(*columns, title=f"{len(self.runs)} cells: {counts}", title_justify="left", **look)
         room = max(3, shutil.get_terminal_size().lines - 7)
         for run in sorted(self.runs, key=lambda run: _STATES.index(run.state))[:room]:
-            record = last_record(run.cell.folder)
-            table.add_row(
-                run.cell.name,
-                run.describe(),
-                f"{record.get('step', 0):,}/{run.cell.steps:,}",
-                _value(record.get("loss"), ".4f"),
-                _validation(record),
-                _value(record.get("tokens_per_second"), ",.0f"),
-            )
+            table.add_row(run.cell.name, run.describe(), *_how_far(run.cell))
         if len(self.runs) > room:
             table.caption = f"and {len(self.runs) - room} more"
         return table
@@ -265,6 +280,18 @@ def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_bytes()[-4096:].decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error")]
     return (errors or lines or ["no output"])[-1][:300]
+
+
+def _how_far(cell: Cell) -> tuple[str, str, str, str]:
+    """Step of steps, loss, validation and speed; empty where nothing is known yet."""
+    record = last_record(cell.folder)
+    speed = record.get("tokens_per_second")
+    return (
+        f"{record.get('step', 0):,}/{cell.steps:,}",
+        _value(record.get("loss"), ".4f"),
+        _validation(record),
+        short(speed) if isinstance(speed, int | float) else "",
+    )
 
 
 def _validation(record: dict[str, Any]) -> str:

@@ -238,7 +238,7 @@ def _print_next(sweep: Sweep, args: argparse.Namespace) -> None:
     if args.launch == "local":
         print_next("compare the runs with", report)
     elif args.launch == "slurm":
-        print_next("see how far they are, then compare the runs, with", f"titan-dp sweep {file}", report)
+        print_next("when they are finished, compare the runs with", report)
     elif all(is_finished(cell.folder) for cell in sweep.cells):
         print_next(f"all runs are finished, in {sweep.folder}; compare them with", report)
     else:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from titan_dp.errors import UserError
 from titan_dp.files import write_json
+from titan_dp.output import progress
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,8 @@ def run_length_test(model: Transformer, test: SyntheticSet, train_length: int, d
     """Measure; every rank calls it."""
     from titan_dp.train.validate import accuracy_by_position
 
-    counts = accuracy_by_position(model, test, device)  # [3, 1 + symbols * tokens_per_element]
+    with progress("test", len(test)) as state:
+        counts = accuracy_by_position(model, state.each(test), device)  # [3, 1 + symbols * tokens_per_element]
     each = test.problem.tokens_per_element
     counts = counts[:, each::each].cpu()
     lengths = (counts[0] > 0).nonzero().flatten()

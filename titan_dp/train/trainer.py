@@ -39,6 +39,7 @@ from titan_dp.files import write_atomically
 from titan_dp.model.parallelize import sharded_model
 from titan_dp.model.size import model_size
 from titan_dp.model.transformer import chosen_backend
+from titan_dp.output import progress
 from titan_dp.train.batch_plan import BatchPlan, plan_batches, plan_rest
 from titan_dp.train.facts import RunFacts, planned
 from titan_dp.train.lr_scheduler import build_lr_scheduler, rate_jump
@@ -292,11 +293,12 @@ class Trainer:
 
     def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """`batches`, up to the first at which any rank has been asked to stop, on all ranks the same."""
-        for batch in batches:
-            self.stop_for = self.stop_for or self.interrupt.hand_in(distributed.all_reduce_sum(self.interrupt.flags()))
-            if self.stop_for is not None:
-                return
-            yield batch
+        with progress("validation", len(self.task.held_out or ())) as state:
+            for batch in state.each(batches):
+                self.stop_for = self.stop_for or self.interrupt.hand_in(distributed.all_reduce_sum(self.interrupt.flags()))
+                if self.stop_for is not None:
+                    return
+                yield batch
 
     def _save(self, last: bool, loss: torch.Tensor, validation_loss: float | None) -> None:
         losses = {f"the training loss of step {self.step}": float(loss), "the last validation loss": validation_loss}

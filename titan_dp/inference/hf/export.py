@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from uuid import uuid4
 
 from titan_dp.errors import UserError
 from titan_dp.files import write_json
+from titan_dp.output import print_next, print_text, progress
 
 if TYPE_CHECKING:
     import torch
@@ -68,15 +70,12 @@ def _size(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     import torch
-    from rich.console import Console
     from rich.filesize import decimal
-    from rich.progress import Progress
 
     from titan_dp.inference.pretrained import open_source
 
     source = open_source(args.checkpoint)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("writing", total=len(source.shapes))
+    with progress("tensors written", len(source.shapes)) as state:
         export(
             source,
             args.out,
@@ -85,10 +84,15 @@ def run(args: argparse.Namespace) -> int:
             dtype=getattr(torch, args.dtype),
             max_shard_bytes=args.max_shard_size,
             tokenizer=args.tokenizer,
-            written=lambda: progress.advance(task),
+            written=state.advance,
         )
     for file in sorted(args.out.iterdir()):
         print(f"{decimal(file.stat().st_size):>10}  {file}")
+    remote = ", trust_remote_code=True" if args.format == "remote-code" else ""
+    load = f"AutoModelForCausalLM.from_pretrained({str(args.out)!r}{remote})"
+    needs = "transformers" if args.format == "remote-code" else "transformers and flash-linear-attention (import fla)"
+    print_text(f"load it with {needs}:", f"  {load}")
+    print_next("or write with it", f"titan-dp generate {shlex.quote(str(args.out))} --prompt ...")
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from titan_dp.config.arguments import positive
 from titan_dp.errors import UserError
 from titan_dp.files import check_own, write_json
-from titan_dp.output import check_matplotlib, number_table, print_table, save_figure, subplots
+from titan_dp.output import check_matplotlib, number_table, print_table, print_text, save_figure, subplots
 from titan_dp.train.run_folder import run_of
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     write_json(out / "inspect.json", {"task": problem.name, "run": source.label, "heads": [asdict(head) for head in heads]})
     for layer, t in traces.items():
         _draw(layer, t, [head for head in heads if head.layer == layer], problem.name, out / f"layer-{layer}.png")
-    print(f"written: {out}")
+    print_text(f"written: {out}")
     return 0
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,7 @@ from titan_dp import config
 from titan_dp.config.mixers import MIXERS
 from titan_dp.errors import UserError, require
 from titan_dp.files import check_own, write_atomically, write_json
-from titan_dp.output import print_text, print_written, save_figure, subplots
+from titan_dp.output import print_next, print_text, print_written, save_figure, subplots
 from titan_dp.studies.state_tracking.models import label
 from titan_dp.train.length_test import FILE, LengthTest, read_length_test
 from titan_dp.train.run_folder import identity, is_finished, read_records, read_run
@@ -74,6 +75,8 @@ def report(folders: list[Path], out: Path) -> None:
     write_atomically(out / _FILES[1], lambda file: file.write(text.encode()))
     _draw(models, title, out / _FILES[2])
     print_written(*(out / name for name in _FILES))
+    best = shlex.quote(str(models[0]["chosen"]["folder"]))
+    print_next("see what the best run of the first model does", f"titan-dp state-tracking inspect {best}")
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

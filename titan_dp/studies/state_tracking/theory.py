@@ -13,7 +13,7 @@ from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 from titan_dp.config.arguments import natural, positive
-from titan_dp.output import number_table, print_table
+from titan_dp.output import number_table, print_table, progress
 
 if TYPE_CHECKING:
     from titan_dp.data.synthetic.groups import Group
@@ -50,12 +50,15 @@ def run(args: argparse.Namespace) -> int:
     from titan_dp.studies.state_tracking.spectra import measure_all
 
     chosen = [args.construction] if args.construction else list(CONSTRUCTIONS)
-    checks = [check for name in chosen for check in run_construction(name, args.tokens, args.seed)]
-    facts = [] if args.construction else [astuple(fact) for fact in measure_all(np.random.default_rng(args.seed), DRAWS)]
+    with progress("constructions", len(chosen)) as state:
+        checks = [check for name in state.each(chosen) for check in run_construction(name, args.tokens, args.seed)]
+    with progress("facts about spectra") as state:
+        spectra = () if args.construction else measure_all(np.random.default_rng(args.seed), DRAWS)
+        facts = [astuple(fact) for fact in state.each(spectra)]
     names = ["construction", "group", "layers", "n_h", "dtype", "backend", "tokens", "errors", "solved"]
     _print("Constructed weights on random words", names, checks)
     if facts:
-        names = ["fact", "worst value", "draws", "found", "theory", "holds"]
+        names = ["fact", "value", "draws", "found", "theory", "holds"]
         _print("Spectra of random transitions", names, facts)
     held = [bool(row[-1]) for row in (*checks, *facts)]
     failed = held.count(False)
@@ -100,7 +103,7 @@ def count_errors(model: Transformer, group: Group, tokens: int, seed: int) -> in
 
 def _print(title: str, names: list[str], rows: list[tuple[object, ...]]) -> None:
     left = [name for name, value in zip(names, rows[0], strict=True) if isinstance(value, str | bool)]
-    print_table(number_table(title, names, [map(_text, row) for row in rows], left))
+    print_table(number_table(title, names, [map(_text, row) for row in rows], left), details=("group", "draws", "value"))
 
 
 def _text(value: object) -> str:
