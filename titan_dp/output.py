@@ -209,7 +209,7 @@ def _blocks(table: Table) -> Table:
 def print_text(*paragraphs: str) -> None:
     """Print sentences to stdout; a terminal wraps them between words, with the indentation that each begins with."""
     for text in paragraphs:
-        indent = text[: len(text) - len(text.lstrip(" "))]
+        indent = " " * (len(text) - len(text.lstrip(" -")))
         print(textwrap.fill(text, max(room(), 40), subsequent_indent=indent, **_WHOLE_WORDS) if len(text) > room() else text)
 
 

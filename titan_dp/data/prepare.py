@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shlex
 import signal
 from collections import deque
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from titan_dp.data.sources import Account
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
 from titan_dp.files import JsonObject, Natural, Replaced, parse_json, write_json
+from titan_dp.output import print_next
 
 # A worker's batch ends with whichever comes first: many short documents share one message to a worker, and a few long ones do
 # not fill the memory (4 batches per worker are in flight).
@@ -83,6 +85,10 @@ def run(args: argparse.Namespace) -> int:
             shards = TokenShards(args.out / split)
             documents = shards.manifest["documents"]
             print(f"{args.out / split}: {shards.tokens:,} tokens in {documents:,} documents, {len(shards.shards)} shard(s)")
+    found = [split for split in SPLITS if (args.out / split / MANIFEST).exists()]
+    paths = {"train": "data.path", "validation": "validation.path"}
+    settings = " ".join(f"--{paths[split]} {shlex.quote(str(args.out / split))}" for split in found)
+    print_next("train on it", f"titan-dp train --config ... {settings}")
     return 0
 
 

@@ -38,8 +38,8 @@ class Assumptions:
             f"all else, the recurrence's kernels included, moves its tensors at {self.bandwidth:.0%} of "
             f"{gpu.bandwidth / 1e12:g} TB/s"
             + (f"; torch.compile divides those of pointwise operators by {self.fusion:g}" if compiled else ""),
-            f"links reach {self.link:.0%} of {gpu.link / 1e9:g} GB/s a GPU inside a node of {self.gpus_per_node}, and of "
-            f"{network.bandwidth / 1e9:g} GB/s a GPU between nodes ({network.name}); hops take {_HOP * 1e6:g} and "
+            f"links reach {self.link:.0%} of {gpu.link / 1e9:g} GB/s per GPU inside a node of {self.gpus_per_node}, and of "
+            f"{network.bandwidth / 1e9:g} GB/s per GPU between nodes ({network.name}); hops take {_HOP * 1e6:g} and "
             f"{network.latency * 1e6:g} us; rings, trees for small all-reduces",
             "communication hides behind compute within each pass, except a micro-batch's first gather, the last reduction, "
             "the exchanges of context parallelism and the optimizer's",

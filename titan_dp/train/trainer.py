@@ -39,7 +39,7 @@ from titan_dp.files import write_atomically
 from titan_dp.model.parallelize import sharded_model
 from titan_dp.model.size import model_size
 from titan_dp.model.transformer import chosen_backend
-from titan_dp.output import progress
+from titan_dp.output import print_next, print_text, progress
 from titan_dp.train.batch_plan import BatchPlan, plan_batches, plan_rest
 from titan_dp.train.facts import RunFacts, planned
 from titan_dp.train.lr_scheduler import build_lr_scheduler, rate_jump
@@ -322,6 +322,19 @@ class Trainer:
             now = {"state": state, "step": self.step, "tokens": self.tokens}
             write_run(self.run_folder, now | self.facts.run_json())
 
+    def _say_next(self) -> None:
+        """What can be done with a finished run."""
+        c, run = self.config, shlex.quote(str(self.run_folder))
+        if not c.checkpoint.enable:
+            return
+        if c.data.source == "state_tracking":
+            print_next("compare it with other models", f"titan-dp state-tracking report {run} ...")
+        else:
+            held_out = f"--shards {shlex.quote(c.validation.paths[0])} --concatenate" if c.validation.enable else "--text ..."
+            measure = f"titan-dp evaluate perplexity {run} {held_out}"
+            print_next("let it write, and measure it", f"titan-dp generate {run}", measure)
+        print_text("to train it further: docs/guides/more-tokens.md")
+
     def _show_result(self, metrics: Metrics, newest: Path | None, shown: tuple[str, str] | None) -> None:
         """What the model can do now, and where everything is."""
         say, c = self.console.print, self.config
@@ -338,4 +351,5 @@ class Trainer:
                 logs = self.run_folder / "tb"
                 say(f"TensorBoard logs       {logs}  (tensorboard --logdir {shlex.quote(str(logs))})")
             say(f"metrics                {self.run_folder / 'metrics.jsonl'}")
+            self._say_next()
         dist.barrier()
