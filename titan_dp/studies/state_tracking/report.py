@@ -75,8 +75,9 @@ def report(folders: list[Path], out: Path) -> None:
     write_atomically(out / _FILES[1], lambda file: file.write(text.encode()))
     _draw(models, title, out / _FILES[2])
     print_written(*(out / name for name in _FILES))
-    best = shlex.quote(str(models[0]["chosen"]["folder"]))
-    print_next("see what the best run of the first model does", f"titan-dp state-tracking inspect {best}")
+    if test.answers_everywhere:  # a group's words, which can be looked into
+        best = max(models, key=lambda model: model["solved"] / model["seeds"])["chosen"]["folder"]
+        print_next("see what the best run does", f"titan-dp state-tracking inspect {shlex.quote(str(best))}")
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
