@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
+from titan_dp import output
 from titan_dp.config.arguments import count, number
 from titan_dp.data import sources
 from titan_dp.data.formats import COMPRESSIONS, READERS, Reading
@@ -34,7 +35,6 @@ from titan_dp.data.sources import Account
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
 from titan_dp.files import JsonObject, Natural, Replaced, parse_json, write_json
-from titan_dp.output import print_next
 
 # A worker's batch ends with whichever comes first: many short documents share one message to a worker, and a few long ones do
 # not fill the memory (4 batches per worker are in flight).
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     found = [split for split in SPLITS if (args.out / split / MANIFEST).exists()]
     paths = {"train": "data.path", "validation": "validation.path"}
     settings = " ".join(f"--{paths[split]} {shlex.quote(str(args.out / split))}" for split in found)
-    print_next("train on it", f"titan-dp train --config ... {settings}")
+    output.print_next("train on it", f"titan-dp train --config ... {settings}")
     return 0
 
 
@@ -239,8 +239,6 @@ def _own_names(folder: Path, saved: _Progress | None, split: Split) -> set[str]:
 
 
 def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, progress: _Progress, account: Account) -> None:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     plan, done = progress.plan, progress.done
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     writers = {split: ShardWriter(args.out / split, dtype, args.shard_tokens, progress.shards[split]) for split in SPLITS}
@@ -255,23 +253,19 @@ def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, pr
         else sources.documents(files, how, replaced, account, skip_bad)
     )
     index = min(done.values())
-    columns = (TextColumn("tokenising"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[count]}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=sources.text_bytes(files), count="")
+    with output.progress("bytes tokenised", sources.text_bytes(files)) as state:
         for _ in islice(texts, index):
             pass
         for batch in _tokenise(texts, args, plan):
             for ids, held_out, size in batch:
                 split = SPLITS[held_out]
                 index += 1
-                bar.advance(task, size)
+                state.advance(size)
                 if index <= done[split] or not len(ids):  # on disk already, or empty without BOS and EOS
                     continue
                 if writers[split].add(ids, size):
                     done[split] = index
                     progress.save(args.out)
-            bar.update(task, count=f"{index:,} documents")
-        bar.update(task, total=1, completed=1)
     replaced.say()
     print(account.describe())
     if index == 0:
