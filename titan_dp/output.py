@@ -266,8 +266,8 @@ class Progress:
         seconds = time.monotonic() - self._began
         of = f" of {self.total:,}" if self.total else ""
         far = f" {self.done:,}{of}" if self.done or self.total else ""
-        left = f", about {duration(seconds * (self.total / self.done - 1))} left" if self.total and self.done else ""
-        return f"{self.what}{far}: {duration(seconds)} so far{left}"
+        left = f", about {duration(round(seconds * (self.total / self.done - 1)))} left" if self.total and self.done else ""
+        return f"{self.what}{far}: {duration(round(seconds))} so far{left}"
 
 
 @contextmanager

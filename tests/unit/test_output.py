@@ -145,7 +145,7 @@ def test_a_log_has_a_line_now_and_then_on_stderr(capsys: Capture) -> None:
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) > 2
-    assert err.splitlines()[-1].startswith("documents 50 of 200: 0.")
+    assert err.splitlines()[-1].startswith("documents 50 of 200: 0 s so far")
     assert err.splitlines()[-1].endswith(" left")
 
 
