@@ -9,6 +9,7 @@ Files exist whole or not at all. Figures have one style; matplotlib is imported 
 
 from __future__ import annotations
 
+import argparse
 import csv
 import gzip
 import io
@@ -39,6 +40,21 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+_TEXT_AS_TEXT: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "titan_dp"}
+_WITHOUT_DATES: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "svg": {"Date": None, "Creator": None},
+}
+FORMATS = tuple(_WITHOUT_DATES)
+"""Endings of the files that a figure can be saved as."""
+
+
+def add_format_option(parser: argparse.ArgumentParser) -> None:
+    """--format, for every command that draws; `args.format` is the ending of its figures, by which they are saved."""
+    parser.add_argument(
+        "--format", choices=FORMATS, default="png", help="of figures; pdf and svg are for papers (default: png)"
+    )
 
 
 def check_matplotlib() -> None:
@@ -63,12 +79,28 @@ def subplots(*args: Any, **kw: Any) -> tuple[Figure, Any]:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write `figure` to `path` as a PNG of 150 dpi, whole or not at all, and forget it; makes the folder."""
+    """Write `figure` to `path` in the format of its ending, whole or not at all, and forget it; makes the folder."""
     import matplotlib.pyplot as plt
 
+    content = figure_bytes(figure, path.suffix[1:])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    write_atomically(path, lambda file: file.write(content))
     plt.close(figure)
+
+
+def figure_bytes(figure: Figure, ending: str) -> bytes:
+    """`figure` in one of FORMATS, the same bytes each time: no date is in them. Text stays text, and a PNG has 150 dpi."""
+    import matplotlib.pyplot as plt
+
+    file = io.BytesIO()
+    with plt.rc_context(_TEXT_AS_TEXT):
+        figure.savefig(file, format=ending, dpi=150, metadata=_WITHOUT_DATES[ending])
+    return file.getvalue()
+
+
+def thousands(axis: Any) -> None:
+    """Numbers along `axis` as tables have them: 16,384."""
+    axis.set_major_formatter(lambda x, _: f"{x:,.0f}")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:

@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -132,6 +133,24 @@ def test_a_finished_evaluation_is_shown_again_without_computing(
     assert [path.stat().st_mtime_ns for path in own] == written
     with pytest.raises(UserError, match="other settings"):
         measure(kind, folder, "--dtype", "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["length-extrapolation", "effective-rank", "recall"])
+def test_figures_of_a_finished_evaluation_are_drawn_in_another_format_without_computing(
+    kind: str, whole: Callable[[str], tuple[Path, int]], measure: Measure, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole(kind)[0], tmp_path / kind))
+    drawn = [path for path in folder.iterdir() if path.suffix == ".png"]
+    for path in drawn:
+        path.rename(path.with_suffix(".kept"))
+    for ending in ("svg", "png"):
+        assert measure(kind, folder, "--format", ending) == 0
+        assert {path.stem for path in folder.glob(f"*.{ending}")} == {path.stem for path in drawn}
+    if kind == "effective-rank":  # drawn from the digits of the CSV, which are enough to see no difference
+        next(folder.glob("*-norm.png")).unlink()
+        next(folder.glob("*.csv.gz")).unlink()
+        with pytest.raises(UserError, match="is gone, from which figures are drawn; measure again with --overwrite"):
+            measure(kind, folder)
 
 
 @kinds

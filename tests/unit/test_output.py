@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
+import importlib
 import shlex
 import sys
 import time
@@ -15,6 +17,8 @@ from rich.text import Text
 from titan_dp import output
 from titan_dp.files import short, si
 from titan_dp.output import (
+    FORMATS,
+    add_format_option,
     number_table,
     print_command,
     print_next,
@@ -22,6 +26,8 @@ from titan_dp.output import (
     print_text,
     print_written,
     progress,
+    save_figure,
+    subplots,
     write_csv,
 )
 
@@ -190,3 +196,60 @@ def test_a_csv_file_has_the_same_bytes_for_the_same_rows(
     assert path.read_bytes() == raw
     print_written(path, path.with_name("other.png"))
     assert capsys.readouterr().out == f"written to {path.parent}: {name}, other.png\n"
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+BEGINNINGS = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_figure_has_the_format_of_its_ending_and_the_same_bytes_at_any_time(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = []
+    for time_of_day in ("0", "86400"):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", time_of_day)  # what matplotlib takes for now
+        figure, axes = subplots()
+        axes.plot([1, 2], [3, 4], label="Größe")
+        axes.legend()
+        save_figure(figure, tmp_path / "new" / f"figure.{ending}")
+        contents.append((tmp_path / "new" / f"figure.{ending}").read_bytes())
+    assert contents[0] == contents[1]
+    assert contents[0].startswith(BEGINNINGS[ending])
+    if ending == "svg":
+        assert "Größe</text>" in contents[0].decode(), "text is text"
+    if ending == "pdf":
+        assert b"/Subtype /CIDFontType2" in contents[0] or b"/Type42" in contents[0] or b"/TrueType" in contents[0]
+        assert b"/Type3" not in contents[0], "type 42 can be edited and searched"
+
+
+def test_the_format_of_figures_is_one_option_of_every_command_that_draws() -> None:
+    parser = argparse.ArgumentParser()
+    add_format_option(parser)
+    assert [parser.parse_args(words).format for words in ([], ["--format", "pdf"])] == ["png", "pdf"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--format", "gif"])
+    for command in DRAW:
+        module = importlib.import_module(f"titan_dp.{command}")
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        (option,) = [action for action in parser._actions if "--format" in action.option_strings]
+        assert option.choices == FORMATS
+
+
+DRAW = (
+    "evals.effective_rank",
+    "evals.length_extrapolation",
+    "evals.recall",
+    "studies.report.command",
+    "studies.state_tracking.inspection",
+    "studies.state_tracking.report",
+    "studies.state_tracking.train",
+)
+
+
+def test_whoever_saves_a_figure_is_among_those_commands(root: Path) -> None:
+    package = root / "titan_dp"
+    drawing = (path for path in package.rglob("*.py") if path.name != "output.py" and "save_figure(" in path.read_text())
+    assert {".".join(path.relative_to(package).with_suffix("").parts) for path in drawing} <= set(DRAW)

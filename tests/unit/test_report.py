@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from datetime import date
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -453,7 +454,7 @@ def test_every_run_and_every_configuration_is_a_row_of_its_csv(written: Path) ->
 def test_the_page_needs_nothing_but_itself_and_shows_a_hostile_name_as_text(written: Path) -> None:
     page = (written / "report.html").read_text()
     assert not re.search(r"https?://", page)
-    assert not re.search(r"\b(src|href)\s*=\s*[\"'](?!data:image/png;base64,)", page)
+    assert not re.search(r"\b(src|href)\s*=\s*[\"'](?!data:image/png;base64,|#[a-z])", page)
     assert page.count("data:image/png;base64,") == len(list(written.glob("*.png")))
     tags: list[str] = []
     text: list[str] = []
@@ -476,6 +477,28 @@ def test_too_few_points_say_so_and_draw_nothing(written: Path) -> None:
     drawn = {path.name for path in written.glob("*.png")}
     assert drawn == {"differences.png", "loss_by_parameters.png", "loss_by_flops.png", "loss_curves.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written.glob("*.png"))
+
+
+def test_the_page_says_where_it_comes_from_and_begins_with_its_contents_and_the_losses(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    typed = f"titan-dp report {written.parent / 'study'} --out {written}"
+    for text in (date.today().isoformat(), f"<code>{typed}</code>", "<dd>2.13</dd>", "<dd>cccccccccccc</dd>"):
+        assert text in page
+    order = [page.index(part) for part in ("<h1>", "<code>", "<nav", 'id="equal"', 'class="lowest"', "<details>", "<h3>")]
+    assert order == sorted(order)
+    names = re.findall(r'<a href="#(\w+)">', page)
+    assert len(names) == 7
+    assert names == re.findall(r'<h2 id="(\w+)">', page)
+    assert "<th>validation loss</th>" in page
+    assert '<th class="words">family</th>' in page
+
+
+def test_figures_are_written_in_the_format_asked_for_and_the_page_still_holds_pngs(tmp_path: Path) -> None:
+    run, out = write_run(tmp_path / "run"), tmp_path / "out"
+    for ending in ("svg", "png"):
+        assert dispatch(["report", str(run), "--out", str(out), "--format", ending]) == 0
+        assert {path.name for path in out.iterdir() if "loss" in path.name} == {f"loss_curves.{ending}"}
+        assert (out / "report.html").read_text().count("data:image/png;base64,") == 1
 
 
 def test_a_report_is_written_over_but_nothing_of_somebody_elses_is(written: Path, tmp_path: Path) -> None:

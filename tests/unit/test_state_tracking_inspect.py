@@ -22,7 +22,7 @@ from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
 from titan_dp.model.transformer import Transformer, build_model
 from titan_dp.studies.state_tracking import constructions
-from titan_dp.studies.state_tracking.inspection import Head, Trace, describe, trace
+from titan_dp.studies.state_tracking.inspection import Head, Trace, _element, describe, trace
 
 VOCABULARY = {"S3": 8, "D4": 10, "Z5": 7}
 SMALL: dict[str, Any] = {
@@ -180,6 +180,13 @@ def test_a_run_is_printed_written_and_drawn(tmp_path: Path, capsys: pytest.Captu
     for head, wanted in zip(written["heads"], expected, strict=True):
         assert head["state_within"] == pytest.approx(wanted.state_within, rel=1e-3)
         assert len(head["key_variance"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("group", "number", "text"), [("S3", 0, "e"), ("S3", 1, "(1 2)"), ("S4", 23, "(0 3)(1 2)"), ("Z12", 7, "7")]
+)
+def test_elements_are_called_by_their_cycles_if_these_are_short(group: str, number: int, text: str) -> None:
+    assert _element(parse_group(group), number) == text
 
 
 @pytest.mark.filterwarnings("error")

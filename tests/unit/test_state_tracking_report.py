@@ -265,6 +265,16 @@ def test_a_report_prints_the_table_and_writes_it_with_the_curves(tmp_path: Path,
     assert f"| {OURS} | 1,000 | 1 of 2 |" in lines[2]
 
 
+def test_curves_come_in_another_format_beside_the_first(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs/a", [0.2, 1.0])
+    for ending in ("png", "svg"):
+        assert report(run, "--format", ending) == 0
+    drawing = (tmp_path / "runs/curves.svg").read_text()
+    assert all(f"{text}</text>" in drawing for text in (OURS, "vertical: longest training words, 8", "horizontal: guessing"))
+    assert "thin: the other seeds" not in drawing, "there are none"
+    assert (tmp_path / "runs/curves.png").exists()
+
+
 @pytest.mark.parametrize("out", [None, "new/place"])
 def test_single_runs_may_be_named_and_nothing_is_written_into_them(out: str | None, tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "runs" / name, [1.0]) for name in "ab"]

@@ -13,7 +13,7 @@ state and are skipped. Every rank runs the whole model and looks at its share of
 
 Means are over the positions on the --every grid and over the states after a token's last step. The CSV has every number. A
 figure by position shows, for neighbouring tokens, their mean as a line and their lowest and highest value as a band, so that
-a state wiped at one token is still seen.
+a state wiped at one token is still seen. Figures of a finished result are drawn from its CSV if they are not there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from titan_dp.errors import UserError
 from titan_dp.evals.session import Arrays, Result, Session, add_common_arguments, run_evaluation
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
 from titan_dp.output import (
+    add_format_option,
     check_matplotlib,
     number_table,
     print_table,
@@ -38,6 +40,7 @@ from titan_dp.output import (
     progress,
     save_figure,
     subplots,
+    thousands,
     write_csv,
 )
 
@@ -50,9 +53,11 @@ if TYPE_CHECKING:
 # Singular value decompositions that a run takes without being asked, times dk dv min(dk, dv): ten minutes of one CPU core at
 # dk = dv = 128, where one takes 0.7 ms.
 _CHEAP = 2e12
-_BESIDE = (".csv.gz", ".png", "-norm.png", "-steps.png")
+_FIGURES = ("", "-norm", "-steps")
 _STRETCHES = 250  # most points of a line in a figure
-_PALETTE = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#8C6D31")  # no red, no green: those mark positions
+_PALETTE = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#8C6D31")  # no red: that marks positions
+_MARKS = "#D62728"
+_ROWS, _COLUMNS = 8, 6  # most panels of a figure that has one per head and layer
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--every", type=positive, metavar="N", help=every)
     parser.add_argument("--micro-steps", action="store_true", help="look after each Householder step, not only a token's last")
     parser.add_argument("--segment", type=positive, default=256, help="tokens at once; memory grows with it (default: 256)")
+    add_format_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def evaluate(s: Session) -> Result:
-    """Measure, write JSON, CSV and PNG files and print the table; every rank calls it.
+    """Measure, write JSON and CSV files and figures and print the table; every rank calls it.
 
     Raises UserError if the model has no recurrent layer or the text no token, RunError if a state is not finite.
     """
@@ -114,15 +120,21 @@ def evaluate(s: Session) -> Result:
         "micro_steps": args.micro_steps,
         "segment": args.segment,
     }
-    result = Result(s, "effective-rank", pretrained.source, settings, beside=_BESIDE)
+    endings = [f"{name}.{args.format}" for name in _FIGURES]
+    result = Result(s, "effective-rank", pretrained.source, settings, beside=(".csv.gz", *endings))
+    figures = [result.beside(ending) for ending in endings]
     if not result.results:
         arrays = measure(s, model, look, result)
         if s.world.is_main:
             _write_csv(look, arrays, result)
-            _draw(look, arrays, result)
+            _draw(look, arrays, result, figures)
         result.finish(_summary(look, arrays, len(model.blocks)))
+    elif s.world.is_main and not all(figure.exists() for figure in figures):
+        if not (table := result.beside(".csv.gz")).exists():
+            raise UserError(f"{table} is gone, from which figures are drawn; measure again with --overwrite")
+        _draw(look, _read_csv(look, table), result, figures)
     if s.world.is_main:
-        _show(result)
+        _show(result, figures)
     return result
 
 
@@ -310,18 +322,29 @@ def _write_csv(look: Look, arrays: Arrays, result: Result) -> None:
     write_csv(result.beside(".csv.gz"), header, rows())
 
 
-def _draw(look: Look, arrays: Arrays, result: Result) -> None:
-    """Three figures with a panel per layer: effective ranks and norms by position, step sizes and decays by head."""
-    for name, of, label, ending in (
-        ("effective_rank", "effective rank", "effective rank", ".png"),
-        ("norm", "Frobenius norm", "norm", "-norm.png"),
-    ):
-        figure = _draw_by_position(look, arrays[name], result.settings["texts"]["bos"])
-        figure.suptitle(f"{of} of the states of {result.source.label}, {len(look.ids):,} tokens")
-        figure.supylabel(label)
-        save_figure(figure, result.beside(ending))
-    figure = _draw_by_head(look, arrays, result.source.label)
-    save_figure(figure, result.beside("-steps.png"))
+def _read_csv(look: Look, path: Path) -> Arrays:
+    """The arrays of `measure` that `_write_csv` wrote, to its six digits."""
+    rows = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
+    heads, steps = next(iter(look.layers.values())).heads, rows.shape[1] - 8
+    table = rows.reshape(len(look.layers), heads, len(look.positions), -1, rows.shape[1])
+    after_all = table[..., -1, :]
+    return {
+        "effective_rank": table[..., 5],
+        "norm": table[..., 6],
+        "beta": after_all[..., 7 : 7 + steps],
+        "decay": after_all[..., -1],
+    }
+
+
+def _draw(look: Look, arrays: Arrays, result: Result, figures: list[Path]) -> None:
+    """Three figures: effective ranks and norms by position, step sizes and decays by head."""
+    bos, label = result.settings["texts"]["bos"], result.source.label
+    rank = _draw_by_position(look, arrays["effective_rank"], "effective rank", bos)
+    rank.suptitle(f"Effective rank of the states of {label}, {len(look.ids):,} tokens")
+    norm = _draw_by_position(look, arrays["norm"], "Frobenius norm", bos)
+    norm.suptitle(f"Norm of the states of {label}, {len(look.ids):,} tokens")
+    for figure, path in zip((rank, norm, _draw_by_head(look, arrays, label)), figures, strict=True):
+        save_figure(figure, path)
 
 
 def _panels(layers: dict[int, DeltaProduct], xlabel: str) -> tuple[Any, dict[int, Any]]:
@@ -348,26 +371,61 @@ def _legend(figure: Any, handles: list[Any]) -> None:
         line.set_linewidth(2)
 
 
-def _draw_by_position(look: Look, values: np.ndarray, bos: bool) -> Any:
-    """A line and a band per head; `values` [L, H, P, m]."""
-    import matplotlib
+def _draw_by_position(look: Look, values: np.ndarray, of: str, bos: bool) -> Any:
+    """A line per head with its lowest and highest values; `values` [L, H, P, m]. No band lies over another one.
 
-    heads, looks = values.shape[1], values.shape[-1]
-    colours = _PALETTE if heads <= len(_PALETTE) else matplotlib.colormaps["cividis"](np.linspace(0, 1, heads))
+    A panel per layer (column) and head (row), whose band is filled; for more than a page holds, a panel per layer, in which
+    thin lines bound the bands.
+    """
+    import matplotlib
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    layers, heads, _, looks = values.shape
+    colours = list(_PALETTE) if heads <= len(_PALETTE) else list(matplotlib.colormaps["cividis"](np.linspace(0, 0.9, heads)))
     x = (look.positions[:, None] + (np.arange(looks) + 1 - looks) / looks).ravel()
-    figure, panels = _panels(look.layers, "position, tokens")
-    for of_layer, panel in zip(values, panels.values(), strict=True):
-        handles = []
-        for h, colour in zip(range(heads), colours, strict=False):
-            middle, mean, low, high = stretches(x, of_layer[h].ravel())
-            panel.fill_between(middle, low, high, color=colour, alpha=max(0.05, 0.4 / heads), lw=0)
-            handles += panel.plot(middle, mean, lw=1.0, color=colour, label=f"head {h}")
-        style = {"transform": panel.get_xaxis_transform(), "color": "red", "zorder": 1, "lw": 0.6}
-        starts = "BOS" if bos else "documents' first tokens"
-        handles.append(panel.vlines(look.starts, 0, 1, alpha=min(0.5, 20 / len(look.starts)), label=starts, **style))
+    xlabel, filled = "position in tokens", layers <= _COLUMNS and heads <= _ROWS
+    if filled:
+        size = max(7.0, 3.2 * layers), 1.4 + 1.25 * heads
+        figure, panels = subplots(heads, layers, figsize=size, sharex=True, sharey=True, squeeze=False)
+        for layer, head in zip(look.layers, panels[0], strict=True):
+            head.set_title(f"layer {layer}", fontsize=9)
+        for h, panel in enumerate(panels[:, 0]):
+            panel.set_ylabel(f"head {h}", fontsize=9)
+        for panel in panels[-1]:
+            panel.set_xlabel(xlabel)
+    else:
+        figure, by_layer = _panels(look.layers, xlabel)
+        panels = np.array([list(by_layer.values())] * heads)
+    for i, h in np.ndindex(layers, heads):
+        middle, mean, low, high = stretches(x, values[i, h].ravel())
+        if filled:
+            panels[h, i].fill_between(middle, low, high, color=_PALETTE[0], alpha=0.25, lw=0)
+        else:
+            panels[h, i].plot(middle, np.stack([low, high], 1), lw=0.3, alpha=0.6, color=colours[h])
+        panels[h, i].plot(middle, mean, lw=1.0, color=_PALETTE[0] if filled else colours[h])
+    for panel in set(panels.flat):
+        low, high = panel.get_ylim()
+        marks = {"transform": panel.get_xaxis_transform(), "color": _MARKS, "lw": 0.7, "clip_on": False, "zorder": 3}
+        panel.vlines(look.starts, -0.06, 0, **marks)
+        panel.set_ylim(low, high)
         if len(look.ids) > look.trained:
-            handles.append(panel.axvline(look.trained, color="green", lw=1.5, label="training length"))
+            panel.axvline(look.trained, color="0.25", lw=1, ls=(0, (4, 2)), zorder=1)
         panel.margins(x=0.01)
+        panel.tick_params(axis="x", pad=6)
+        panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, steps=[1, 2, 4, 5, 10]))
+        thousands(panel.xaxis)
+    if filled:
+        handles: list[Any] = [Line2D([], [], color=_PALETTE[0], label="mean of neighbouring tokens")]
+        handles.append(Patch(color=_PALETTE[0], alpha=0.25, lw=0, label="their lowest to highest value"))
+    else:
+        handles = [Line2D([], [], color=colour, label=f"head {h}") for h, colour in zip(range(heads), colours, strict=False)]
+        handles.append(Line2D([], [], color="0.5", lw=0.5, label="thin: lowest and highest of neighbouring tokens"))
+    starts = "BOS" if bos else "documents' first tokens"
+    handles.append(Line2D([], [], color=_MARKS, ls="", marker="|", ms=7, label=starts))
+    if len(look.ids) > look.trained:
+        handles.append(Line2D([], [], color="0.25", lw=1, ls=(0, (4, 2)), label=f"training length, {look.trained:,}"))
+    figure.supylabel(of)
     _legend(figure, handles)
     return figure
 
@@ -405,7 +463,7 @@ def _draw_by_head(look: Look, arrays: Arrays, label: str) -> Any:
     return figure
 
 
-def _show(result: Result) -> None:
+def _show(result: Result, figures: list[Path]) -> None:
     """The table, averaged over heads, and the files."""
     results, length = result.results, result.results["training_length"]
 
@@ -432,4 +490,4 @@ def _show(result: Result) -> None:
     )
     if results["skipped_layers"]:
         print_text(f"skipped, softmax layers have no state: {', '.join(map(str, results['skipped_layers']))}")
-    print_written(result.path, *map(result.beside, _BESIDE))
+    print_written(result.path, result.beside(".csv.gz"), *figures)

@@ -5,8 +5,8 @@ made after p tokens, p = 1 ... max_length - 1. A sequence goes through the model
 memory does not grow with its length unless softmax layers keep what they saw. Losses are averaged over sequences in float64,
 position by position; smoothing comes after.
 
-One JSON file per checkpoint holds the numbers. `length-extrapolation.csv` and `.png` compare the checkpoints of the last
-command; they follow from the JSON files alone, and the same command makes them again.
+One JSON file per checkpoint holds the numbers. `length-extrapolation.csv` and the figure beside it compare the
+checkpoints of the last command; they follow from the JSON files alone, and the same command makes them again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ from titan_dp.errors import UserError
 from titan_dp.evals.scoring import keeps_all_tokens, token_losses
 from titan_dp.evals.session import Arrays, Result, Session, add_common_arguments, batched, run_evaluation
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
-from titan_dp.output import number_table, print_table, print_written, save_figure, subplots, write_csv
+from titan_dp.output import (
+    add_format_option,
+    number_table,
+    print_table,
+    print_written,
+    save_figure,
+    subplots,
+    thousands,
+    write_csv,
+)
 
 if TYPE_CHECKING:
     from titan_dp.inference.pretrained import Pretrained
@@ -49,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     smooth = "positions the curve is averaged over (default: MAX_LENGTH / 64)"
     parser.add_argument("--smooth", type=positive, help=smooth)
     parser.add_argument("--x-axis", choices=("log", "linear"), default="log", help="of the plot (default: log)")
+    add_format_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,14 +66,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def evaluate(s: Session) -> list[Result]:
-    """Measure each checkpoint, write JSON, CSV and PNG files and print the table; every rank calls it.
+    """Measure each checkpoint, write JSON and CSV files and the figure and print the table; every rank calls it.
 
     Raises UserError if the text does not fill one sequence.
     """
     args = s.args
     if args.max_length < 2:
         raise UserError(f"--max-length is {args.max_length}; give at least 2")
-    table, plot = (args.out / f"{NAME}.{ending}" for ending in ("csv", "png"))
+    table, plot = (args.out / f"{NAME}.{ending}" for ending in ("csv", args.format))
     s.check_comparison(NAME, table.name, plot.name)
     results = [_evaluate(s, path) for path in args.checkpoints]
     if len({str(result.settings["texts"]) for result in results}) > 1:
@@ -279,7 +289,7 @@ def _draw(results: list[Result], x_axis: str, path: Path) -> None:
     below.set_xlabel("position (tokens before the predicted one)")
     if x_axis == "log":
         below.set_xscale("log", base=2)
-    below.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    thousands(below.xaxis)
     below.legend(edgecolor="none", framealpha=0.9)
     save_figure(figure, path)
 

@@ -26,7 +26,7 @@ import numpy as np
 from titan_dp.config.arguments import natural, positive
 from titan_dp.errors import UserError
 from titan_dp.evals.session import Arrays, Result, Session, add_common_arguments, batched, run_evaluation
-from titan_dp.output import number_table, print_table, print_written, save_figure, subplots, write_csv
+from titan_dp.output import add_format_option, number_table, print_table, print_written, save_figure, subplots, write_csv
 
 if TYPE_CHECKING:
     from titan_dp.data.tokenizer import Tokenizer
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _DISTANCES = 32  # powers of two that a distance can lie below
 _Z = 1.959964  # of a 95 % interval
 _AMONG = (("", "all ids"), ("_among_values", "the sequence's values"))  # suffix of the names in the results, in words
+_MARKERS = "os^Dv"
 _LEVELS = ("chance", "chance_among_values", "unpaired_guess")
 
 
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=positive, help="tokens per sequence (default: the fewest for its pairs and queries)")
     parser.add_argument("--sequences", type=positive, default=256, help="sequences of each number of pairs (default: 256)")
     parser.add_argument("--seed", type=natural, default=0, help="of the sequences (default: 0)")
+    add_format_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,13 +78,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def evaluate(s: Session) -> list[Result]:
-    """Measure each checkpoint, write JSON, CSV and PNG files and print the tables; every rank calls it.
+    """Measure each checkpoint, write JSON and CSV files and the figure and print the tables; every rank calls it.
 
     Raises UserError if the vocabulary or --length is too small for the pairs.
     """
     args = s.args
     args.pairs = sorted(set(args.pairs))
-    s.check_comparison("recall", "recall.png")
+    figure = args.out / f"recall.{args.format}"
+    s.check_comparison("recall", figure.name)
     results = []
     for path in args.checkpoints:
         pretrained = s.load(path)
@@ -99,7 +102,6 @@ def evaluate(s: Session) -> list[Result]:
             result.finish(found)
         results.append(result)
     if s.world.is_main:
-        figure = args.out / "recall.png"
         _draw(results, figure)
         for result in results:
             _show(result)
@@ -253,34 +255,47 @@ def _write_csv(found: dict[str, Any], path: Path) -> None:
 
 
 def _draw(results: list[Result], path: Path) -> None:
-    """Accuracy by number of pairs, a curve per checkpoint, a panel each for all ids and for the sequence's values."""
-    figure, panels = subplots(1, 2, figsize=(10, 4.5), sharey=True)
+    """Accuracy by number of pairs, a curve per checkpoint, a panel each for all ids and for the sequence's values.
+
+    A figure in which nothing is better than a guess is small, and its axis ends above the guesses.
+    """
     rows = results[0].results["by_pairs"]
+    found = [row for result in results for row in result.results["by_pairs"]]
+    learnt = any(row[f"interval{suffix}"][0] > row["unpaired_guess"] for row in found for suffix, _ in _AMONG)
+    figure, panels = subplots(1, 2, figsize=(9, 4.2) if learnt else (6.5, 2.9), sharey=True)
     ticks = [row["pairs"] for row in rows]
+    levels = (
+        ("chance", "0.25", ":", f"chance among all ids: 1 in {1 / rows[0]['chance']:,.0f}"),
+        ("chance_among_values", "0.25", "-.", "chance among the values: 1 in the number of pairs"),
+        ("unpaired_guess", "0.55", "--", "best guess without knowing which key has which value"),
+    )
     for panel, (suffix, words) in zip(panels, _AMONG, strict=True):
-        handles = [_curve(panel, result, suffix, i - (len(results) - 1) / 2) for i, result in enumerate(results)]
-        handles += panel.plot(ticks, [row[f"chance{suffix}"] for row in rows], "k:", lw=1.2, label="chance")
-        guess = "best guess without knowing which key has which value"
-        handles += panel.plot(ticks, [row["unpaired_guess"] for row in rows], "--", color="0.5", lw=1.2, label=guess)
+        curves = [_curve(panel, result, suffix, i - (len(results) - 1) / 2) for i, result in enumerate(results)]
+        for name, colour, style, _ in levels:
+            if name in (f"chance{suffix}", "unpaired_guess"):
+                panel.plot(ticks, [row[name] for row in rows], style, color=colour, lw=1.2, zorder=1)
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks, map(str, ticks))
         panel.minorticks_off()
-        panel.set_ylim(-0.02, 1.02)
-        panel.set_xlabel("pairs")
-        panel.set_title(f"among {words}", fontsize=10)
-    panels[0].set_ylabel("queries answered right, 95 % interval")
-    figure.suptitle("multi-query associative recall")
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+        panel.set_xlabel("pairs in the sequence")
+        panel.set_title(f"likeliest of {words}", fontsize="medium")
+    panels[0].set_ylim(*((-0.02, 1.02) if learnt else (-0.02, 1.15 * panels[0].dataLim.y1)))
+    panels[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    panels[0].set_ylabel("keys answered right, 95 % interval" if learnt else "keys answered right,\n95 % interval")
+    figure.suptitle("Recall of values by key" + ("" if learnt else ": no better than guessing"), fontsize="large")
+    guesses = [panels[0].plot([], [], style, color=colour, lw=1.2, label=label)[0] for _, colour, style, label in levels]
+    figure.legend(handles=[*curves, *guesses], loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
 def _curve(panel: Any, result: Result, suffix: str, shift: float) -> Any:
     """One checkpoint's accuracies, moved a little aside so that equal ones do not hide one another."""
     rows = result.results["by_pairs"]
-    x = [row["pairs"] * 1.04**shift for row in rows]
+    x = [row["pairs"] * 1.08**shift for row in rows]
     y = [row[f"accuracy{suffix}"] for row in rows]
     bars = [[abs(row[f"interval{suffix}"][side] - row[f"accuracy{suffix}"]) for row in rows] for side in (0, 1)]
-    return panel.errorbar(x, y, bars, marker="o", ms=4, lw=1.2, capsize=2, label=result.source.label)
+    marker = _MARKERS[round(2 * shift) % len(_MARKERS)]
+    return panel.errorbar(x, y, bars, marker=marker, ms=4, lw=1, capsize=2, label=result.source.label)
 
 
 def _show(result: Result) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titan_dp.errors import UserError, require
 from titan_dp.files import write_atomically, write_json
-from titan_dp.output import print_text, print_written, progress
+from titan_dp.output import FORMATS, add_format_option, print_text, print_written, progress
 
 if TYPE_CHECKING:
     from titan_dp.studies.report.results import Results
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="nats",
         help="compare validation losses in nats per token, or in bits per byte across tokenizers (default: nats)",
     )
+    add_format_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,10 +62,25 @@ def run(args: argparse.Namespace) -> int:
         results = results_of(runs, args.loss, (sweep and sweep.name) or title, sweep.description if sweep else "")
     _print(results)
     with progress("drawing"):
-        written = _write(results, out, earlier)
+        written = _write(results, out, earlier, args.format, _typed(args))
     print_written(*written)
     print_text(f"{out / _PAGE} shows it all on one page")
     return 0
+
+
+def _typed(args: argparse.Namespace) -> str:
+    """The command line, with those options that are not the defaults."""
+    options = [("--out", args.out), ("--loss", args.loss if args.loss != "nats" else None)]
+    options.append(("--format", args.format if args.format != "png" else None))
+    given = [word for name, value in options if value is not None for word in (name, value)]
+    return shlex.join(map(str, ["titan-dp", "report", *args.runs, *given]))
+
+
+def _names() -> set[str]:
+    """Every file name that a report may have, beside report.json."""
+    from titan_dp.studies.report.figures import FIGURES
+
+    return {*_TABLES, *(f"{name}.{ending}" for name in FIGURES for ending in FORMATS), _PAGE}
 
 
 def _check_out(out: Path) -> set[str]:
@@ -71,9 +88,7 @@ def _check_out(out: Path) -> set[str]:
 
     Raises UserError if `out` is neither a report nor empty, or if a file there has a report file's name but is not listed.
     """
-    from titan_dp.studies.report.figures import FIGURES
-
-    names = {*_TABLES, *FIGURES, _PAGE}
+    names = _names()
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     if not out.exists() or not any(out.iterdir()):
@@ -99,25 +114,32 @@ def _print(results: Results) -> None:
             show(title, table, last=table is section[-1][1])
 
 
-def _write(results: Results, out: Path, earlier: set[str]) -> list[Path]:
-    """Write the report, and delete those files of the `earlier` one that this one does not have; returns its files."""
-    from titan_dp.output import save_figure
-    from titan_dp.studies.report.figures import FIGURES, figures
+def _write(results: Results, out: Path, earlier: set[str], ending: str, typed: str) -> list[Path]:
+    """Write the report, and delete those files of the `earlier` one that this one does not have; returns its files.
+
+    Args:
+        ending: of the figures' files; the page has PNGs in it whatever they are.
+        typed: the command line.
+    """
+    from titan_dp.output import figure_bytes, save_figure
+    from titan_dp.studies.report.figures import figures
     from titan_dp.studies.report.tables import as_json, configurations_csv, page, runs_csv
 
     out.mkdir(parents=True, exist_ok=True)
-    record = {"made_by": _MADE_BY, "files": sorted({*_TABLES, *FIGURES, _PAGE}), **as_json(results)}
+    record = {"made_by": _MADE_BY, "files": sorted(_names()), **as_json(results)}
     write_json(out / "report.json", record)  # lists every name there may be: a kill leaves no file that is not listed
     for name, content in zip(_TABLES, (runs_csv(results), configurations_csv(results)), strict=True):
         write_atomically(out / name, lambda file, content=content: file.write(content))  # type: ignore[misc]
-    drawn: dict[Path, str] = {}
+    drawn: list[Path] = []
+    shown: dict[str, tuple[bytes, str]] = {}
     for name, caption, figure in figures(results):
-        save_figure(figure, out / name)
-        drawn[out / name] = caption
+        shown[name] = figure_bytes(figure, "png"), caption
+        drawn.append(out / f"{name}.{ending}")
+        save_figure(figure, drawn[-1])
     written = {*_TABLES, _PAGE, *(path.name for path in drawn)}
     for name in earlier - written:  # it had more to draw
         (out / name).unlink(missing_ok=True)
-    html = page(results, drawn)
+    html = page(results, shown, typed)
     write_atomically(out / _PAGE, lambda file: file.write(html))
     write_json(out / "report.json", record | {"files": sorted(written)})
     return [out / "report.json", *(out / name for name in _TABLES), *drawn, out / _PAGE]

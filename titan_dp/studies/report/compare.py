@@ -11,6 +11,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from pandas import DataFrame, Series
 from scipy import stats
 
@@ -129,8 +130,9 @@ def compare(configurations: DataFrame) -> list[DataFrame]:
     """Every set of at least two families at equal size, tokens and other settings, by size and tokens.
 
     The rows of a set are configurations. "against" is the label of the one that a row is compared with, None for that one
-    itself; "difference" is that of the mean losses; "low" and "high" are the ends of its interval, NaN without one; "verdict"
-    is the interval in words; "against_family" and "against_name" are what the other one is called.
+    itself; "difference" is that of the mean losses; "error" is its standard error and "low" and "high" are the ends of its
+    interval, NaN without one; "verdict" is the interval in words; "against_family" and "against_name" are what the other one is
+    called.
     """
     measured, found = configurations.dropna(subset="mean"), []
     others = [key for key in _DECIDING if key not in _FREE]
@@ -158,7 +160,7 @@ def _compared(row: Series, equal: DataFrame) -> dict[str, Any]:
         "against_name": name,
         "difference": row["mean"] - other["mean"],
     }
-    return found | {"low": low, "high": high, "verdict": verdict}
+    return found | {"low": low, "high": high, "verdict": verdict, "error": _error(row["losses"], other["losses"])}
 
 
 def _reference(row: Series, equal: DataFrame) -> Any:
@@ -183,6 +185,11 @@ def welch(a: list[float], b: list[float]) -> tuple[float, float] | None:
         return None
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
     return float(interval.low), float(interval.high)
+
+
+def _error(a: list[float], b: list[float]) -> float:
+    """Standard error of mean(a) - mean(b); NaN with fewer than two values on a side."""
+    return float(np.sqrt(Series(a).var() / len(a) + Series(b).var() / len(b)))
 
 
 # -- what is comparable ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The figures of a report. In all of them a colour is a family and a marker a size; error bars are the spread over seeds.
 
-What is drawn is what results.py computed. A figure for which there is nothing is not made.
+What is drawn is what results.py computed. A figure for which there is nothing is not made. Names of figures
+have no ending: the file's format gives it.
 """
 
 from __future__ import annotations
@@ -16,28 +17,30 @@ from pandas import DataFrame
 
 from titan_dp import output as plots
 from titan_dp.files import short
-from titan_dp.studies.report.compare import CONFIDENCE_TEXT, SAME_SIZE, SAME_TOKENS, best, clusters
+from titan_dp.studies.report.compare import CONFIDENCE_TEXT, SAME_SIZE, SAME_TOKENS, SEEDS, best, clusters
 from titan_dp.studies.report.results import Fit, IsoFlop, Results
 
 _MARKERS = "os^DvPX*<>"
 _PANELS = 3  # in a row of panels
 _LINES = 5  # of a fitted surface in one figure
 _COMPARISONS = 12  # in a row
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 _COSTS = ("parameters", "tokens", "flops", "time")
 
-FIGURES = ("differences.png", *(f"loss_by_{name}.png" for name in _COSTS), "isoflop.png", "loss_curves.png")
-"""Every file name that `figures` may give."""
+FIGURES = ("differences", *(f"loss_by_{name}" for name in _COSTS), "isoflop", "loss_curves")
+"""Every name that `figures` may give."""
 
 
 def figures(results: Results) -> Iterator[tuple[str, str, Any]]:
-    """(file name, caption, figure) one after the other; the caller saves each before the next is drawn."""
+    """(name, caption, figure) one after the other; the caller saves each before the next is drawn."""
     shown = _styled(results.configurations)
     measured = shown.dropna(subset="mean")
-    if results.comparisons:
+    if len(results.compared):
         caption = (
-            f"Difference in validation loss to the smallest n_h; bars: {CONFIDENCE_TEXT} intervals where seeds allow them."
+            "Difference in validation loss to the smallest n_h. Thick bars: one standard error; thin bars: "
+            f"{CONFIDENCE_TEXT} intervals, which arrows say to go on beyond the axis; neither without two seeds on both sides."
         )
-        yield "differences.png", caption, _differences(results, shown)
+        yield "differences", caption, _differences(results, shown)
     longest = measured["seconds"].max()
     unit, size = next((u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if longest >= 2 * s or s == 1)
     measured = measured.assign(time=measured["seconds"] / size)
@@ -45,13 +48,16 @@ def figures(results: Results) -> Iterator[tuple[str, str, Any]]:
     for cost, label in zip(_COSTS, labels, strict=True):
         costs = measured[measured[cost] > 0]
         if len(costs) and costs[cost].max() > costs[cost].min() * (1 + SAME_TOKENS):
-            yield f"loss_by_{cost}.png", _caption(results, cost, label), _loss_by(results, costs, cost, label)
+            yield f"loss_by_{cost}", _caption(results, cost, label), _loss_by(results, costs, cost, label)
     if results.isoflops:
         caption = "IsoFLOP profiles: a parabola in log N for each family; stars: minima among the sizes, with 90 % intervals."
-        yield "isoflop.png", caption, _isoflop(results, shown)
+        yield "isoflop", caption, _isoflop(results, shown)
     if len(results.tokenizers) == 1:  # nats per token of several tokenizers in one panel would mislead
-        caption = "Training loss in nats per token, smoothed over 2 % of each run; dashed: unfinished or diverged."
-        yield "loss_curves.png", caption, _curves(results, shown)
+        caption = (
+            "Training loss in nats per token over the second half of each run, smoothed over 5 % of it; axes are logarithmic. "
+            "Dashes are seeds, a cross ends a run that is unfinished or diverged."
+        )
+        yield "loss_curves", caption, _curves(results, shown)
 
 
 # -- style -------------------------------------------------------------------------------------------------------------
@@ -123,6 +129,17 @@ def _log_axis(axes: Any, label: str) -> None:
     axes.set_xlabel(label)
 
 
+def _log_losses(axes: Any) -> None:
+    """A logarithmic y-axis with readable ticks, however little of it is shown."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _between(values: pd.Series) -> Any:
     return np.geomspace(float(values.min()), float(values.max()), 100)
 
@@ -134,11 +151,16 @@ def _caption(results: Results, cost: str, label: str) -> str:
     text = f"Validation loss against {label}; bars: standard deviation over seeds."
     if cost in ("flops", "parameters"):
         text += " Rings and the grey line: the Pareto front."
-    if cost in ("parameters", "tokens") and any(fit.law for fit in results.surfaces):
-        text += f" Dashed: the fitted L(N, D), at most {_LINES} of its lines."
-    if cost == "flops" and any(fit.law for fit in results.computes):
-        text += " Dashed: the fitted L(C)."
+    if law := _fitted(results, cost):
+        text += f" Dashed: the fitted {law}" + (f", at most {_LINES} of its lines." if cost != "flops" else ".")
     return text
+
+
+def _fitted(results: Results, cost: str) -> str:
+    """The law whose lines are drawn against `cost`; empty if there is none."""
+    if cost in ("parameters", "tokens") and any(fit.law for fit in results.surfaces):
+        return "L(N, D)"
+    return "L(C)" if cost == "flops" and any(fit.law for fit in results.computes) else ""
 
 
 def _loss_by(results: Results, shown: DataFrame, cost: str, label: str) -> Any:
@@ -154,11 +176,13 @@ def _loss_by(results: Results, shown: DataFrame, cost: str, label: str) -> Any:
             axes.plot(x, compute.law.predict(x), color=members["colour"].iloc[0], ls="--", lw=1.2)
     _points(axes, shown, cost)
     more: tuple[Any, ...] = ()
+    if law := _fitted(results, cost):
+        more = (Line2D([], [], color="0.4", ls="--", lw=1.2, label=f"fitted {law}"),)
     if cost in ("flops", "parameters"):
         on = results.configurations[results.configurations[f"on_front_by_{cost}"]].sort_values(cost)
         axes.step(on[cost].tolist(), on["mean"], where="post", color="0.6", lw=1, zorder=0)
         axes.plot(on[cost].tolist(), on["mean"], ls="", marker="o", ms=12, mfc="none", mec="0.3", mew=0.9)
-        more = (Line2D([], [], color="0.6", lw=1, marker="o", ms=10, mfc="none", mec="0.3", label="Pareto front"),)
+        more += (Line2D([], [], color="0.6", lw=1, marker="o", ms=10, mfc="none", mec="0.3", label="Pareto front"),)
     _log_axis(axes, label)
     axes.set_ylabel(f"validation loss ({results.unit})")
     _legend(figure, shown, more)
@@ -189,20 +213,30 @@ def _lines(axes: Any, along: str, members: DataFrame, surface: Fit) -> None:
 
 
 def _differences(results: Results, shown: DataFrame) -> Any:
-    """One place per comparison, side by side, with the rows that are compared with another."""
+    """One place per comparison, side by side, with the rows that are compared with another.
+
+    The differences and their standard errors set the scale: an interval of two seeds may be ten times as wide.
+    """
+    from matplotlib.lines import Line2D
+
     sets = [rows for rows in results.comparisons if rows["against"].notna().any()]
     width = min(len(sets), _COMPARISONS)
     chunks = [sets[i : i + width] for i in range(0, len(sets), width)]
-    size = (max(8, 0.9 * width), 5.5 if len(chunks) == 1 else 0.8 + 3 * len(chunks))
+    size = (max(8, 0.9 * width), 5 if len(chunks) == 1 else 0.8 + 3 * len(chunks))
     figure, grid = plots.subplots(len(chunks), figsize=size, sharey=True, squeeze=False)
+    errors = results.compared["error"].fillna(0).astype(float)
+    ends = pd.concat([results.compared["difference"] - errors, results.compared["difference"] + errors, pd.Series([0.0])])
+    margin = 0.15 * (ends.max() - ends.min()) or 1.0
+    low, high = ends.min() - margin, ends.max() + margin
     for axes, chunk in zip(grid[:, 0], chunks, strict=True):
-        placed = []
+        axes.set_ylim(low, high)
         for i, rows in enumerate(chunk):
             rows = rows.dropna(subset="against")
-            offsets = (np.arange(len(rows)) - (len(rows) - 1) / 2) * min(0.12, 0.7 / len(rows))
-            down, up = rows["difference"] - rows["low"], rows["high"] - rows["difference"]
-            placed.append(DataFrame({"x": i + offsets, "difference": rows["difference"], "down": down, "up": up}))
-        _points(axes, pd.concat(placed).join(shown[["colour", "marker"]]), "x", "difference", ("down", "up"))
+            offsets = (np.arange(len(rows)) - (len(rows) - 1) / 2) * min(0.22, 0.7 / len(rows))
+            for x, (label, row) in zip(i + offsets, rows.iterrows(), strict=True):
+                look = shown.loc[label]
+                _bars(axes, x, row, look["colour"])
+                axes.plot([x], [row["difference"]], look["marker"], color=look["colour"], ms=7, mec="white", mew=0.8, zorder=4)
         labels = [f"{short(rows['parameters'].min())}\n{short(rows['tokens'].min())}" for rows in chunk]
         axes.axhline(0, color="0.3", lw=1)
         axes.set_xticks(range(len(chunk)), labels, fontsize="small")
@@ -211,8 +245,27 @@ def _differences(results: Results, shown: DataFrame) -> Any:
     grid[-1, 0].set_xlabel("parameters, training tokens")
     figure.supylabel(f"validation loss minus that of the smallest n_h\n({results.unit}; below 0 is better)", fontsize="medium")
     compared = set(chain(*(rows.dropna(subset="against").index for rows in sets)))
-    _legend(figure, shown[shown.index.isin(compared)])
+    bars = (
+        Line2D([], [], color="0.4", lw=5, alpha=0.6, label="one standard error"),
+        Line2D([], [], color="0.4", lw=1, marker="^", ms=5, label=f"{CONFIDENCE_TEXT} interval, arrow: goes on"),
+    )
+    _legend(figure, shown[shown.index.isin(compared)], bars if errors.any() else ())
     return figure
+
+
+def _bars(axes: Any, x: float, row: pd.Series, colour: str) -> None:
+    """A thick bar of one standard error, a thin one over the interval; an arrow where that leaves the axis."""
+    middle, (bottom, top) = row["difference"], axes.get_ylim()
+    if row["error"] > 0:
+        axes.plot([x, x], [middle - row["error"], middle + row["error"]], color=colour, lw=6, alpha=0.55, solid_capstyle="butt")
+    if row["low"] <= row["high"]:
+        axes.plot([x, x], np.clip([row["low"], row["high"]], bottom, top), color=colour, lw=0.9, alpha=0.7)
+        for end, edge, outside, arrow in (
+            (row["low"], bottom, row["low"] < bottom, "v"),
+            (row["high"], top, row["high"] > top, "^"),
+        ):
+            marker = {"marker": arrow, "ms": 6} if outside else {"marker": "_", "ms": 8}
+            axes.plot([x], [edge if outside else end], color=colour, clip_on=False, zorder=3, **marker)
 
 
 def _isoflop(results: Results, shown: DataFrame) -> Any:
@@ -241,29 +294,41 @@ def _profile(axes: Any, profile: IsoFlop, points: DataFrame) -> None:
 
 
 def _curves(results: Results, shown: DataFrame) -> Any:
-    groups = results.started.join(shown[["colour", "group", "sizes"]], on="configuration").groupby("group")
+    from matplotlib.lines import Line2D
+
+    started = results.started
+    seeds = list(dict.fromkeys(started[SEEDS].sort_values(SEEDS).itertuples(index=False, name=None)))
+    dashes = {seed: _DASHES[i % len(_DASHES)] for i, seed in enumerate(seeds)}
+    groups = started.join(shown[["colour", "group", "sizes"]], on="configuration").groupby("group")
     figure, grid = _panels(len(groups))
     for axes, (_, runs) in zip(grid, groups, strict=True):
-        drawn = [_curve(axes, run) for _, run in runs.iterrows()]
-        if ends := [end for end in drawn if end is not None]:
-            low, high = min(end[0] for end in ends), max(end[1] for end in ends)
-            axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        for _, run in runs.iterrows():
+            _curve(axes, run, dashes[tuple(run[SEEDS])])
         axes.set_title(f"{runs['sizes'].iloc[0]} parameters", fontsize="medium")
         _log_axis(axes, "tokens")
+        _log_losses(axes)
         axes.set_ylabel("training loss (nats per token)")
-    _legend(figure, shown, markers=False)
+    names = [f"seed {one}" if one == other else f"seeds {one}, {other}" for one, other in seeds[: len(_DASHES)]]
+    if len(seeds) > len(_DASHES):
+        names = [f"{name} and others" for name in names]
+    more = [Line2D([], [], color="0.4", ls=_DASHES[i], lw=1.2, label=name) for i, name in enumerate(names)]
+    if (started["state"] != "finished").any():
+        more.append(Line2D([], [], color="0.4", ls="", marker="x", label="unfinished or diverged"))
+    _legend(figure, shown, tuple(more), markers=False)
     return figure
 
 
-def _curve(axes: Any, run: pd.Series) -> tuple[float, float] | None:
-    """Draw a run's curve; returns its lowest value and its value at 3 % of the run, above which nothing is compared."""
+def _curve(axes: Any, run: pd.Series, dashes: Any) -> None:
+    """Draw the second half of a run's curve."""
     finite = np.isfinite(run["curve_loss"])
     x, y = run["curve_tokens"][finite], run["curve_loss"][finite]
     if len(y) < 2:
-        return None
-    window = max(1, len(y) // 50)
+        return
+    window = max(1, len(y) // 20)
     kernel = np.ones(window) / window
     x, y = np.convolve(x, kernel, "valid"), np.convolve(y, kernel, "valid")
-    shown = slice(None, None, max(1, window // 4))
-    axes.plot(x[shown], y[shown], color=run["colour"], lw=0.9, alpha=0.8, ls="-" if run["state"] == "finished" else "--")
-    return float(y.min()), float(y[min(len(y) - 1, int(0.03 * len(y)))])
+    late = x >= x[-1] / 2
+    x, y = x[late][:: max(1, window // 4)], y[late][:: max(1, window // 4)]
+    axes.plot(x, y, color=run["colour"], lw=1.1, alpha=0.9, ls=dashes)
+    if run["state"] != "finished":
+        axes.plot(x[-1:], y[-1:], "x", color=run["colour"], ms=7)

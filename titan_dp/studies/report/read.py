@@ -66,6 +66,7 @@ class _Facts(JsonObject):
     device: str
     world_size: Natural
     git_commit: str | None = None
+    torch: str | None = None
 
 
 class _Cell(JsonObject):

@@ -9,7 +9,6 @@ import base64
 import math
 from collections.abc import Iterator, Sequence
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -311,8 +310,8 @@ def as_json(results: Results) -> dict[str, Any]:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def page(results: Results, figures: dict[Path, str]) -> bytes:
-    """One HTML page that holds its own figures and needs no network; `figures` are captions of PNG files that are there.
+def page(results: Results, figures: dict[str, tuple[bytes, str]], typed: str) -> bytes:
+    """One HTML page that holds its own figures and needs no network; `figures` are PNGs and captions, `typed` the command.
 
     Names and descriptions of runs are text from elsewhere: the template escapes everything it is given.
     """
@@ -323,25 +322,46 @@ def page(results: Results, figures: dict[Path, str]) -> bytes:
     content = {
         "results": results,
         "summary": summary(results),
+        "losses": _losses_table(results),
         "tables": tables(results),
         "runs": runs_table(results),
+        "words": {"family", "run", "state", *_WORDS},
         "confidence": CONFIDENCE_TEXT,
-        "made": f"titan-dp report, {date.today().isoformat()}; {_provenance(results)}.",
+        "facts": {"made": date.today().isoformat(), "command": typed} | _provenance(results),
         "figures": {
-            path.name: {"data": base64.b64encode(path.read_bytes()).decode("ascii"), "caption": caption}
-            for path, caption in figures.items()
+            name: {"data": base64.b64encode(raw).decode("ascii"), "caption": caption}
+            for name, (raw, caption) in figures.items()
         },
     }
     return environment.get_template("report.html").render(content).encode()
 
 
-def _provenance(results: Results) -> str:
-    """Tokenizers, validation texts, commits and machines of the runs."""
+def _losses_table(results: Results) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """The validation losses of all comparisons: headers, and rows of cells with whether one is the lowest of its row.
+
+    A column is a family; of several shapes at one size the best counts.
+    """
+    families = list(dict.fromkeys(family for rows in results.comparisons for family in rows["family"]))
+    families.sort(key=results.configurations["family"].tolist().index)
+    table = []
+    for rows in results.comparisons:
+        lowest = rows.loc[[same["mean"].idxmin() for _, same in rows.groupby("family")]].set_index("family")
+        cells = dict(zip(lowest.index, _means(lowest), strict=True))
+        first = rows.iloc[0]
+        place = [short(rows["parameters"].min()), short(rows["tokens"].min()), *(str(first[key]) for key in results.differing)]
+        best = lowest["mean"].idxmin()
+        table.append([*((text, False) for text in place), *((cells.get(f, ""), f == best) for f in families)])
+    return ["parameters", "tokens", *results.differing, *families], table
+
+
+def _provenance(results: Results) -> dict[str, str]:
+    """Tokenizers, validation texts, commits, versions of torch and machines of the runs."""
     started = results.started
     parts = {
         "tokenizer": results.tokenizers,
         "validation text": started["validation_fingerprint"].dropna().str[:12],
-        "commit": started["git_commit"].fillna("unknown").str[:12],
+        "commit of the runs": started["git_commit"].fillna("unknown").str[:12],
+        "torch of the runs": started["torch"].fillna("unknown"),
         "trained on": started["world_size"].map(str) + " x " + started["device"],
     }
-    return "; ".join(f"{name} {', '.join(sorted(set(values))) or 'none'}" for name, values in parts.items())
+    return {name: ", ".join(sorted(set(values))) or "none" for name, values in parts.items()}

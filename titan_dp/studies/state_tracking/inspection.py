@@ -3,7 +3,7 @@
 For each head: the step sizes (reflections have beta = 2, unused steps 0); how many dimensions the keys of the steps taken
 span; and the orbit of the state over random words, which falls into one cluster per element if the head tracks the group.
 A model that has learnt S4 as the rotations of a cube has keys in three dimensions with beta near 2 (Siems et al. 2025, section
-5.1). Writes inspect.json and layer-N.png.
+5.1). Writes inspect.json and a figure per layer, layer-N.png.
 """
 
 from __future__ import annotations
@@ -11,22 +11,33 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from titan_dp.config.arguments import positive
 from titan_dp.errors import UserError
 from titan_dp.files import check_own, write_json
-from titan_dp.output import check_matplotlib, number_table, print_table, print_text, save_figure, subplots
+from titan_dp.output import (
+    add_format_option,
+    check_matplotlib,
+    number_table,
+    print_table,
+    print_text,
+    save_figure,
+    subplots,
+    thousands,
+)
 from titan_dp.train.run_folder import run_of
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from titan_dp.data.synthetic.groups import Group
     from titan_dp.data.synthetic.words import WordProblem
     from titan_dp.model.transformer import Transformer
 
 _SHOWN_HEADS = 8
+_NAMED_ELEMENTS = 24
 
 
 class Trace(NamedTuple):
@@ -61,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=positive, default=128, help="elements per word (default: 128)")
     parser.add_argument("--words", type=positive, default=8, help="words (default: 8)")
     parser.add_argument("--out", type=Path, help="where to write (default: inspect/ in the run folder)")
+    add_format_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     if not isinstance(problem, WordProblem):
         raise UserError(f"{args.path} was not trained on a group's word problem; name a run that was")
     out = args.out or (run_of(args.path) or args.path) / "inspect"
-    check_own(out, "inspect.json", {"task", "run", "heads"}, (f"layer-{i}.png" for i in range(c.model.num_hidden_layers)))
+    figures = [f"layer-{i}.{args.format}" for i in range(c.model.num_hidden_layers)]
+    check_own(out, "inspect.json", {"task", "run", "heads"}, figures)
     traces = trace(load_model(source, torch.device("cpu")), problem, args.words, args.length)
     if not traces:
         raise UserError(f"{args.path} has no DeltaProduct layer to look into; name a run of one that has")
@@ -89,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "inspect.json", {"task": problem.name, "run": source.label, "heads": [asdict(head) for head in heads]})
     for layer, t in traces.items():
-        _draw(layer, t, [head for head in heads if head.layer == layer], problem.name, out / f"layer-{layer}.png")
+        _draw(layer, t, [head for head in heads if head.layer == layer], problem.group, out / figures[layer])
     print_text(f"written: {out}")
     return 0
 
@@ -146,28 +159,66 @@ def _print(heads: list[Head], task: str) -> None:
     print_table(number_table(f"{task}: what each head does", columns, rows, left=columns[4:5]))
 
 
-def _draw(layer: int, t: Trace, heads: list[Head], task: str, path: Path) -> None:
+def _draw(layer: int, t: Trace, heads: list[Head], group: Group, path: Path) -> None:
     """One row per head: step sizes, keys and states in their first principal components, states coloured by the product."""
+    import matplotlib
+    import numpy as np
+
     shown = heads[:_SHOWN_HEADS]
-    figure, rows = subplots(len(shown), 3, figsize=(12, 3.4 * len(shown)), squeeze=False)
+    figure, rows = subplots(len(shown), 3, figsize=(8.5, 1.4 + 2.3 * len(shown)), squeeze=False)
+    small: dict[str, Any] = {"fontsize": "small", "loc": "left"}
+    products = t.products.flatten().numpy()
+    palette = matplotlib.colormaps["tab10" if group.order <= 10 else "turbo"]
+    of_element = palette(np.arange(group.order)) if group.order <= 10 else palette(np.linspace(0, 1, group.order))
     for head, (steps, keys, orbit) in zip(shown, rows, strict=True):
         h = head.head
         for j in range(t.beta.shape[2]):
-            steps.hist(t.beta[:, :, j, h].flatten().numpy(), bins=40, range=(0, 2), alpha=0.6, label=f"step {j + 1}")
-        steps.set(title=f"layer {layer}, head {h}: step sizes", xlabel="beta", ylabel="tokens")
-        steps.legend(fontsize="small")
+            style: dict[str, Any] = {"histtype": "step" if j else "stepfilled", "alpha": 1 if j else 0.45, "lw": 1.6}
+            steps.hist(t.beta[:, :, j, h].flatten().numpy(), 40, (0, 2), **style, color=f"C{j}", label=f"step {j + 1}")
+        steps.set(ylabel=f"head {h}\nelements read", xlim=(0, 2))
+        steps.set_ylim(top=1.2 * steps.get_ylim()[1])  # room for the legend
+        thousands(steps.yaxis)
+        steps.set_title(f"{100 * head.steps_near_2:.0f} % above 1.9, {100 * head.steps_near_0:.0f} % below 0.1", **small)
         taken = t.k[:, :, :, h][t.beta[..., h] > 0.1].numpy()
         if len(taken):
-            keys.scatter(*_components(taken, centred=False).T[:2], s=12, alpha=0.3)
+            keys.scatter(*_components(taken, centred=False).T[:2], s=14, color="0.25", alpha=0.3, lw=0)
         dimensions = next((i for i, share in enumerate(head.key_variance, 1) if share > 0.95), 0)
-        keys.set(title=f"keys: 95 % in {dimensions} dimension(s)", xlabel="first component", ylabel="second", aspect="equal")
+        keys.set(ylabel="component 2", xlim=(-1.08, 1.08), ylim=(-1.08, 1.08), xticks=(-1, 0, 1), yticks=(-1, 0, 1))
+        keys.set_title(f"95 % in {dimensions} dimension{'s' * (dimensions != 1)}", **small)
         states = _components(t.states[:, :, h].flatten(2).flatten(0, 1).numpy(), centred=True)
-        orbit.remove()
-        orbit = figure.add_subplot(orbit.get_subplotspec(), projection="3d")
-        orbit.scatter(*states.T[:3], c=t.products.flatten().numpy(), cmap="nipy_spectral", s=6)
-        orbit.set_title(f"states, coloured by the product: {head.state_within:.1%} within", fontsize="medium")
-    figure.suptitle(f"{task}: {len(heads)} heads" + (f", the first {len(shown)} shown" if len(heads) > len(shown) else ""))
+        orbit.scatter(*states.T[:2], c=of_element[products], s=7, lw=0)
+        orbit.set(ylabel="component 2")
+        orbit.margins(0.08)
+        orbit.set_title(f"{100 * head.state_within:.1f} % of variance within elements", **small)
+    labels = ("step size beta", "component 1 of the keys", "component 1 of the states")
+    for panel, label in zip(rows[-1], labels, strict=True):
+        panel.set_xlabel(label)
+    rows[0, 0].legend(fontsize="x-small", frameon=False, loc="upper left", ncols=4)
+    many = f", the first {len(shown)} of {len(heads)} heads" if len(heads) > len(shown) else ""
+    figure.suptitle(f"{group.name}, layer {layer}{many}: steps, keys, and states coloured by the right answer")
+    answer = "right answer: the product of the elements read"
+    if group.order <= _NAMED_ELEMENTS:
+        dots = [orbit.plot([], [], "o", color=c, ms=5, label=_element(group, i))[0] for i, c in enumerate(of_element)]
+        style = {"fontsize": "small", "title_fontsize": "small", "frameon": False, "columnspacing": 1, "handletextpad": 0}
+        figure.legend(handles=dots, loc="outside lower center", ncols=min(group.order, 8), title=answer, **style)
+    else:
+        scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, group.order - 1), palette)
+        figure.colorbar(scale, ax=rows, location="bottom", label=f"{answer} (its number)", aspect=60)
     save_figure(figure, path)
+
+
+def _element(group: Group, number: int) -> str:
+    """An element as its cycles, (0 1)(2 3), if it moves few points, otherwise as its number; the identity is e."""
+    if number == 0 or group.points > 5:
+        return str(number or "e")
+    to, cycles, left = group.permutations[number].tolist(), "", set(range(group.points))
+    while left:
+        cycle = [min(left)]
+        while (after := to[cycle[-1]]) != cycle[0]:
+            cycle.append(after)
+        left -= set(cycle)
+        cycles += f"({' '.join(map(str, cycle))})" if len(cycle) > 1 else ""
+    return cycles
 
 
 def _components(x: np.ndarray, centred: bool) -> np.ndarray:

@@ -22,38 +22,46 @@ from titan_dp import config
 from titan_dp.config.mixers import MIXERS
 from titan_dp.errors import UserError, require
 from titan_dp.files import check_own, write_atomically, write_json
-from titan_dp.output import print_next, print_text, print_written, save_figure, subplots
+from titan_dp.output import add_format_option, print_next, print_text, print_written, save_figure, subplots, thousands
 from titan_dp.studies.state_tracking.models import label
 from titan_dp.train.length_test import FILE, LengthTest, read_length_test
 from titan_dp.train.run_folder import identity, is_finished, read_records, read_run
 
-_FILES = ("summary.json", "summary.md", "curves.png")
+_FILES = ("summary.json", "summary.md")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+_MARKERS = "os^DvP*"
+_MARKED = 4
+"""Markers on a line."""
 _IN_JSON = ("parameters", "steps", "data_wait", "solved_step", "solved", "householder_steps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of them, of one task")
     parser.add_argument("--out", type=Path, help="where to write (default: the folder of the first runs)")
+    add_format_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     first = args.folders[0]
-    report(args.folders, args.out or (first.parent if (first / "config.toml").exists() else first))
+    report(args.folders, args.out or (first.parent if (first / "config.toml").exists() else first), args.format)
     return 0
 
 
-def check_possible(out: Path) -> None:
+def check_possible(out: Path, ending: str) -> None:
     """Raises UserError if a package that reports need is missing, or a report would write over a file of somebody else.
 
     To be called before hours are spent.
     """
     require("titan-dp state-tracking", "pandas", "pyarrow", "scipy", "matplotlib")
-    check_own(out, _FILES[0], {"task", "train_length", "models"}, _FILES[1:])
+    check_own(out, _FILES[0], {"task", "train_length", "models"}, (*_FILES[1:], f"curves.{ending}"))
 
 
-def report(folders: list[Path], out: Path) -> None:
-    """Read, print and write. Raises UserError if there is no finished run, or a file of somebody else in the way."""
-    check_possible(out)
+def report(folders: list[Path], out: Path, ending: str) -> None:
+    """Read, print and write, the figure in the format of `ending`.
+
+    Raises UserError if there is no finished run, or a file of somebody else in the way.
+    """
+    check_possible(out, ending)
     from titan_dp.studies.report.read import find_runs
     from titan_dp.studies.report.tables import show
 
@@ -73,8 +81,9 @@ def report(folders: list[Path], out: Path) -> None:
     lines = [list(rows), ["---"] * len(rows.columns), *rows.values.tolist()]
     text = "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
     write_atomically(out / _FILES[1], lambda file: file.write(text.encode()))
-    _draw(models, title, out / _FILES[2])
-    print_written(*(out / name for name in _FILES))
+    figure = out / f"curves.{ending}"
+    _draw(models, figure)
+    print_written(*(out / name for name in _FILES), figure)
     if test.answers_everywhere:  # a group's words, which can be looked into
         best = max(models, key=lambda model: model["solved"] / model["seeds"])["chosen"]["folder"]
         print_next("see what the best run does", f"titan-dp state-tracking inspect {shlex.quote(str(best))}")
@@ -241,25 +250,51 @@ def _as_json(model: dict[str, Any]) -> dict[str, Any]:
     return model | {"chosen": model["chosen"]["folder"].name, "runs": [of_run(run) for run in model["runs"]]}
 
 
-def _draw(models: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Accuracy by length at the left, by step at the right."""
-    figure, (by_length, by_step) = subplots(1, 2, figsize=(12, 4.2))
-    for number, model in enumerate(models):
-        for run in model["runs"]:
-            chosen = run is model["chosen"]
-            look: dict[str, Any] = {"color": f"C{number}", "lw": 2 if chosen else 0.8, "alpha": 1 if chosen else 0.5}
-            by_length.plot(*_curve(run["test"]), **look, label=model["model"] if chosen else None)
-            steps = [r["step"] for r in run["validations"]]
-            by_step.plot(steps, [r["validation_token_accuracy"] for r in run["validations"]], **look)
+def _draw(models: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy by length at the left, by step at the right. Models differ in dashes and markers, too: equal ones show."""
     test = models[0]["chosen"]["test"]
-    by_length.axvline(test.train_length, color="grey", ls=":", lw=1)
-    by_length.annotate("trained up to here", (test.train_length, 0.5), rotation=90, ha="right", va="center", color="grey")
-    what = "words right so far" if test.answers_everywhere else "strings right"
-    by_length.set(xlabel="symbols", ylabel=what, title=title, ylim=(-0.03, 1.03))
-    by_step.axhline(test.chance, color="grey", ls=":", lw=1)
-    by_step.set(xlabel="step", ylabel="validation answers right", title="training (dotted: guessing)", ylim=(-0.03, 1.03))
-    by_length.legend(loc="best", fontsize="small")
+    figure, (by_length, by_step) = subplots(1, 2, figsize=(10, 4.2 + 0.22 * math.ceil((len(models) + 4) / 3)), sharey=True)
+    handles = []
+    for number, model in enumerate(models):
+        look: dict[str, Any] = {"color": f"C{number}", "ls": _DASHES[number % len(_DASHES)]}
+        chosen: dict[str, Any] = look | {"lw": 1.8, "marker": _MARKERS[number % len(_MARKERS)], "ms": 5}
+        for run in sorted(model["runs"], key=lambda run: run is model["chosen"]):
+            for axes, (x, y) in ((by_length, _curve(run["test"])), (by_step, _validated(run))):
+                if run is model["chosen"]:
+                    axes.plot(x, y, **chosen, markevery=_places(len(x), number, len(models)))
+                else:
+                    axes.plot(x, y, **look, lw=0.8, alpha=0.6)
+        handles += by_length.plot([], [], **chosen, label=model["model"])
+    if any(len(model["runs"]) > 1 for model in models):
+        handles += by_length.plot([], [], color="0.4", lw=1.8, label="thick: the seed that validates best")
+        handles += by_length.plot([], [], color="0.4", lw=0.8, label="thin: the other seeds")
+    trained = f"longest training {'words' if test.answers_everywhere else 'strings'}, {test.train_length}"
+    handles.append(by_length.axvline(test.train_length, color="0.3", ls=":", lw=1.2, label=f"vertical: {trained}"))
+    handles.append(by_step.axhline(test.chance, color="0.6", ls="-.", lw=1.2, label="horizontal: guessing"))
+    if test.answers_everywhere:
+        by_length.set(xlabel="symbols read", ylabel="share right", title="test: words with no wrong answer so far")
+    else:
+        by_length.set(xlabel="symbols in a string", ylabel="share right", title="test: strings answered right")
+    by_step.set(xlabel="training step", title="validation: answers right", ylim=(-0.03, 1.03))
+    thousands(by_step.xaxis)
+    for axes in (by_length, by_step):
+        axes.title.set_fontsize("medium")
+        axes.set_xlim(left=0)
+    figure.suptitle(test.problem[:1].upper() + test.problem[1:])
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize="small", frameon=False, handlelength=4.5)
     save_figure(figure, path)
+
+
+def _places(points: int, number: int, models: int) -> list[int]:
+    """Where the markers of a model's line stand: between those of the other models, also where the lines are one."""
+    if points <= 4:
+        return list(range(points))
+    return sorted({round((i + (number + 0.5) / models) * (points - 1) / _MARKED) for i in range(_MARKED)})
+
+
+def _validated(run: dict[str, Any]) -> tuple[list[int], list[float]]:
+    records = run["validations"]
+    return [r["step"] for r in records], [r["validation_token_accuracy"] for r in records]
 
 
 def _curve(test: LengthTest) -> tuple[list[float], list[float]]:

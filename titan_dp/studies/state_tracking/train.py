@@ -19,6 +19,7 @@ from titan_dp.config.describe import to_toml
 from titan_dp.config.load import SHIPPED, Loaded, keys_of, load_config, resolve_config_path
 from titan_dp.errors import RunError, UserError
 from titan_dp.model.size import model_size
+from titan_dp.output import add_format_option
 from titan_dp.studies.state_tracking.models import KNOWN, MODEL_KEYS, folder_name, label, mlp_for, model_settings
 from titan_dp.studies.sweep import cells_to_write, launch
 from titan_dp.studies.sweep_file import Cell
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder of the run folders (default: outputs/state_tracking/TASK)")
     parser.add_argument("--at-once", type=positive, default=1, metavar="K", help="runs at the same time (default: 1)")
     parser.add_argument("--launch", choices=["local", "print"], default="local", help="run here, or print the commands")
+    add_format_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
     cells, warnings = plan(args)
     folders, out = [cell.folder for cell in cells], cells[0].folder.parent
-    check_possible(out)
+    check_possible(out, args.format)
     with closing(RunLock(out)):  # whoever writes run folders or starts runs is alone
         write_folders(cells)
         if args.launch == "local":
@@ -81,10 +83,10 @@ def run(args: argparse.Namespace) -> int:
             launch(cells, args.launch, at_once=args.at_once, nproc=1, retries=0)
         except RunError:  # the others' results are worth no less
             if any(is_finished(folder) for folder in folders):
-                report(folders, out)
+                report(folders, out, args.format)
             raise
         if args.launch == "local":
-            report(folders, out)
+            report(folders, out, args.format)
     return 0
 
 
