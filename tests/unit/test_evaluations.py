@@ -141,12 +141,9 @@ def test_figures_of_a_finished_evaluation_are_drawn_in_another_format_without_co
 ) -> None:
     folder = Path(shutil.copytree(whole(kind)[0], tmp_path / kind))
     drawn = [path for path in folder.iterdir() if path.suffix == ".png"]
-    for path in drawn:
-        path.rename(path.with_suffix(".kept"))
-    for ending in ("svg", "png"):
-        assert measure(kind, folder, "--format", ending) == 0
-        assert {path.stem for path in folder.glob(f"*.{ending}")} == {path.stem for path in drawn}
-    if kind == "effective-rank":  # drawn from the digits of the CSV, which are enough to see no difference
+    assert measure(kind, folder, "--format", "svg") == 0
+    assert {path.stem for path in folder.glob("*.svg")} == {path.stem for path in drawn}
+    if kind == "effective-rank":
         next(folder.glob("*-norm.png")).unlink()
         next(folder.glob("*.csv.gz")).unlink()
         with pytest.raises(UserError, match="is gone, from which figures are drawn; measure again with --overwrite"):

@@ -174,7 +174,9 @@ def _draw(layer: int, t: Trace, heads: list[Head], group: Group, path: Path) -> 
         h = head.head
         for j in range(t.beta.shape[2]):
             style: dict[str, Any] = {"histtype": "step" if j else "stepfilled", "alpha": 1 if j else 0.45, "lw": 1.6}
-            steps.hist(t.beta[:, :, j, h].flatten().numpy(), 40, (0, 2), **style, color=f"C{j}", label=f"step {j + 1}")
+            steps.hist(
+                t.beta[:, :, j, h].flatten().numpy(), bins=40, range=(0, 2), **style, color=f"C{j}", label=f"step {j + 1}"
+            )
         steps.set(ylabel=f"head {h}\nelements read", xlim=(0, 2))
         steps.set_ylim(top=1.2 * steps.get_ylim()[1])  # room for the legend
         thousands(steps.yaxis)
