@@ -73,6 +73,9 @@ def test_changed_architecture_or_data_is_refused_on_resume_and_harms_nothing(tin
     assert "was started with another data.seed" in said[1]
     (again,) = run_ranks(1, said_by, tiny_config, "--training.steps", "3")
     assert "resumed at step 2" in again
+    assert "nothing to do" not in again
+    (finished,) = run_ranks(1, said_by, tiny_config, "--training.steps", "3")
+    assert "nothing to do: all 3 steps are done; to go on, raise training.steps" in finished
 
 
 # -- what a run does ---------------------------------------------------------------------------------------------------

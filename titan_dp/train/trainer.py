@@ -195,6 +195,11 @@ class Trainer:
         """Run to the last step, then validate, save, and show a sample."""
         c = self.config
         self._announce()
+        if self._is_done():
+            self.console.print(
+                f"nothing to do: all {self.step:,} steps are done; to go on, raise training.steps or training.tokens "
+                "(docs/guides/more-tokens.md says how to do it well), or choose another job.run_name"
+            )
         metrics = together(self._open_run_folder)
 
         steps = iter(self.loader)
