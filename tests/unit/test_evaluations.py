@@ -137,13 +137,15 @@ def test_a_finished_evaluation_is_shown_again_without_computing(
 
 @pytest.mark.parametrize("kind", ["length-extrapolation", "effective-rank", "recall"])
 def test_figures_of_a_finished_evaluation_are_drawn_in_another_format_without_computing(
-    kind: str, whole: Callable[[str], tuple[Path, int]], measure: Measure, tmp_path: Path
+    kind: str, whole: Callable[[str], tuple[Path, int]], measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("titan_dp.evals.effective_rank._ROWS", 0)  # as if there were more heads than a page holds
     folder = Path(shutil.copytree(whole(kind)[0], tmp_path / kind))
     drawn = [path for path in folder.iterdir() if path.suffix == ".png"]
     assert measure(kind, folder, "--format", "svg") == 0
     assert {path.stem for path in folder.glob("*.svg")} == {path.stem for path in drawn}
     if kind == "effective-rank":
+        assert "effective rank, mean of neighbouring tokens</text>" in next(folder.glob("*07.svg")).read_text()
         next(folder.glob("*-norm.png")).unlink()
         next(folder.glob("*.csv.gz")).unlink()
         with pytest.raises(UserError, match="is gone, from which figures are drawn; measure again with --overwrite"):

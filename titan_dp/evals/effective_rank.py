@@ -13,7 +13,8 @@ state and are skipped. Every rank runs the whole model and looks at its share of
 
 Means are over the positions on the --every grid and over the states after a token's last step. The CSV has every number. A
 figure by position shows, for neighbouring tokens, their mean as a line and their lowest and highest value as a band, so that
-a state wiped at one token is still seen. Figures of a finished result are drawn from its CSV if they are not there.
+a state wiped at one token is still seen; for many heads and layers only the means, as colours. Figures of a finished result are
+drawn from its CSV if they are not there.
 """
 
 from __future__ import annotations
@@ -372,17 +373,16 @@ def _legend(figure: Any, handles: list[Any]) -> None:
 
 
 def _draw_by_position(look: Look, values: np.ndarray, of: str, bos: bool) -> Any:
-    """A line per head with its lowest and highest values; `values` [L, H, P, m]. No band lies over another one.
+    """Nothing lies over anything else; `values` [L, H, P, m].
 
-    A panel per layer (column) and head (row), whose band is filled; for more than a page holds, a panel per layer, in which
-    thin lines bound the bands.
+    A panel per layer (column) and head (row) with a line for means and a band from lowest to highest value; for more than a
+    page holds a panel per layer, in which a head is a row and its mean a colour.
     """
     import matplotlib
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     layers, heads, _, looks = values.shape
-    colours = list(_PALETTE) if heads <= len(_PALETTE) else list(matplotlib.colormaps["cividis"](np.linspace(0, 0.9, heads)))
     x = (look.positions[:, None] + (np.arange(looks) + 1 - looks) / looks).ravel()
     xlabel, filled = "position in tokens", layers <= _COLUMNS and heads <= _ROWS
     if filled:
@@ -397,13 +397,17 @@ def _draw_by_position(look: Look, values: np.ndarray, of: str, bos: bool) -> Any
     else:
         figure, by_layer = _panels(look.layers, xlabel)
         panels = np.array([list(by_layer.values())] * heads)
-    for i, h in np.ndindex(layers, heads):
+        scale: dict[str, Any] = {"vmin": float(values.min()), "vmax": float(values.max()), "rasterized": True}
+        for of_layer, panel in zip(values, by_layer.values(), strict=True):
+            drawn = [stretches(x, of_head.ravel()) for of_head in of_layer]
+            mesh = panel.pcolormesh(drawn[0][0], np.arange(heads), np.stack([mean for _, mean, *_ in drawn]), **scale)
+            panel.grid(visible=False)
+            panel.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        figure.colorbar(mesh, ax=list(by_layer.values()), label=f"{of}, mean of neighbouring tokens", aspect=40)
+    for i, h in np.ndindex(layers, heads if filled else 0):
         middle, mean, low, high = stretches(x, values[i, h].ravel())
-        if filled:
-            panels[h, i].fill_between(middle, low, high, color=_PALETTE[0], alpha=0.25, lw=0)
-        else:
-            panels[h, i].plot(middle, np.stack([low, high], 1), lw=0.3, alpha=0.6, color=colours[h])
-        panels[h, i].plot(middle, mean, lw=1.0, color=_PALETTE[0] if filled else colours[h])
+        panels[h, i].fill_between(middle, low, high, color=_PALETTE[0], alpha=0.25, lw=0)
+        panels[h, i].plot(middle, mean, lw=1.0, color=_PALETTE[0])
     for panel in set(panels.flat):
         low, high = panel.get_ylim()
         marks = {"transform": panel.get_xaxis_transform(), "color": _MARKS, "lw": 0.7, "clip_on": False, "zorder": 3}
@@ -415,17 +419,15 @@ def _draw_by_position(look: Look, values: np.ndarray, of: str, bos: bool) -> Any
         panel.tick_params(axis="x", pad=6)
         panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, steps=[1, 2, 4, 5, 10]))
         thousands(panel.xaxis)
+    handles: list[Any] = []
     if filled:
-        handles: list[Any] = [Line2D([], [], color=_PALETTE[0], label="mean of neighbouring tokens")]
+        handles.append(Line2D([], [], color=_PALETTE[0], label="mean of neighbouring tokens"))
         handles.append(Patch(color=_PALETTE[0], alpha=0.25, lw=0, label="their lowest to highest value"))
-    else:
-        handles = [Line2D([], [], color=colour, label=f"head {h}") for h, colour in zip(range(heads), colours, strict=False)]
-        handles.append(Line2D([], [], color="0.5", lw=0.5, label="thin: lowest and highest of neighbouring tokens"))
     starts = "BOS" if bos else "documents' first tokens"
     handles.append(Line2D([], [], color=_MARKS, ls="", marker="|", ms=7, label=starts))
     if len(look.ids) > look.trained:
         handles.append(Line2D([], [], color="0.25", lw=1, ls=(0, (4, 2)), label=f"training length, {look.trained:,}"))
-    figure.supylabel(of)
+    figure.supylabel(of if filled else "head")
     _legend(figure, handles)
     return figure
 
