@@ -22,10 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from titan_dp import config
-from titan_dp.errors import StoppedError, UserError, leave
+from titan_dp.errors import LAUNCHER_PID, StoppedError, UserError, leave
 
-LAUNCHER_PID = "TITAN_DP_LAUNCHER_PID"
-"""Environment variable that launch/torchrun.py sets."""
 FLIGHT_RECORDER_ENTRIES = "2000"
 """Collectives torch remembers (TORCH_FR_BUFFER_SIZE, unless that is set)."""
 _PR_SET_PDEATHSIG = 1  # prctl(2)

@@ -81,6 +81,8 @@ def require(what: str, *packages: str) -> None:
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What asks a run to stop at the end of a step (faults/interrupt.py); worker processes leave them to the rank."""
 EXIT_STOPPED = os.EX_TEMPFAIL
+LAUNCHER_PID = "TITAN_DP_LAUNCHER_PID"
+"""Environment variable: the process of launch/torchrun.py, without which its ranks end."""
 STOPPED_FILE = "TITAN_DP_STOPPED_FILE"
 """Environment variable: a file that a stopped process makes, for launch/torchrun.py, which does not see exit codes."""
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from tests.distributed.harness import run_ranks
 from tests.processes import SERVER
-from titan_dp.distributed import LAUNCHER_PID, end_with_launcher
+from titan_dp.distributed import end_with_launcher
+from titan_dp.errors import LAUNCHER_PID
 
 SETTINGS = [
     *("--training.steps", "6", "--training.seq_len", "16"),

@@ -22,8 +22,8 @@ def module_of(path: Path) -> str:
 
 MODULES = {module_of(path): path for top in ("titan_dp", "kernels") for path in (ROOT / top).rglob("*.py")}
 MODULES["train"] = ROOT / "train.py"
-FRONTS = {"train": "train.py", "titan_dp.train.__main__": "train.py", "titan_dp.__main__": "cli"}
-"""What is started lies where Python looks for it, and stands above the room it lies in."""
+FRONTS = {"train": "train.py", "titan_dp.__main__": "cli"}
+"""What is started lies where Python looks for it."""
 
 
 def room_of(module: str) -> str:

@@ -25,7 +25,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from titan_dp.errors import EXIT_STOPPED, STOPPED_FILE
+from titan_dp.errors import EXIT_STOPPED, LAUNCHER_PID, STOPPED_FILE
 
 SHUTDOWN_SECONDS = "60"
 """What ranks have to save in after a signal, where TORCH_ELASTIC_SHUTDOWN_TIMEOUT and --shutdown-timeout are not given."""
@@ -37,8 +37,6 @@ def main(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException  # torch takes seconds to import
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
-
-    from titan_dp.distributed import LAUNCHER_PID
 
     # Which process ended how is in the report below; these lines come first and say it once more.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)

@@ -1,9 +1,9 @@
 """One process of a training run: `python -m titan_dp.train --config NAME [--section.key VALUE ...]`, or train.py.
 
-`titan-dp train` and torchrun start as many as there are GPUs. This file puts a run together from all other packages, so
-none of them imports it. Read on in trainer.py (the loop), titan_dp/config/schema.py (every setting) and titan_dp/model/
-(what is trained). Exit codes: 0 done, 2 the user's mistake, 75 stopped by a signal and saved (start it again), 1 anything
-else.
+`titan-dp train` and torchrun start as many as there are GPUs. This file puts a run together. What it hands to the trainer from
+above it (a sample of text for the end) is loaded by its name, as cli.py loads commands. Read on in trainer.py (the loop),
+titan_dp/config/schema.py (every setting) and titan_dp/model/ (what is trained). Exit codes: 0 done, 2 the user's mistake,
+75 stopped by a signal and saved (start it again), 1 anything else.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
+from importlib import import_module
 
 from titan_dp.errors import UserError, is_main_rank, run_main
 
@@ -37,17 +38,16 @@ def train() -> int:
         return 0
     # torch takes seconds to import: only from here on.
     if loaded.dry_run:
-        from titan_dp.estimate.command import dry_run
-
-        dry_run(loaded)
+        import_module("titan_dp.estimate.command").dry_run(loaded)
         return 0
     from titan_dp.distributed import distributed
-    from titan_dp.inference import pretrained  # noqa: F401  # the sample at the end needs it: loaded now, as the code that started
-    from titan_dp.inference.generate import sample_text
     from titan_dp.train.trainer import Trainer
 
     c = loaded.config
-    sample = partial(sample_text, c=c.generate, seed=c.debug.seed) if c.generate.enable else None
+    sample = None
+    if c.generate.enable:
+        import_module("titan_dp.inference.pretrained")  # the sample needs it: loaded now, as the code that started
+        sample = partial(import_module("titan_dp.inference.generate").sample_text, c=c.generate, seed=c.debug.seed)
     with distributed(c.comm) as world:
         Trainer(loaded, world, sample).train()
     return 0
