@@ -54,6 +54,14 @@ COMMANDS: Commands = {
 }
 
 
+_ONE_PROCESS = "titan_dp.run"
+
+
+def train_here() -> int:
+    """What `python -m titan_dp.train` does: one process of a training run. Returns the exit code."""
+    return int(import_module(_ONE_PROCESS).main())
+
+
 def main() -> int:
     """Entry point of the console script: returns the exit code."""
     return run_main(lambda: dispatch(sys.argv[1:]))

@@ -38,10 +38,10 @@ def test_a_screen_fits_80_columns(
         for n in (1, 2):
             write_run(tmp_path / "runs" / f"n{n}", {"model.num_householder": n})
     if command.startswith("train"):  # titan-dp train becomes another process, which does this
-        from titan_dp.train.__main__ import train
+        from titan_dp.run import main
 
         monkeypatch.setattr(sys, "argv", ["train.py", *shlex.split(command)[1:]])
-        assert train() == 0
+        assert main() == 0
     else:
         assert dispatch(shlex.split(command)) == 0
     shown = Text.from_ansi(capsys.readouterr().out).plain
