@@ -138,7 +138,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "x.jsonl.gz": packed(write_jsonl, gzip.compress),
     "x.jsonl.zst": packed(write_jsonl, in_frames),
     "x.Ndjson.BZ2": packed(write_jsonl, bz2.compress),
-    "x.ndjson.xz": packed(write_jsonl, lzma.compress),
+    "x.ndjson.xz": packed(write_jsonl, lambda raw: lzma.compress(raw[:999]) + bytes(4) + lzma.compress(raw[999:])),
     "array.json": values(",\n", "[]"),
     "values.json.gz": packed(values("\n"), gzip.compress),
     "x.csv": as_table,
@@ -258,8 +258,37 @@ def test_what_a_folder_holds_besides_is_named_and_counted(tmp_path: Path, capsys
 def test_a_file_that_lies_there_twice_is_refused(tmp_path: Path) -> None:
     packed(write_jsonl, gzip.compress)(tmp_path / "in.jsonl.gz")
     write_jsonl(tmp_path / "in.jsonl")
-    with pytest.raises(UserError, match=r"in.jsonl and .*in.jsonl.gz look like one file twice"):
+    with pytest.raises(UserError, match=r"in.jsonl and .*in.jsonl.gz are one file twice, or look like it"):
         prepare(tmp_path, "--out", tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for inputs in ([tmp_path / "in.jsonl"] * 2, [tmp_path / "in.jsonl", tmp_path / "link" / "in.jsonl"]):
+        with pytest.raises(UserError, match="are one file twice"):
+            prepare(*inputs, "--out", tmp_path / "out")
+
+
+def test_what_was_cut_off_is_prepared_by_the_same_command_once_it_is_whole(tmp_path: Path) -> None:
+    whole = gzip.compress(LINES, mtime=0)
+    (tmp_path / "x.jsonl.gz").write_bytes(whole[:-9])
+    arguments = [tmp_path / "x.jsonl.gz", "--out", tmp_path / "out", "--workers", "1"]
+    with pytest.raises(UserError, match="ends early .*; get the whole file and give the same command"):
+        prepare(*arguments)
+    (tmp_path / "x.jsonl.gz").write_bytes(whole)
+    prepare(*arguments)
+
+
+def test_what_prepare_writes_is_not_read_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_jsonl(tmp_path / "x.jsonl")
+    (tmp_path / "state.json").write_text("{}")
+    for name in ("one", "two"):
+        prepare(tmp_path, "--out", tmp_path / name, "--workers", "1", "--validation-fraction", "0")
+        assert len(documents(tmp_path / name / "train")) == len(TEXTS)
+    assert "records of datasets" in capsys.readouterr().out
+
+
+def test_an_input_without_a_character_is_no_data(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").touch()
+    with pytest.raises(UserError, match="the input holds no text"):
+        prepare(tmp_path / "x.txt", "--out", tmp_path / "out", "--no-bos", "--no-eos", "--workers", "1")
 
 
 def test_inputs_may_be_named_in_a_list(tmp_path: Path, jsonl: Path) -> None:
@@ -342,6 +371,20 @@ LINES = "".join(json.dumps({"text": f"{i} of many"}) + "\n" for i in range(2000)
         ("x.json", b'[{"text": "a"}, {"text"]', "item 2 of .*x.json is not JSON"),
         ("x.csv", b"id,body\n1,a\n", "x.csv has no column 'text'; it has id, body"),
         ("x.csv", b"id,text\n1\n", "row 1 of .*x.csv is shorter than the first row"),
+        ("x.json", b'[{"text": "a"}, ', "x.json ends early"),
+        ("x.json", b'[{"text": "a"} {"text": "b"}]', "x.json is not JSON: '{' after item 1"),
+        ("x.json", b'[{"text": "a"}], 3', "x.json is not JSON: ',' after item 1"),
+        (
+            "x.csv",
+            b"id,text\n1,Hello, world\n",
+            "row 1 of .*x.csv is longer than the first row; a field with a ',' in it must be",
+        ),
+        ("x.tsv", b'id\ttext\n1\t"Hello\n2\tb\n', "x.tsv is not a table after line 1: unexpected end of data"),
+        ("x.csv", b"text,text\na,b\n", "x.csv has two columns 'text'"),
+        ("x.jsonl.gz", b"", "x.jsonl.gz ends early"),
+        ("x.jsonl.zst", b"", "x.jsonl.zst ends early"),
+        ("x.jsonl.xz", lzma.compress(LINES) + b"garbage", "x.jsonl.xz cannot be decompressed"),
+        ("x.jsonl.bz2", bz2.compress(LINES) + bz2.compress(LINES)[:50] + b"garbage" * 9, "x.jsonl.bz2 cannot be decompressed"),
         ("x.arrow", b"no arrow", "x.arrow is not an arrow file"),
         ("x.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "x.jsonl.gz ends early"),
         ("x.jsonl.bz2", bz2.compress(LINES)[:-9], "x.jsonl.bz2 ends early"),

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from titan_dp.errors import UserError, require
+from titan_dp.errors import UserError
 from titan_dp.files import shorten
 
 Documents = Iterator[tuple[str, str | UserError]]
@@ -54,6 +54,12 @@ def compression_of(path: Path) -> str:
     return ending if ending in _DECOMPRESSORS else ""
 
 
+def packages_for(path: Path) -> list[str]:
+    """The packages that reading `path` needs."""
+    needed = ["zstandard"] if compression_of(path) == ".zst" else []
+    return needed + ["pyarrow"] * (format_of(path) in (".parquet", ".arrow"))
+
+
 def read_documents(path: Path, how: Reading) -> Documents:
     """The documents of one file. Raises UserError naming the file if it ends early or is damaged."""
     ending = format_of(path)
@@ -69,7 +75,7 @@ def _undamaged(path: Path) -> Iterator[None]:
         yield
     except EOFError as error:
         raise UserError(f"{path} ends early ({error}); get the whole file and give the same command") from error
-    except (OSError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(f"{path} cannot be decompressed: {error}; get an undamaged copy and give the same command") from error
@@ -124,21 +130,28 @@ def text_of(record: Any, where: str, column: str) -> str | UserError:
 
 def _json(path: Path, how: Reading) -> Documents:
     """An array of objects, or objects one after another."""
-    decoder, number, position, is_array = json.JSONDecoder(), 0, 0, False
+    decoder, number, position, size, ended = json.JSONDecoder(), 0, 0, _PIECE, False
+    opened = closed = due = False  # an array, and its end; a comma or the end is due after a value of it
     with _open(path) as binary:
-        file = io.TextIOWrapper(binary, "utf-8-sig", errors="surrogatepass")
-        buffer, size, ended = "", _PIECE, False
+        file, buffer = io.TextIOWrapper(binary, "utf-8-sig", errors="surrogatepass"), ""
         while True:
-            # Past what stands between values.
-            while position < len(buffer) and (buffer[position].isspace() or (is_array and buffer[position] in ",]")):
+            while position < len(buffer) and buffer[position].isspace():
                 position += 1
-            if number == 0 and not is_array and buffer[position : position + 1] == "[":
-                is_array, position = True, position + 1
-                continue
             if position < len(buffer):
+                sign = buffer[position]
+                if sign == "[" and number == 0 and not opened:
+                    opened, position = True, position + 1
+                    continue
+                if opened and not closed and ((sign == "," and due) or (sign == "]" and (due or number == 0))):
+                    closed, due, position = sign == "]", False, position + 1
+                    continue
+                if due or closed:
+                    raise UserError(f"{path} is not JSON: {sign!r} after item {number}")
                 try:
-                    record, position = decoder.raw_decode(buffer, position)
-                    number, size = number + 1, _PIECE
+                    record, end = decoder.raw_decode(buffer, position)
+                    if not ended and end == len(buffer):
+                        raise ValueError("a number may go on in what comes")
+                    number, position, size, due = number + 1, end, _PIECE, opened
                     where = f"item {number} of {path}"
                     yield where, text_of(record, where, how.column)
                     continue
@@ -146,6 +159,8 @@ def _json(path: Path, how: Reading) -> Documents:
                     if ended:
                         raise UserError(f"item {number + 1} of {path} is not JSON: {shorten(str(error))}") from error
             elif ended:
+                if opened and not closed:
+                    raise EOFError("its array has no end")
                 return
             try:
                 more = file.read(size)
@@ -160,22 +175,21 @@ def _table(path: Path, how: Reading) -> Documents:
     delimiter = "\t" if format_of(path) == ".tsv" else ","
     csv.field_size_limit(sys.maxsize)
     with _open(path) as binary:
-        rows = csv.DictReader(io.TextIOWrapper(binary, "utf-8-sig", newline=""), delimiter=delimiter)
+        rows = csv.DictReader(io.TextIOWrapper(binary, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
         try:
-            if how.column not in (rows.fieldnames or []):
-                raise UserError(f"{path} has no column {how.column!r}; it has {shorten(', '.join(rows.fieldnames or []))}")
+            _check_column(path, how.column, list(rows.fieldnames or []))
             for number, row in enumerate(rows, 1):
                 where = f"row {number} of {path}"
-                text = row[how.column]
-                yield where, UserError(f"{where} is shorter than the first row") if text is None else text
+                wrong = "longer" if None in row else "shorter" if None in row.values() else ""
+                said = f"{where} is {wrong} than the first row; a field with a {delimiter!r} in it must be in quotes"
+                yield where, UserError(said) if wrong else row[how.column]
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 (near line {rows.line_num}); convert it with iconv") from error
         except csv.Error as error:
-            raise UserError(f"{path}:{rows.line_num} is not a table: {error}") from error
+            raise UserError(f"{path} is not a table after line {rows.line_num}: {error}") from error
 
 
 def _parquet(path: Path, how: Reading) -> Documents:
-    require(str(path), "pyarrow")
     import pyarrow.parquet
 
     with _seekable(path) as file:
@@ -183,12 +197,11 @@ def _parquet(path: Path, how: Reading) -> Documents:
             table = pyarrow.parquet.ParquetFile(file)
         except (OSError, ValueError) as error:  # pyarrow's errors derive from them
             raise UserError(f"{path} is not a parquet file: {str(error)[:120]}") from error
-        _refuse_missing(path, how.column, table.schema_arrow.names)
+        _check_column(path, how.column, table.schema_arrow.names)
         yield from _rows(path, how.column, table.iter_batches(batch_size=256, columns=[how.column]))
 
 
 def _arrow(path: Path, how: Reading) -> Documents:
-    require(str(path), "pyarrow")
     import pyarrow.ipc
 
     with _seekable(path) as file:
@@ -200,34 +213,40 @@ def _arrow(path: Path, how: Reading) -> Documents:
                 file.seek(0)
                 table = pyarrow.ipc.open_file(file)
                 batches = (table.get_batch(i) for i in range(table.num_record_batches))
-            _refuse_missing(path, how.column, table.schema.names)
+            _check_column(path, how.column, table.schema.names)
             yield from _rows(path, how.column, (batch.select([how.column]) for batch in batches))
         except pyarrow.ArrowInvalid as error:
             raise UserError(f"{path} is not an arrow file: {str(error)[:120]}") from error
 
 
-def _refuse_missing(path: Path, column: str, names: list[str]) -> None:
-    if column not in names:
-        raise UserError(f"{path} has no column {column!r}; it has {shorten(', '.join(names))}")
+def _check_column(path: Path, column: str, names: list[str]) -> None:
+    if names.count(column) != 1:
+        has = "two columns" if column in names else "no column"
+        raise UserError(f"{path} has {has} {column!r}; it has {shorten(', '.join(names)) or 'none'}")
 
 
 def _rows(path: Path, column: str, batches: Iterator[Any]) -> Documents:
     import pyarrow
 
     number = 0
-    for batch in batches:
-        try:
-            texts, unchecked = batch.column(0).to_pylist(), False
-        except UnicodeDecodeError:  # neither format checks what calls itself a string
-            texts, unchecked = batch.column(0).cast(pyarrow.large_binary()).to_pylist(), True
-        for text in texts:
-            where = f"row {number} of {path}"
-            if unchecked and text is not None:
-                text = _decoded(text, where)
-            elif not isinstance(text, str):
-                text = UserError(f"{where} holds {type(text).__name__} under {column!r}, not text")
-            number += 1
-            yield where, text
+    try:
+        for batch in batches:
+            try:
+                texts, unchecked = batch.column(0).to_pylist(), False
+            except UnicodeDecodeError:  # neither format checks what calls itself a string
+                texts, unchecked = batch.column(0).cast(pyarrow.large_binary()).to_pylist(), True
+            for text in texts:
+                where = f"row {number} of {path}"
+                if unchecked and text is not None:
+                    text = _decoded(text, where)
+                elif not isinstance(text, str):
+                    text = UserError(f"{where} holds {type(text).__name__} under {column!r}, not text")
+                number += 1
+                yield where, text
+    except (OSError, pyarrow.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{path} is damaged behind row {number}: {shorten(str(error))}; get an undamaged copy") from error
 
 
 def _decoded(raw: bytes, where: str) -> str | UserError:
@@ -240,18 +259,22 @@ def _decoded(raw: bytes, where: str) -> str | UserError:
 # -- compressions ----------------------------------------------------------------------------------------------------------
 
 
-class _Zstandard(io.RawIOBase):
-    """The bytes of a .zst file, frame after frame; the package's own reader takes a file that ends early as whole."""
+class _Frames(io.RawIOBase):
+    """The bytes of a file of compressed frames, one after another.
 
-    def __init__(self, path: Path) -> None:
-        require(str(path), "zstandard")
-        import zstandard
+    The readers that come with the formats take a file that ends early (zstandard) or has a damaged frame behind a good one
+    (bz2, lzma) as whole.
 
-        self._context = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self._error = zstandard.ZstdError
-        self._file = path.open("rb")
+    Args:
+        new: makes what decompresses one frame: it has `decompress`, `eof` and `unused_data`.
+        padding: bytes that may stand between frames.
+    """
+
+    def __init__(self, path: Path, new: Callable[[], Any], padding: bytes = b"") -> None:
+        self._file, self._new, self._padding = path.open("rb"), new, padding
         self._frame: Any = None
-        self._held = self._rest = b""
+        self._begun = False
+        self._rest, self._held = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -260,15 +283,21 @@ class _Zstandard(io.RawIOBase):
         while not self._held:
             raw = self._rest or self._file.read(2**14)
             if not raw:
-                if self._frame is not None:
-                    raise EOFError("in the middle of a frame")
+                if self._frame is not None or not self._begun:
+                    raise EOFError("in the middle of a frame" if self._begun else "it is empty")
                 return 0
-            frame = self._frame or self._context.decompressobj()
+            self._rest = b""
+            if self._frame is None:
+                raw = raw.lstrip(self._padding) if self._padding else raw
+                if not raw:
+                    continue
+                self._frame, self._begun = self._new(), True
             try:
-                self._held = frame.decompress(raw)
-            except self._error as error:
+                self._held = memoryview(self._frame.decompress(raw))
+            except Exception as error:  # each package has its own
                 raise OSError(str(error)) from error
-            self._rest, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
         count = min(len(buffer), len(self._held))
         buffer[:count], self._held = self._held[:count], self._held[count:]
         return count
@@ -276,6 +305,18 @@ class _Zstandard(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def _zstandard() -> Any:
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+
+def _gzip(path: Path) -> Any:
+    if path.stat().st_size == 0:
+        raise EOFError("it is empty")
+    return gzip.open(path)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -298,10 +339,10 @@ def _seekable(path: Path) -> Iterator[IO[bytes]]:
 
 
 _DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": lambda path: io.BufferedReader(_Zstandard(path), _PIECE),
+    ".gz": _gzip,
+    ".bz2": lambda path: io.BufferedReader(_Frames(path, bz2.BZ2Decompressor), _PIECE),
+    ".xz": lambda path: io.BufferedReader(_Frames(path, lzma.LZMADecompressor, padding=b"\0"), _PIECE),
+    ".zst": lambda path: io.BufferedReader(_Frames(path, _zstandard), _PIECE),
 }
 READERS: dict[str, Callable[[Path, Reading], Documents]] = {
     **dict.fromkeys((".txt", ".md", ".text"), _text),

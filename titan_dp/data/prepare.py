@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.inputs) == bool(args.hf_dataset):
         raise UserError("prepare reads either INPUT files or --hf-dataset NAME: give one of them")
     account = Account()
-    files = sources.find_files(args.inputs, account)
+    files = sources.find_files(args.inputs, account, args.out)
     tokenizer = load_tokenizer(args.tokenizer)
     plan = _plan(args, files, tokenizer)
     progress = _begin_again(args.out, plan) if args.overwrite else _go_on(args.out, plan)
@@ -92,9 +92,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _unescaped(separator: str) -> str:
+    for written, meant in ((r"\n", "\n"), (r"\r", "\r"), (r"\t", "\t")):
+        separator = separator.replace(written, meant)
+    return separator
+
+
 def _names_in(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text().splitlines() if line.strip()]
+        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--files-from {path} cannot be read: {error}") from error
 
@@ -162,16 +168,17 @@ def _go_on(out: Path, plan: dict[str, Any]) -> _Progress:
         if any(out.iterdir()):
             raise UserError(f"--out {out} is not empty and holds no earlier prepare; choose another folder")
         return _Progress.nothing(plan)
-    if changed := _changed_inputs(saved.plan, plan):
+    usual = {"separator": "", "on_bad_document": "stop"}  # what an earlier version did, and did not write down
+    differing = [key for key in plan if key != "inputs" and saved.plan.get(key, usual.get(key)) != plan[key]]
+    differing += ["inputs"] * ([i["file"] for i in saved.plan.get("inputs", [])] != [i["file"] for i in plan["inputs"]])
+    changed = _changed_inputs(saved.plan, plan)
+    if (differing or changed) and not saved.finished and not any(out.glob("*/*")):
+        return _Progress.nothing(plan)  # the earlier one has written nothing
+    if changed:
         raise UserError(
             f"{changed} has changed since it was prepared into {out}; --overwrite prepares everything anew, or choose another "
             "folder"
         )
-    usual = {"separator": "", "on_bad_document": "stop"}  # what an earlier version did, and did not write down
-    differing = [key for key in plan if key != "inputs" and saved.plan.get(key, usual.get(key)) != plan[key]]
-    differing += ["inputs"] * ([i["file"] for i in saved.plan.get("inputs", [])] != [i["file"] for i in plan["inputs"]])
-    if differing and not saved.finished and not any(out.glob("*/*")):
-        return _Progress.nothing(plan)  # the earlier one has written nothing
     if differing:
         raise UserError(
             f"--out {out} was prepared with other arguments ({', '.join(differing)}); repeat those, choose another folder, or "
@@ -244,7 +251,7 @@ def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, pr
     writers = {split: ShardWriter(args.out / split, dtype, args.shard_tokens, progress.shards[split]) for split in SPLITS}
     progress.save(args.out)
     replaced, skip_bad = Replaced("documents"), args.on_bad_document == "skip"
-    how = Reading(args.column, args.separator.replace("\\n", "\n").replace("\\t", "\t"))
+    how = Reading(args.column, _unescaped(args.separator))
     texts = (
         sources.hugging_face_documents(
             args.hf_dataset, args.hf_name, args.hf_split, args.column, args.streaming, replaced, account, skip_bad
@@ -284,6 +291,8 @@ def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, pr
         else:
             with suppress(OSError):  # somebody else's files are in it
                 writer.folder.rmdir()
+    if not any(writer.shards for writer in writers.values()):
+        raise UserError("the input holds no text: all its documents are empty")
     if plan["validation_fraction"] and not writers["validation"].shards:
         print(
             f"WARNING: none of {index:,} documents was held out at --validation-fraction {plan['validation_fraction']:g}; give "

@@ -13,9 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from titan_dp.data.formats import COMPRESSIONS, READERS, Documents, Reading, compression_of, format_of, read_documents, text_of
+from titan_dp.data.formats import (
+    COMPRESSIONS,
+    READERS,
+    Documents,
+    Reading,
+    compression_of,
+    format_of,
+    packages_for,
+    read_documents,
+    text_of,
+)
 from titan_dp.errors import RunError, UserError, passing_fault, require
-from titan_dp.files import Replaced, shorten
+from titan_dp.files import Replaced, as_unicode, shorten, shown
 
 
 @dataclass
@@ -46,26 +56,30 @@ class Account:
         """What a person should know of the input, in one line or two."""
         parts = [f"read {self.files:,} files"] if self.files else []
         parts += [f"{self.empty:,} documents are empty"] if self.empty else []
-        said = "; ".join(parts) + _named(self.skipped)
-        return said + (
-            f"\nWARNING: {self.refused:,} documents were refused, the first: {self.first_refused}" if self.refused else ""
-        )
+        parts += [named(self.skipped)] if self.skipped else []
+        refused = f"\nWARNING: {self.refused:,} documents were refused, the first: {self.first_refused}"
+        return "; ".join(parts) + refused * bool(self.refused)
 
 
-def find_files(inputs: list[str], account: Account | None = None) -> list[Path]:
-    """Input files in the order they are read: as named, folders walked in sorted order, links followed.
+# What prepare and the `datasets` library write beside data, and nobody means as text.
+_RECORDS = {"progress.json", "manifest.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
-    Raises UserError for a path that does not exist, a file that no reader takes, a folder with nothing readable, and two files
-    that differ only in their compression.
+
+def find_files(inputs: list[str], account: Account | None = None, out: Path | None = None) -> list[Path]:
+    """Input files in the order they are read: as named, folders walked in sorted order, links followed, `out` left out.
+
+    Raises UserError for a path that does not exist, a file that no reader takes, a folder with nothing readable, a file that
+    is there twice (under two names, or in two compressions), and a package that is missing.
     """
     account = account or Account()
     files: list[Path] = []
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = [p for p in _walk(path) if _is_taken(p, path, account)]
+            found = [p for p in _walk(path, account, out) if _is_taken(p, account)]
             if not found:
-                raise UserError(f"{name!r} holds no {', '.join(READERS)} file{_named(account.skipped)}")
+                skipped = f"; {named(account.skipped)}" if account.skipped else ""
+                raise UserError(f"{name!r} holds no {', '.join(READERS)} file{skipped}")
             files += found
         elif path.is_file():
             if format_of(path) is None:
@@ -76,43 +90,54 @@ def find_files(inputs: list[str], account: Account | None = None) -> list[Path]:
             raise UserError(f"input {name!r} does not exist")
     by_content: dict[Path, Path] = {}
     for path in files:
-        twin = by_content.setdefault(
-            path.with_name(path.name.removesuffix(path.suffix)) if compression_of(path) else path, path
-        )
-        if twin is not path and twin != path:
-            raise UserError(f"{twin} and {path} look like one file twice; move one away, or name the files to read")
+        if as_unicode(str(path)) != str(path):
+            raise UserError(f"the name {shown(str(path))} is not UTF-8, and names are written down; rename it")
+        require(str(path), *packages_for(path))
+        real = Path(os.path.realpath(path))
+        plain = real.with_suffix("") if compression_of(real) else real
+        if (twin := by_content.setdefault(plain, path)) is not path:
+            raise UserError(f"{twin} and {path} are one file twice, or look like it; name one of them")
     return files
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, account: Account, out: Path | None) -> list[Path]:
     """The files below `folder` in sorted order. A folder that a link leads back to is not entered again."""
-    entered: set[str] = set()
+    entered = {os.path.realpath(out)} if out is not None else set()
     found = []
-    for root, folders, names in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         if (real := os.path.realpath(root)) in entered:
             folders.clear()
             continue
         entered.add(real)
+        account.skipped["hidden"] += sum(name.startswith(".") for name in folders)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(root) / name for name in names]
-    return iter(sorted(found))
+    account.skipped = +account.skipped
+    return sorted(found)
 
 
-def _is_taken(path: Path, folder: Path, account: Account) -> bool:
+def _is_taken(path: Path, account: Account) -> bool:
     if not path.is_file():
         reason = "not a file"
-    elif any(part.startswith(".") for part in path.relative_to(folder).parts):
+    elif path.name.startswith("."):
         reason = "hidden"
+    elif path.name in _RECORDS:
+        reason = "records of datasets"
     elif format_of(path) is None:
-        reason = f"{path.suffix.lower() or 'no ending'}"
+        reason = path.suffix.lower() or "no ending"
     else:
         return True
     account.skipped[reason] += 1
     return False
 
 
-def _named(skipped: Counter[str]) -> str:
-    """Such as "; not read: 3 .pdf, 1 hidden", most first; nothing if there is nothing."""
-    return f"; not read: {', '.join(f'{n} {reason}' for reason, n in skipped.most_common(10))}" if skipped else ""
+def named(skipped: Counter[str]) -> str:
+    """Such as "not read: 3 .pdf, 1 hidden", most first."""
+    return f"not read: {', '.join(f'{n} {reason}' for reason, n in skipped.most_common(10))}"
 
 
 def text_bytes(files: list[Path]) -> int | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from titan_dp.config.arguments import positive
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, say_once
 
 if TYPE_CHECKING:
     from titan_dp.data.tokenizer import Tokenizer
@@ -122,7 +122,9 @@ def _from_text(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
         texts = partial(sources.hugging_face_documents, *dataset, True)
         identity: dict[str, Any] = {"hf_dataset": dataset}
     else:
-        files = sources.find_files(args.text)
+        files = sources.find_files(args.text, account := sources.Account())
+        if account.skipped:
+            say_once(sources.named(account.skipped))
         texts = partial(sources.documents, files, Reading(args.column))
         identity = {"files": [{"file": str(path), "sha256": file_sha256(path)} for path in files], "column": args.column}
 
