@@ -37,6 +37,7 @@ SOURCES = (
     "gradients",
     "decode",
     "front_end",
+    "launch",
     "layout",
     "configs",
     "races",

@@ -38,6 +38,9 @@ class Struck:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
+    def __len__(self) -> int:
+        return len(self.held_out)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.held_out, name)
 

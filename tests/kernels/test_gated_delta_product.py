@@ -69,7 +69,9 @@ def test_lower_precisions_stay_near_the_float64_recurrence_of_the_same_inputs(
 ) -> None:
     inputs = make(130, n=2, dk=32, dv=32, gate=gate, dtype=dtype)
     for backend in ("torch", "recurrent"):
-        assert_same(results(inputs, backend), results(in_float64(inputs), "recurrent"), tolerance)
+        # After strong gates the initial state's gradient is below float16's smallest normal number.
+        least = torch.finfo(dtype).tiny
+        assert_same(results(inputs, backend), results(in_float64(inputs), "recurrent"), tolerance, least=least)
 
 
 def test_float32_survives_parallel_keys_and_steps_near_two() -> None:

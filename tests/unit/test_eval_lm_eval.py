@@ -375,5 +375,5 @@ def test_without_the_harness_one_sentence_says_how_to_get_it(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"pip install 'titan_dp\[eval\]'"):
+    with pytest.raises(UserError, match="titan-dp evaluate lm-eval needs lm_eval: pip install lm_eval"):
         evaluate("lm-eval", checkpoint, tmp_path, "--preset", "paper")
