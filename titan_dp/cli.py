@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 from titan_dp.config.arguments import parse
@@ -72,7 +71,12 @@ def dispatch(argv: list[str]) -> int:
     if argv[:1] == ["train"]:  # its arguments are the configuration's own, whose --help lists them all
         return import_module(COMMANDS["train"][0]).run(argv[1:])
     parser = argparse.ArgumentParser(prog="titan-dp", description="Pretraining for DeltaProduct language models.")
-    parser.add_argument("--version", action="version", version=f"titan-dp {version('titan_dp')}")
+    if argv[:1] == ["--version"]:  # looked up only where it is asked for
+        from importlib.metadata import version
+
+        print(f"titan-dp {version('titan_dp')}")
+        return 0
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
     _add_commands(parser, COMMANDS, argv)
     args = parse(parser, argv)
     return args.run(args)

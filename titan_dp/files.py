@@ -121,18 +121,19 @@ def short(number: float) -> str:
     """A count in three digits: 804,698,112 as 805M, 49,253.4 as 49.3k; from 1e15 on (FLOPs) and below 0.01 as 2.5e20."""
     if number != 0 and math.isfinite(number) and not 0.01 <= abs(number) < 0.9995e15:
         return re.sub(r"\.?0*e\+?(-?)0*", r"e\1", f"{number:.2e}")
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= 0.9995 * size:
-            return f"{float(f'{number / size:.3g}'):g}{unit}"
-    return f"{float(f'{number:.3g}'):g}"
+    return "".join(_scaled(number, {1e12: "T", 1e9: "B", 1e6: "M", 1e3: "k"}))
 
 
 def si(number: float, unit: str) -> str:
     """A quantity in three digits and a prefix: 4.18e16 FLOPs as 41.8 PFLOPs."""
-    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= 0.9995 * size:
-            return f"{float(f'{number / size:.3g}'):g} {prefix}{unit}"
-    return f"{float(f'{number:.3g}'):g} {unit}"
+    digits, prefix = _scaled(number, {1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k"})
+    return f"{digits} {prefix}{unit}"
+
+
+def _scaled(number: float, signs: dict[float, str]) -> tuple[str, str]:
+    """Three digits of `number` in the largest of the sizes that fits, and that size's sign."""
+    size = next((size for size in signs if abs(number) >= 0.9995 * size), 1.0)
+    return f"{float(f'{number / size:.3g}'):g}", signs.get(size, "")
 
 
 def shorten(text: str, most: int = 200) -> str:

@@ -120,6 +120,7 @@ def _json_text(raw: bytes, where: str, column: str) -> str | UserError:
 
 
 def text_of(record: Any, where: str, column: str) -> str | UserError:
+    """The text under `column` of a record, a dictionary; the mistake if there is none."""
     if isinstance(record, dict) and isinstance(record.get(column), str):
         return record[column]  # type: ignore[no-any-return]
     if isinstance(record, dict) and column in record:

@@ -80,12 +80,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.out} is complete already: nothing to do (--overwrite starts again)")
         return 0
     _write(args, files, tokenizer, progress, account)
-    for split in SPLITS:
-        if (args.out / split / MANIFEST).exists():
-            shards = TokenShards(args.out / split)
-            documents = shards.manifest["documents"]
-            print(f"{args.out / split}: {shards.tokens:,} tokens in {documents:,} documents, {len(shards.shards)} shard(s)")
     found = [split for split in SPLITS if (args.out / split / MANIFEST).exists()]
+    for split in found:
+        shards = TokenShards(args.out / split)
+        documents = shards.manifest["documents"]
+        print(f"{args.out / split}: {shards.tokens:,} tokens in {documents:,} documents, {len(shards.shards)} shard(s)")
     paths = {"train": "data.path", "validation": "validation.path"}
     settings = " ".join(f"--{paths[split]} {shlex.quote(str(args.out / split))}" for split in found)
     output.print_next("train on it", f"titan-dp train --config ... {settings}")

@@ -88,11 +88,13 @@ def find_files(inputs: list[str], account: Account | None = None, out: Path | No
             files.append(path)
         else:
             raise UserError(f"input {name!r} does not exist")
+    first_that_needs = {package: path for path in reversed(files) for package in packages_for(path)}
+    for package, path in first_that_needs.items():  # not per file: `require` looks through the folders of packages
+        require(str(path), package)
     by_content: dict[Path, Path] = {}
     for path in files:
         if as_unicode(str(path)) != str(path):
             raise UserError(f"the name {shown(str(path))} is not UTF-8, and names are written down; rename it")
-        require(str(path), *packages_for(path))
         real = Path(os.path.realpath(path))
         plain = real.with_suffix("") if compression_of(real) else real
         if (twin := by_content.setdefault(plain, path)) is not path:
