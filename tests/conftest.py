@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,36 @@ def pytest_configure(config: pytest.Config) -> None:
     # Triton kernels run on the CPU where there is no GPU; this must be set before triton is imported.
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="of every random number drawn in a test; without it a new one each time")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    seed_of(config)
+
+
+def seed_of(config: pytest.Config) -> int:
+    """Of this run, the same in all workers."""
+    if config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(2**31)
+    seed: int = config.option.seed
+    return seed
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(f"random inputs: --seed {seed_of(config)} draws them again")
+
+
+@pytest.fixture(autouse=True)
+def random_numbers_of_this_test_alone(request: pytest.FixtureRequest) -> None:
+    """Fresh in each run of the suite, and the same whatever ran before in this worker."""
+    seed = zlib.crc32(f"{seed_of(request.config)} {request.node.nodeid}".encode())
+    random.seed(seed)
+    torch.manual_seed(seed)
 
 
 # What takes longest begins first, so that the workers end together; the fault tests share runs, so one worker has them all.
