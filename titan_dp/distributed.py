@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from titan_dp import config
-from titan_dp.errors import LAUNCHER_PID, StoppedError, UserError, leave
+from titan_dp.errors import LAUNCHER_PID, StoppedError, UserError, counted, leave
 
 FLIGHT_RECORDER_ENTRIES = "2000"
 """Collectives torch remembers (TORCH_FR_BUFFER_SIZE, unless that is set)."""
@@ -186,7 +186,7 @@ def set_seeds(debug: config.Debug) -> None:
 
 def device_name(world: World) -> str:
     is_cuda = world.device.type == "cuda"
-    return torch.cuda.get_device_name(world.device) if is_cuda else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(world.device) if is_cuda else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def describe(world: World, parallelism: config.Parallelism) -> str:
@@ -197,4 +197,4 @@ def describe(world: World, parallelism: config.Parallelism) -> str:
     )
     if context > 1:
         degrees += f" x context {context}"
-    return f"{world.size} rank(s) on {device_name(world)}; {degrees}; torch {torch.__version__}, triton {triton}"
+    return f"{counted(world.size, 'rank')} on {device_name(world)}; {degrees}; torch {torch.__version__}, triton {triton}"

@@ -92,6 +92,11 @@ def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def counted(number: int, noun: str) -> str:
+    """1 shard, 2 shards, 1,000 shards."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def say_once(sentence: str) -> None:
     """To stderr, once for all ranks."""
     if is_main_rank():

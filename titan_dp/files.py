@@ -19,7 +19,7 @@ from typing import IO, Annotated, Any, TypeVar
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from titan_dp.errors import UserError, say_once
+from titan_dp.errors import UserError, counted, say_once
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -223,5 +223,5 @@ class Replaced:
         """One sentence on stderr, from the main rank, if anything was replaced."""
         if self.characters:
             first = f", the first in {self.first}" if self.first else ""
-            counted = f"{self.characters:,} lone surrogate(s) in {self.texts:,} {self.what}{first}"
-            say_once(f"warning: {counted}: not Unicode, replaced by U+FFFD")
+            found = f"{counted(self.characters, 'lone surrogate')} in {self.texts:,} {self.what}{first}"
+            say_once(f"warning: {found}: not Unicode, replaced by U+FFFD")

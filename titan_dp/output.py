@@ -19,7 +19,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -177,13 +177,22 @@ def print_table(table: Table, details: Sequence[str] = (), last: bool = True) ->
             column._index = index  # rich takes the last one's padding away
     if _needed(table, wrapped=True) <= console.width:
         _share(table, console.width)
-        console.print(table)
     else:
-        console.print(_blocks(table))
+        table = _blocks(table)
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
     if left_out and last:
         names = ", ".join(" ".join(str(name).split()) for name in reversed(left_out))
         console.print(Text(f"a wider terminal also shows: {names}", style="dim"))
     console.print()
+
+
+def print_pairs(title: str, pairs: Mapping[str, str], **style: Any) -> None:
+    """Print names and what they stand for as a table without headers."""
+    names = ("", " ")
+    print_table(number_table(title, names, pairs.items(), left=names, show_header=False, **style))
 
 
 def _widths(column: Column, wrapped: bool) -> tuple[int, int]:
@@ -241,8 +250,15 @@ def _blocks(table: Table) -> Table:
 def print_text(*paragraphs: str) -> None:
     """Print sentences to stdout; a terminal wraps them between words, with the indentation that each begins with."""
     for text in paragraphs:
-        indent = " " * (len(text) - len(text.lstrip(" -")))
-        print(textwrap.fill(text, max(room(), 40), subsequent_indent=indent, **_WHOLE_WORDS) if len(text) > room() else text)
+        print(fitted(text))
+
+
+def fitted(text: str) -> str:
+    """`text` in lines that stdout's terminal has room for."""
+    if len(text) <= room():
+        return text
+    indent = " " * (len(text) - len(text.lstrip(" -")))
+    return textwrap.fill(text, max(room(), 40), subsequent_indent=indent, **_WHOLE_WORDS)
 
 
 def print_next(what: str, *commands: str) -> None:

@@ -84,7 +84,7 @@ def test_changed_architecture_or_data_is_refused_on_resume_and_harms_nothing(tin
 def test_without_torchrun_one_process_trains_and_shows_a_sample(tiny_config: Path, root: Path) -> None:
     result = train(root, "--config", tiny_config, "--training.steps", "3", "--metrics.enable_tensorboard")
     assert result.returncode == 0, result.stderr
-    shown = "1 rank(s)|torch backend|FLOPs per token|step 3/3|validation loss|sample\n|checkpoint  |titan-dp generate "
+    shown = "1 rank on|torch backend|FLOPs per token|step 3/3|validation loss|sample\n|checkpoint  |titan-dp generate "
     for part in shown.split("|"):
         assert part in result.stdout, part
     run = tiny_config.parent / "outputs/tiny"
@@ -105,7 +105,7 @@ def test_two_ranks_train_the_debug_config(shards: Path, tmp_path: Path, root: Pa
     arguments = ["--config", "debug.toml", "--training.steps", "2", "--job.dump_folder", str(tmp_path), *data]
     log = tmp_path / "log"
     assert run_script_in_ranks(2, root / "train.py", *arguments, log=log) == [0, 0], log.read_text()
-    assert "2 rank(s)" in log.read_text()
+    assert "2 ranks" in log.read_text()
     assert log.read_text().count("step 2/2 ") == 1
 
 

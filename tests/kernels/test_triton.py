@@ -46,9 +46,8 @@ def tiles_of_float32() -> None:
 
 
 def inputs(T: int = 40, **options: Any) -> dict[str, Tensor]:
-    """Two heads, or of a few tokens so many that a gradient has 16 numbers: one sum alone may all but cancel, and its error
-    relative to itself is then any size."""
-    made = make(T, **{"B": 1, "H": max(2, 16 // T), "dk": 16, "dv": 32, "dtype": torch.float32} | options)
+    """Two heads, of one token eight: a gradient of one or two sums that all but cancel has an error of any size."""
+    made = make(T, **{"B": 1, "H": 8 if T == 1 else 2, "dk": 16, "dv": 32, "dtype": torch.float32} | options)
     return {name: x.detach().to(DEVICE).requires_grad_() for name, x in made.items()}
 
 

@@ -75,7 +75,7 @@ def test_a_run_on_two_nodes_survives_preemption_and_the_time_limit(
         "preempted",
         "the time limit is near",
     ]  # RETRIES = 0 is for failures
-    assert "2 rank(s)" in text
+    assert "2 ranks" in text
     resumed = [int(found) for found in re.findall(r"\[rank 0\] resumed at step (\d+)", text)]
     assert len(resumed) == 2
     saved = re.findall(r"stopped by SIGUSR1 after step (\d+); saved", text)

@@ -237,7 +237,7 @@ def test_a_report_prints_the_table_and_writes_it_with_the_curves(tmp_path: Path,
     (tmp_path / "runs/notes").mkdir()
     assert report(tmp_path / "runs") == 0
     printed = capsys.readouterr().out
-    assert "1 more run(s), of models without a finished one, are not in the table" in printed
+    assert "1 more run of models without a finished one, not in the table" in printed
     assert f"{problem('S3')}, trained on words of up to 8 symbols" in " ".join(printed.split())
     assert (tmp_path / "runs/curves.png").read_bytes().startswith(b"\x89PNG")
 

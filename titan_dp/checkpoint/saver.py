@@ -45,7 +45,7 @@ from titan_dp.checkpoint.state import (
 )
 from titan_dp.checkpoint.weights import CheckpointTensors, tensor_difference
 from titan_dp.distributed import local_tensor
-from titan_dp.errors import RunError, UserError, say_once
+from titan_dp.errors import RunError, UserError, counted, say_once
 from titan_dp.faults.agreement import gather, on_main
 from titan_dp.files import shorten
 
@@ -218,7 +218,7 @@ class Checkpointer:
             set_optimizer_state_dict(model, optimizers, optim_state_dict=state, options=OPTIONS)
         restore_rng(rng, current["seed"], manifest["step"])
         if aside := on_main(lambda: [path.name for path in set_aside_folders(self.folder)], self.group):
-            kept = f"{len(aside)} checkpoint(s) were set aside and are kept: {shorten(', '.join(aside))}"
+            kept = f"{counted(len(aside), 'checkpoint')} set aside and kept: {shorten(', '.join(aside))}"
             say_once(f"{kept}; `titan-dp checkpoint list {self.folder}` says how to delete them")
         return manifest
 

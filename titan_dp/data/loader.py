@@ -21,7 +21,7 @@ from titan_dp.data.shards import TokenShards
 from titan_dp.data.stream import StreamLoader
 from titan_dp.data.tokenizer import load_tokenizer
 from titan_dp.data.workers import read_in_workers
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, counted
 
 _AHEAD = 1024
 
@@ -74,8 +74,8 @@ class ShardLoader:
             shares = self.order.counts / self.order.counts.sum()
             mixture = "; mixture " + ", ".join(f"{s.folder} {p:.1%}" for s, p in zip(self.sources, shares, strict=True))
         return (
-            f"{shards} shard(s), {tokens:,} tokens of {self.tokenizer_name}, {run_tokens / tokens:.2f} epochs planned, "
-            f"fingerprint {self.fingerprint[:12]}{mixture}"
+            f"{counted(shards, 'shard')}, {tokens:,} tokens of {self.tokenizer_name}, "
+            f"{run_tokens / tokens:.2f} epochs planned, fingerprint {self.fingerprint[:12]}{mixture}"
         )
 
     def _read(self, begin: int, worker: int, workers: int) -> Iterator[Batch]:

@@ -33,7 +33,7 @@ from titan_dp.data.formats import COMPRESSIONS, READERS, Reading
 from titan_dp.data.shards import MANIFEST, PROGRESS, SPLITS, Shard, ShardWriter, Split, TokenShards, listed_shards, shard_name
 from titan_dp.data.sources import Account
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, counted
 from titan_dp.files import JsonObject, Natural, Replaced, parse_json, write_json
 
 # A worker's batch ends with whichever comes first: many short documents share one message to a worker, and a few long ones do
@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     for split in found:
         shards = TokenShards(args.out / split)
         documents = shards.manifest["documents"]
-        print(f"{args.out / split}: {shards.tokens:,} tokens in {documents:,} documents, {len(shards.shards)} shard(s)")
+        size = f"{shards.tokens:,} tokens in {counted(documents, 'document')}, {counted(len(shards.shards), 'shard')}"
+        print(f"{args.out / split}: {size}")
     paths = {"train": "data.path", "validation": "validation.path"}
     settings = " ".join(f"--{paths[split]} {shlex.quote(str(args.out / split))}" for split in found)
     output.print_next("train on it", f"titan-dp train --config ... {settings}")

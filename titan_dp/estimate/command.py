@@ -21,7 +21,7 @@ from titan_dp.config.mixers import MIXERS
 from titan_dp.errors import UserError
 from titan_dp.files import short, si
 from titan_dp.hardware import GPU, GPUS, NETWORKS, find_gpu, find_network, gpu_of
-from titan_dp.output import number_table, print_next, print_table, print_text, progress
+from titan_dp.output import number_table, print_next, print_pairs, print_table, print_text, progress
 
 if TYPE_CHECKING:
     from titan_dp.estimate.result import Estimate
@@ -130,17 +130,12 @@ def _print(title: str, loaded: Loaded, ranks: int, batch: BatchPlan, e: Estimate
     facts = planned(loaded.config, batch, ranks)
     if e is None:
         facts["memory"] = f"not counted for {loaded.config.model.mixer}; titan-dp estimate does, in minutes"
-        _print_pairs(title, facts)
+        print_pairs(title, facts)
         return
-    _print_pairs(title, facts | {"recurrence": f"{e.backend} backend, on {e.device}"})
+    print_pairs(title, facts | {"recurrence": f"{e.backend} backend, on {e.device}"})
     _print_memory(e)
     _print_communication(e)
-    _print_pairs("computation", _computation(e))
-
-
-def _print_pairs(title: str, pairs: dict[str, str]) -> None:
-    names = ("", " ")
-    print_table(number_table(title, names, pairs.items(), left=names, show_header=False))
+    print_pairs("computation", _computation(e))
 
 
 def _print_memory(e: Estimate) -> None:

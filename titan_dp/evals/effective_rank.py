@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from titan_dp.config.arguments import positive
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, counted
 from titan_dp.evals.session import Arrays, Result, Session, add_common_arguments, run_evaluation
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
 from titan_dp.output import (
@@ -487,7 +487,7 @@ def _show(result: Result, figures: list[Path]) -> None:
     table = number_table(title, columns, (cells(**layer) for layer in results["layers"]))
     print_table(table, details=("decay, starts", "norm", "heads", "decay"))
     print_text(
-        f"{results['tokens']:,} tokens of {results['documents']:,} document(s), every {result.settings['every']}; "
+        f"{results['tokens']:,} tokens of {counted(results['documents'], 'document')}, every {result.settings['every']}; "
         f"replayed and carried states differ by at most {results['largest_replay_difference']:.1e}"
     )
     if results["skipped_layers"]:

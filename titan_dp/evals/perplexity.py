@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from titan_dp.config.arguments import positive
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, counted
 from titan_dp.evals.scoring import row_losses
 from titan_dp.evals.session import Result, Session, add_common_arguments, batched, run_evaluation
 from titan_dp.evals.texts import Texts, add_text_arguments, open_texts
@@ -192,7 +192,7 @@ def _results(total: list[float], documents: int, text_bytes: int | None) -> dict
 
     nats, tokens, right, count = total
     if not tokens:
-        raise UserError(f"there is nothing to score: none of the {documents} document(s) has two tokens; give more text")
+        raise UserError(f"nothing to score in {counted(documents, 'document')}: none has two tokens; give more text")
     loss = nats / tokens
     return {
         "loss": loss,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from titan_dp import config
 from titan_dp.config.mixers import MIXERS
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, counted
 from titan_dp.model.attention import Attention
 from titan_dp.model.context_parallel import ContextParallel
 from titan_dp.model.deltaproduct import DeltaProduct
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         for block in self.blocks:
             kinds[block.attn.describe()] = kinds.get(block.attn.describe(), 0) + 1
         mixers = "; ".join(f"{count} x {kind}" if len(kinds) > 1 else kind for kind, count in kinds.items())
-        return f"{len(self.layers)} blocks, width {self.embeddings.embedding_dim}: {mixers}"
+        return f"{counted(len(self.layers), 'block')}, width {self.embeddings.embedding_dim}: {mixers}"
 
 
 def chosen_backend(model: config.Model, device: torch.device) -> str:

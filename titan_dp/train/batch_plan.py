@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from titan_dp import config
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, counted
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def plan_batches(training: config.Training, world_size: int) -> BatchPlan:
         below = max(1, total // per_pass) * per_pass
         raise UserError(
             f"training.global_batch_size = {training.global_batch_size} is not a multiple of training.local_batch_size = "
-            f"{training.local_batch_size} times {world_size} rank(s); {below} or {below + per_pass} would be, "
+            f"{training.local_batch_size} times {counted(world_size, 'rank')}; {below} or {below + per_pass} would be, "
             "or choose another local_batch_size"
         )
     tokens_per_step = total * training.seq_len

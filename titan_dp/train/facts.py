@@ -14,6 +14,7 @@ from titan_dp.data.batch import Loader
 from titan_dp.data.loader import ValidationLoader
 from titan_dp.data.synthetic.loader import SyntheticSet
 from titan_dp.distributed import World, device_name
+from titan_dp.errors import counted
 from titan_dp.files import short, si
 from titan_dp.model.size import embedding_parameters, model_size
 from titan_dp.train.batch_plan import BatchPlan
@@ -74,8 +75,7 @@ def planned(c: config.Config, batch: BatchPlan, world_size: int) -> dict[str, st
     taken = ", all Householder steps taken" if c.model.adaptive_householder else ""
     context = c.parallelism.context_parallel_degree
     groups = world_size // context
-    ranks = f"{groups:,} rank" if context == 1 else f"{groups:,} group"
-    ranks += ("" if groups == 1 else "s") + ("" if context == 1 else f" of {context} ranks")
+    ranks = counted(groups, "rank") if context == 1 else f"{counted(groups, 'group')} of {context} ranks"
     return {
         "parameters": f"{size.parameters:,} ({size.parameters - embedding_parameters(c.model):,} without the embedding)",
         "FLOPs per token": f"{si(size.flops_per_token, '')} ({parts}; forward + backward, no recomputation{taken})",

@@ -39,7 +39,7 @@ from titan_dp.files import write_atomically
 from titan_dp.model.parallelize import sharded_model
 from titan_dp.model.size import model_size
 from titan_dp.model.transformer import chosen_backend
-from titan_dp.output import print_next, print_text, progress
+from titan_dp.output import fitted, print_next, print_pairs, print_text, progress
 from titan_dp.train.batch_plan import BatchPlan, plan_batches, plan_rest
 from titan_dp.train.facts import RunFacts, planned
 from titan_dp.train.lr_scheduler import build_lr_scheduler, rate_jump
@@ -162,24 +162,24 @@ class Trainer:
 
     def _announce(self) -> None:
         """The first lines of a run: what runs where, with what, on which data. No silent fallback stays silent."""
-        c, say = self.config, self.console.print
-        say(f"{self.loaded.run_name} {c.job.description}".rstrip(), style="bold")
-        say(f"  device      {distributed.describe(self.world, c.parallelism)}")
-        say(f"  model       {self.model.describe()}")
-        say(f"  recurrence  {self.backend} backend")
-        for name, value in planned(c, self.batch, self.world.size).items():
-            say(f"  {name:<11} {value}")
-        say(f"  data        {self.loader.describe(self.batch.tokens)}")
-        say(f"  optimizer   {self.optimizers.describe()}")
-        say(
-            f"  compile     {'every block, fullgraph' if c.compile.enable else 'off'}; activation checkpointing "
-            f"{c.activation_checkpoint.mode}"
-        )
-        say(f"  run folder  {self.run_folder}")
-        for difference in self.differing:
-            say(f"  by rank     {difference} (it may differ by rank)")
+        c = self.config
+        lines = {
+            "device": distributed.describe(self.world, c.parallelism),
+            "model": self.model.describe(),
+            "recurrence": f"{self.backend} backend",
+            **planned(c, self.batch, self.world.size),
+            "data": self.loader.describe(self.batch.tokens),
+            "optimizer": self.optimizers.describe(),
+            "compile": f"{'every block, fullgraph' if c.compile.enable else 'off'}; activation checkpointing "
+            f"{c.activation_checkpoint.mode}",
+            "run folder": str(self.run_folder),
+        }
+        if self.differing:
+            lines["by rank"] = f"may differ, and does: {'; '.join(self.differing)}"
+        if self.world.is_main:
+            print_pairs(f"{self.loaded.run_name} {c.job.description}".rstrip(), lines)
         for warning in self.loaded.warnings():
-            say(f"  warning     {warning}", style="yellow")
+            self.console.print(fitted(f"warning: {warning}"), style="yellow")
 
     def _open_run_folder(self) -> Metrics:
         """What rank 0 writes before the first step: the settings, what the run is, the log."""

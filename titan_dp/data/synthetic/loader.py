@@ -21,7 +21,7 @@ from titan_dp.data.synthetic.groups import parse_group
 from titan_dp.data.synthetic.languages import find_language
 from titan_dp.data.synthetic.problem import Problem
 from titan_dp.data.synthetic.words import WordProblem
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, counted
 
 
 def build_problem(c: config.StateTracking) -> Problem:
@@ -134,7 +134,7 @@ def problem_that_fits(c: config.StateTracking, seq_len: int, vocab_size: int) ->
     length, rest = divmod(seq_len - 1, each)
     if length < 1 or rest:
         raise UserError(
-            f"training.seq_len = {seq_len} does not hold BOS and a whole number of elements of {each} token(s); "
+            f"training.seq_len = {seq_len} does not hold BOS and a whole number of elements of {counted(each, 'token')}; "
             f"{1 + each * max(1, length)} would, for words of {max(1, length)}"
         )
     if problem.vocab_size > vocab_size:
