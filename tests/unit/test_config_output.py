@@ -10,6 +10,7 @@ import pytest
 import tomli
 
 from tests.unit.conftest import MINIMAL, Folder
+from titan_dp.cli import dispatch
 from titan_dp.config import Config, advice
 from titan_dp.config import describe as config_docs
 from titan_dp.config.load import PROJECT, config_from_toml, load_config
@@ -100,9 +101,21 @@ def test_settings_without_effect_are_warned_of_and_others_are_not(folder: Folder
     assert all(f"{folder.path}/run.toml:" in warning for warning in loaded.warnings())
 
 
+def test_shipped_settings_without_effect_are_not_warned_of_but_own_ones_beside_them_are(folder: Folder) -> None:
+    loaded = folder.load('extends = "debug.toml"\ncheckpoint.enable = false\ngenerate.temperature = 0.5\n')
+    assert [warning.split(" ")[0] for warning in loaded.warnings()] == ["generate.temperature"]
+
+
+def test_a_sweep_is_no_run_and_the_command_for_it_is_named(folder: Folder) -> None:
+    file = folder.path / "run.toml"
+    (problem,) = folder.problems('extends = "debug.toml"\n[sweep.axes]\nseed = [1, 2]\n')
+    assert problem == "run.toml describes a sweep and not one run; `titan-dp sweep run.toml` lists its runs"
+    assert dispatch(["sweep", str(file), "--out", str(folder.path / "runs")]) == 0
+
+
 def test_a_warmup_longer_than_the_run_is_warned_of(folder: Folder) -> None:
     (warning,) = folder.load(MINIMAL).warnings()
-    assert warning.startswith("lr_scheduler.warmup_steps = 512 (default) is not over when the run ends")
+    assert warning.startswith("lr_scheduler.warmup_steps = 512 is not over when the run ends")
 
 
 def test_every_rule_of_the_warnings_names_keys_that_exist(folder: Folder) -> None:

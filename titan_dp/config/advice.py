@@ -202,7 +202,6 @@ def ineffective_settings(config: Config, provenance: dict[str, str]) -> list[str
     steps, schedule = config.training.steps, config.lr_scheduler
     if steps is not None and schedule.warmup_steps >= steps:
         warnings["lr_scheduler.warmup_steps"] = (
-            f"lr_scheduler.warmup_steps = {schedule.warmup_steps} ({provenance['lr_scheduler.warmup_steps']}) is not over "
-            f"when the run ends after training.steps = {steps}"
+            f"lr_scheduler.warmup_steps = {schedule.warmup_steps} is not over when the run ends after training.steps = {steps}"
         )
     return list(warnings.values())

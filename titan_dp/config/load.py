@@ -81,8 +81,11 @@ class Loaded:
         return "\n\n".join(blocks) + "\n"
 
     def warnings(self) -> list[str]:
-        """A sentence for each setting somebody made that changes nothing."""
-        return ineffective_settings(self.config, self.provenance)
+        """A sentence for each setting somebody made that changes nothing; those of shipped files are nobody's."""
+        shipped = {
+            origin for origin in set(self.provenance.values()) if Path(_file_of(origin)).resolve().is_relative_to(SHIPPED)
+        }
+        return ineffective_settings(self.config, {k: "default" if o in shipped else o for k, o in self.provenance.items()})
 
     @cached_property
     def git_commit(self) -> str:
@@ -112,7 +115,11 @@ class Setting:
     @property
     def source(self) -> str:
         """The file, or "command line"."""
-        return re.sub(r":\d+$", "", self.origin)
+        return _file_of(self.origin)
+
+
+def _file_of(origin: str) -> str:
+    return re.sub(r":\d+$", "", origin)
 
 
 def _refused(problems: Iterable[str]) -> UserError:
@@ -148,6 +155,8 @@ def load_config(argv: list[str]) -> Loaded:
         missing = "--config is missing" if line.config is None else f"there is no config {line.config!r}"
         raise _refused([*line.problems, f"command line: {missing}; {_choices()}"])
     from_files = [s for s in read_files(path) if (s.key, s.value) != ("job.run_name", "")]
+    if of_many := next((s for s in from_files if s.key.startswith("sweep.")), None):
+        raise UserError(f"{of_many.source} describes a sweep and not one run; `titan-dp sweep {path}` lists its runs")
     settings = [Setting("job.run_name", path.stem, "the file's name"), *from_files, *line.settings]
     config, provenance = build_config(settings, line.problems)
     return Loaded(config, provenance, line.print_config, line.dry_run)
