@@ -110,7 +110,7 @@ def test_a_sweep_is_no_run_and_the_command_for_it_is_named(folder: Folder) -> No
     file = folder.path / "run.toml"
     (problem,) = folder.problems('extends = "debug.toml"\n[sweep.axes]\nseed = [1, 2]\n')
     assert problem == "run.toml describes a sweep and not one run; `titan-dp sweep run.toml` lists its runs"
-    assert dispatch(["sweep", str(file), "--out", str(folder.path / "runs")]) == 0
+    assert dispatch(["sweep", str(file)]) == 0
 
 
 def test_a_warmup_longer_than_the_run_is_warned_of(folder: Folder) -> None:

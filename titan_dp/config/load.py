@@ -82,9 +82,8 @@ class Loaded:
 
     def warnings(self) -> list[str]:
         """A sentence for each setting somebody made that changes nothing; those of shipped files are nobody's."""
-        shipped = {
-            origin for origin in set(self.provenance.values()) if Path(_file_of(origin)).resolve().is_relative_to(SHIPPED)
-        }
+        origins = set(self.provenance.values())
+        shipped = {origin for origin in origins if Path(_file_of(origin)).resolve().is_relative_to(SHIPPED)}
         return ineffective_settings(self.config, {k: "default" if o in shipped else o for k, o in self.provenance.items()})
 
     @cached_property
