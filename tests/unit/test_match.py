@@ -267,6 +267,7 @@ MISTAKES = {
     "": "required",
     "--params 3M --flops 5G": "--flops",
     "--params 0": "--params",
+    "--params 1e14": "--params 100T: models of at most 10T are sought",
     "--params 30M --num-householder 1,1": "--num-householder",
     "--params 30M --multiple 1.5": "--multiple",
     "--params 30M --tolerance nan": "--tolerance",

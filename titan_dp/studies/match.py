@@ -24,6 +24,8 @@ from titan_dp.studies.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Varian
 
 _DETAILS = ("recurrence", "matmul", "without embedding", "exactly", "GiB to train", "state per layer")
 """Columns that a terminal may leave out, the first of them first."""
+LARGEST = 10**13
+"""Parameters, or FLOPs per token. Every depth is tried, and this takes half a minute."""
 PAPER_SIZES = ("213m", "392m", "800m")
 PAPER = [f"{size}{partner}" for size in PAPER_SIZES for partner in ("_nh1", "", "_nh3")]
 """The configs of the paper's nine language models, n_h = 1, 2, 3 of each size."""
@@ -87,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
 
 def solve(args: argparse.Namespace, gates: list[bool]) -> tuple[list[config.Model], int]:
     """The matched models of the command line and the sequence length their FLOPs are counted at. Raises UserError."""
+    if (args.params or args.flops) > LARGEST:
+        what = "--params" if args.params else "--flops"
+        raise UserError(f"{what} {short(args.params or args.flops)}: models of at most {short(LARGEST)} are sought; give less")
     given = keys_of(args.settings)
     if other := next((key for key in given if not key.startswith("model.")), None):
         raise UserError(f"--{other} does not change a model's shape; give settings of [model] only")
