@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from titan_dp.errors import UserError
 from titan_dp.files import as_unicode, shorten
 
@@ -42,10 +44,16 @@ class Tokenizer:
     eos_id: int | None
     special_tokens: dict[str, int]
     """All tokens that no text encodes to, bos and eos among them."""
-    encode_batch: Callable[[list[str]], list[list[int]]]
-    """Ids of each text, without bos or eos; a lone surrogate is read as U+FFFD."""
+    encode_arrays: Callable[[list[str]], list[np.ndarray]]
+    """Ids of each text as an array of an unsigned type, without bos or eos; a lone surrogate is read as U+FFFD.
+
+    Several threads may call it at once, and it computes without the interpreter's lock.
+    """
     decode: Callable[[list[int]], str]
     """Text of ids; bytes that are not UTF-8 become U+FFFD."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -80,6 +88,13 @@ def tiktoken_encoding(name: str) -> tiktoken.Encoding | None:
 
 def _from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
     special = encoding._special_tokens
+
+    def encode(text: str) -> np.ndarray:
+        text = as_unicode(text)
+        if encoding.name == "bytes":  # they are their own ids
+            return np.frombuffer(text.encode(), dtype=np.uint8)
+        return encoding.encode_to_numpy(text, disallowed_special=())
+
     vocabulary = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
     digest = hashlib.sha256(json.dumps([encoding._pat_str, vocabulary, sorted(special.items())]).encode()).hexdigest()
     return Tokenizer(
@@ -89,7 +104,7 @@ def _from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
         bos_id=special.get("<|bos|>"),
         eos_id=special.get("<|eos|>", special.get("<|endoftext|>")),
         special_tokens=dict(special),
-        encode_batch=lambda texts: [encoding.encode_ordinary(as_unicode(text)) for text in texts],
+        encode_arrays=lambda texts: [encode(text) for text in texts],
         decode=encoding.decode,
     )
 
@@ -178,9 +193,10 @@ def _from_hugging_face(name: str) -> Tokenizer:
         token = declared.get(role)
         return None if token is None else vocabulary.get(token)
 
-    def encode_batch(texts: list[str]) -> list[list[int]]:
+    def encode_arrays(texts: list[str]) -> list[np.ndarray]:
         texts = [as_unicode(text) for text in texts]
-        return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+        found = backend.encode_batch_fast(texts, add_special_tokens=False)  # without offsets, which nobody reads
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in found]
 
     return Tokenizer(
         name=name,
@@ -189,7 +205,7 @@ def _from_hugging_face(name: str) -> Tokenizer:
         bos_id=id_of("bos_token"),
         eos_id=id_of("eos_token"),
         special_tokens={t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special},
-        encode_batch=encode_batch,
+        encode_arrays=encode_arrays,
         decode=lambda ids: backend.decode(ids, skip_special_tokens=False),
     )
 
