@@ -37,9 +37,13 @@ STATE_TRACKING: Commands = {
     ),
     "theory": ("titan_dp.studies.state_tracking.theory", "the theorems as executable checks on weights written by hand"),
 }
+DATA: Commands = {
+    "inspect": ("titan_dp.data.inspect.command", "what is in token shards: lengths, text, duplicates, a batch of a run"),
+}
 COMMANDS: Commands = {
     "train": ("titan_dp.launch.command", "train a model, in one process per GPU of this machine"),
     "prepare": ("titan_dp.data.prepare", "turn text files or a Hugging Face dataset into token shards"),
+    "data": (DATA, "look at token shards before training on them"),
     "checkpoint": ("titan_dp.checkpoint.command", "list the checkpoints of a run, or verify one"),
     "export": ("titan_dp.inference.hf.export", "write a trained model as a Hugging Face folder"),
     "import": ("titan_dp.inference.hf.importer", "make a checkpoint of a Hugging Face folder"),

@@ -27,19 +27,32 @@ def take_settings(parser: argparse.ArgumentParser, about: str) -> None:
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """`parser.parse_args`, except that a command which takes settings gets as such what the parser does not know."""
-    args, rest = parser.parse_known_args(argv)
-    takes_settings = is_setting = hasattr(args, "settings")
-    unknown = []
-    for word in rest:
-        if word.startswith("--"):  # what follows it is its value
-            is_setting = takes_settings and "." in word.partition("=")[0]
-        if not is_setting:
-            unknown.append(word)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    own, settings = _settings_apart(argv)
+    args, unknown = parser.parse_known_args(own)
+    takes_settings = hasattr(args, "settings")
+    if unknown or (settings and not takes_settings):
+        parser.error(f"unrecognized arguments: {' '.join(unknown + settings * (not takes_settings))}")
     if takes_settings:
-        args.settings = [*args.settings, *rest]
+        args.settings = [*args.settings, *settings]
     return args
+
+
+def _settings_apart(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words that are for argparse, and `--section.key` each with the value behind it, which argparse would take for a
+    positional argument.
+    """
+    own: list[str] = []
+    settings: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not (word.startswith("--") and "." in word.partition("=")[0]):
+            own.append(word)
+            continue
+        settings.append(word)
+        if "=" not in word and words and not words[0].startswith("--"):
+            settings.append(words.pop(0))
+    return own, settings
 
 
 def add_setting(parser: argparse.ArgumentParser, *names: str, key: str, help: str, value: str | None = None) -> None:

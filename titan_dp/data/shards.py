@@ -45,6 +45,8 @@ Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 AGAIN = "prepare the data again, into a new folder or with --overwrite"
 
+_AT_ONCE = 2**18
+"""Documents whose offsets are looked at together."""
 _Id = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -170,6 +172,7 @@ class TokenShards:
         self._tokens = [self._map(s.file, self.dtype, s.tokens) for s in self.shards]
         self._starts = [self._map(s.starts_file, np.dtype(np.int64), s.documents) for s in self.shards]
         self._offsets = np.concatenate([[0], np.cumsum([s.tokens for s in self.shards], dtype=np.int64)]).astype(np.int64)
+        self._numbers = np.concatenate([[0], np.cumsum([s.documents for s in self.shards], dtype=np.int64)]).astype(np.int64)
 
     def __len__(self) -> int:
         return self.tokens
@@ -210,10 +213,48 @@ class TokenShards:
             low, high = np.searchsorted(starts, [start - offset, stop - offset])
             here = starts[low:high]
             if len(here) and (here[0] < start - offset or here[-1] >= stop - offset or (here[1:] <= here[:-1]).any()):
-                file = self.folder / self.shards[shard].starts_file
-                raise UserError(f"token shard {file} is damaged: its offsets do not rise; restore it, or {AGAIN}")
+                raise self._damaged(shard)
             found.append(here + (offset - start))
         return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
+
+    def _damaged(self, shard: int) -> UserError:
+        file = self.folder / self.shards[shard].starts_file
+        return UserError(f"token shard {file} is damaged: its offsets do not rise; restore it, or {AGAIN}")
+
+    def documents(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """The documents that begin at positions [start, stop), in order, many at a time but none copied.
+
+        Yields (number of the first one, positions [n + 1] int64 at which they begin and the last one ends, their tokens).
+        """
+        end = len(self) if stop is None else stop
+        for shard, (tokens, starts) in enumerate(zip(self._tokens, self._starts, strict=True)):
+            offset = int(self._offsets[shard])
+            low, high = np.searchsorted(starts, [start - offset, end - offset]).tolist()
+            if start <= offset and offset + len(tokens) <= end:  # also if they are not in order
+                low, high = 0, len(starts)
+                if len(tokens) and (not high or starts[0] != 0):
+                    raise self._damaged(shard)
+            for first in range(low, high, _AT_ONCE):
+                last = min(first + _AT_ONCE, high)
+                bounds = np.append(starts[first:last], starts[last] if last < len(starts) else len(tokens))
+                if bounds[0] < 0 or bounds[-1] > len(tokens) or (bounds[1:] <= bounds[:-1]).any():
+                    raise self._damaged(shard)
+                yield int(self._numbers[shard]) + first, bounds + offset, tokens[bounds[0] : bounds[-1]]
+
+    def document(self, number: int) -> tuple[int, np.ndarray]:
+        """The position at which document `number` begins, and its tokens, which are not copied."""
+        shard = int(np.searchsorted(self._numbers, number, side="right")) - 1
+        tokens, starts, place = self._tokens[shard], self._starts[shard], number - int(self._numbers[shard])
+        begin, end = int(starts[place]), int(starts[place + 1]) if place + 1 < len(starts) else len(tokens)
+        if not 0 <= begin < end <= len(tokens):
+            raise self._damaged(shard)
+        return int(self._offsets[shard]) + begin, tokens[begin:end]
+
+    def document_at(self, position: int) -> int:
+        """The number of the document that holds the token at `position`."""
+        shard = int(np.searchsorted(self._offsets, position, side="right")) - 1
+        place = np.searchsorted(self._starts[shard], position - self._offsets[shard], side="right")
+        return int(self._numbers[shard] + place) - 1
 
     def verify(self) -> Iterator[str]:
         """Read everything; yield one sentence for each thing that is wrong."""
