@@ -77,8 +77,8 @@ def first_batch(c: config.Config, loader: ShardLoader, step: int, decoder: Decod
     row = next((i for i, begins in enumerate(where) if (begins > 0).any()), None)
     if row is None:
         number, row, shown, where = 0, 0, batch, starts
-    place = {"micro_batch": number, "row": row, "documents_begin": len(where[row])}
-    found["shown"] = place | _row(loader, first + number * L + row) | {"positions": _positions(shown, row, where[row], decoder)}
+    place = _row(loader, first + number * L + row) | {"documents_begin": len(where[row])}
+    found["shown"] = place | {"positions": _positions(shown, row, where[row], decoder)}
     return found
 
 

@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     if loaded and loader:  # first, since it is refused at once
         decoder = next(named[source.tokenizer.hash] for source in loader.sources)
         batch = first_batch(loaded, loader, args.step, decoder)
-    report = reports.inspect(sources, decoders, args.seed, args.documents, args.full, loaded and loaded.training.seq_len)
+    seq_len = loaded.training.seq_len if loaded else None
+    report = reports.inspect(sources, decoders, args.seed, args.documents, args.full, seq_len)
     report["batch"] = batch
     report["findings"] = reports.findings(report)
     report["notes"] = notes + [
@@ -216,10 +217,8 @@ def _show_lengths(report: dict[str, Any]) -> None:
     if empty := sum(each["lengths"]["empty"] for each in folders):
         print_text(f"{empty:,} documents are empty: nothing but BOS and EOS", "")
     if longer := lengths["longer_than_row"]:
-        shares = longer["documents"] / documents, longer["tokens"] / tokens
-        print_text(
-            f"{shares[0]:.1%} of the documents, with {shares[1]:.1%} of the tokens, are longer than training.seq_len", ""
-        )
+        shares = f"{longer['documents'] / documents:.1%} of the documents, with {longer['tokens'] / tokens:.1%} of the tokens"
+        print_text(f"{shares}, are longer than training.seq_len", "")
 
 
 def _show_duplicates(report: dict[str, Any]) -> None:
@@ -364,16 +363,15 @@ def _show_batch(batch: dict[str, Any]) -> None:
         if each["position"] != previous + 1:
             cells.append(("...", "", "", "", "", ""))
         previous = each["position"]
-        marks = (
-            ["document begins"] * each["document_begins"] + ["no label"] * (each["label"] < 0) + ["state reset"] * each["reset"]
-        )
+        marks = ["document begins"] * each["document_begins"] + ["no label"] * (each["label"] < 0)
+        marks += ["state reset"] * each["reset"]
         texts = [_short_text(each[key]) for key in ("input_text", "label_text")]
         label = "" if each["label"] < 0 else f"{each['label']}"
         cells.append((f"{each['position']:,}", f"{each['input']}", texts[0], label, texts[1], ", ".join(marks)))
     columns = ("position", "input", "", "label", " ", "  ")
-    title = f"sample {row['sample']:,}, row {row['row']} of micro-batch {row['micro_batch']:,}"
+    title = f"sample {row['sample']:,}"
     if any(each["document_begins"] and each["position"] for each in row["positions"]):
-        title += ", the first in which a document begins"
+        title += ", the first with a boundary between documents"
     print_table(number_table(title, columns, cells, left=("", " ", "  ")))
 
 

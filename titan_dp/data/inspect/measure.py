@@ -235,7 +235,8 @@ class Duplicates:
             len(rows), dtype=[("hash", np.uint64), ("number", np.int64), ("tokens", np.int64), ("folder", np.int32)]
         )
         added["folder"] = folder
-        added["hash"], added["number"], added["tokens"] = (np.array(each) for each in zip(*rows, strict=True))
+        for name, values in zip(("hash", "number", "tokens"), zip(*rows, strict=True), strict=True):
+            added[name] = np.array(values, dtype=added.dtype[name])  # without a dtype, hashes from 2^63 on would be rounded
         self._rows.append(added)
         self._kept += len(added)
         while self._kept > KEPT:

@@ -298,8 +298,11 @@ def _document(sources: Sequence[TokenShards], decoders: Sequence[Decoder], folde
 def _boundary(sources: Sequence[TokenShards], decoders: Sequence[Decoder], folder: int, number: int) -> dict[str, Any]:
     """The end of a document and the start of the next one."""
     (_, before), (position, after) = sources[folder].document(number), sources[folder].document(number + 1)
+    end = before[-_END:]
+    while len(end) < len(before) and len(end) > _END - 4 and not decoders[folder].begins(int(end[0])):
+        end = end[1:]  # it is the rest of a character
     pieces = {
-        "end": decoders[folder].pieces(before[-_END:]),
+        "end": decoders[folder].pieces(end),
         "start": decoders[folder].pieces(after[:_END]),
         "whole": [len(before) <= _END, len(after) <= _END],
     }
@@ -323,7 +326,7 @@ def findings(report: dict[str, Any]) -> list[str]:
     if text and text["not_text_bytes"]:
         affected, share = text["documents_affected"], text["not_text_bytes"] / max(text["bytes"], 1)
         place = f"document {text['first']['document']:,} of {text['first']['folder']}"
-        found.append(f"{share:.2g} of the bytes are not text, in {affected:,} documents; the first is {place}")
+        found.append(f"{100 * share:.2g}% of the bytes are not text, in {affected:,} documents; the first is {place}")
     documents, said = (sum(each[key] for each in folders) for key in ("documents", "text_bytes"))
     if text and report["read"]["text"] and text["documents"] == documents and text["bytes"] != said:
         lossy = "the tokenizer does not give back what it was given"
