@@ -208,6 +208,28 @@ def test_what_is_drawn_depends_on_the_seed_alone(tmp_path: Path, say: Callable[.
     assert len(say(tmp_path / "x", "--documents", 7)["documents"]) == 7
 
 
+def test_a_tokenizer_that_does_not_give_back_what_it_was_given_is_found(
+    tmp_path: Path, say: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    (tmp_path / "text.txt").write_text("the ﬁrst")  # with a ligature of three bytes
+    for name, lossy in (("whole", False), ("lossy", True)):
+        if lossy:
+            backend.normalizer = normalizers.NFKC()
+        (tmp_path / name).mkdir()
+        backend.save(str(tmp_path / name / "tokenizer.json"))
+        out = tmp_path / f"shards-{name}"
+        options = ["--tokenizer", str(tmp_path / name), "--validation-fraction", "0", "--workers", "1", "--out", str(out)]
+        assert cli.dispatch(["prepare", str(tmp_path / "text.txt"), *options]) == 0
+    capsys.readouterr()
+    assert say(tmp_path / "shards-whole")["findings"] == []
+    (finding,) = say(tmp_path / "shards-lossy")["findings"]
+    assert finding.startswith("the tokens are 9 bytes of text again, the documents had 10: the tokenizer does not give back")
+
+
 # -- more than is read whole ---------------------------------------------------------------------------------------------
 
 
@@ -337,10 +359,11 @@ def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path: Path, capsys: pytes
         assert len(error.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("harm", ["cut off", "offsets", "manifest", "bits"])
+@pytest.mark.parametrize("harm", ["cut off", "offsets", "manifest", "bits", "vocabulary"])
 def test_damaged_shards_are_refused_with_their_name(tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "x", [of("abc")] * 200)
-    path = folder / {"offsets": "shard-00000.starts.npy", "manifest": MANIFEST}.get(harm, "shard-00000.npy")
+    names = {"offsets": "shard-00000.starts.npy", "manifest": MANIFEST, "vocabulary": MANIFEST}
+    path = folder / names.get(harm, "shard-00000.npy")
     raw = path.read_bytes()
     if harm == "cut off":
         path.write_bytes(raw[:-100])
@@ -348,6 +371,8 @@ def test_damaged_shards_are_refused_with_their_name(tmp_path: Path, harm: str, c
         path.write_bytes(raw[:-16] + raw[-8:] + raw[-16:-8])
     elif harm == "bits":
         path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    elif harm == "vocabulary":
+        path.write_bytes(raw.replace(b'"vocab_size": 258', b'"vocab_size": 4000000000'))
     else:
         path.write_text("{}")
     assert refused(folder, *(["--full"] if harm == "bits" else [])) == 2

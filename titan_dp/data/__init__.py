@@ -28,5 +28,5 @@ For every step of training, on every rank:
 
 Validation takes the windows of the held-out shards in order (loader.ValidationLoader) and then steps 8 and 9. stream.py
 (`data.source = "hf"`) does 1, 2, 7 and 8 while training. synthetic/ computes rows on the device, for studies of state
-tracking. shard_check.py compares shards with their hashes while training goes on.
+tracking. shard_check.py compares shards with their hashes while training goes on. inspect/ shows what is in shards.
 """

@@ -13,7 +13,7 @@ import argparse
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from titan_dp.config.arguments import natural, positive, take_settings
 from titan_dp.config.load import keys_of, load_config
@@ -24,6 +24,7 @@ from titan_dp.errors import UserError
 from titan_dp.files import short, to_json
 from titan_dp.output import (
     add_format_option,
+    check_matplotlib,
     number_table,
     print_next,
     print_table,
@@ -34,9 +35,6 @@ from titan_dp.output import (
     subplots,
     thousands,
 )
-
-if TYPE_CHECKING:
-    pass
 
 _BAR = 30
 _AT_BOUNDARY = 140
@@ -76,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
         loader = loader_of(loaded)
         if not args.folders:
             sources, notes = loader.sources, []
+    reports.check_countable(sources)
     if args.figure:
+        check_matplotlib()
         _check_figure(args.figure, sources)
     named = {source.tokenizer.hash: Decoder(source, args.tokenizer) for source in reversed(sources)}
     decoders = [named[source.tokenizer.hash] for source in sources]

@@ -33,6 +33,8 @@ ALL, TEXT = 2**28, 2**24
 WINDOW, WINDOWS = 2**16, 2**8
 KEPT = 2**23
 """Documents whose hashes are kept, 24 bytes each."""
+LARGEST_VOCABULARY = 2**24
+"""An order of magnitude above any tokenizer's; a manifest from elsewhere may say more, and each id takes memory."""
 _PART = 2**20
 """Tokens of a document that are counted or decoded at once."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]")

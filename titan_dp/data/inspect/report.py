@@ -44,9 +44,18 @@ def find_shards(paths: Sequence[Path]) -> tuple[list[TokenShards], list[str]]:
         ]
         sources += [TokenShards(folder) for folder in finished or [path]]  # which says what is wrong with `path`
     same = {source.folder.resolve(): source for source in reversed(sources)}
+    return [source for source in sources if same.get(source.folder.resolve()) is source], notes
+
+
+def check_countable(sources: Sequence[TokenShards]) -> None:
+    """Raises UserError if there is nothing to count, or more than fits in memory."""
     if empty := next((source for source in sources if not source.manifest["documents"] or not len(source)), None):
         raise UserError(f"{empty.folder} holds no documents; {AGAIN}")
-    return [source for source in sources if same.get(source.folder.resolve()) is source], notes
+    if large := next((source for source in sources if source.vocab_size > measure.LARGEST_VOCABULARY), None):
+        raise UserError(
+            f"{large.folder / MANIFEST} has tokenizer.vocab_size = {large.vocab_size:,}, more than the "
+            f"{measure.LARGEST_VOCABULARY:,} ids that inspect counts; {AGAIN}"
+        )
 
 
 def inspect(
@@ -222,6 +231,7 @@ def _ids(sources: Sequence[TokenShards], ids: Ids, decoder: Decoder) -> dict[str
     unused, order = np.flatnonzero(ids.counts == 0), np.argsort(-ids.counts, kind="stable")
     return {
         "tokenizer": decoder.name,
+        "tokenizer_hash": decoder.hash,
         "tokens": ids.tokens,
         "documents": ids.documents,
         "vocab_size": ids.vocab_size,
@@ -339,7 +349,7 @@ def _wrong_ids(report: dict[str, Any], ids: dict[str, Any]) -> Iterator[str]:
         first, vocabulary = ids["first_outside"], f"the {ids['vocab_size']:,} of {ids['tokenizer']}"
         place = f"{first['id']} in document {first['document']:,} of {first['folder']}"
         yield f"{ids['outside']:,} ids are outside {vocabulary}, the first is {place}: no model can be trained on them"
-    mine = [each for each in report["folders"] if each["tokenizer"] == ids["tokenizer"]]
+    mine = [each for each in report["folders"] if each["tokenizer_hash"] == ids["tokenizer_hash"]]
     for role in ("bos", "eos"):
         mark = ids[role]
         if mark and all(each[f"adds_{role}"] for each in mine) and mark["documents"] < ids["documents"]:

@@ -30,7 +30,7 @@ class Decoder:
 
     def __init__(self, source: TokenShards, name: str = "") -> None:
         made = source.tokenizer
-        self.name, self.vocab_size = made.name, made.vocab_size
+        self.name, self.hash, self.vocab_size = made.name, made.hash, made.vocab_size
         self.tokenizer: Tokenizer | None = None
         self.problem = ""
         """Why there is none."""
