@@ -15,6 +15,7 @@ from titan_dp.checkpoint.weights import save_model_weights
 from titan_dp.cli import dispatch
 from titan_dp.config.describe import all_keys
 from titan_dp.config.load import Loaded
+from titan_dp.data.tokenizer import load_tokenizer
 from titan_dp.model.transformer import Transformer, build_model
 
 Make = Callable[..., Path]
@@ -49,6 +50,22 @@ def write_documents(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def bpe(folder: Path, words: str = "the fox the whale the fox", **settings: Any) -> Path:
+    """A Hugging Face tokenizer of 262 ids learnt from `words`; `settings` go into tokenizer_config.json. Returns its folder."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = [AddedToken("<s>", special=True), AddedToken("</s>", special=True)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=262, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([words], trainer)
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"} | settings))
+    return folder
+
+
 def save_checkpoint(
     run_folder: Path, *, seed: int = 0, step: int = 7, seq_len: int = 64, tokenizer: str = "bytes", **changes: object
 ) -> Path:
@@ -67,6 +84,7 @@ def save_checkpoint(
         "git_commit": "0" * 40,
         "fingerprint": "0" * 64,
         "tokenizer": tokenizer,
+        "tokenizer_hash": load_tokenizer(tokenizer).hash,
         "global_batch_size": 8,
         "seed": seed,
         "loader": {"samples": 8 * step},

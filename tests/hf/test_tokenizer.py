@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from tests.pretrained import save_checkpoint
+from tests.unit.test_tokenizer import llama_3_model, tekken
 from titan_dp.data.tokenizer import ORIGIN, Tokenizer, load_tokenizer
 from titan_dp.inference.hf.export import export
 from titan_dp.inference.pretrained import open_source
@@ -38,7 +39,7 @@ TEXTS = [
 CHARACTERS = "abz AZ019  \n\t\r'.,!<|>_éßłΩж北👍\u0301\u00a0\u200d\U0001d573"
 
 
-def rank_file(path: Path) -> str:
+def rank_file(path: Path) -> Path:
     """A byte-pair vocabulary of 160 merges learnt from TEXTS; single bytes have ranks in no order, as in GPT-2's file."""
     order = list(range(256))
     random.Random(0).shuffle(order)
@@ -54,14 +55,15 @@ def rank_file(path: Path) -> str:
                 if piece[i : i + 2] == [a, b]:
                     piece[i : i + 2] = [a + b]
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
-    return str(path)
+    return path
 
 
-@pytest.fixture(scope="module", params=["bytes", "tiktoken"])
+@pytest.fixture(scope="module", params=["bytes", "small.tiktoken", "tokenizer.model", "tekken.json"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Path]:
     """A tokenizer, and the folder of a model exported with it."""
     folder = tmp_path_factory.mktemp(request.param)
-    name = "bytes" if request.param == "bytes" else rank_file(folder / "small.tiktoken")
+    write = {"small.tiktoken": rank_file, "tokenizer.model": llama_3_model, "tekken.json": tekken}.get(request.param)
+    name = "bytes" if write is None else str(write(folder / request.param))
     original = load_tokenizer(name)
     export(open_source(save_checkpoint(folder / "run", tokenizer=name, vocab_size=640)), folder / "exported")
     return original, folder / "exported"

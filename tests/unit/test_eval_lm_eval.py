@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.pretrained import Make, evaluate, random_model
+from tests.pretrained import Make, bpe, evaluate, random_model, save_checkpoint
 from titan_dp.errors import UserError
 
 pytest.importorskip("lm_eval")
@@ -204,6 +204,13 @@ def test_sampling_depends_on_the_seed_and_not_on_the_batch(checkpoint: Path) -> 
     assert first == make(checkpoint, batch_size=1).generate_until(asked)
     assert first[0] != first[1], "asked twice, sampled twice"
     assert first != make(checkpoint, seed=1).generate_until(asked)
+
+
+def test_a_tokenizer_retrained_in_place_is_refused(tmp_path: Path) -> None:
+    run = save_checkpoint(tmp_path / "run", tokenizer=str(bpe(tmp_path / "tokenizer")))
+    bpe(tmp_path / "tokenizer", "a whale and a whale and")
+    with pytest.raises(UserError, match="was trained with a tokenizer whose hash is .* it was changed since"):
+        TitanDPLM.create_from_arg_string(f"checkpoint={run}")
 
 
 def test_what_cannot_be_done_is_refused(checkpoint: Path) -> None:

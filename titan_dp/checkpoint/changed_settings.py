@@ -143,15 +143,15 @@ def _function(section: dict[str, Any]) -> dict[str, Any]:
 
 def _vocabulary(saved: dict[str, Any], current: dict[str, Any]) -> Changes:
     """Whether tokens mean the same: by the tokenizer's hash, not by its name, which may be a path."""
-    was, now = saved.get("tokenizer_hash"), current.get("tokenizer_hash")
-    if now in (None, was) or (was is None and saved.get("tokenizer") == current.get("tokenizer")):
+    was, now = saved.get("tokenizer_hash", ""), current.get("tokenizer_hash", "")
+    if now in ("", was) or (not was and saved.get("tokenizer") == current.get("tokenizer")):
         return {}  # saved before hashes were kept: the name has to do
     sources = {saved_value(saved_sections(of["config"]), "data.source") for of in (saved, current)}
     key = "state_tracking.task" if sources == {"state_tracking"} else "data.tokenizer"
     return {key: (_identity(saved["tokenizer"], was), _identity(current["tokenizer"], now))}
 
 
-def _identity(name: object, digest: str | None) -> str:
+def _identity(name: object, digest: str) -> str:
     return f"{name} {digest[:12]}..." if digest else f"{name}, saved without its hash"
 
 

@@ -77,6 +77,8 @@ class _Manifest(JsonObject):
     config: str
     fingerprint: str
     tokenizer: str
+    tokenizer_hash: str = ""
+    """Of what it did at the training; empty: not known."""
     global_batch_size: int
     loader: dict[str, Any]
     weights_only: bool = False

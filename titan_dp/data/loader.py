@@ -19,7 +19,7 @@ from titan_dp.data.batch import IGNORE, Batch, Place, make_batch
 from titan_dp.data.order import Order
 from titan_dp.data.shards import TokenShards
 from titan_dp.data.stream import StreamLoader
-from titan_dp.data.tokenizer import load_tokenizer
+from titan_dp.data.tokenizer import load_tokenizer, tokenizer_file
 from titan_dp.data.workers import read_in_workers
 from titan_dp.errors import UserError, counted
 
@@ -157,11 +157,7 @@ def build_validation_loader(
 
 def _refuse_overlap(trained: TokenShards, held_out: TokenShards) -> None:
     validation_path, data_path = f"validation.path {str(held_out.folder)!r}", f"data.path {str(trained.folder)!r}"
-    if trained.tokenizer.hash != held_out.tokenizer.hash:
-        raise UserError(
-            f"{validation_path} was made with tokenizer {held_out.tokenizer.name!r}, {data_path} with "
-            f"{trained.tokenizer.name!r}; prepare both with one"
-        )
+    _refuse_two_tokenizers(trained, data_path, held_out, f"{validation_path} was made with tokenizer")
     same = trained.fingerprint == held_out.fingerprint
     # Documents are held out by hash below a threshold: a lower threshold for training lets some of them in.
     leaks = held_out.split == "validation" and (
@@ -174,6 +170,15 @@ def _refuse_overlap(trained: TokenShards, held_out: TokenShards) -> None:
         )
 
 
+def _refuse_two_tokenizers(first: TokenShards, its_name: str, other: TokenShards, others_name: str) -> None:
+    a, b = first.tokenizer, other.tokenizer
+    if a.hash and b.hash and a.hash != b.hash:
+        raise UserError(
+            f"{others_name} {b.name!r}, {its_name} with {a.name!r}; prepare both with one (their hashes: {b.hash[:16]}..., "
+            f"{a.hash[:16]}...)"
+        )
+
+
 def open_shards(paths: list[str], key: str, tokenizer: str, vocab_size: int) -> list[TokenShards]:
     """The folders that setting `key` names. Raises UserError if they, `data.tokenizer` and the model do not share one
     vocabulary.
@@ -181,19 +186,19 @@ def open_shards(paths: list[str], key: str, tokenizer: str, vocab_size: int) -> 
     opened = [TokenShards(Path(path)) for path in paths]
     first = opened[0].tokenizer
     for shards in opened:
-        if shards.tokenizer.hash != first.hash:
-            raise UserError(
-                f"{key} mixes tokenizers: {str(shards.folder)!r} was made with {shards.tokenizer.name!r}, "
-                f"{str(opened[0].folder)!r} with {first.name!r}; prepare both with one"
-            )
+        if shards.tokenizer.is_known(shards.folder):
+            mixed = f"{key} mixes tokenizers: {str(shards.folder)!r} was made with"
+            _refuse_two_tokenizers(opened[0], repr(str(opened[0].folder)), shards, mixed)
         if shards.vocab_size > vocab_size:
             raise UserError(
                 f"model.vocab_size = {vocab_size} is too small for {key} {str(shards.folder)!r}, whose tokenizer "
                 f"{shards.tokenizer.name!r} has {shards.vocab_size} ids; set model.vocab_size to at least that"
             )
-    if tokenizer and tokenizer != first.name and load_tokenizer(tokenizer).hash != first.hash:
+    # Of the same name only what lies here can have changed; anything else would be asked for in vain where there is no network.
+    asked = tokenizer and (tokenizer != first.name or tokenizer_file(tokenizer).exists())
+    if asked and not (named := load_tokenizer(tokenizer)).has_hash(first.hash):
         raise UserError(
-            f"data.tokenizer = {tokenizer!r}, but {key} {str(opened[0].folder)!r} was made with {first.name!r}; "
-            "drop data.tokenizer or prepare the data again"
+            f"data.tokenizer = {tokenizer!r}, but {key} {str(opened[0].folder)!r} was made with {first.name!r} (hash "
+            f"{first.hash[:16]}..., data.tokenizer has {named.hash[:16]}...); drop data.tokenizer or prepare the data again"
         )
     return opened

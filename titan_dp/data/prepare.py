@@ -33,8 +33,8 @@ from titan_dp.data.formats import COMPRESSIONS, READERS, Reading
 from titan_dp.data.shards import MANIFEST, PROGRESS, SPLITS, Shard, ShardWriter, Split, TokenShards, listed_shards, shard_name
 from titan_dp.data.sources import Account
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
-from titan_dp.errors import UserError, counted
-from titan_dp.files import JsonObject, Natural, Replaced, parse_json, write_json
+from titan_dp.errors import UserError, counted, say_once
+from titan_dp.files import JsonObject, Natural, Replaced, parse_json, shorten, write_json
 
 # A worker's batch ends with whichever comes first: many short documents share one message to a worker, and a few long ones do
 # not fill the memory (4 batches per worker are in flight).
@@ -47,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("inputs", nargs="*", metavar="INPUT", help=f"files or folders: {', '.join(READERS)}; also {', '.join(COMPRESSIONS)}")
     add("--files-from", type=Path, metavar="LIST", help="read the inputs named in this file, one per line")
     add("--out", type=Path, required=True, help="folder to write train/ and validation/ into")
-    add("--tokenizer", default="bytes", help="bytes, a tiktoken encoding, a .tiktoken file, or a Hugging Face tokenizer")
+    add(
+        "--tokenizer",
+        default="bytes",
+        help="bytes, a tiktoken encoding, a file of one (.tiktoken, .model, .json), or a Hugging Face one",
+    )
     add("--column", default="text", help="key or column that holds the text (default: text)")
     add("--separator", default="", help=r"what ends a document in text files, such as '\n\n\n' (default: the file does)")
     add("--on-bad-document", choices=("stop", "skip"), default="stop", help="what cannot be read ends it, or is counted")
@@ -107,13 +111,22 @@ def _names_in(path: Path) -> list[str]:
 
 def _plan(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer) -> dict[str, Any]:
     """Everything the result depends on; a second run must agree to continue the first one's work."""
+    before, after = tokenizer.separators(args.bos, args.eos)
+    if not before and not after and (args.bos, args.eos) != (False, False):
+        lacking = [role for role, token in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)) if token is None]
+        special = f" (its special tokens: {shorten(', '.join(tokenizer.special_tokens))})" if tokenizer.special_tokens else ""
+        say_once(
+            f"WARNING: documents are joined without a separator, because tokenizer {tokenizer.name!r} has no "
+            f"{' and no '.join(lacking)}{special}; if that is meant, say so with --no-bos --no-eos; if not, name a token as "
+            "eos_token in its tokenizer_config.json"
+        )
     return {
         "inputs": [_input(path) for path in files],
         "hf": [args.hf_dataset, args.hf_name, args.hf_split] if args.hf_dataset else None,
         "column": args.column,
         "tokenizer": tokenizer.hash,
-        "bos": _boundary("bos", args.bos, tokenizer.bos_id, tokenizer),
-        "eos": _boundary("eos", args.eos, tokenizer.eos_id, tokenizer),
+        "bos": next(iter(before), None),
+        "eos": next(iter(after), None),
         "validation_fraction": args.validation_fraction,
         "shard_tokens": args.shard_tokens,
         "separator": args.separator,
@@ -124,12 +137,6 @@ def _plan(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer) -> 
 def _input(path: Path) -> dict[str, Any]:
     found = path.stat()
     return {"file": str(path), "bytes": found.st_size, "modified": found.st_mtime_ns}
-
-
-def _boundary(role: str, wanted: bool | None, token: int | None, tokenizer: Tokenizer) -> int | None:
-    if wanted and token is None:
-        raise UserError(f"--{role}: tokenizer {tokenizer.name!r} has no {role.upper()} token; leave the option out")
-    return None if wanted is False else token
 
 
 # -- the record of what is on disk ---------------------------------------------------------------------------------------
@@ -178,6 +185,11 @@ def _go_on(out: Path, plan: dict[str, Any]) -> _Progress:
         raise UserError(
             f"{changed} has changed since it was prepared into {out}; --overwrite prepares everything anew, or choose another "
             "folder"
+        )
+    if "tokenizer" in differing:
+        raise UserError(
+            f"--out {out} was prepared with a tokenizer whose hash is {str(saved.plan.get('tokenizer'))[:16]}..., and "
+            f"--tokenizer now has {plan['tokenizer'][:16]}...: restore it, choose another folder, or --overwrite"
         )
     if differing:
         raise UserError(
@@ -268,7 +280,7 @@ def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, pr
                 split = SPLITS[held_out]
                 index += 1
                 state.advance(size)
-                if index <= done[split] or not len(ids):  # on disk already, or empty without BOS and EOS
+                if index <= done[split] or not len(ids):  # on disk already, or empty
                     continue
                 if writers[split].add(ids, size):
                     done[split] = index
@@ -360,7 +372,8 @@ def _encode(texts: list[str]) -> _Tokenised:
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         raw = text.encode()
         held_out = int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") < limit
-        out.append((np.array(before + ids + after, dtype=dtype), held_out, len(raw)))
+        whole = before + ids + after if ids or (before and after) else []  # alone, one would follow another
+        out.append((np.array(whole, dtype=dtype), held_out, len(raw)))
     return out
 
 

@@ -23,7 +23,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from titan_dp.data.tokenizer import Tokenizer
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, say_once
 from titan_dp.files import (
     STRICT,
     JsonObject,
@@ -68,10 +68,20 @@ class _MadeWith(JsonObject):
     """The tokenizer, as the manifest has it."""
 
     name: str
-    hash: str
+    hash: str = ""
+    """Of its vocabulary and its rules; empty: not known."""
     vocab_size: Annotated[int, Field(gt=0, le=2**32)]
     bos_id: _Id | None
     eos_id: _Id | None
+
+    def is_known(self, folder: Path) -> bool:
+        """Whether there is a hash to compare. If there is none, that is said."""
+        if not self.hash:
+            say_once(
+                f"note: {str(folder)!r} was prepared without the hash of its tokenizer: whether {self.name!r} is still what it "
+                "was then is not known"
+            )
+        return bool(self.hash)
 
 
 class _Version(JsonObject):

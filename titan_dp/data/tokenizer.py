@@ -1,34 +1,41 @@
-"""Text to ids and back: one small interface over tiktoken encodings and Hugging Face tokenizers.
+"""Text to ids and back: one small interface over tiktoken, SentencePiece and Hugging Face tokenizers.
 
-`load_tokenizer` takes the embedded "bytes", the name of a tiktoken encoding, a local `.tiktoken` rank file, or a folder or
-Hub name of a Hugging Face tokenizer. Special tokens in the text are ordinary text; only `bos_id` and `eos_id` are used,
-and only by those who add them. The hash names the vocabulary: token shards keep it, so that ids are never read with
-another tokenizer. A tokenizer that `titan-dp export` converted keeps the hash of what it was (`ORIGIN` in its settings).
+`load_tokenizer` takes what `encodings.py` reads (the embedded "bytes", the name of a tiktoken encoding, a `.tiktoken` file,
+Llama 3's tokenizer.model, a tekken.json), a SentencePiece `.model`, a tokenizer.json, and a folder or Hub name that holds one
+of these. Special tokens in the text are ordinary text; only `bos_id` and `eos_id` are used, and only by those who add them.
+
+The hash is the tokenizer's identity: of its vocabulary and its rules, so that ids are never read with another tokenizer,
+whatever lies at the same path by then. Token shards, checkpoints and exports keep it. Settings for inference (truncation,
+padding, dropout, templates) are switched off and are no part of it. A tokenizer that `titan-dp export` converted keeps the hash
+of what it was (`ORIGIN` in its settings) for as long as it is what was written.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from titan_dp.errors import UserError
+from titan_dp.data.encodings import ALTERNATIVES, reason, tiktoken_encoding
+from titan_dp.errors import UserError, require, say_once
 from titan_dp.files import as_unicode, shorten
 
 if TYPE_CHECKING:
     import tiktoken
+    from tokenizers import Tokenizer as HFTokenizer
 
-# cl100k_base's rule for splitting text before merging, for rank files that come without one.
-_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ORIGIN = "titan_dp_origin"
-"""Entry of an exported tokenizer_config.json: {"hash": ...} of the tokenizer it was converted from."""
-_ALTERNATIVES = "use 'bytes' (built in), a local .tiktoken rank file or the folder of a Hugging Face tokenizer"
+"""Entry of an exported tokenizer_config.json: {"name", "hash"} of the tokenizer it was converted from, and "written", the hash
+of what was written."""
+_BOS = ("<|bos|>", "<|begin_of_text|>", "<s>")
+_EOS = ("<|eos|>", "<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Tokenizer:
 
     name: str
     hash: str
-    """sha256 of the vocabulary and the splitting rule."""
+    """sha256 of the vocabulary and the rules."""
     vocab_size: int
     """One more than the largest id."""
     bos_id: int | None
@@ -47,10 +54,13 @@ class Tokenizer:
     encode_arrays: Callable[[list[str]], list[np.ndarray]]
     """Ids of each text as an array of an unsigned type, without bos or eos; a lone surrogate is read as U+FFFD.
 
-    Several threads may call it at once, and it computes without the interpreter's lock.
+    Several threads may call it at once, and it computes without the interpreter's lock. Raises UserError for a text that the
+    library cannot encode.
     """
     decode: Callable[[list[int]], str]
     """Text of ids; bytes that are not UTF-8 become U+FFFD."""
+    earlier_hash: str = ""
+    """What earlier versions of titan_dp took for the hash, if that was another."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [ids.tolist() for ids in self.encode_arrays(texts)]
@@ -58,110 +68,186 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
+    def has_hash(self, expected: str) -> bool:
+        """Whether this is the tokenizer of that hash; yes if `expected` is empty, because then nobody knows."""
+        return expected in ("", self.hash, self.earlier_hash)
+
+    def separators(self, bos: bool | None = None, eos: bool | None = None) -> tuple[list[int], list[int]]:
+        """The ids before and after every document: BOS and EOS if there are any, as far as they are wanted.
+
+        If both are one token, it comes after the document, so that two never meet; before it if only BOS is wanted.
+
+        Args:
+            bos, eos: whether it is wanted; None: if there is one.
+
+        Raises UserError if a wanted one does not exist, or if both are wanted and are one token.
+        """
+        for role, wanted, token in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id)):
+            if wanted and token is None:
+                raise UserError(f"--{role}: tokenizer {self.name!r} has no {role.upper()} token; leave the option out")
+        before = [] if bos is False or self.bos_id is None else [self.bos_id]
+        after = [] if eos is False or self.eos_id is None else [self.eos_id]
+        if before and before == after:
+            if bos and eos:
+                raise UserError(
+                    f"--bos --eos: both are token {before[0]} of tokenizer {self.name!r}, and two would stand between "
+                    "documents; leave one out"
+                )
+            before, after = (before, []) if bos else ([], after)
+        return before, after
+
 
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that `name` means (see the module's docstring).
 
     Raises UserError if there is none, or if it would have to be downloaded and cannot be.
     """
-    encoding = tiktoken_encoding(name)
-    return _from_hugging_face(name) if encoding is None else _from_tiktoken(encoding)
+    path = tokenizer_file(name)
+    if (encoding := tiktoken_encoding(str(path))) is not None:
+        return _from_tiktoken(encoding, name)
+    return _from_sentencepiece(path, name) if path.suffix == ".model" else _from_hugging_face(path, name)
 
 
-def tiktoken_encoding(name: str) -> tiktoken.Encoding | None:
-    """The encoding of that name or rank file; None for any other name. Raises UserError as `load_tokenizer`."""
+def tokenizer_file(name: str) -> Path:
+    """The file that `name` means, if it is a folder with one; else `name`."""
     import tiktoken
 
-    if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-        special = {"<|bos|>": 256, "<|eos|>": 257}
-        return tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special)
-    if name.endswith(".tiktoken"):
-        return _read_rank_file(Path(name))
-    if name not in tiktoken.list_encoding_names():
-        return None
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # requests' errors, or whatever a proxy makes of them
-        raise UserError(f"tokenizer {name!r} has to be downloaded and cannot be ({_short(error)}); {_ALTERNATIVES}") from error
+    path = Path(name)
+    if name != "bytes" and name not in tiktoken.list_encoding_names() and path.is_dir():
+        return next(
+            (path / file for file in ("tokenizer.json", "tekken.json", "tokenizer.model") if (path / file).is_file()), path
+        )
+    return path
 
 
-def _from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
+# -- tables of ranks -------------------------------------------------------------------------------------------------------
+
+
+def _from_tiktoken(encoding: tiktoken.Encoding, name: str) -> Tokenizer:
     special = encoding._special_tokens
-
-    def encode(text: str) -> np.ndarray:
-        text = as_unicode(text)
-        if encoding.name == "bytes":  # they are their own ids
-            return np.frombuffer(text.encode(), dtype=np.uint8)
-        return encoding.encode_to_numpy(text, disallowed_special=())
-
     vocabulary = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
-    digest = hashlib.sha256(json.dumps([encoding._pat_str, vocabulary, sorted(special.items())]).encode()).hexdigest()
+
+    def encode_arrays(texts: list[str]) -> list[np.ndarray]:
+        texts = [as_unicode(text) for text in texts]
+        if name == "bytes":  # they are their own ids
+            return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+        with _panics(name, texts):
+            return [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+
     return Tokenizer(
-        name=encoding.name,
-        hash=digest,
+        name=name,
+        hash=_digest([encoding._pat_str, vocabulary, sorted(special.items())]),
         vocab_size=encoding.n_vocab,
-        bos_id=special.get("<|bos|>"),
-        eos_id=special.get("<|eos|>", special.get("<|endoftext|>")),
+        bos_id=next((special[token] for token in _BOS if token in special), None),
+        eos_id=next((special[token] for token in _EOS if token in special), None),
         special_tokens=dict(special),
-        encode_arrays=lambda texts: [encode(text) for text in texts],
+        encode_arrays=encode_arrays,
         decode=encoding.decode,
     )
 
 
-def _read_rank_file(path: Path) -> tiktoken.Encoding:
-    import tiktoken
+# -- SentencePiece ---------------------------------------------------------------------------------------------------------
 
-    # Not tiktoken.load: that caches by path, so that a file changed since would be read as it was.
+
+def _from_sentencepiece(path: Path, name: str) -> Tokenizer:
+    require(f"tokenizer {name!r}", "sentencepiece")
+    import sentencepiece
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
     try:
-        pairs = (line.split() for line in path.read_bytes().splitlines() if line.strip())
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except FileNotFoundError:
-        raise UserError(f"tokenizer {str(path)!r}: there is no such rank file") from None
-    except ValueError as error:
-        raise UserError(f"tokenizer {str(path)!r} is not a tiktoken rank file: {_short(error)}") from error
-    if len(ranks) < 256:
-        raise UserError(f"tokenizer {str(path)!r} is not a tiktoken rank file: it has {len(ranks)} tokens, not even all bytes")
-    special = {"<|endoftext|>": max(ranks.values()) + 1}
-    return tiktoken.Encoding(str(path), pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens=special)
+        content = path.read_bytes()
+        backend = sentencepiece.SentencePieceProcessor(model_proto=content)
+        read = ModelProto.FromString(content)
+    except (RuntimeError, ValueError, IsADirectoryError) as error:  # protobuf's own derive from ValueError
+        raise UserError(
+            f"tokenizer {name!r} is neither a SentencePiece model nor a file of ranks ({reason(error)}); {ALTERNATIVES}"
+        ) from error
+    trained, size = read.trainer_spec, backend.get_piece_size()
+    bos, eos = (None if token < 0 else token for token in (backend.bos_id(), backend.eos_id()))
+    # Of the training settings only what encoding goes by; the others tell of its texts and threads.
+    rules = [trained.model_type, trained.treat_whitespace_as_suffix, trained.byte_fallback, trained.unk_surface]
+    for spec in (read.normalizer_spec, read.denormalizer_spec):
+        rules += [
+            spec.precompiled_charsmap.hex(),
+            spec.add_dummy_prefix,
+            spec.remove_extra_whitespaces,
+            spec.escape_whitespaces,
+        ]
+    pieces = [(piece.piece, piece.score, piece.type) for piece in read.pieces]
+
+    def encode_arrays(texts: list[str]) -> list[np.ndarray]:
+        found = backend.encode([as_unicode(text) for text in texts], out_type=int, num_threads=1)
+        return [np.array(ids, dtype=np.uint32) for ids in found]
+
+    return Tokenizer(
+        name=name,
+        hash=_digest([rules, pieces, bos, eos]),
+        vocab_size=size,
+        bos_id=bos,
+        eos_id=eos,
+        special_tokens={backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)},
+        encode_arrays=encode_arrays,
+        decode=backend.decode,
+    )
+
+
+# -- Hugging Face ----------------------------------------------------------------------------------------------------------
 
 
 def hugging_face_folder(name: str) -> Path:
-    """The folder with the tokenizer.json that `name`, a folder or a Hub name, means. Raises UserError as `load_tokenizer`."""
-    folder = Path(name)
+    """The folder with the tokenizer.json that `name` means: such a file, a folder or a Hub name.
+
+    Raises UserError as `load_tokenizer`.
+    """
+    path = tokenizer_file(name)
+    if path.is_file() and path.name == "tokenizer.json":
+        return path.parent
+    if path.is_dir():
+        raise UserError(
+            f"tokenizer {name!r}: the folder has no tokenizer.json, and code of a tokenizer's own is never run; load it with "
+            f"transformers' AutoTokenizer and name what its save_pretrained writes, or {ALTERNATIVES}"
+        )
+    if path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".json":
+        raise UserError(f"tokenizer {name!r}: there is no such file or folder; {ALTERNATIVES}")
+    import tiktoken
+
     try:
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download
 
-            folder = Path(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"], etag_timeout=10))
+        files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+        folder = Path(snapshot_download(name, allow_patterns=files, etag_timeout=10))
         if not (folder / "tokenizer.json").is_file():
-            raise FileNotFoundError("it has no tokenizer.json, and code of a tokenizer's own is never run")
+            raise FileNotFoundError(
+                "it has no tokenizer.json, and code of a tokenizer's own is never run; if it has a tekken.json or a "
+                "tokenizer.model, download that and name the file"
+            )
     except Exception as error:
-        import tiktoken
-
         raise UserError(
             f"tokenizer {name!r} is no tiktoken encoding ({', '.join(tiktoken.list_encoding_names())}), no folder with a "
-            f"tokenizer.json, and cannot be had from the Hugging Face Hub ({_short(error)}); {_ALTERNATIVES}"
+            f"tokenizer.json, and cannot be had from the Hugging Face Hub ({type(error).__name__}: "
+            f"{shorten(str(error).partition(chr(10))[0], 200)}); {ALTERNATIVES}"
         ) from error
     return folder
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json of a folder, {} if there is none: bos_token and eos_token are str or None, ORIGIN is
-    {"name": str, "hash": str} or absent. Raises UserError for anything else.
+    {"name": str, "hash": str} and more, or absent. Raises UserError for anything else.
+
+    What it does not say of these tokens, an older special_tokens_map.json may.
     """
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return {}
+    path = folder / "special_tokens_map.json"
     try:
-        settings = json.loads(path.read_text())
+        older = json.loads(path.read_text()) if path.exists() else {}
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text()) if path.exists() else {}
         for role in ("bos_token", "eos_token"):
-            token = settings.get(role)
+            token = settings.get(role, older.get(role))
             settings[role] = token["content"] if isinstance(token, dict) else token
             if not isinstance(settings[role], str | None):
                 raise ValueError(f"{role} = {token!r}")
         origin = settings.get(ORIGIN)
-        if origin is not None and not (isinstance(origin["name"], str) and isinstance(origin["hash"], str)):
+        if origin is not None and not all(isinstance(origin[key], str) for key in {"name", "hash", *origin}):
             raise ValueError(f"{ORIGIN} = {origin!r}")
         return settings
     except (ValueError, OSError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -170,10 +256,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _from_hugging_face(name: str) -> Tokenizer:
+def _from_hugging_face(path: Path, name: str) -> Tokenizer:
     from tokenizers import Tokenizer as HFTokenizer
 
-    folder = hugging_face_folder(name)
+    folder = hugging_face_folder(str(path))
     try:
         backend = HFTokenizer.from_file(str(folder / "tokenizer.json"))
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -182,33 +268,91 @@ def _from_hugging_face(name: str) -> Tokenizer:
     except BaseException as error:  # tokenizers raises plain Exception, or panics, which is a BaseException
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({_short(error)}); {_ALTERNATIVES}") from error
+        raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({reason(error)}); {ALTERNATIVES}") from error
     backend.encode_special_tokens = True  # in a text they are ordinary text
-    # Saved with the tokenizer by who had inference in mind, they would cut every document, or fill it up.
-    backend.no_truncation()
-    backend.no_padding()
+    if switched_off := _without_inference(backend):
+        _say(f"note: tokenizer {name!r} is saved with {' and '.join(switched_off)}; that is switched off: documents stay whole")
     declared = read_settings(folder)
 
     def id_of(role: str) -> int | None:
-        token = declared.get(role)
+        if (token := declared.get(role)) is not None and token not in vocabulary:
+            _say(f"WARNING: tokenizer {name!r} declares {role} = {token!r}, which is not in its vocabulary: it has none")
         return None if token is None else vocabulary.get(token)
 
     def encode_arrays(texts: list[str]) -> list[np.ndarray]:
         texts = [as_unicode(text) for text in texts]
-        found = backend.encode_batch_fast(texts, add_special_tokens=False)  # without offsets, which nobody reads
+        with _panics(name, texts):
+            found = backend.encode_batch_fast(texts, add_special_tokens=False)  # without offsets, which nobody reads
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in found]
 
+    bos, eos, saved = id_of("bos_token"), id_of("eos_token"), backend.to_str()
+    rules = {key: value for key, value in json.loads(saved).items() if key not in _NO_RULES}
+    own, earlier = _digest([rules, bos, eos]), hashlib.sha256(saved.encode()).hexdigest()
+    origin = declared.get(ORIGIN, {})
+    if "hash" in origin and origin.get("written", own) == own:
+        own, earlier = origin["hash"], ""
     return Tokenizer(
         name=name,
-        hash=declared.get(ORIGIN, {}).get("hash") or hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        hash=own,
         vocab_size=max(vocabulary.values()) + 1,
-        bos_id=id_of("bos_token"),
-        eos_id=id_of("eos_token"),
+        bos_id=bos,
+        eos_id=eos,
         special_tokens={t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special},
         encode_arrays=encode_arrays,
         decode=lambda ids: backend.decode(ids, skip_special_tokens=False),
+        earlier_hash=earlier,
     )
 
 
-def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+# Of a tokenizer.json, what does not decide how a document is encoded or decoded. The post-processor adds special tokens, which
+# we do ourselves.
+_NO_RULES = {"version", "truncation", "padding", "post_processor"}
+
+
+def _without_inference(backend: HFTokenizer) -> list[str]:
+    """Switch off what somebody saved with the tokenizer for other uses; returns what that was.
+
+    Truncation and padding would cut every document, or fill it up; dropout would encode it by chance.
+    """
+    found = []
+    if backend.truncation is not None:
+        found.append(f"truncation to {backend.truncation['max_length']} tokens")
+        backend.no_truncation()
+    if backend.padding is not None:
+        found.append("padding")
+        backend.no_padding()
+    if getattr(backend.model, "dropout", None):
+        found.append(f"dropout of {backend.model.dropout:g}")
+        backend.model.dropout = None
+    return found
+
+
+# -- of all ----------------------------------------------------------------------------------------------------------------
+
+
+def _digest(rules: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _panics(name: str, texts: list[str]) -> Iterator[None]:
+    """What a library written in Rust raises where it panics, which no other process could be told, as a UserError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        length = max(map(len, texts))
+        raise UserError(
+            f"tokenizer {name!r} cannot encode a text of {length:,} characters ({reason(error)}); leave it out, or divide it"
+        ) from None
+
+
+_said: set[str] = set()
+
+
+def _say(sentence: str) -> None:
+    """Once, however often the tokenizer is loaded, and not by workers."""
+    if sentence not in _said and parent_process() is None:
+        _said.add(sentence)
+        say_once(sentence)

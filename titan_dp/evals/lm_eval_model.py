@@ -34,7 +34,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from rich.console import Console
 
-from titan_dp.data.tokenizer import Tokenizer, hugging_face_folder, tiktoken_encoding
+from titan_dp.data.encodings import tiktoken_encoding
+from titan_dp.data.tokenizer import Tokenizer, hugging_face_folder, tokenizer_file
 from titan_dp.distributed import World, world_size_from_env
 from titan_dp.errors import UserError, run_main
 from titan_dp.evals.answers import Answers
@@ -272,11 +273,12 @@ class TitanDPLM(TemplateLM):
 def adds_bos_itself(tokenizer: Tokenizer) -> bool:
     """Whether transformers begins the ids of a text with BOS, which tokenizer.json decides.
 
-    A tokenizer that an export has converted from a tiktoken encoding never does.
+    A tokenizer that an export has converted from a table of ranks never does.
     """
     from tokenizers import Tokenizer as HFTokenizer
 
-    if tiktoken_encoding(tokenizer.name) is not None:
+    file = tokenizer_file(tokenizer.name)
+    if file.suffix == ".model" or tiktoken_encoding(str(file)) is not None:
         return False
     backend = HFTokenizer.from_file(str(hugging_face_folder(tokenizer.name) / "tokenizer.json"))
     return tokenizer.bos_id is not None and backend.encode("a").ids[:1] == [tokenizer.bos_id]

@@ -84,10 +84,10 @@ def _from_shards(folder: Path, tokenizer: Tokenizer, limit: int | None) -> Texts
 
     shards = TokenShards(folder)
     made_with = shards.tokenizer
-    if made_with.hash != tokenizer.hash:
+    if made_with.is_known(folder) and not tokenizer.has_hash(made_with.hash):
         raise UserError(
             f"--shards {str(folder)!r} was made with tokenizer {made_with.name!r}, the model's is {tokenizer.name!r}; "
-            "prepare the text again with the model's"
+            f"prepare the text again with the model's (their hashes: {made_with.hash[:16]}..., {tokenizer.hash[:16]}...)"
         )
 
     def read() -> Iterator[Document]:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
+from titan_dp.data.tokenizer import Tokenizer
 from titan_dp.errors import UserError
 from titan_dp.inference.hf.folder import FolderSource
-from titan_dp.inference.sources import CheckpointSource, Source, check_vocabulary, narrowed
+from titan_dp.inference.sources import CheckpointSource, Source, narrowed, open_tokenizer
 from titan_dp.model.transformer import Transformer, build_model, chosen_backend
 
 _READ_BYTES = 2**28  # 256 MB: a few large tensors at a time beside the model itself
@@ -44,13 +44,12 @@ def load_pretrained(
 ) -> Pretrained:
     """The model at `path` (see `open_source`) and its tokenizer, or the one named.
 
-    Raises UserError if there is no model, the tokenizer cannot be had or has more ids than the model has, or the backend cannot
-    run.
+    Raises UserError if there is no model, its tokenizer cannot be had, was changed since the training or has more ids than the
+    model, or the backend cannot run.
     """
     source = open_source(path)
-    loaded_tokenizer = load_tokenizer(tokenizer or source.tokenizer)
-    check_vocabulary(loaded_tokenizer, source)
-    return Pretrained(load_model(source, device, dtype=dtype, backend=backend), loaded_tokenizer, source)
+    opened = open_tokenizer(source, tokenizer)
+    return Pretrained(load_model(source, device, dtype=dtype, backend=backend), opened, source)
 
 
 def load_model(

@@ -19,8 +19,8 @@ from titan_dp.checkpoint.manifest import MANIFEST, read_manifest, verify
 from titan_dp.checkpoint.state import not_finite
 from titan_dp.checkpoint.weights import CheckpointTensors, tensor_difference
 from titan_dp.config.load import config_from_toml
-from titan_dp.data.tokenizer import Tokenizer
-from titan_dp.errors import UserError
+from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
+from titan_dp.errors import UserError, say_once
 from titan_dp.files import file_sha256
 from titan_dp.model.transformer import build_model
 
@@ -178,10 +178,29 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, name: str, where: Path) -> Tens
     return converted
 
 
-def check_vocabulary(tokenizer: Tokenizer, source: Source) -> None:
-    """Raises UserError if `tokenizer` has ids that the model at `source` has no embedding for."""
+def open_tokenizer(source: Source, named: str = "") -> Tokenizer:
+    """The tokenizer that the model at `source` was trained with; or the one `named`, which is said to be another if it is.
+
+    Raises UserError if it cannot be had, is not what it was at the training, or has ids that the model has no embedding for.
+    """
+    tokenizer = load_tokenizer(named or source.tokenizer)
+    expected = source.training.get("tokenizer_hash", "")
+    if source.training and not expected:
+        say_once(
+            f"note: {source.path} was saved without the hash of its tokenizer: whether {tokenizer.name!r} is the one it was "
+            "trained with is not known"
+        )
+    if not tokenizer.has_hash(expected):
+        differs = (
+            f"{source.path} was trained with a tokenizer whose hash is {expected[:16]}..., and {tokenizer.name!r} has "
+            f"{tokenizer.hash[:16]}..."
+        )
+        if not named:
+            raise UserError(f"{differs}: it was changed since; restore it, or name a copy of what it was with --tokenizer")
+        say_once(f"WARNING: {differs}; it is taken because --tokenizer names it")
     if tokenizer.vocab_size > source.config.vocab_size:
         raise UserError(
             f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, but the model in {source.path} has vocab_size = "
             f"{source.config.vocab_size}: it was trained with another; name that one with --tokenizer"
         )
+    return tokenizer

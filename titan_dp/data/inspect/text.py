@@ -36,7 +36,7 @@ class Decoder:
         """Why there is none."""
         try:
             found = load_tokenizer(name or made.name)
-            if found.hash == made.hash:
+            if found.has_hash(made.hash):
                 self.tokenizer = found
             else:
                 self.problem = f"the tokenizer {name or made.name!r} of today is not the one that {source.folder} was made with"

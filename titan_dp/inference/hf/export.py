@@ -147,7 +147,8 @@ def export(
         saved = _write_texts(source, scratch, tokenizer, settings, named)
         (scratch / "README.md").write_text(model_card(out.name, source, target, named, saved))
         write_weights(source, scratch, dtype, max_shard_bytes, written)
-        write_json(scratch / TRAINING, source.training)
+        known = {"tokenizer_hash": saved.hash} | ({"tokenizer": tokenizer} if tokenizer else {})
+        write_json(scratch / TRAINING, source.training | known)
         if target == "remote-code":
             shutil.copyfile(Path(__file__).with_name("modeling_titan_dp.py"), scratch / "modeling_titan_dp.py")
         scratch.rename(out)  # in place of an empty folder, too
@@ -158,13 +159,10 @@ def export(
 
 def _write_texts(source: Source, folder: Path, tokenizer: str, settings: dict[str, object], dtype: str) -> Tokenizer:
     """Tokenizer, config.json and generation_config.json; returns the tokenizer as written."""
-    from titan_dp.data.tokenizer import load_tokenizer
     from titan_dp.inference.hf.tokenizer import save_tokenizer
-    from titan_dp.inference.sources import check_vocabulary
+    from titan_dp.inference.sources import open_tokenizer
 
-    original = load_tokenizer(tokenizer or source.tokenizer)
-    check_vocabulary(original, source)
-    saved = save_tokenizer(original, folder, source.seq_len)
+    saved = save_tokenizer(open_tokenizer(source, tokenizer), folder, source.seq_len)
     ids = {"bos_token_id": saved.bos_id, "eos_token_id": saved.eos_id}
     # No pad_token_id for the model: fla makes it the embedding's padding_idx, whose row fine-tuning then never changes.
     write_json(folder / "config.json", {**settings, **ids, "pad_token_id": None, "dtype": dtype})

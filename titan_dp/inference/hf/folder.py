@@ -172,6 +172,7 @@ class _Training(JsonObject):
     step: Natural = 0
     tokens: Natural = 0
     git_commit: str = ""
+    tokenizer_hash: str = ""
 
 
 def _read_training(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from titan_dp.errors import UserError
 
 if TYPE_CHECKING:
+    from titan_dp.data.tokenizer import Tokenizer
     from titan_dp.inference.hf.folder import FolderSource
 
 
@@ -47,23 +48,20 @@ def import_folder(source: FolderSource, out: Path, *, tokenizer: str = "") -> Pa
         out: run folder; must not exist.
         tokenizer: for `load_tokenizer`; default: what the folder's was made from, or the folder's own.
 
-    Raises UserError if the tokenizer is missing or too large for the model, a weight is not finite or too large for float32, or
-    `out` is in use; then nothing is left behind.
+    Raises UserError if the tokenizer is missing, not what was exported or too large for the model, a weight is not finite or
+    too large for float32, or `out` is in use; then nothing is left behind.
     """
     import torch
 
     from titan_dp.checkpoint.folder import delete_checkpoint
     from titan_dp.checkpoint.manifest import step_folder
     from titan_dp.checkpoint.weights import save_model_weights
-    from titan_dp.data.tokenizer import load_tokenizer
-    from titan_dp.inference.sources import check_vocabulary, narrowed
+    from titan_dp.inference.sources import narrowed, open_tokenizer
 
     if out.exists():
         raise UserError(f"{out} exists already; choose another run folder")
-    name = tokenizer or _tokenizer_name(source)
-    loaded = load_tokenizer(name)
-    check_vocabulary(loaded, source)
-    origin = {} if tokenizer else source.tokenizer_origin  # what the data was made with; the folder's own is its conversion
+    opened = open_tokenizer(source, tokenizer)
+    name = tokenizer or _tokenizer_name(source, opened)
     checkpoint = step_folder(out / "checkpoint", 0)
     tensors: dict[str, torch.Tensor] = {}
     for batch in source.batches(source.shapes, 2**28):
@@ -71,7 +69,7 @@ def import_folder(source: FolderSource, out: Path, *, tokenizer: str = "") -> Pa
         for tensor_name, tensor in batch.items():
             narrowed(tensor, torch.float32, tensor_name, source.path)  # as a run will hold it
     try:
-        save_model_weights(checkpoint, tensors, _manifest(source, name, origin.get("hash", loaded.hash)))
+        save_model_weights(checkpoint, tensors, _manifest(source, name, opened.hash))
     except BaseException:
         with suppress(OSError):  # what somebody else has meanwhile put there stays
             delete_checkpoint(checkpoint)
@@ -81,13 +79,13 @@ def import_folder(source: FolderSource, out: Path, *, tokenizer: str = "") -> Pa
     return checkpoint
 
 
-def _tokenizer_name(source: FolderSource) -> str:
-    """The tokenizer an export was made with, if it is still to be had; else the folder's own."""
+def _tokenizer_name(source: FolderSource, own: Tokenizer) -> str:
+    """The tokenizer an export was made with, if it is still to be had; else the folder's `own`."""
     from titan_dp.data.tokenizer import load_tokenizer
 
     if origin := source.tokenizer_origin:
         with suppress(UserError):  # it cannot be had here, and the exported one does as well
-            if load_tokenizer(origin["name"]).hash == origin["hash"]:
+            if load_tokenizer(origin["name"]).has_hash(own.hash):
                 return origin["name"]
     return str(Path(source.tokenizer).resolve())
 

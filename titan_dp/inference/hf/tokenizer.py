@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titan_dp.data.tokenizer import ORIGIN, Tokenizer, hugging_face_folder, load_tokenizer, read_settings, tiktoken_encoding
+from titan_dp.data.encodings import tiktoken_encoding
+from titan_dp.data.tokenizer import ORIGIN, Tokenizer, hugging_face_folder, load_tokenizer, read_settings, tokenizer_file
 from titan_dp.errors import UserError
 from titan_dp.files import to_json
 
@@ -30,16 +31,22 @@ def save_tokenizer(original: Tokenizer, folder: Path, seq_len: int) -> Tokenizer
         folder: exists.
         seq_len: longest sequence the model was trained on, for `model_max_length`.
 
-    Raises UserError if what was written encodes differently.
+    Raises UserError if what was written encodes differently, or if the tokenizer is SentencePiece's.
     """
     name = original.name
-    encoding = tiktoken_encoding(name)
+    file = tokenizer_file(name)
+    encoding = tiktoken_encoding(str(file))
+    if encoding is None and file.suffix == ".model":
+        raise UserError(
+            f"tokenizer {name!r} is SentencePiece's and is not converted; name the folder of an equal Hugging Face tokenizer "
+            "with --tokenizer (most models come with a tokenizer.json, too)"
+        )
     settings = folder / "tokenizer_config.json"
     if encoding is None:
         source = hugging_face_folder(name)
-        for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            if (source / file).exists():
-                shutil.copyfile(source / file, folder / file)
+        for part in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            if (source / part).exists():
+                shutil.copyfile(source / part, folder / part)
         declared = read_settings(folder) or {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:
         _convert(encoding).save(str(folder / "tokenizer.json"))
@@ -48,10 +55,14 @@ def save_tokenizer(original: Tokenizer, folder: Path, seq_len: int) -> Tokenizer
         declared["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 adds token types otherwise
         roles = {"bos_token": original.bos_id, "eos_token": original.eos_id, "pad_token": original.eos_id}
         declared |= {role: names[token_id] for role, token_id in roles.items() if token_id is not None}
-    declared |= {ORIGIN: declared.get(ORIGIN, {"name": name, "hash": original.hash}), "model_max_length": seq_len}
+    origin = declared.pop(ORIGIN, {"name": name}) | {"hash": original.hash}
+    declared["model_max_length"] = seq_len
     settings.write_text(to_json(declared, indent=1) + "\n")
+    origin["written"] = load_tokenizer(str(folder)).hash
+    settings.write_text(to_json(declared | {ORIGIN: origin}, indent=1) + "\n")
     written = load_tokenizer(str(folder))
-    if written.encode(_PROBE) != original.encode(_PROBE) or written.vocab_size != original.vocab_size:
+    probe = _PROBE + " ".join(original.special_tokens)  # which are text there
+    if written.encode(probe) != original.encode(probe) or written.special_tokens != original.special_tokens:
         raise UserError(
             f"tokenizer {name!r} could not be converted: what was written encodes differently; "
             "name an equal Hugging Face tokenizer with --tokenizer"
@@ -73,7 +84,11 @@ def _convert(encoding: tiktoken.Encoding) -> HFTokenizer:
         for token in by_rank
     ]
     merges = [pair for pairs in splits for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+    special = sorted(encoding._special_tokens, key=encoding._special_tokens.__getitem__)
     vocabulary = {_spelt(token): ranks[token] for token in by_rank}
+    # What is added gets the ids behind the vocabulary, in this order. Special tokens with other ids must be in it already.
+    behind = max(ranks.values()) + 1
+    vocabulary |= {token: id_ for i, token in enumerate(special) if (id_ := encoding._special_tokens[token]) != behind + i}
     model = models.BPE(vocabulary, [(_spelt(a), _spelt(b)) for a, b in merges], fuse_unk=False, ignore_merges=True)
     converted = Tokenizer(model)
     split = pre_tokenizers.Split(Regex(encoding._pat_str), behavior="isolated")
@@ -82,7 +97,6 @@ def _convert(encoding: tiktoken.Encoding) -> HFTokenizer:
     )
     converted.decoder = decoders.ByteLevel()
     converted.post_processor = processors.ByteLevel(trim_offsets=False)
-    special = sorted(encoding._special_tokens, key=encoding._special_tokens.__getitem__)  # ids are given in this order
     converted.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     return converted
 
