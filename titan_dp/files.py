@@ -27,7 +27,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
     Its bytes are on the disk when this returns. A power cut right after may still bring the old file back.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # always the same, so that what a kill leaves behind is overwritten
+    temporary = temporary_of(path)
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -37,6 +37,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_of(path: Path) -> Path:
+    """Where `path` is while it is written: always the same, so that what a kill leaves behind is overwritten."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def file_sha256(path: Path) -> str:

@@ -19,7 +19,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -295,10 +295,16 @@ _BAR_AFTER = 1.0
 
 
 class Progress:
-    """How far some work is."""
+    """How far some work is.
 
-    def __init__(self, what: str, total: int | None) -> None:
-        self.what, self.total, self.done = what, total, 0
+    Args:
+        done: of the `total`, by an earlier run: tells nothing of the time that the rest takes.
+    """
+
+    def __init__(self, what: str, total: int | None, done: int = 0) -> None:
+        self.what, self.total, self.done, self.before = what, total, done, done
+        self.note: Callable[[float], str] | None = None
+        """What else there is to say after so many seconds, such as a rate."""
         self._began = time.monotonic()
 
     def advance(self, more: int = 1) -> None:
@@ -314,18 +320,24 @@ class Progress:
         seconds = time.monotonic() - self._began
         of = f" of {self.total:,}" if self.total else ""
         far = f" {self.done:,}{of}" if self.done or self.total else ""
-        left = f", about {duration(round(seconds * (self.total / self.done - 1)))} left" if self.total and self.done else ""
-        return f"{self.what}{far}: {duration(round(seconds))} so far{left}"
+        left, lately = "", self.done - self.before
+        if self.total and lately:
+            left = f", about {duration(round(seconds * (self.total - self.done) / lately))} left"
+        noted = f", {note}" if (note := self.noted()) else ""
+        return f"{self.what}{far}: {duration(round(seconds))} so far{left}{noted}"
+
+    def noted(self) -> str:
+        return self.note(max(time.monotonic() - self._began, 1e-3)) if self.note else ""
 
 
 @contextmanager
-def progress(what: str, total: int | None = None) -> Iterator[Progress]:
+def progress(what: str, total: int | None = None, done: int = 0) -> Iterator[Progress]:
     """Show that `what` is being done and how far it is: the one sign of life of all commands, on stderr, from the main rank.
 
     On a terminal a bar (without `total` a sign that moves) that goes away at the end; elsewhere a line after 5 s and then every
     30 s. It is shown by a thread, so that work of one long call shows it too.
     """
-    state, over = Progress(what, total), threading.Event()
+    state, over = Progress(what, total, done), threading.Event()
     watcher = threading.Thread(target=_show, args=(state, over), daemon=True)
     if is_main_rank():
         watcher.start()
@@ -355,11 +367,12 @@ def _show_bar(state: Progress, over: threading.Event) -> None:
     columns: list[Any] = [progress.SpinnerColumn(), progress.TextColumn("{task.description}", markup=False)]
     if state.total:
         columns += [progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()]
+    columns += [progress.TimeElapsedColumn(), progress.TextColumn("{task.fields[noted]}", markup=False)]
     console, own = Console(stderr=True), sys.stdout.isatty()  # what goes elsewhere must not be printed above the bar
-    with progress.Progress(*columns, progress.TimeElapsedColumn(), console=console, transient=True, redirect_stdout=own) as bar:
-        task = bar.add_task(state.what, total=state.total)
+    with progress.Progress(*columns, console=console, transient=True, redirect_stdout=own) as bar:
+        task = bar.add_task(state.what, total=state.total, completed=state.done, noted="")
         while True:
-            bar.update(task, completed=state.done)
+            bar.update(task, completed=state.done, noted=state.noted())
             if over.wait(0.1):
                 return
 

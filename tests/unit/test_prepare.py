@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ import numpy as np
 import pytest
 import zstandard
 
+import titan_dp.data.prepare
 from tests.conftest import ROOT
 from tests.processes import SERVER, TIMEOUT_SECONDS
 from titan_dp.cli import dispatch
-from titan_dp.data import shards
+from titan_dp.data import formats, shards
 from titan_dp.data.shards import TokenShards
-from titan_dp.data.tokenizer import load_tokenizer
+from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError
 
 TEXTS = [f"Document {i}. " + "word " * (i % 40) for i in range(400)]
@@ -177,34 +179,103 @@ def test_held_out_documents_are_not_trained_on_and_duplicates_stay_together(tmp_
     assert 0.1 < len(held_out) / 800 < 0.3
 
 
-def prepare_killed(*arguments: str | Path) -> None:
-    """`prepare`, which gets a SIGKILL while it writes the sixth shard."""
-    write = shards.write_atomically
+def prepare_killed(owner: Any, name: str, call: int, *arguments: str | Path) -> None:
+    """`prepare`, which gets a SIGKILL when the method `name` of `owner` is called for the `call`-th time, half way through."""
+    method, calls = getattr(owner, name), itertools.count(1)
 
-    def write_or_die(path: Path, content: Callable[[Any], Any]) -> None:
-        def half(file: Any) -> None:
-            file.write(bytes(1000))
-            file.flush()
+    def die(self: Any, *rest: Any) -> Any:
+        if next(calls) == call:
+            if isinstance(self, shards._Appended) and rest:
+                method(self, rest[0][: len(rest[0]) // 2])
+                self._file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
+        return method(self, *rest)
 
-        write(path, half if path.name == "shard-00005.npy" else content)
-
-    shards.write_atomically = write_or_die
+    setattr(owner, name, die)
     prepare(*arguments)
 
 
-def test_a_run_killed_with_sigkill_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "x.jsonl", [f"{i} " + "text " * 200 for i in range(2000)])
-    arguments = ["--workers", "1", "--shard-tokens", "100K", "--validation-fraction", "0.3"]
-    prepare(source, "--out", tmp_path / "whole", *arguments)
-    process = SERVER.Process(target=prepare_killed, args=(source, "--out", tmp_path / "killed", *arguments))
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (shards._Appended, "append", 60),
+        (shards._Appended, "close", 9),
+        (shards.ShardWriter, "sync", 8),
+        (titan_dp.data.prepare._Progress, "save", 6),
+        (shards.ShardWriter, "publish", 10),
+        (shards.ShardWriter, "finish", 2),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_run_killed_with_sigkill_goes_on_to_the_same_bytes(tmp_path: Path, owner: Any, name: str, call: int) -> None:
+    for part in range(4):
+        texts = [f"{part} {i} \ud800" * (i % 7 > 0) + "text " * 20 for i in range(500)]
+        write_jsonl(tmp_path / f"{part}.jsonl", texts)
+    (tmp_path / "long.txt").write_text("a long text of many words " * 2000)
+    arguments = [*sorted(tmp_path.glob("*.*")), "--workers", "2", "--shard-tokens", "10K", "--validation-fraction", "0.3"]
+    arguments += ["--batch-characters", "3K", "--out"]
+    prepare(*arguments, tmp_path / "whole")
+    process = SERVER.Process(target=prepare_killed, args=(owner, name, call, *arguments, tmp_path / "killed"))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert (tmp_path / "killed/train/shard-00004.npy").exists()
-    assert not (tmp_path / "killed/train/shard-00005.npy").exists()
-    prepare(source, "--out", tmp_path / "killed", *arguments)
+    prepare(*arguments, tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob("killed/*/.*"))
+
+
+def test_a_resume_tokenises_only_what_is_missing_and_opens_no_file_that_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in range(4):
+        write_jsonl(tmp_path / f"{part}.jsonl", [f"{part} {i} " + "text " * 20 for i in range(100)])
+    arguments = [*sorted(tmp_path.glob("*.*")), "--workers", "1", "--batch-characters", "2K", "--shard-tokens", "6K", "--out"]
+    prepare(*arguments, tmp_path / "whole")
+
+    tokenised: list[str] = []
+
+    def counting(name: str) -> Tokenizer:
+        real = load_tokenizer(name)
+
+        def encode_arrays(texts: list[str]) -> list[np.ndarray]:
+            if len(tokenised) > 330 and not (tmp_path / "cut_off").exists():
+                (tmp_path / "cut_off").touch()
+                raise KeyboardInterrupt
+            tokenised.extend(texts)
+            return real.encode_arrays(texts)
+
+        return replace(real, encode_arrays=encode_arrays)
+
+    monkeypatch.setattr("titan_dp.data.prepare.load_tokenizer", counting)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(*arguments, tmp_path / "cut")
+    saved = json.loads((tmp_path / "cut" / "progress.json").read_text())
+    kept = saved["account"]["documents"]
+    assert kept > 250
+    assert saved["place"][0] >= 2
+    assert saved["shards"]["validation"] == []  # although the held-out documents are in no shard yet
+    opened: list[str] = []
+    read = formats.READERS[".jsonl"]
+    monkeypatch.setitem(formats.READERS, ".jsonl", lambda path, how: opened.append(path.name) or read(path, how))
+    tokenised.clear()
+    prepare(*arguments, tmp_path / "cut")
+    assert len(tokenised) == 400 - kept
+    assert opened == [f"{part}.jsonl" for part in range(saved["place"][0], 4)]
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_files_that_were_not_yet_begun_may_change_before_the_same_command_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl").write_text("{")
+    arguments = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--out", tmp_path / "out", "--workers", "1"]
+    arguments += ["--shard-tokens", "1K", "--batch-characters", "2K", "--validation-fraction", "0"]
+    with pytest.raises(UserError, match="b.jsonl:1 is not JSON"):
+        prepare(*arguments)
+    (tmp_path / "b.jsonl").write_bytes(LINES)
+    with pytest.raises(UserError, match="was prepared with other arguments"):
+        prepare(*arguments, "--no-eos")
+    prepare(*arguments)
+    assert len(documents(tmp_path / "out/train")) == 4000
 
 
 def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Files of text: which formats and compressions are read, and how each gives its documents one at a time.
 
 A reader yields (where, text) for every document of a file, or (where, UserError) for one that cannot be used; it raises
-UserError for a file that cannot be read on. Nothing is held in memory except the document at hand (a row group for parquet).
+UserError for a file that cannot be read on. Nothing is held in memory except the document at hand (some rows of parquet and
+arrow), and of a long document in a text file only a piece: that comes as an iterator, to be used up before the next document.
 To read another format, write its reader and add a line to `READERS`; another compression is a line in `_DECOMPRESSORS`.
 """
 
@@ -13,22 +14,40 @@ import gzip
 import io
 import json
 import lzma
+import os
 import shutil
 import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from titan_dp.errors import UserError
 from titan_dp.files import shorten
 
-Documents = Iterator[tuple[str, str | UserError]]
+Documents = Iterator[tuple[str, str | UserError | Iterator[str]]]
 _BOM = b"\xef\xbb\xbf"
 _PIECE = 2**20  # bytes or characters read at a time
+_LONG = 2**22  # bytes from which on a document of a text file comes in pieces
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # arrow's, format versions from 0.15 on
+
+
+class Meter:
+    """How far into a file its reader is; whoever reads the documents asks now and then."""
+
+    def __init__(self) -> None:
+        self.stop()
+
+    def follow(self, share: Callable[[], float]) -> None:
+        """`share` tells how far the reader is, 0 to 1."""
+        self.share = share
+
+    def stop(self) -> None:
+        self.share = lambda: 0.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,7 @@ class Reading:
     """Key or column that holds the text."""
     separator: str = ""
     """Ends a document in a text file; empty: a text file is one document."""
+    meter: Meter = field(default_factory=Meter, compare=False)
 
 
 def format_of(path: Path) -> str | None:
@@ -64,8 +84,11 @@ def read_documents(path: Path, how: Reading) -> Documents:
     """The documents of one file. Raises UserError naming the file if it ends early or is damaged."""
     ending = format_of(path)
     assert ending is not None
-    with _undamaged(path):
-        yield from READERS[ending](path, how)
+    try:
+        with _undamaged(path):
+            yield from READERS[ending](path, how)
+    finally:
+        how.meter.stop()
 
 
 @contextmanager
@@ -85,24 +108,79 @@ def _undamaged(path: Path) -> Iterator[None]:
 
 
 def _text(path: Path, how: Reading) -> Documents:
-    with _open(path) as file:
-        if not how.separator:
-            yield str(path), _decoded(file.read().removeprefix(_BOM), str(path))
-            return
-        separator, number, ended = how.separator.encode(), 0, False
-        rest = file.read(_PIECE).removeprefix(_BOM)
-        while not ended:
-            # As much again as is waiting for its end: so a long document is not searched over and over.
-            ended = not (more := file.read(max(_PIECE, len(rest))))
-            *whole, rest = (rest + more).split(separator)
-            for part in filter(None, [*whole, rest] if ended else whole):  # nothing between two separators is no document
-                number += 1
-                where = f"text {number} of {path}"
-                yield where, _decoded(part, where)
+    with _open(path, how) as file:
+        divided, number = _Divided(file, how.separator.encode()), 0
+        while not divided.ended:
+            where = f"text {number + 1} of {path}" if how.separator else str(path)
+            pieces, held, size = divided.pieces(), list[bytes](), 0
+            for piece in pieces:
+                held.append(piece)
+                size += len(piece)
+                if size >= _LONG:
+                    break
+            if not size and how.separator:  # nothing between two separators is no document
+                continue
+            number += 1
+            if size < _LONG:
+                yield where, _decoded(b"".join(held), where)
+            else:
+                yield where, _characters(chain(held, pieces), where)
+
+
+class _Divided:
+    """The documents of a file, divided by a separator, or by none."""
+
+    def __init__(self, file: IO[bytes], separator: bytes) -> None:
+        self._file, self._separator = file, separator
+        self._block, self._at, self._last = file.read(_PIECE).removeprefix(_BOM), 0, False
+        self.ended = False
+        """Whether there is no further document."""
+
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes of the next document, to be used up."""
+        separator = self._separator
+        while True:
+            end = self._block.find(separator, self._at) if separator else -1
+            if end >= 0:
+                yield self._block[self._at : end]
+                self._at = end + len(separator)
+                return
+            if self._last:
+                self.ended = True
+                yield self._block[self._at :]
+                return
+            ready = max(self._at, len(self._block) - max(len(separator) - 1, 0))  # behind it may begin a separator
+            yield self._block[self._at : ready]
+            more = self._file.read(_PIECE)
+            self._block, self._at, self._last = self._block[ready:] + more, 0, not more
+
+
+def _characters(pieces: Iterator[bytes], where: str) -> Iterator[str]:
+    """The text of `pieces`. Raises UserError if it is not UTF-8."""
+    rest, before = b"", 0
+    for piece in chain(pieces, [None]):
+        raw = rest + (piece or b"")
+        whole = len(raw) if piece is None else _whole_characters(raw)
+        text = _decoded(raw[:whole], where, before)
+        if isinstance(text, UserError):
+            raise text
+        before, rest = before + whole, raw[whole:]
+        if text:
+            yield text
+
+
+def _whole_characters(raw: bytes) -> int:
+    """Up to where `raw` can be decoded although more comes: before its last character, if that is of several bytes."""
+    for back in range(1, min(4, len(raw)) + 1):
+        if raw[-back] < 0x80:
+            return len(raw) - back + 1
+        if raw[-back] >= 0xC0:
+            return len(raw) - back
+    return len(raw)
 
 
 def _json_lines(path: Path, how: Reading) -> Documents:
-    with _open(path) as file:
+    with _open(path, how) as file:
         for number, raw in enumerate(file, 1):
             line = raw.removeprefix(_BOM) if number == 1 else raw
             if line.strip():
@@ -133,8 +211,8 @@ def _json(path: Path, how: Reading) -> Documents:
     """An array of objects, or objects one after another."""
     decoder, number, position, size, ended = json.JSONDecoder(), 0, 0, _PIECE, False
     opened = closed = due = False  # an array, and its end; a comma or the end is due after a value of it
-    with _open(path) as binary:
-        file, buffer = io.TextIOWrapper(binary, "utf-8-sig", errors="surrogatepass"), ""
+    with _open(path, how) as binary:
+        file, buffer = io.TextIOWrapper(binary, "utf-8-sig", errors="surrogateescape"), ""
         while True:
             while position < len(buffer) and buffer[position].isspace():
                 position += 1
@@ -152,9 +230,13 @@ def _json(path: Path, how: Reading) -> Documents:
                     record, end = decoder.raw_decode(buffer, position)
                     if not ended and end == len(buffer):
                         raise ValueError("a number may go on in what comes")
-                    number, position, size, due = number + 1, end, _PIECE, opened
+                    number, source, position, size, due = number + 1, buffer[position:end], end, _PIECE, opened
                     where = f"item {number} of {path}"
-                    yield where, text_of(record, where, how.column)
+                    if isinstance(meant := _unescaped(source, where), UserError):
+                        yield where, meant
+                    else:
+                        record = record if meant is source else decoder.decode(meant)
+                        yield where, text_of(record, where, how.column)
                     continue
                 except (ValueError, RecursionError) as error:
                     if ended:
@@ -163,10 +245,7 @@ def _json(path: Path, how: Reading) -> Documents:
                 if opened and not closed:
                     raise EOFError("its array has no end")
                 return
-            try:
-                more = file.read(size)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 (near byte {error.start}); convert it with iconv") from error
+            more = file.read(size)
             # A value longer than what was read is tried again with twice as much.
             buffer, position, size, ended = buffer[position:] + more, 0, 2 * size, not more
 
@@ -175,17 +254,16 @@ def _table(path: Path, how: Reading) -> Documents:
     """A CSV or TSV file whose first row names the columns (RFC 4180)."""
     delimiter = "\t" if format_of(path) == ".tsv" else ","
     csv.field_size_limit(sys.maxsize)
-    with _open(path) as binary:
-        rows = csv.DictReader(io.TextIOWrapper(binary, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    with _open(path, how) as binary:
+        file = io.TextIOWrapper(binary, "utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
             _check_column(path, how.column, list(rows.fieldnames or []))
             for number, row in enumerate(rows, 1):
                 where = f"row {number} of {path}"
                 wrong = "longer" if None in row else "shorter" if None in row.values() else ""
                 said = f"{where} is {wrong} than the first row; a field with a {delimiter!r} in it must be in quotes"
-                yield where, UserError(said) if wrong else row[how.column]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 (near line {rows.line_num}); convert it with iconv") from error
+                yield where, UserError(said) if wrong else _unescaped(row[how.column], where)
         except csv.Error as error:
             raise UserError(f"{path} is not a table after line {rows.line_num}: {error}") from error
 
@@ -193,31 +271,40 @@ def _table(path: Path, how: Reading) -> Documents:
 def _parquet(path: Path, how: Reading) -> Documents:
     import pyarrow.parquet
 
-    with _seekable(path) as file:
+    with _seekable(path, how) as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)
         except (OSError, ValueError) as error:  # pyarrow's errors derive from them
             raise UserError(f"{path} is not a parquet file: {str(error)[:120]}") from error
         _check_column(path, how.column, table.schema_arrow.names)
-        yield from _rows(path, how.column, table.iter_batches(batch_size=256, columns=[how.column]))
+        batches = table.iter_batches(batch_size=256, columns=[how.column])
+        yield from _rows(path, how, batches, table.metadata.num_rows)
 
 
 def _arrow(path: Path, how: Reading) -> Documents:
     import pyarrow.ipc
 
-    with _seekable(path) as file:
+    with _seekable(path, how) as file:
         try:
             try:
                 table = pyarrow.ipc.open_stream(file)  # as `datasets` writes it
-                batches: Iterator[Any] = iter(table)
+                batches: Iterator[Any] = _whole_stream(table, file)
             except pyarrow.ArrowInvalid:
                 file.seek(0)
                 table = pyarrow.ipc.open_file(file)
                 batches = (table.get_batch(i) for i in range(table.num_record_batches))
             _check_column(path, how.column, table.schema.names)
-            yield from _rows(path, how.column, (batch.select([how.column]) for batch in batches))
+            yield from _rows(path, how, (batch.select([how.column]) for batch in batches))
         except pyarrow.ArrowInvalid as error:
             raise UserError(f"{path} is not an arrow file: {str(error)[:120]}") from error
+
+
+def _whole_stream(table: Any, file: IO[bytes]) -> Iterator[Any]:
+    """The batches of an arrow stream. Raises EOFError if it was cut between two of them, where only its end is missing."""
+    yield from table
+    file.seek(-len(_END_OF_STREAM), io.SEEK_END)
+    if file.read() != _END_OF_STREAM:
+        raise EOFError("its stream of batches has no end")
 
 
 def _check_column(path: Path, column: str, names: list[str]) -> None:
@@ -226,10 +313,13 @@ def _check_column(path: Path, column: str, names: list[str]) -> None:
         raise UserError(f"{path} has {has} {column!r}; it has {shorten(', '.join(names)) or 'none'}")
 
 
-def _rows(path: Path, column: str, batches: Iterator[Any]) -> Documents:
+def _rows(path: Path, how: Reading, batches: Iterator[Any], rows: int = 0) -> Documents:
+    """The column of `batches`, which have `rows` rows, if that is known."""
     import pyarrow
 
     number = 0
+    if rows:
+        how.meter.follow(lambda: number / rows)
     try:
         for batch in batches:
             try:
@@ -241,7 +331,7 @@ def _rows(path: Path, column: str, batches: Iterator[Any]) -> Documents:
                 if unchecked and text is not None:
                     text = _decoded(text, where)
                 elif not isinstance(text, str):
-                    text = UserError(f"{where} holds {type(text).__name__} under {column!r}, not text")
+                    text = UserError(f"{where} holds {type(text).__name__} under {how.column!r}, not text")
                 number += 1
                 yield where, text
     except (OSError, pyarrow.ArrowException) as error:
@@ -250,11 +340,23 @@ def _rows(path: Path, column: str, batches: Iterator[Any]) -> Documents:
         raise UserError(f"{path} is damaged behind row {number}: {shorten(str(error))}; get an undamaged copy") from error
 
 
-def _decoded(raw: bytes, where: str) -> str | UserError:
+def _decoded(raw: bytes, where: str, before: int = 0) -> str | UserError:
+    """`raw` as text; the mistake if it is none, `before` bytes of whose document were text."""
     try:
         return raw.decode("utf-8", "surrogatepass")  # some programs write surrogates as if they were characters
     except UnicodeDecodeError as error:
-        return UserError(f"{where} is not UTF-8 (byte {error.start}); convert it with iconv")
+        return UserError(f"{where} is not UTF-8 (byte {before + error.start}); convert it with iconv")
+
+
+def _unescaped(text: str, where: str) -> str | UserError:
+    """`text`, which was decoded with "surrogateescape" so that one bad document does not end its file, as `_decoded` has it."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return _decoded(text.encode("utf-8", "surrogateescape"), where)
 
 
 # -- compressions ----------------------------------------------------------------------------------------------------------
@@ -271,8 +373,8 @@ class _Frames(io.RawIOBase):
         padding: bytes that may stand between frames.
     """
 
-    def __init__(self, path: Path, new: Callable[[], Any], padding: bytes = b"") -> None:
-        self._file, self._new, self._padding = path.open("rb"), new, padding
+    def __init__(self, file: IO[bytes], new: Callable[[], Any], padding: bytes = b"") -> None:
+        self._file, self._new, self._padding = file, new, padding
         self._frame: Any = None
         self._begun = False
         self._rest, self._held = b"", memoryview(b"")
@@ -303,10 +405,6 @@ class _Frames(io.RawIOBase):
         buffer[:count], self._held = self._held[:count], self._held[count:]
         return count
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
 
 def _zstandard() -> Any:
     import zstandard
@@ -314,22 +412,31 @@ def _zstandard() -> Any:
     return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
-def _gzip(path: Path) -> Any:
-    if path.stat().st_size == 0:
+def _gzip(file: IO[bytes]) -> Any:
+    if not file.read(1):
         raise EOFError("it is empty")
-    return gzip.open(path)
-
-
-def _open(path: Path) -> IO[bytes]:
-    """The file's bytes, decompressed."""
-    decompressor = _DECOMPRESSORS.get(compression_of(path))
-    return path.open("rb") if decompressor is None else decompressor(path)
+    file.seek(0)
+    return gzip.GzipFile(fileobj=file)
 
 
 @contextmanager
-def _seekable(path: Path) -> Iterator[IO[bytes]]:
+def _open(path: Path, how: Reading) -> Iterator[IO[bytes]]:
+    """The file's bytes, decompressed."""
+    with path.open("rb") as raw:
+        size = max(os.fstat(raw.fileno()).st_size, 1)
+        how.meter.follow(lambda: raw.tell() / size)
+        decompressor = _DECOMPRESSORS.get(compression_of(path))
+        if decompressor is None:
+            yield raw
+            return
+        with decompressor(raw) as file:
+            yield file
+
+
+@contextmanager
+def _seekable(path: Path, how: Reading) -> Iterator[IO[bytes]]:
     """The same for formats that are not read from front to back: what is compressed goes into a temporary file first."""
-    with _open(path) as file:
+    with _open(path, how) as file:
         if not compression_of(path):
             yield file
             return
@@ -339,11 +446,11 @@ def _seekable(path: Path) -> Iterator[IO[bytes]]:
             yield copy
 
 
-_DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
+_DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": _gzip,
-    ".bz2": lambda path: io.BufferedReader(_Frames(path, bz2.BZ2Decompressor), _PIECE),
-    ".xz": lambda path: io.BufferedReader(_Frames(path, lzma.LZMADecompressor, padding=b"\0"), _PIECE),
-    ".zst": lambda path: io.BufferedReader(_Frames(path, _zstandard), _PIECE),
+    ".bz2": lambda file: io.BufferedReader(_Frames(file, bz2.BZ2Decompressor), _PIECE),
+    ".xz": lambda file: io.BufferedReader(_Frames(file, lzma.LZMADecompressor, padding=b"\0"), _PIECE),
+    ".zst": lambda file: io.BufferedReader(_Frames(file, _zstandard), _PIECE),
 }
 READERS: dict[str, Callable[[Path, Reading], Documents]] = {
     **dict.fromkeys((".txt", ".md", ".text"), _text),

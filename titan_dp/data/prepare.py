@@ -2,26 +2,24 @@
 
 The result is a function of the input and the arguments alone. Documents keep the order of the input, whatever the number
 of workers. Whether a document is held out is decided by the hash of its text, so duplicates never end up on both sides.
-One process reads, workers tokenise batches, results are written in order, at most a few batches ahead. After every shard
-`progress.json` says how many documents each split has on disk. A run that was killed reads the input again up to there,
-tokenises only what is missing, and ends with the same bytes as one that was not.
+One thread reads and writes, workers encode (encoding.py). After every shard, and at least every half minute, everything is
+brought to the disk and `progress.json` says how far into the input that is. A run that was killed begins there: it opens no
+file that it had read, tokenises only what is missing, and ends with the same bytes as one that was not.
 OUT may hold other people's files: `--overwrite` deletes the shards that OUT's own records list, and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import shlex
-import signal
-from collections import deque
+import tempfile
+import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -29,16 +27,28 @@ from pydantic import Field
 from titan_dp import output
 from titan_dp.config.arguments import count, number
 from titan_dp.data import sources
+from titan_dp.data.encoding import Encoded, Encoder, Mark
 from titan_dp.data.formats import COMPRESSIONS, READERS, Reading
-from titan_dp.data.shards import MANIFEST, PROGRESS, SPLITS, Shard, ShardWriter, Split, TokenShards, listed_shards, shard_name
+from titan_dp.data.shards import (
+    MANIFEST,
+    PROGRESS,
+    SPLITS,
+    Begun,
+    Shard,
+    ShardWriter,
+    Split,
+    TokenShards,
+    begun_shard,
+    listed_shards,
+    shard_name,
+)
 from titan_dp.data.sources import Account
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError, counted, say_once
-from titan_dp.files import JsonObject, Natural, Replaced, parse_json, shorten, write_json
+from titan_dp.files import JsonObject, Natural, Replaced, parse_json, short, shorten, write_json
 
-# A worker's batch ends with whichever comes first: many short documents share one message to a worker, and a few long ones do
-# not fill the memory (4 batches per worker are in flight).
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1_000_000
+_SAVE_SECONDS = 30.0
+"""How much work a kill costs at most."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eos", action=either, help="put EOS after every document (default: if there is one)")
     add("--validation-fraction", type=share, default=0.01, help="share of documents held out (default: 0.01)")
     add("--shard-tokens", type=count, default=100_000_000, help="tokens per shard, such as 100M (default)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="tokenising processes (default: all cores)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="tokenising threads (default: all cores)")
+    add(
+        "--batch-characters",
+        type=count,
+        default=1_000_000,
+        help="text that a worker takes at a time, which bounds the memory; longer documents come in pieces (default: 1M)",
+    )
     add("--overwrite", action="store_true", help="delete the shards of an earlier prepare in OUT first")
     add("--verify", action="store_true", help="check every byte of what is in OUT instead of writing")
 
@@ -131,6 +147,7 @@ def _plan(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer) -> 
         "shard_tokens": args.shard_tokens,
         "separator": args.separator,
         "on_bad_document": args.on_bad_document,
+        "batch_characters": args.batch_characters,  # decides where long documents are cut
     }
 
 
@@ -147,13 +164,21 @@ class _Progress(JsonObject):
 
     plan: dict[str, Any]
     finished: bool
-    done: dict[Split, Natural]
-    """For each split, the input documents that its shards account for."""
     shards: dict[Split, list[Shard]]
+    begun: dict[Split, Begun] = Field(default_factory=dict)
+    """Of the shard that each split is at."""
+    place: tuple[Natural, Natural] = (0, 0)
+    """How far into the input all this is: files before the one at hand, documents of that one."""
+    account: dict[str, Any] = Field(default_factory=dict)
+    """The `Account` up to there, and under "replaced" what `Replaced` has counted."""
 
     @staticmethod
     def nothing(plan: dict[str, Any]) -> _Progress:
-        return _Progress(plan=plan, finished=False, done=dict.fromkeys(SPLITS, 0), shards={"train": [], "validation": []})
+        return _Progress(plan=plan, finished=False, shards={"train": [], "validation": []})
+
+    @property
+    def empty(self) -> bool:
+        return self.place == (0, 0) and not any(self.shards.values())
 
     @staticmethod
     def read(out: Path) -> _Progress | None:
@@ -175,12 +200,19 @@ def _go_on(out: Path, plan: dict[str, Any]) -> _Progress:
         if any(out.iterdir()):
             raise UserError(f"--out {out} is not empty and holds no earlier prepare; choose another folder")
         return _Progress.nothing(plan)
-    usual = {"separator": "", "on_bad_document": "stop"}  # what an earlier version did, and did not write down
+    if not saved.finished and any((saved.model_extra or {}).get("done", {}).values()):
+        raise UserError(
+            f"--out {out} was begun by an earlier version, whose work cannot be gone on with; --overwrite prepares everything "
+            "anew, or choose another folder"
+        )
+    # What an earlier version did, and did not write down.
+    usual = {"separator": "", "on_bad_document": "stop", "batch_characters": plan["batch_characters"]}
     differing = [key for key in plan if key != "inputs" and saved.plan.get(key, usual.get(key)) != plan[key]]
     differing += ["inputs"] * ([i["file"] for i in saved.plan.get("inputs", [])] != [i["file"] for i in plan["inputs"]])
-    changed = _changed_inputs(saved.plan, plan)
-    if (differing or changed) and not saved.finished and not any(out.glob("*/*")):
-        return _Progress.nothing(plan)  # the earlier one has written nothing
+    begun = len(plan["inputs"]) if saved.finished else saved.place[0] + 1
+    changed = _changed_inputs(saved.plan["inputs"][:begun] if "inputs" in saved.plan else [], plan)
+    if (differing or changed) and not saved.finished and saved.empty and saved.plan:
+        return _Progress.nothing(plan)  # the earlier one has kept nothing
     if changed:
         raise UserError(
             f"{changed} has changed since it was prepared into {out}; --overwrite prepares everything anew, or choose another "
@@ -196,12 +228,13 @@ def _go_on(out: Path, plan: dict[str, Any]) -> _Progress:
             f"--out {out} was prepared with other arguments ({', '.join(differing)}); repeat those, choose another folder, or "
             "--overwrite"
         )
+    saved.plan = saved.plan if saved.finished else plan  # files that were not yet begun may have changed
     return saved
 
 
-def _changed_inputs(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first file of both plans that has another size or time of change now."""
-    known = {each["file"]: each for each in before.get("inputs", [])}
+def _changed_inputs(before: list[dict[str, Any]], now: dict[str, Any]) -> str | None:
+    """The first of the files `before` that has another size or time of change now."""
+    known = {each["file"]: each for each in before}
     for each in now["inputs"]:
         old = known.get(each["file"], each)
         if old["bytes"] != each["bytes"] or old.get("modified", each["modified"]) != each["modified"]:
@@ -234,7 +267,7 @@ def _begin_again(out: Path, plan: dict[str, Any]) -> _Progress:
         )
     # A kill from here on leaves a record that lists what may still be there, with a plan that only --overwrite goes on from.
     shards, finished = (saved.shards, saved.finished) if saved else ({}, False)
-    _Progress(plan={}, finished=finished, done={}, shards=shards).save(out)
+    _Progress(plan={}, finished=finished, shards=shards).save(out)
     for path in own:
         path.unlink()
     return _Progress.nothing(plan)
@@ -251,6 +284,7 @@ def _own_names(folder: Path, saved: _Progress | None, split: Split) -> set[str]:
         names.add(MANIFEST)
     if saved and not saved.finished:
         names |= {f"shard-{len(recorded):05}.npy", f"shard-{len(recorded):05}.starts.npy", f".{MANIFEST}.tmp"}
+        names |= {path.name for path in folder.glob(".shard-*.tmp") if begun_shard(path.name)}
     return names | {f".{name}.tmp" for name in names}
 
 
@@ -258,39 +292,31 @@ def _own_names(folder: Path, saved: _Progress | None, split: Split) -> set[str]:
 
 
 def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, progress: _Progress, account: Account) -> None:
-    plan, done = progress.plan, progress.done
+    plan, replaced = progress.plan, Replaced("documents")
+    _restore(progress, account, replaced)
+    documents = _open_input(args, files, account, progress.place)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    writers = {split: ShardWriter(args.out / split, dtype, args.shard_tokens, progress.shards[split]) for split in SPLITS}
+    before, after = ([] if plan[role] is None else [plan[role]] for role in ("bos", "eos"))
+    encoder = Encoder(tokenizer, before, after, plan["validation_fraction"], dtype, args.batch_characters)
+    work = _Work(args.out, progress, encoder, args.shard_tokens, documents)
     progress.save(args.out)
-    replaced, skip_bad = Replaced("documents"), args.on_bad_document == "skip"
-    how = Reading(args.column, _unescaped(args.separator))
-    texts = (
-        sources.hugging_face_documents(
-            args.hf_dataset, args.hf_name, args.hf_split, args.column, args.streaming, replaced, account, skip_bad
-        )
-        if args.hf_dataset
-        else sources.documents(files, how, replaced, account, skip_bad)
-    )
-    index = min(done.values())
-    with output.progress("bytes tokenised", sources.text_bytes(files)) as state:
-        for _ in islice(texts, index):
-            pass
-        for batch in _tokenise(texts, args, plan):
-            for ids, held_out, size in batch:
-                split = SPLITS[held_out]
-                index += 1
-                state.advance(size)
-                if index <= done[split] or not len(ids):  # on disk already, or empty
-                    continue
-                if writers[split].add(ids, size):
-                    done[split] = index
-                    progress.save(args.out)
+    unit = "rows read" if args.hf_dataset else "bytes read"
+    try:
+        with output.progress(unit, documents.total, documents.read_so_far()) as state:
+            state.note = lambda seconds: f"{short(work.tokens / seconds)} tokens/s"
+            for encoded in encoder.run(documents, replaced, args.workers):
+                work.take(encoded)
+                state.done = max(state.done, encoded.batch.read_so_far)
+        work.save(closing=True)
+    finally:
+        work.abandon()
     replaced.say()
+    account = Account(**{key: value for key, value in progress.account.items() if key not in ("replaced", "skipped")})
+    account.skipped = documents.account.skipped
     print(account.describe())
-    if index == 0:
+    if account.documents + account.refused == 0:
         raise UserError("the input holds no documents")
-    for split, writer in writers.items():
-        writer.flush()
+    for split, writer in work.writers.items():
         if writer.shards:
             facts = {
                 "split": split,
@@ -303,78 +329,156 @@ def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, pr
         else:
             with suppress(OSError):  # somebody else's files are in it
                 writer.folder.rmdir()
-    if not any(writer.shards for writer in writers.values()):
+    if not any(writer.shards for writer in work.writers.values()):
         raise UserError("the input holds no text: all its documents are empty")
-    if plan["validation_fraction"] and not writers["validation"].shards:
+    if plan["validation_fraction"] and not work.writers["validation"].shards:
         print(
-            f"WARNING: none of {index:,} documents was held out at --validation-fraction {plan['validation_fraction']:g}; give "
-            "a larger one with --overwrite, or train with --validation.enable=false"
+            f"WARNING: none of {account.documents:,} documents was held out at --validation-fraction "
+            f"{plan['validation_fraction']:g}; give a larger one with --overwrite, or train with --validation.enable=false"
         )
-    progress.done, progress.finished = dict.fromkeys(SPLITS, index), True
+    progress.finished = True
     progress.save(args.out)
 
 
-_Tokenised = list[tuple[np.ndarray, bool, int]]
+def _open_input(
+    args: argparse.Namespace, files: list[Path], account: Account, place: tuple[int, int] = (0, 0)
+) -> sources.Documents:
+    skip_bad = args.on_bad_document == "skip"
+    if not args.hf_dataset:
+        how = Reading(args.column, _unescaped(args.separator))
+        return sources.FileDocuments(files, how, account, skip_bad, place)
+    dataset = sources.load_hugging_face(args.hf_dataset, args.hf_name, args.hf_split, args.column, args.streaming)
+    return sources.DatasetDocuments(dataset, args.hf_dataset, args.column, account, skip_bad, place)
 
 
-def _tokenise(texts: Iterator[str], args: argparse.Namespace, plan: dict[str, Any]) -> Iterator[_Tokenised]:
-    """Batches of (ids, held out, bytes), in order; at most four batches a worker in flight."""
-    batches = _batched(texts)
-    if args.workers <= 1:
-        _start_worker(args.tokenizer, plan)
-        yield from map(_encode, batches)
-        return
-    with ProcessPoolExecutor(args.workers, initializer=_start_process, initargs=(args.tokenizer, plan)) as pool:
-        try:
-            flying: deque[Future[_Tokenised]] = deque(pool.submit(_encode, b) for b in islice(batches, 4 * args.workers))
-            while flying:
-                yield flying.popleft().result()
-                flying.extend(pool.submit(_encode, b) for b in islice(batches, 1))
-        except BaseException:  # a Ctrl-C, too: nobody reads what is in flight any more
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+class _Work:
+    """Appends what arrives to the shards of both splits, and saves now and then how far that is."""
+
+    def __init__(
+        self, out: Path, progress: _Progress, encoder: Encoder, shard_tokens: int, documents: sources.Documents
+    ) -> None:
+        self.out, self.progress, self.encoder, self.documents = out, progress, encoder, documents
+        self.writers = {
+            split: ShardWriter(
+                out / split, encoder.dtype, shard_tokens, progress.shards[split], progress.begun.get(split, Begun())
+            )
+            for split in SPLITS
+        }
+        self.tokens = 0
+        """Of this run."""
+        self.written = Account(**{key: progress.account.get(key, 0) for key in ("documents", "text_bytes", "without_tokens")})
+        self._long: _LongDocument | None = None
+        self._mark: Mark | None = None
+        self._saved = time.monotonic()
+        self._shards = self._count()
+
+    def take(self, encoded: Encoded) -> None:
+        batch = encoded.batch
+        for error in encoded.refused:
+            if not self.documents.skip_bad:
+                raise error
+            self.written.refused += 1
+            self.written.first_refused = self.written.first_refused or str(error)
+        if batch.context is not None:
+            self._take_piece(encoded)
+        else:
+            for split, run in zip(SPLITS, encoded.runs, strict=True):
+                self._count_documents(run.lengths, run.text_bytes)
+                kept = run.lengths > 0  # empty without BOS and EOS
+                self.writers[split].add_many(run.ids, run.lengths[kept], run.text_bytes[kept])
+        if (mark := batch.mark) is None:
+            return
+        self._mark = mark
+        if self._count() > self._shards or time.monotonic() - self._saved > _SAVE_SECONDS:
+            self.save()
+
+    def _take_piece(self, encoded: Encoded) -> None:
+        batch = encoded.batch
+        self._long = self._long or _LongDocument(self.out)
+        self._long.good &= not (batch.dropped or encoded.refused)
+        if not self._long.good:
+            if batch.last:
+                self._long = None
+            return
+        before, after = (np.array(ids, dtype=self.encoder.dtype) for ids in (self.encoder.before, self.encoder.after))
+        (run,) = encoded.runs
+        for ids in (before if self._long.tokens == 0 else before[:0], run.ids, after if batch.last else after[:0]):
+            self._long.append(ids)
+        self._long.text_bytes += int(run.text_bytes[0])
+        if batch.last:
+            whole, self._long = self._long, None
+            self._count_documents(np.array([whole.tokens]), np.array([whole.text_bytes]))
+            if whole.tokens:
+                split = SPLITS[self.encoder.is_held_out(batch.sha256)]
+                self.writers[split].add_pieces(whole.pieces(self.encoder.dtype), whole.tokens, whole.text_bytes)
+
+    def _count_documents(self, lengths: np.ndarray, text_bytes: np.ndarray) -> None:
+        self.tokens += int(lengths.sum())
+        self.written.documents += len(lengths)
+        self.written.text_bytes += int(text_bytes.sum())
+        self.written.without_tokens += int((lengths == 0).sum())
+
+    def _count(self) -> int:
+        return sum(len(writer.shards) for writer in self.writers.values())
+
+    def save(self, closing: bool = False) -> None:
+        """Everything up to the last mark is on the disk, and the record says so; `closing` closes the last shards before."""
+        for writer in self.writers.values():
+            if closing:
+                writer.flush()
+            writer.sync()
+        progress, mark = self.progress, self._mark
+        if mark is not None:
+            progress.place = mark.place
+            progress.account = _account_until(mark, self.written)
+        progress.begun = {split: writer.begun for split, writer in self.writers.items()}
+        progress.save(self.out)
+        for writer in self.writers.values():
+            writer.publish()
+        self._saved, self._shards = time.monotonic(), self._count()
+
+    def abandon(self) -> None:
+        for writer in self.writers.values():
+            writer.abandon()
 
 
-def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+class _LongDocument:
+    """The ids of a document whose text is not yet known to the end, in a file without a name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self.good, self.tokens, self.text_bytes = True, 0, 0
+
+    def append(self, ids: np.ndarray) -> None:
+        self._file.write(ids.tobytes())
+        self.tokens += len(ids)
+
+    def pieces(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        self._file.seek(0)
+        while raw := self._file.read(2**20):
+            yield np.frombuffer(raw, dtype=dtype)
 
 
-_worker: tuple[Tokenizer, dict[str, Any]]
+def _account_until(mark: Mark, written: Account) -> dict[str, Any]:
+    """The account of the input up to `mark`, as progress.json keeps it."""
+    read, (characters, texts, first) = mark.account, mark.replaced
+    whole = replace(
+        read,
+        documents=written.documents,
+        text_bytes=written.text_bytes,
+        without_tokens=written.without_tokens,
+        refused=read.refused + written.refused,
+        first_refused=read.first_refused or written.first_refused,
+    )
+    return {**vars(whole), "replaced": [characters, texts, first]}
 
 
-def _start_process(tokenizer: str, plan: dict[str, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells all of them; the one that reads ends the others
-    _start_worker(tokenizer, plan)
-
-
-def _start_worker(tokenizer: str, plan: dict[str, Any]) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    _worker = load_tokenizer(tokenizer), plan
-
-
-def _encode(texts: list[str]) -> _Tokenised:
-    tokenizer, plan = _worker
-    before = [] if plan["bos"] is None else [plan["bos"]]
-    after = [] if plan["eos"] is None else [plan["eos"]]
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    limit = int(plan["validation_fraction"] * 2**64)
-    out = []
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        raw = text.encode()
-        held_out = int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") < limit
-        whole = before + ids + after if ids or (before and after) else []  # alone, one would follow another
-        out.append((np.array(whole, dtype=dtype), held_out, len(raw)))
-    return out
+def _restore(progress: _Progress, account: Account, replaced: Replaced) -> None:
+    """What an earlier run counted up to where this one goes on."""
+    if saved := progress.account:
+        account.files, account.empty = saved["files"], saved["empty"]
+        account.refused, account.first_refused = saved["refused"], saved["first_refused"]
+        replaced.characters, replaced.texts, replaced.first = saved["replaced"]
 
 
 def _verify(out: Path) -> int:

@@ -10,10 +10,13 @@ A folder may come from anywhere: reading it runs no code, opens no file outside 
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
+import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +36,7 @@ from titan_dp.files import (
     parse_json,
     shorten,
     shown,
-    write_atomically,
+    temporary_of,
     write_json,
 )
 
@@ -104,51 +107,120 @@ class _Manifest(_Version):
     shards: list[Shard]
 
 
+@dataclass(frozen=True, config=STRICT)
+class Begun:
+    """How much of the shard that is being written is safely in its temporary files."""
+
+    tokens: Natural = 0
+    documents: Natural = 0
+    text_bytes: Natural = 0
+
+
 class ShardWriter:
-    """Collects documents and writes a shard whenever `shard_tokens` are reached.
+    """Appends documents to temporary files, which become a shard whenever `shard_tokens` are reached.
+
+    Whoever wants to go on after a kill calls `sync`, keeps `shards` and `begun` somewhere safe, calls `publish`, and gives both
+    to the next writer. Everybody else only calls `add` and `finish`.
 
     Args:
         folder: of the shards; created.
         dtype: of the ids, uint16 or uint32.
         shard_tokens: a shard is closed by the document that reaches this many.
         shards: those already written, when continuing.
+        begun: what is left of the shard after those.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype, shard_tokens: int, shards: list[Shard]) -> None:
+    def __init__(
+        self, folder: Path, dtype: np.dtype, shard_tokens: int, shards: list[Shard], begun: Begun | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.dtype, self.shard_tokens, self.shards = folder, dtype, shard_tokens, shards
-        self._documents: list[np.ndarray] = []
-        self._tokens = self._bytes = 0
+        self.begun = begun or Begun()
+        self._files: tuple[_Appended, _Appended] | None = None
+        self._closed = list(shards)
+        if begun is not None:
+            self.publish()
+        if self.begun.documents:
+            self._open()
 
-    def add(self, document: np.ndarray, text_bytes: int) -> bool:
-        """Take the ids of a document of `text_bytes` bytes of text; True if that closed a shard."""
-        self._documents.append(document)
-        self._tokens += len(document)
-        self._bytes += text_bytes
-        if self._tokens < self.shard_tokens:
-            return False
-        self.flush()
-        return True
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
+        """Append one document of `text_bytes` bytes of text."""
+        self.add_many(ids, np.array([len(ids)]), np.array([text_bytes]))
+
+    def add_many(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: np.ndarray) -> None:
+        """Append documents, whose ids come one after another; none of them is empty."""
+        ends, first, token = np.cumsum(lengths), 0, 0
+        while first < len(lengths):
+            room = self.shard_tokens - self.begun.tokens
+            last = min(int(np.searchsorted(ends, token + max(room, 1))) + 1, len(lengths))
+            end = int(ends[last - 1])
+            self._append([ids[token:end]], lengths[first:last], int(text_bytes[first:last].sum()))
+            first, token = last, end
+
+    def add_pieces(self, pieces: Iterable[np.ndarray], tokens: int, text_bytes: int) -> None:
+        """Append one document of `tokens` ids that come in pieces."""
+        self._append(pieces, np.array([tokens]), text_bytes)
+
+    def _append(self, pieces: Iterable[np.ndarray], lengths: np.ndarray, text_bytes: int) -> None:
+        tokens_file, starts_file = self._files or self._open()
+        for ids in pieces:
+            tokens_file.append(ids)
+        starts_file.append(self.begun.tokens + np.cumsum(lengths) - lengths)
+        tokens = self.begun.tokens + int(lengths.sum())
+        self.begun = Begun(tokens, self.begun.documents + len(lengths), self.begun.text_bytes + text_bytes)
+        if tokens >= self.shard_tokens:
+            self.flush()
+
+    def _open(self) -> tuple[_Appended, _Appended]:
+        tokens_file, starts_file = (self.folder / name for name in _names(len(self.shards)))
+        self._files = (
+            _Appended(tokens_file, self.dtype, self.begun.tokens),
+            _Appended(starts_file, np.dtype(np.int64), self.begun.documents),
+        )
+        return self._files
 
     def flush(self) -> None:
-        """Write what has been collected, if anything, as a shard."""
-        if not self._documents:
+        """Close the shard at hand, if there is anything in it. `publish` gives it its name."""
+        if self._files is None:
             return
-        lengths = np.array([len(document) for document in self._documents], dtype=np.int64)
-        starts, tokens = np.cumsum(lengths) - lengths, np.concatenate(self._documents).astype(self.dtype)
-        name = f"shard-{len(self.shards):05}"
-        tokens_file, starts_file = self.folder / f"{name}.npy", self.folder / f"{name}.starts.npy"
-        write_atomically(tokens_file, lambda file: np.save(file, tokens))
-        write_atomically(starts_file, lambda file: np.save(file, starts))
-        hashes = file_sha256(tokens_file), file_sha256(starts_file)
+        tokens, starts = self._files
+        hashes = [file.close() for file in self._files]
         self.shards.append(
-            Shard(tokens_file.name, len(tokens), hashes[0], self._bytes, starts_file.name, len(starts), hashes[1])
+            Shard(
+                tokens.path.name,
+                self.begun.tokens,
+                hashes[0],
+                self.begun.text_bytes,
+                starts.path.name,
+                self.begun.documents,
+                hashes[1],
+            )
         )
-        self._documents, self._tokens, self._bytes = [], 0, 0
+        self._closed.append(self.shards[-1])
+        self._files, self.begun = None, Begun()
+
+    def sync(self) -> None:
+        """Bring what was added to the disk."""
+        for file in self._files or ():
+            file.sync()
+
+    def publish(self) -> None:
+        """Give closed shards their names, those of an earlier writer that was killed before it could, too."""
+        for shard in self._closed:
+            for path in (self.folder / shard.file, self.folder / shard.starts_file):
+                if (temporary := temporary_of(path)).exists():
+                    os.replace(temporary, path)
+        self._closed = []
+
+    def abandon(self) -> None:
+        """Close the files as they are."""
+        for file in self._files or ():
+            file.abandon()
 
     def finish(self, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
-        """Flush and write the manifest; `facts` are further entries."""
+        """Close the last shard and write the manifest; `facts` are further entries."""
         self.flush()
+        self.publish()
         manifest = {
             "format_version": FORMAT_VERSION,
             "dtype": self.dtype.name,
@@ -158,6 +230,82 @@ class ShardWriter:
             "shards": [asdict(shard) for shard in self.shards],
         }
         write_json(self.folder / MANIFEST, manifest)
+
+
+class _Appended:
+    """A 1-D .npy file that grows under its temporary name.
+
+    Args:
+        path: it will have.
+        dtype: of its numbers.
+        count: of those that are in it already and stay.
+
+    Raises UserError if they are not.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, count: int) -> None:
+        self.path, self.dtype, self.count = path, dtype, count
+        temporary = temporary_of(path)
+        size = len(self._header()) + count * dtype.itemsize
+        if count:
+            if not temporary.exists() or temporary.stat().st_size < size:
+                raise UserError(f"{temporary}, which an earlier prepare has begun, is cut off or missing; {AGAIN}")
+            os.truncate(temporary, size)
+        with _named(temporary):
+            self._file = temporary.open("r+b" if count else "w+b", buffering=2**20)
+            self._file.seek(0)
+            self._file.write(self._header())
+            self._file.seek(size)
+
+    def _header(self) -> bytes:
+        """Of `count` numbers, always of the same length."""
+        header = io.BytesIO()
+        described = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_1_0(header, described)
+        return header.getvalue()
+
+    def append(self, numbers: np.ndarray) -> None:
+        if not len(numbers):
+            return
+        with _named(temporary_of(self.path)):
+            self._file.write(np.ascontiguousarray(numbers, dtype=self.dtype).data.cast("B"))
+        self.count += len(numbers)
+
+    def sync(self) -> None:
+        with _named(temporary_of(self.path)):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> str:
+        """Bring all of it to the disk; returns its sha256."""
+        with _named(temporary_of(self.path)):
+            self._file.seek(0)
+            self._file.write(self._header())
+            self.sync()
+            self._file.seek(0)
+            found = hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]
+            self._file.close()
+        return found
+
+    def abandon(self) -> None:
+        with suppress(OSError):  # the disk is full still
+            self._file.close()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """The operating system does not say which file could not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _names(number: int) -> tuple[str, str]:
+    """Of the files of a shard."""
+    return f"shard-{number:05}.npy", f"shard-{number:05}.starts.npy"
 
 
 class TokenShards:
@@ -282,6 +430,11 @@ class TokenShards:
 def shard_name(name: str) -> bool:
     """Whether `ShardWriter` gives files such a name."""
     return name == MANIFEST or re.fullmatch(r"shard-\d{5,}(\.starts)?\.npy", name) is not None
+
+
+def begun_shard(name: str) -> bool:
+    """Whether `ShardWriter` gives such a name to what it is writing."""
+    return name.startswith(".") and name.endswith(".tmp") and name[1:-4] != MANIFEST and shard_name(name[1:-4])
 
 
 def listed_shards(folder: Path) -> list[Shard] | None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 from titan_dp.data.formats import (
     COMPRESSIONS,
     READERS,
-    Documents,
     Reading,
     compression_of,
     format_of,
@@ -35,7 +36,13 @@ class Account:
     skipped: Counter[str] = field(default_factory=Counter)
     """Files of folders that were not read, by the reason."""
     files: int = 0
-    """Files that were read."""
+    """Files that were read, the one at hand among them."""
+    documents: int = 0
+    """Documents that were read, without those refused."""
+    text_bytes: int = 0
+    """UTF-8 bytes of their texts."""
+    without_tokens: int = 0
+    """Documents of which nothing is kept: empty ones without BOS and EOS."""
     empty: int = 0
     """Documents without a character."""
     refused: int = 0
@@ -93,6 +100,8 @@ def find_files(inputs: list[str], account: Account | None = None, out: Path | No
         require(str(path), package)
     by_content: dict[Path, Path] = {}
     for path in files:
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{path} may not be read; change its permissions, or leave it out with --files-from")
         if as_unicode(str(path)) != str(path):
             raise UserError(f"the name {shown(str(path))} is not UTF-8, and names are written down; rename it")
         real = Path(os.path.realpath(path))
@@ -108,7 +117,7 @@ def _walk(folder: Path, account: Account, out: Path | None) -> list[Path]:
     found = []
 
     def refuse(error: OSError) -> None:
-        raise error
+        raise UserError(f"folder {error.filename} cannot be read ({error.strerror}); change its permissions, or move it away")
 
     for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         if (real := os.path.realpath(root)) in entered:
@@ -142,60 +151,126 @@ def named(skipped: Counter[str]) -> str:
     return f"not read: {', '.join(f'{n} {reason}' for reason, n in skipped.most_common(10))}"
 
 
-def text_bytes(files: list[Path]) -> int | None:
-    """About how many bytes of text `files` hold; None if a size does not say, because one is compressed."""
-    packed = any(compression_of(path) or format_of(path) in (".parquet", ".arrow") for path in files)
-    return None if packed else sum(path.stat().st_size for path in files) or None
+Text = str | Iterator[str]
+"""Of a document; a long one in pieces, to be used up before the next document is asked for."""
+
+
+class Documents:
+    """The documents of an input in order, from any place in it on: (where it is, its text), lone surrogates and all.
+
+    Raises UserError naming file and line for what cannot be read; with `skip_bad` a document that cannot be used is counted
+    instead. A file that cannot be read on is always an error.
+    """
+
+    def __init__(self, account: Account, skip_bad: bool, place: tuple[int, int]) -> None:
+        self.account, self.skip_bad, self.place = account, skip_bad, place
+        """(files before the one at hand, documents of that one that have been handed out)."""
+        self.total: int | None = None
+        """What `read_so_far` is at the end, if that is known."""
+
+    def __iter__(self) -> Iterator[tuple[str, Text]]:
+        for where, text in self._found():
+            if not isinstance(text, UserError):
+                yield where, text
+            else:
+                self.refuse(text)
+
+    def refuse(self, error: UserError) -> None:
+        """A document cannot be used. Raises `error` unless that is to be counted."""
+        if not self.skip_bad:
+            raise error
+        self.account.refused += 1
+        self.account.first_refused = self.account.first_refused or str(error)
+
+    def _found(self) -> Iterator[tuple[str, Text | UserError]]:
+        raise NotImplementedError
+
+    def read_so_far(self) -> int:
+        """Bytes of files, rows of a dataset."""
+        raise NotImplementedError
+
+
+class FileDocuments(Documents):
+    """Of `files`, read as `how` says."""
+
+    def __init__(
+        self, files: list[Path], how: Reading, account: Account, skip_bad: bool = False, place: tuple[int, int] = (0, 0)
+    ) -> None:
+        super().__init__(account, skip_bad, place)
+        self.files, self.how = files, how
+        sizes = [path.stat().st_size for path in files]
+        self._before = [0, *accumulate(sizes)]
+        self.total = self._before[-1]
+
+    def _found(self) -> Iterator[tuple[str, Text | UserError]]:
+        first, done = self.place
+        for number in range(first, len(self.files)):
+            self.account.files = number + 1
+            self.place = number, done
+            found = read_documents(self.files[number], self.how)
+            for _, text in islice(found, done):
+                use_up(text)
+            for where, text in found:
+                done += 1
+                self.place = number, done
+                yield where, text
+            done = 0
+
+    def read_so_far(self) -> int:
+        number, _ = self.place
+        before = self._before[number : number + 2]
+        return round(before[0] + (before[-1] - before[0]) * min(self.how.meter.share(), 1))
+
+
+class DatasetDocuments(Documents):
+    """Of a dataset on the Hub or in a local folder, as `load_hugging_face` gives it."""
+
+    def __init__(
+        self, dataset: Any, name: str, column: str, account: Account, skip_bad: bool = False, place: tuple[int, int] = (0, 0)
+    ) -> None:
+        super().__init__(account, skip_bad, place)
+        self.dataset, self.name, self.column = dataset, name, column
+        self.total = len(dataset) if hasattr(dataset, "__len__") else None
+
+    def _found(self) -> Iterator[tuple[str, Text | UserError]]:
+        first = self.place[1]
+        for number, row in enumerate(rows_of(self.dataset.skip(first) if first else self.dataset, self.name), first):
+            self.place = 0, number + 1
+            where = f"row {number} of {self.name}"
+            yield where, text_of(row, where, self.column)
+
+    def read_so_far(self) -> int:
+        return self.place[1]
+
+
+def use_up(text: Text | UserError) -> None:
+    """Read a document to its end for the sake of the next one."""
+    if isinstance(text, Iterator):
+        with suppress(UserError):  # it was refused before, too
+            for _ in text:
+                pass
 
 
 def documents(
     files: list[Path], how: Reading, replaced: Replaced, account: Account | None = None, skip_bad: bool = False
 ) -> Iterator[str]:
-    """The texts of all files, lone surrogates `replaced`.
-
-    Raises UserError naming file and line for what cannot be read; with `skip_bad` a document that cannot be used is counted
-    instead. A file that cannot be read on is always an error.
-    """
-    account = account or Account()
-
-    def read() -> Documents:
-        for path in files:
-            account.files += 1
-            yield from read_documents(path, how)
-
-    return _usable(read(), replaced, account, skip_bad)
-
-
-def _usable(found: Documents, replaced: Replaced, account: Account, skip_bad: bool) -> Iterator[str]:
-    for where, text in found:
-        if not isinstance(text, UserError):
-            account.empty += not text
-            yield replaced(text, where)
-        elif skip_bad:
-            account.refused += 1
-            account.first_refused = account.first_refused or str(text)
-        else:
-            raise text
+    """The whole texts of all files, lone surrogates `replaced`. Raises UserError as `Documents`."""
+    return _whole(FileDocuments(files, how, account or Account(), skip_bad), replaced)
 
 
 def hugging_face_documents(
-    name: str,
-    config: str,
-    split: str,
-    column: str,
-    streaming: bool,
-    replaced: Replaced,
-    account: Account | None = None,
-    skip_bad: bool = False,
+    name: str, config: str, split: str, column: str, streaming: bool, replaced: Replaced
 ) -> Iterator[str]:
     """The texts of a dataset on the Hub or in a local folder, as `documents` gives those of files."""
+    dataset = load_hugging_face(name, config, split, column, streaming)
+    return _whole(DatasetDocuments(dataset, name, column, Account()), replaced)
 
-    def read() -> Documents:
-        for number, row in enumerate(rows_of(load_hugging_face(name, config, split, column, streaming), name)):
-            where = f"row {number} of {name}"
-            yield where, text_of(row, where, column)
 
-    return _usable(read(), replaced, account or Account(), skip_bad)
+def _whole(found: Documents, replaced: Replaced) -> Iterator[str]:
+    for where, text in found:
+        whole = replaced(text if isinstance(text, str) else "".join(text), where)
+        found.account.empty += not whole
+        yield whole
 
 
 def rows_of(rows: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
