@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import bz2
 import csv
+import errno
 import gzip
 import itertools
 import json
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 import titan_dp.data.prepare
 from tests.conftest import ROOT
@@ -30,7 +33,7 @@ from titan_dp.cli import dispatch
 from titan_dp.data import formats, shards
 from titan_dp.data.shards import TokenShards
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, run_main
 
 TEXTS = [f"Document {i}. " + "word " * (i % 40) for i in range(400)]
 
@@ -278,20 +281,43 @@ def test_files_that_were_not_yet_begun_may_change_before_the_same_command_goes_o
     assert len(documents(tmp_path / "out/train")) == 4000
 
 
-def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    arguments = [write_jsonl(tmp_path / "texts.jsonl", TEXTS * 200), "--shard-tokens", "50K", "--workers", "2"]
-    command = [sys.executable, "-m", "titan_dp.cli", "prepare", *map(str, arguments), "--out", str(tmp_path / "cut")]
-    # In a session of its own: a terminal tells every process of a command, the tokenising ones too.
+SLOW = """
+import itertools, time
+from titan_dp.cli import main
+from titan_dp.data.encoding import Encoder
+encode, calls = Encoder._encode, itertools.count()
+Encoder._encode = lambda self, batch: (time.sleep(0.2 * (next(calls) > 20)), encode(self, batch))[1]
+raise SystemExit(main())
+"""
+
+
+def begin_slowly(tmp_path: Path) -> tuple[subprocess.Popen[str], list[str | Path]]:
+    """A prepare that has some shards on the disk and a minute to go, and its arguments."""
+    source = write_jsonl(tmp_path / "texts.jsonl", TEXTS * 200)
+    arguments: list[str | Path] = [source, "--shard-tokens", "50K", "--batch-characters", "20K", "--workers", "2"]
+    arguments += ["--out", tmp_path / "cut"]
+    # In a session of its own: a terminal tells every process of a command.
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", SLOW, "prepare", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     while not list(tmp_path.glob("cut/train/shard-*.npy")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
+    return process, arguments
+
+
+def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    process, arguments = begin_slowly(tmp_path)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=TIMEOUT_SECONDS)[1] == "error: interrupted\n"
+    said = process.communicate(timeout=TIMEOUT_SECONDS)[1].splitlines()
+    assert [line for line in said if not line.startswith("bytes read")] == ["error: interrupted"]
     assert process.returncode == 130
-    prepare(*arguments, "--out", tmp_path / "cut")
+    prepare(*arguments)
     prepare("--out", tmp_path / "cut", "--verify")
 
 
@@ -301,6 +327,135 @@ def test_a_separator_ends_documents_wherever_it_falls(tmp_path: Path, monkeypatc
     arguments = ["--workers", "1", "--validation-fraction", "0"]
     prepare(tmp_path / "x.txt", "--out", tmp_path / "out", "--separator", r"\n--\n", *arguments)
     assert documents(tmp_path / "out/train") == [text.encode() for text in TEXTS[:30]]
+
+
+TOKENIZERS = {
+    "bytes": lambda folder: "bytes",
+    "ranks": lambda folder: write_ranks(folder / "x.tiktoken"),
+    "byte-level": lambda folder: write_bpe(folder, pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "with a prefix": lambda folder: write_bpe(folder, pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "metaspace": lambda folder: write_bpe(folder, pre_tokenizers.Metaspace()),
+    "undivided": lambda folder: write_bpe(
+        folder, None, normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    ),
+}
+SENTENCES = "".join(f"The quick  brown fox, number {i}, jumps over Ünïcödé 中文字 dogs.\n\n" for i in range(60))
+
+
+def write_ranks(path: Path) -> str:
+    tokens = [bytes([i]) for i in range(256)] + [b" t", b"he", b" the", b"ow", b"ox", b"\n\n", b".\n\n", b"  "]
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)))
+    return str(path)
+
+
+def write_bpe(folder: Path, divide: Any, normalize: Any = None) -> str:
+    backend = HFTokenizer(models.BPE(byte_fallback=True))
+    backend.pre_tokenizer, backend.normalizer = divide or pre_tokenizers.Metaspace(), normalize
+    backend.train_from_iterator([SENTENCES], trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    backend.pre_tokenizer = divide  # type: ignore[assignment]
+    backend.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_long_document_in_pieces_has_the_ids_of_the_whole(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer = TOKENIZERS[kind](tmp_path / "tokenizer")
+    (tmp_path / "x.txt").write_text(SENTENCES)
+    arguments = [tmp_path / "x.txt", "--tokenizer", tokenizer, "--validation-fraction", "0", "--out"]
+    prepare(*arguments, tmp_path / "whole")
+    monkeypatch.setattr(formats, "_LONG", 1000)
+    monkeypatch.setattr(formats, "_PIECE", 333)  # cuts characters of several bytes
+    longest: list[int] = []
+
+    def measured(name: str) -> Tokenizer:
+        real = load_tokenizer(name)
+        return replace(real, encode_arrays=lambda texts: longest.append(max(map(len, texts))) or real.encode_arrays(texts))
+
+    monkeypatch.setattr("titan_dp.data.prepare.load_tokenizer", measured)
+    prepare(*arguments, tmp_path / "pieces", "--batch-characters", "500")
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
+    assert max(longest) <= 500 + 64
+    assert len(longest) >= len(SENTENCES) // 500
+
+
+def test_a_text_file_is_never_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "_LONG", 1000)
+    monkeypatch.setattr(formats, "_PIECE", 100)
+    (tmp_path / "x.txt").write_text("\ufeff" + "ä" * 3000 + "--" + "short" + "--" + "b" * 2000)
+    found = []
+    for where, text in formats.read_documents(tmp_path / "x.txt", formats.Reading(separator="--")):
+        assert not isinstance(text, UserError)
+        parts = [text] if isinstance(text, str) else list(text)
+        assert max(map(len, parts)) <= 100 or isinstance(text, str)
+        found.append((where[:6], "".join(parts), isinstance(text, str)))
+    assert found == [("text 1", "ä" * 3000, False), ("text 2", "short", True), ("text 3", "b" * 2000, False)]
+
+
+def test_a_long_document_that_is_bad_at_its_end_is_left_out_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "_LONG", 1000)
+    monkeypatch.setattr(formats, "_PIECE", 100)
+    (tmp_path / "x.txt").write_bytes(b"good==" + b"a b " * 1000 + b"\xff==" + b"c d " * 500)
+    arguments = [tmp_path / "x.txt", "--separator", "==", "--batch-characters", "200", "--validation-fraction", "0"]
+    with pytest.raises(UserError, match=r"text 2 of .*x.txt is not UTF-8 \(byte 4000\)"):
+        prepare(*arguments, "--out", tmp_path / "stopped")
+    prepare(*arguments, "--out", tmp_path / "out", "--on-bad-document", "skip")
+    assert documents(tmp_path / "out/train") == [b"good", b"c d " * 500]
+    assert TokenShards(tmp_path / "out/train").manifest["account"]["documents_refused"] == 1
+
+
+def test_a_document_that_the_tokenizer_refuses_is_named_or_counted(
+    tmp_path: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choosy(name: str) -> Tokenizer:
+        real = load_tokenizer(name)
+
+        def encode_arrays(texts: list[str]) -> list[np.ndarray]:
+            if any("Document 7." in text for text in texts):
+                raise UserError("it cannot be encoded")
+            return real.encode_arrays(texts)
+
+        return replace(real, encode_arrays=encode_arrays)
+
+    monkeypatch.setattr("titan_dp.data.prepare.load_tokenizer", choosy)
+    with pytest.raises(UserError, match="texts.jsonl:8: it cannot be encoded"):
+        prepare(jsonl, "--out", tmp_path / "stopped")
+    prepare(jsonl, "--out", tmp_path / "out", "--on-bad-document", "skip", "--validation-fraction", "0")
+    assert documents(tmp_path / "out/train") == [text.encode() for i, text in enumerate(TEXTS) if i != 7]
+    assert TokenShards(tmp_path / "out/train").manifest["account"]["documents_refused"] == 1
+
+
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
+    tmp_path: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [jsonl, "--shard-tokens", "5K", "--batch-characters", "2K", "--out"]
+    prepare(*arguments, tmp_path / "whole")
+    append, calls = shards._Appended.append, itertools.count()
+    full_disk = Path("/dev/full").open("r+b", buffering=0)  # noqa: SIM115
+
+    def full(self: Any, numbers: np.ndarray) -> None:
+        if next(calls) > 30:
+            self._file = full_disk
+        append(self, numbers)
+
+    monkeypatch.setattr(shards._Appended, "append", full)
+    capsys.readouterr()
+    assert run_main(lambda: dispatch(["prepare", *map(str, arguments), str(tmp_path / "out")])) == 1
+    assert capsys.readouterr().err.startswith("error: [Errno 28] No space left on device: '")
+    monkeypatch.undo()
+    prepare(*arguments, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_of_a_killed_command_lives_on(tmp_path: Path, kill: signal.Signals) -> None:
+    process, arguments = begin_slowly(tmp_path)
+    assert Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text() == ""  # workers are threads
+    process.send_signal(kill)
+    process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == -kill
+    prepare(*arguments)
+    prepare("--out", tmp_path / "cut", "--verify")
 
 
 def test_bad_documents_are_counted_if_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -314,6 +469,59 @@ def test_bad_documents_are_counted_if_that_is_asked_for(tmp_path: Path, capsys: 
     assert "x.jsonl:1 holds int under 'text', not text" in said
     counts = {"files": 1, "files_skipped": {}, "documents_empty": 1, "documents_refused": 4, "characters_replaced": 1}
     assert TokenShards(tmp_path / "out/train").manifest["account"] == counts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kept"),
+    [
+        ("x.csv", b'id,text\n1,good\n2,caf\xe9\n3,"\xed\xa0\x80"\n', ["good", "\ufffd"]),
+        ("x.json", b'[{"text": "good"}, {"text": "caf\xe9"}, {"text": "\\udc80 \xed\xa0\x80"}]', ["good", "\ufffd \ufffd"]),
+        ("x.json", b'{"text": "\xff"} {"text": "good", "more": "\xff"} {"text": "good"}', ["good"]),
+    ],
+)
+def test_one_document_that_is_not_utf_8_does_not_end_its_file(
+    tmp_path: Path, name: str, content: bytes, kept: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    arguments = [tmp_path / name, "--workers", "1", "--validation-fraction", "0", "--out"]
+    with pytest.raises(UserError, match=r"x.csv is not UTF-8|x.json is not UTF-8"):
+        prepare(*arguments, tmp_path / "stopped")
+    prepare(*arguments, tmp_path / "out", "--on-bad-document", "skip")
+    assert documents(tmp_path / "out/train") == [text.encode() for text in kept]
+    assert TokenShards(tmp_path / "out/train").manifest["account"]["documents_refused"] >= 1
+
+
+@pytest.mark.parametrize("compress", [None, zstandard.compress])
+def test_an_arrow_stream_that_is_cut_between_two_batches_ends_early(tmp_path: Path, compress: Any) -> None:
+    path = tmp_path / "stream.arrow"
+    as_arrow(path)
+    cut = path.read_bytes()[:-8]  # the mark of its end
+    if compress:
+        path = tmp_path / "stream.arrow.zst"
+        (tmp_path / "stream.arrow").unlink()
+    path.write_bytes(compress(cut) if compress else cut)
+    with pytest.raises(UserError, match="ends early .its stream of batches has no end.; get the whole file"):
+        prepare(path, "--out", tmp_path / "out", "--workers", "1")
+
+
+def test_what_may_not_be_read_is_named_before_anything_is_done(
+    tmp_path: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not hold for root
+    with pytest.raises(UserError, match="texts.jsonl may not be read; change its permissions"):
+        prepare(jsonl, "--out", tmp_path / "out")
+    monkeypatch.undo()
+    (tmp_path / "in" / "locked").mkdir(parents=True)
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"folder .*locked cannot be read \(Permission denied\)"):
+        prepare(tmp_path / "in", "--out", tmp_path / "out")
 
 
 def test_what_a_folder_holds_besides_is_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -172,7 +172,7 @@ class Encoder:
 
     def _arrays(self, batch: Batch, refused: list[UserError]) -> list[np.ndarray | None]:
         try:
-            return list(self.tokenizer.encode_arrays(batch.texts))
+            return list(self.tokenizer.encode_arrays(batch.texts)) if batch.texts else []
         except UserError:  # which one?
             found: list[np.ndarray | None] = []
             for text, where in zip(batch.texts, batch.where, strict=True):

@@ -384,6 +384,7 @@ class _Work:
         else:
             for split, run in zip(SPLITS, encoded.runs, strict=True):
                 self._count_documents(run.lengths, run.text_bytes)
+                self.tokens += len(run.ids)
                 kept = run.lengths > 0  # empty without BOS and EOS
                 self.writers[split].add_many(run.ids, run.lengths[kept], run.text_bytes[kept])
         if (mark := batch.mark) is None:
@@ -405,6 +406,7 @@ class _Work:
         for ids in (before if self._long.tokens == 0 else before[:0], run.ids, after if batch.last else after[:0]):
             self._long.append(ids)
         self._long.text_bytes += int(run.text_bytes[0])
+        self.tokens += len(run.ids)
         if batch.last:
             whole, self._long = self._long, None
             self._count_documents(np.array([whole.tokens]), np.array([whole.text_bytes]))
@@ -413,7 +415,6 @@ class _Work:
                 self.writers[split].add_pieces(whole.pieces(self.encoder.dtype), whole.tokens, whole.text_bytes)
 
     def _count_documents(self, lengths: np.ndarray, text_bytes: np.ndarray) -> None:
-        self.tokens += int(lengths.sum())
         self.written.documents += len(lengths)
         self.written.text_bytes += int(text_bytes.sum())
         self.written.without_tokens += int((lengths == 0).sum())
