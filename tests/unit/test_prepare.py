@@ -284,7 +284,7 @@ def test_files_that_were_not_yet_begun_may_change_before_the_same_command_goes_o
 SLOW = """
 import itertools, time
 from titan_dp.cli import main
-from titan_dp.data.encoding import Encoder
+from titan_dp.data.tokenise import Encoder
 encode, calls = Encoder._encode, itertools.count()
 Encoder._encode = lambda self, batch: (time.sleep(0.2 * (next(calls) > 20)), encode(self, batch))[1]
 raise SystemExit(main())

@@ -6,7 +6,7 @@ rows are one optimizer step. Each step names the file to read next.
 Once, before training (`titan-dp prepare`):
 
  1. sources.py    (and formats.py) Files or a Hugging Face dataset -> documents, one str at a time, in a fixed order.
- 2. tokenizer.py  A document -> its ids, an array. encoding.py does it in batches and threads, long documents in pieces.
+ 2. tokenizer.py  A document -> its ids, an array. tokenise.py does it in batches and threads, long documents in pieces.
  3. prepare.py    BOS and EOS go around each document; the hash of its text says whether it is held out. Documents are
                   concatenated, in order -> train/ and validation/.
  4. shards.py     A folder: shard-00000.npy [tokens] uint16 or uint32, and shard-00000.starts.npy [documents] int64, where

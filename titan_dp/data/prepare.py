@@ -2,7 +2,7 @@
 
 The result is a function of the input and the arguments alone. Documents keep the order of the input, whatever the number
 of workers. Whether a document is held out is decided by the hash of its text, so duplicates never end up on both sides.
-One thread reads and writes, workers encode (encoding.py). After every shard, and at least every half minute, everything is
+One thread reads and writes, workers encode (tokenise.py). After every shard, and at least every half minute, everything is
 brought to the disk and `progress.json` says how far into the input that is. A run that was killed begins there: it opens no
 file that it had read, tokenises only what is missing, and ends with the same bytes as one that was not.
 OUT may hold other people's files: `--overwrite` deletes the shards that OUT's own records list, and nothing else.
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -27,7 +28,6 @@ from pydantic import Field
 from titan_dp import output
 from titan_dp.config.arguments import count, number
 from titan_dp.data import sources
-from titan_dp.data.encoding import Encoded, Encoder, Mark
 from titan_dp.data.formats import COMPRESSIONS, READERS, Reading
 from titan_dp.data.shards import (
     MANIFEST,
@@ -43,6 +43,7 @@ from titan_dp.data.shards import (
     shard_name,
 )
 from titan_dp.data.sources import Account
+from titan_dp.data.tokenise import Encoded, Encoder, Mark
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError, counted, say_once
 from titan_dp.files import JsonObject, Natural, Replaced, parse_json, short, shorten, write_json
@@ -401,18 +402,19 @@ class _Work:
             if batch.last:
                 self._long = None
             return
-        before, after = (np.array(ids, dtype=self.encoder.dtype) for ids in (self.encoder.before, self.encoder.after))
         (run,) = encoded.runs
-        for ids in (before if self._long.tokens == 0 else before[:0], run.ids, after if batch.last else after[:0]):
-            self._long.append(ids)
+        self._long.append(run.ids)
         self._long.text_bytes += int(run.text_bytes[0])
         self.tokens += len(run.ids)
         if batch.last:
             whole, self._long = self._long, None
-            self._count_documents(np.array([whole.tokens]), np.array([whole.text_bytes]))
-            if whole.tokens:
+            before, after = (np.array(ids, dtype=self.encoder.dtype) for ids in (self.encoder.before, self.encoder.after))
+            tokens = 0 if self.encoder.drops_empty and not whole.tokens else len(before) + whole.tokens + len(after)
+            self._count_documents(np.array([tokens]), np.array([whole.text_bytes]))
+            if tokens:
+                pieces = chain([before], whole.pieces(self.encoder.dtype), [after])
                 split = SPLITS[self.encoder.is_held_out(batch.sha256)]
-                self.writers[split].add_pieces(whole.pieces(self.encoder.dtype), whole.tokens, whole.text_bytes)
+                self.writers[split].add_pieces(pieces, tokens, whole.text_bytes)
 
     def _count_documents(self, lengths: np.ndarray, text_bytes: np.ndarray) -> None:
         self.written.documents += len(lengths)

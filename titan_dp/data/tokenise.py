@@ -70,7 +70,7 @@ class Run(NamedTuple):
 class Encoded(NamedTuple):
     batch: Batch
     runs: list[Run]
-    """Of documents to train on and of those held out; of a piece, one of a part of a document."""
+    """Of documents to train on and of those held out; of a piece, one without BOS and EOS."""
     refused: list[UserError]
     """Documents that the tokenizer cannot encode."""
 
@@ -108,6 +108,11 @@ class Encoder:
                 flying.extend(pool.submit(self._encode, b) for b in islice(batches, 1))
         finally:  # after a Ctrl-C, too: nobody reads what is in flight any more
             pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def drops_empty(self) -> bool:
+        """Whether nothing is kept of a document without ids: alone, one separator would follow another."""
+        return not (self.before and self.after)
 
     def is_held_out(self, sha256: bytes) -> bool:
         return int.from_bytes(sha256[:8], "big") < int(self.held_out * 2**64)
@@ -186,9 +191,12 @@ class Encoder:
     def _run(self, arrays: list[np.ndarray], sizes: list[int]) -> Run:
         before, after = np.array(self.before, dtype=self.dtype), np.array(self.after, dtype=self.dtype)
         lengths = np.array([len(ids) for ids in arrays], dtype=np.int64)
-        parts = [part for ids in arrays for part in (before, ids, after)] if self.before or self.after else arrays
+        lengths += (len(before) + len(after)) * (lengths > 0 if self.drops_empty else 1)
+        parts = arrays
+        if len(before) or len(after):
+            parts = [part for ids in arrays if len(ids) or not self.drops_empty for part in (before, ids, after)]
         ids = np.concatenate(parts, dtype=self.dtype, casting="unsafe") if parts else np.empty(0, self.dtype)
-        return Run(ids, lengths + len(self.before) + len(self.after), np.array(sizes, dtype=np.int64))
+        return Run(ids, lengths, np.array(sizes, dtype=np.int64))
 
     def _encode_piece(self, batch: Batch, context: str) -> Encoded:
         (text,) = batch.texts
