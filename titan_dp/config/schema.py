@@ -224,6 +224,8 @@ class Data(Section):
     """source = hf: column that holds the text."""
     hf_shuffle_buffer: Annotated[int, Field(ge=0)] = 10_000
     """source = hf: documents in the streaming shuffle buffer; 0 keeps the dataset's order."""
+    hf_on_bad_document: Literal["skip", "stop"] = "skip"
+    """source = hf: a document that cannot be used (no text, another type, too long) is left out and counted, or ends it."""
 
     @model_validator(mode="after")
     def _sources_fit(self) -> Data:

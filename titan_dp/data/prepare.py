@@ -46,7 +46,7 @@ from titan_dp.data.sources import Account
 from titan_dp.data.tokenise import Encoded, Encoder, Mark
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError, counted, say_once
-from titan_dp.files import JsonObject, Natural, Replaced, parse_json, short, shorten, write_json
+from titan_dp.files import JsonObject, Natural, Replaced, parse_json, short, write_json
 
 _SAVE_SECONDS = 30.0
 """How much work a kill costs at most."""
@@ -130,13 +130,7 @@ def _plan(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer) -> 
     """Everything the result depends on; a second run must agree to continue the first one's work."""
     before, after = tokenizer.separators(args.bos, args.eos)
     if not before and not after and (args.bos, args.eos) != (False, False):
-        lacking = [role for role, token in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)) if token is None]
-        special = f" (its special tokens: {shorten(', '.join(tokenizer.special_tokens))})" if tokenizer.special_tokens else ""
-        say_once(
-            f"WARNING: documents are joined without a separator, because tokenizer {tokenizer.name!r} has no "
-            f"{' and no '.join(lacking)}{special}; if that is meant, say so with --no-bos --no-eos; if not, name a token as "
-            "eos_token in its tokenizer_config.json"
-        )
+        say_once(tokenizer.joined("if that is meant, say so with --no-bos --no-eos; if not"))
     return {
         "inputs": [_input(path) for path in files],
         "hf": [args.hf_dataset, args.hf_name, args.hf_split] if args.hf_dataset else None,

@@ -4,12 +4,16 @@ Every rank walks the same stream of documents and keeps its own samples, so the 
 is four integers, equal on all ranks: samples consumed, epoch, documents consumed, and the offset of the next sample's
 first token in the document at hand. No iterator state of `datasets` is kept: resuming skips to the document. The price is
 that each rank tokenises everything; for more than a few ranks, or more than one epoch, prepare shards.
+
+A connection that fails is tried again from the row it failed at. A document that cannot be used is left out and counted, by
+every rank alike.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,15 +23,21 @@ import numpy as np
 
 from titan_dp import config
 from titan_dp.data.batch import Batch, Place, make_batch
+from titan_dp.data.formats import text_of
 from titan_dp.data.shards import TokenShards
 from titan_dp.data.sources import load_hugging_face, rows_of
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.data.workers import read_in_workers
-from titan_dp.errors import UserError
-from titan_dp.files import Replaced
+from titan_dp.errors import RunError, UserError, explained, passing_fault, say_once
+from titan_dp.files import Replaced, shorten
 
 State = dict[str, int]
 _START: State = {"samples": 0, "epoch": 0, "documents": 0, "offset": 0}
+_PAUSES = (1, 2, 4, 8, 16, 30)
+"""Seconds before each further try when a connection fails again and again. Other ranks wait meanwhile, so that all of them must
+stay below comm.train_timeout_seconds."""
+_LONGEST = 2**28
+"""Characters of the longest document: whole in memory, with its ids, it takes gigabytes."""
 Row = tuple[list[int], list[int]]
 """T + 1 tokens, of which the last is the next row's first, and the positions at which documents begin."""
 
@@ -70,6 +80,10 @@ class StreamLoader:
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
         self.state: State = dict(_START)
         self.replaced = Replaced("documents streamed so far")
+        self.left_out = 0
+        """Documents that could not be used, since the start of this process."""
+        if tokenizer.separators() == ([], []):
+            say_once(tokenizer.joined("if that is not meant"))
         self._open()  # fail now, not later
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -92,6 +106,15 @@ class StreamLoader:
     def _open(self) -> Any:
         d = self.data
         return load_hugging_face(d.hf_dataset, d.hf_name, d.hf_split, d.hf_column, streaming=True)
+
+    def _wait(self, error: UserError | RunError, failed: int) -> None:
+        """Wait before another try, after `failed` tries before this one. Raises what `error` means if no try would help."""
+        fault = passing_fault(error)
+        if fault is None or failed == len(_PAUSES):
+            raise explained(error) or error
+        reason = f"{type(fault).__name__}: {shorten(str(fault))}"
+        say_once(f"warning: Hugging Face dataset {self.data.hf_dataset!r}: {reason}; trying again in {_PAUSES[failed]} s")
+        time.sleep(_PAUSES[failed])
 
     def _read(self, worker: int, workers: int) -> Iterator[tuple[list[Batch], State]]:
         """This rank's micro-batches of every step, and the state after it."""
@@ -118,7 +141,7 @@ class StreamLoader:
             while True:
                 if at == 0:
                     starts.append(len(row))
-                taken = ids[at : at + T + 1 - len(row)]
+                taken = ids[at : at + T + 1 - len(row)].tolist()
                 row += taken
                 if len(row) <= T:
                     break
@@ -128,29 +151,64 @@ class StreamLoader:
                 row, starts = [], []
             at = 0
 
-    def _documents(self, tokenizer: Tokenizer, epoch: int, skip: int) -> Iterator[tuple[int, int, list[int]]]:
-        """(epoch, index, ids) of every document, epoch after epoch."""
+    def _documents(self, tokenizer: Tokenizer, epoch: int, skip: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(epoch, index, ids) of every document that can be used, epoch after epoch."""
         d = self.data
-        before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        before, after = (np.array(ids, np.int64) for ids in tokenizer.separators())
         while True:
-            stream = self._open()
+            rows = self._all_rows(0 if d.hf_shuffle_buffer else skip)
             if d.hf_shuffle_buffer:
-                rows = islice(_shuffle(stream, d.hf_shuffle_buffer, f"{d.seed} {epoch}"), skip, None)
-            else:
-                rows = iter(stream.skip(skip))
+                rows = islice(_shuffle(rows, d.hf_shuffle_buffer, f"{d.seed} {epoch}"), skip, None)
             empty = True
-            for index, row in enumerate(rows_of(rows, d.hf_dataset), skip):
-                empty = False
-                said = self.replaced.texts
-                text = self.replaced(row[d.hf_column], f"row {index} of {d.hf_dataset}")
-                if self.place.rank == 0 and self.replaced.texts > said and _is_power_of_ten(self.replaced.texts):
-                    self.replaced.say()
-                if ids := before + tokenizer.encode(text) + after:
-                    yield epoch, index, ids
+            for index, row in enumerate(rows, skip):
+                ids = self._encoded(tokenizer, row, f"row {index} of {d.hf_dataset}")
+                if ids is None:
+                    continue
+                # Alone, one separator would follow another.
+                if len(ids) or (len(before) and len(after)):
+                    empty = False
+                    yield epoch, index, np.concatenate([before, ids, after])
             if empty and not skip:
-                raise UserError(f"data.hf_dataset {d.hf_dataset!r} holds no documents in split {d.hf_split!r}")
+                raise UserError(f"data.hf_dataset {d.hf_dataset!r} holds no documents in split {d.hf_split!r}{self._all_bad()}")
             epoch, skip = epoch + 1, 0
+
+    def _all_rows(self, done: int) -> Iterator[Any]:
+        """The rows of the dataset in its order from `done` on, whatever the connection does meanwhile."""
+        failed = 0
+        while True:
+            try:
+                stream = self._open()
+                for row in rows_of(stream.skip(done) if done else stream, self.data.hf_dataset):
+                    done, failed = done + 1, 0
+                    yield row
+                return
+            except (UserError, RunError) as error:
+                self._wait(error, failed)
+                failed += 1
+
+    def _encoded(self, tokenizer: Tokenizer, row: Any, where: str) -> np.ndarray | None:
+        """The ids of a row's text, None if it cannot be used. Raises UserError for it if the settings say so."""
+        text = text_of(row, where, self.data.hf_column)
+        if isinstance(text, str) and len(text) > _LONGEST:
+            text = UserError(f"{where} has {len(text):,} characters, more than {_LONGEST:,}; divide it")
+        if isinstance(text, str):
+            said = self.replaced.texts
+            text = self.replaced(text, where)
+            if self.place.rank == 0 and self.replaced.texts > said and _is_power_of_ten(self.replaced.texts):
+                self.replaced.say()
+            try:
+                return tokenizer.encode_arrays([text])[0]
+            except UserError as error:
+                text = UserError(f"{where}: {error}")
+        if self.data.hf_on_bad_document == "stop":
+            raise UserError(f"{text}; data.hf_on_bad_document = 'skip' leaves such documents out")
+        self.left_out += 1
+        if _is_power_of_ten(self.left_out):
+            say_once(f"WARNING: documents left out so far, because they cannot be used: {self.left_out:,}, the last: {text}")
+        return None
+
+    def _all_bad(self) -> str:
+        return f" that can be used ({self.left_out:,} were left out)" if self.left_out else ""
 
 
 def _is_power_of_ten(n: int) -> bool:

@@ -1,8 +1,9 @@
 """Text to ids and back: one small interface over tiktoken, SentencePiece and Hugging Face tokenizers.
 
-`load_tokenizer` takes what `encodings.py` reads (the embedded "bytes", the name of a tiktoken encoding, a `.tiktoken` file,
-Llama 3's tokenizer.model, a tekken.json), a SentencePiece `.model`, a tokenizer.json, and a folder or Hub name that holds one
-of these. Special tokens in the text are ordinary text; only `bos_id` and `eos_id` are used, and only by those who add them.
+`load_tokenizer` takes what `encodings.py` reads ("bytes", which is built in, the name of a tiktoken encoding, a
+`.tiktoken` file, Llama 3's tokenizer.model, a tekken.json), a SentencePiece `.model`, a tokenizer.json, and a folder or Hub
+name that holds one of these. Special tokens in the text are ordinary text; only `bos_id` and `eos_id` are used, and only by
+those who add them.
 
 The hash is the tokenizer's identity: of its vocabulary and its rules, so that ids are never read with another tokenizer,
 whatever lies at the same path by then. Token shards, checkpoints and exports keep it. Settings for inference (truncation,
@@ -95,6 +96,15 @@ class Tokenizer:
                 )
             before, after = (before, []) if bos else ([], after)
         return before, after
+
+    def joined(self, remedy: str) -> str:
+        """The sentence for documents without a separator between them, which ends in what to do."""
+        lacking = [role for role, token in (("BOS", self.bos_id), ("EOS", self.eos_id)) if token is None]
+        special = f" (its special tokens: {shorten(', '.join(self.special_tokens))})" if self.special_tokens else ""
+        return (
+            f"WARNING: documents are joined without a separator, because tokenizer {self.name!r} has no "
+            f"{' and no '.join(lacking)}{special}; {remedy}, name a token as eos_token in its tokenizer_config.json"
+        )
 
 
 def load_tokenizer(name: str) -> Tokenizer:
