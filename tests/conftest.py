@@ -18,9 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Several processes on two cores: one thread each, or they fight. The variable is for processes to come, torch is here already.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-# What a shell starts in the background ignores Ctrl-C, and so would every process started from here; tests send it.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What a shell starts in the background ignores Ctrl-C, and what nohup starts a hangup; so would every process started from here,
+# and tests send both.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("tests")
