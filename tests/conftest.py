@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Several processes on two cores: one thread each, or they fight. The variable is for processes to come, torch is here already.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-# What a shell starts in the background ignores Ctrl-C, and what nohup starts a hangup; so would every process started from here,
+# What a shell starts in the background ignores Ctrl-C, what nohup starts a hangup; so would every process started from here,
 # and tests send both.
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
