@@ -179,7 +179,7 @@ REFUSALS = [
     ("[checkpoint]\nkeep_latest_k = 1", "checkpoint.keep_latest_k = 1: expected 0 or integer >= 2"),
     ("[model]\nattention_layers = [-1]", "model.attention_layers = [-1]: expected list of integers >= 0"),
     ("[data]\nseed = 2026-01-01", "data.seed = 2026-01-01: expected integer"),
-    ('training.tokens = "19X"', 'training.tokens = "19X": expected count such as 500_000 or "19B"'),
+    ('training.tokens = "19X"', 'training.tokens = "19X": expected whole number such as 500_000 or "19B"'),
     ("[data]\npath = []", "data.path = []: expected non-empty string or non-empty list of strings"),
     ('[data]\npath = [""]', "data.path = ['']: expected non-empty string or non-empty list of strings"),
     # rules between values
@@ -320,3 +320,37 @@ def test_one_reader_of_toml_whatever_the_version_of_python(root: Path) -> None:
     sources = [path for folder in ("titan_dp", "benchmarks", "tests") for path in (root / folder).rglob("*.py")]
     assert len(sources) > 100
     assert [str(path) for path in sources if re.search(r"^\s*(import|from) toml(lib|kit)?\b", path.read_text(), re.M)] == []
+
+
+DEBUG = ["--config", "debug.toml"]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("19B", 19_000_000_000), (".5B", 500_000_000), ("1.5K", 1500), ("1.", 1), ("0.1K", 100)]
+)
+def test_counts_may_have_a_unit(written: str, meant: int) -> None:
+    assert load_config([*DEBUG, f"--training.tokens={written}"]).config.training.tokens == meant
+
+
+@pytest.mark.parametrize("written", [".001", "1.0005K"])
+def test_a_count_that_is_not_whole_is_refused_and_not_rounded(written: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f'training.tokens = "{written}": expected whole number such as')):
+        load_config([*DEBUG, f"--training.tokens={written}"])
+
+
+@pytest.mark.parametrize("key", ["compile.no_enable", "compile.no-enable", "no-compile.enable", "compile.disable_enable"])
+def test_a_negated_key_is_answered_by_what_switches_it_off(key: str) -> None:
+    with pytest.raises(
+        UserError, match=f"unknown key {key}; to switch it off, write compile.enable = false .* --compile.enable=false"
+    ):
+        load_config([*DEBUG, f"--{key}"])
+
+
+def test_the_sign_of_the_home_folder_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = load_config(
+        [*DEBUG, "--job.dump_folder=~/runs", "--data.path", '["~/a", "b~/c"]', "--checkpoint.initial_load_path=~"]
+    )
+    assert found.config.job.dump_folder == f"{tmp_path}/runs"
+    assert found.config.data.paths == [f"{tmp_path}/a", "b~/c"]
+    assert found.config.checkpoint.initial_load_path == str(tmp_path)

@@ -253,3 +253,12 @@ def test_whoever_saves_a_figure_is_among_those_commands(root: Path) -> None:
     package = root / "titan_dp"
     drawing = (path for path in package.rglob("*.py") if path.name != "output.py" and "save_figure(" in path.read_text())
     assert {".".join(path.relative_to(package).with_suffix("").parts) for path in drawing} <= set(DRAW)
+
+
+def test_the_time_that_is_left_counts_only_what_this_run_did(monkeypatch: Patch) -> None:
+    now = iter([100.0, 110.0, 110.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    state = output.Progress("bytes read", 1000, done=600)
+    state.note = lambda seconds: f"{500 / seconds:g} tokens/s"
+    state.advance(100)
+    assert state.line() == "bytes read 700 of 1,000: 10 s so far, about 30 s left, 50 tokens/s"

@@ -612,6 +612,32 @@ def test_documents_too_few_to_hold_any_out_are_said_to_be_so(tmp_path: Path, cap
     assert "WARNING: none of 1 documents was held out at --validation-fraction 0.01" in capsys.readouterr().out
 
 
+def test_out_is_a_folder_and_its_sign_of_the_home_folder_is_read(
+    tmp_path: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    prepare("~/texts.jsonl", "--out", "~/out")
+    prepare("--out=~/out", "--verify")
+    assert not (tmp_path / "~").exists()
+    capsys.readouterr()
+    for out in (jsonl, jsonl / "deeper"):
+        assert run_main(lambda out=out: dispatch(["prepare", str(jsonl), "--out", str(out)])) == 2  # type: ignore[misc]
+        assert "lies" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.jsonl", b'{"text": "a"}'),
+        ("b.txt", b"b"),
+        ("c.csv", b"text\nc\n"),
+        ("d.json", b'[{"text": "d"}]'),
+    ):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    prepare(*sorted(tmp_path.glob("*.*")), "--out", tmp_path / "out", "--validation-fraction", "0")
+    assert documents(tmp_path / "out/train") == [b"a", b"b", b"c", b"d"]
+
+
 def test_a_finished_folder_is_verified_and_left_alone_until_overwrite(
     tmp_path: Path, jsonl: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -632,6 +658,33 @@ def test_a_finished_folder_is_verified_and_left_alone_until_overwrite(
         prepare("--out", tmp_path / "out", "--verify")
     prepare(*arguments, "--validation-fraction", "0.5", "--overwrite")
     prepare("--out", tmp_path / "out", "--verify")
+
+
+def test_verify_compares_the_account_with_the_input_while_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    lines = [{"text": text} for text in ("a", "", "\ud800", "b" * 3000)] + [{"txt": "refused"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out"
+    options = ["--on-bad-document", "skip", "--no-bos", "--no-eos", "--batch-characters", "1K"]
+    prepare(tmp_path / "x.jsonl", "--out", out, *options, "--validation-fraction", "0.5")
+    prepare("--out", out, "--verify")
+    assert "account: good, the input has 1 file, 4 documents, 3,004 bytes of text" in capsys.readouterr().out
+    record = json.loads((out / "progress.json").read_text())
+    for key, other, said in (
+        ("documents", 5, "the input has 1 file, 4 documents and 1 replaced characters, its account 1, 6 and 1"),
+        ("text_bytes", 9, "1 empty documents and 3,004 bytes of text, its account 1 and 9"),
+        ("without_tokens", 2, "the shards hold 3 documents, the account has 2 with tokens"),
+    ):
+        changed = record | {"account": record["account"] | {key: other}}
+        (out / "progress.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=said):
+            prepare("--out", out, "--verify")
+    (out / "progress.json").write_text(json.dumps(record))
+    os.utime(tmp_path / "x.jsonl", (1, 1))
+    with pytest.raises(UserError, match="x.jsonl has changed since it was prepared"):
+        prepare("--out", out, "--verify")
+    (tmp_path / "x.jsonl").unlink()
+    prepare("--out", out, "--verify")
+    assert "account: not checked, because" in capsys.readouterr().out
 
 
 LINES = "".join(json.dumps({"text": f"{i} of many"}) + "\n" for i in range(2000)).encode()

@@ -8,6 +8,7 @@ something other than their default are looked at, so that no option is dead in s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 
@@ -101,6 +102,15 @@ HINTS = {
 _NOT_OFFERED = {"quantize", "float8", "mx", "fault_tolerance", "memory_estimation", "experimental"}
 
 
+def _switched_off(dotted: str) -> str:
+    """What switches off the setting that an unknown key, such as compile.no_enable or no-compile.enable, means; "" if none."""
+    meant = ".".join(re.sub(r"^(no|disable)[-_]", "", part) for part in dotted.split("."))
+    key = all_keys().get(meant)
+    if meant == dotted or key is None or "true or false" not in key.expected:
+        return ""
+    return f"to switch it off, write {meant} = false in the file or --{meant}=false"
+
+
 def explain_unknown(dotted: str) -> str:
     """One clause on the unknown key `dotted`: what to write instead, as far as that can be told."""
     section, _, name = dotted.rpartition(".")
@@ -110,6 +120,8 @@ def explain_unknown(dotted: str) -> str:
         return HINTS[dotted]
     if section.split(".")[0] in _NOT_OFFERED:
         return f"[{section}] has no counterpart here; remove it"
+    if off := _switched_off(dotted):
+        return off
     if homes := [key.dotted for key in all_keys().values() if key.name == name]:
         return f"did you mean {' or '.join(homes[:4])}?"
     if name in HINTS:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from titan_dp.config.describe import describe
-from titan_dp.config.schema import parse_count
+from titan_dp.config.schema import from_home, parse_count
 from titan_dp.files import shown
 
 T = TypeVar("T")
@@ -34,7 +35,16 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
         parser.error(f"unrecognized arguments: {' '.join(unknown + settings * (not takes_settings))}")
     if takes_settings:
         args.settings = [*args.settings, *settings]
+    for name, value in vars(args).items():
+        setattr(args, name, _from_home(value))
     return args
+
+
+def _from_home(value: Any) -> Any:
+    """Paths with the home folder for the "~" that a shell leaves as it is in quotes and in `--out=~/x`."""
+    if isinstance(value, list):
+        return [_from_home(each) for each in value]
+    return Path(from_home(str(value))) if isinstance(value, Path) else value
 
 
 def _settings_apart(argv: list[str]) -> tuple[list[str], list[str]]:

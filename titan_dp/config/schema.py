@@ -9,8 +9,10 @@ section live in that section, rules across sections in `Config`. docs/config.md 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -31,13 +33,20 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_count(value: object) -> object:
-    """'19B' -> 19_000_000_000, 19e9 too; integers pass through; the rest is left for the type check to refuse."""
+    """'19B' -> 19_000_000_000, '.5B' and 19e9 too; integers pass through; the rest, such as '.001' and '1.0005K', is left for
+    the type check to refuse.
+    """
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, str) and (match := re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBT]?)", value.strip())):
-        number = float(match[1].replace("_", "")) * _UNITS[match[2]]
-        return round(number) if math.isfinite(number) else value
+    if isinstance(value, str) and (match := re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]*)?|\.[0-9]+)\s*([KMBT]?)", value.strip())):
+        number = Decimal(match[1].replace("_", "")) * _UNITS[match[2]]
+        return int(number) if number == int(number) else value
     return value
+
+
+def from_home(path: str) -> str:
+    """`path` with the home folder for its "~", which shells leave as it is in quotes, in `--key=~/x` and in files."""
+    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path
 
 
 def _within(name: str) -> str:
@@ -58,11 +67,13 @@ def refuse(problems: list[str]) -> None:
         raise ValueError("\n".join(problems))
 
 
-Count = Annotated[int, BeforeValidator(parse_count), WithJsonSchema({"title": 'count such as 500_000 or "19B"'})]
+Count = Annotated[int, BeforeValidator(parse_count), WithJsonSchema({"title": 'whole number such as 500_000 or "19B"'})]
 Positive = Annotated[int, Field(gt=0)]
 PositiveOrAll = Literal[-1] | Positive
 Name = Annotated[str, Field(min_length=1)]
-Paths = Name | Annotated[list[Name], Field(min_length=1)]
+UserPath = Annotated[str, AfterValidator(from_home)]
+_PathName = Annotated[UserPath, Field(min_length=1)]
+Paths = _PathName | Annotated[list[_PathName], Field(min_length=1)]
 # Of a folder inside another one: a name, or several between slashes.
 FolderName = Annotated[
     str,
@@ -95,7 +106,7 @@ class Section(BaseModel):
 
 
 class Job(Section):
-    dump_folder: str = "outputs"
+    dump_folder: UserPath = "outputs"
     """Folder that holds the run folders."""
     run_name: Literal[""] | FolderName = ""
     """Name of the run folder inside `dump_folder`; empty: the config's file name without .toml."""
@@ -212,9 +223,9 @@ class Data(Section):
     """Seed of the sample order, apart from `debug.seed` so that data order and initialisation vary independently."""
     verify: bool = True
     """Compare the contents of shards with their checksums while training: each file once per run, and again if it changed."""
-    tokenizer: str = ""
+    tokenizer: UserPath = ""
     """Name or path of the tokenizer. Shards carry their own, so only source = hf needs it; if given, it must agree."""
-    hf_dataset: str = ""
+    hf_dataset: UserPath = ""
     """source = hf: name or folder of the dataset."""
     hf_name: str = ""
     """source = hf: configuration of the dataset."""
@@ -385,7 +396,7 @@ class Checkpoint(Section):
     """Step to resume from; -1: the newest healthy one."""
     resume: bool = True
     """Resume from the run folder when it holds a committed checkpoint; false refuses to start in a used folder."""
-    initial_load_path: str = ""
+    initial_load_path: UserPath = ""
     """Checkpoint folder whose model weights a new run starts from (optimizer, step and data start afresh); its [model] and its
     tokenizer must be this run's."""
     allow_changed: list[str] = []

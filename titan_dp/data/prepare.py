@@ -27,6 +27,7 @@ from pydantic import Field
 
 from titan_dp import output
 from titan_dp.config.arguments import count, number
+from titan_dp.config.schema import from_home
 from titan_dp.data import sources
 from titan_dp.data.formats import COMPRESSIONS, READERS, Reading
 from titan_dp.data.shards import (
@@ -43,7 +44,7 @@ from titan_dp.data.shards import (
     shard_name,
 )
 from titan_dp.data.sources import Account
-from titan_dp.data.tokenise import Encoded, Encoder, Mark
+from titan_dp.data.tokenise import Encoded, Encoder, Mark, cut
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError, counted, say_once
 from titan_dp.files import JsonObject, Natural, Replaced, parse_json, short, write_json
@@ -90,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         return _verify(args.out)
     if args.files_from:
         args.inputs += _names_in(args.files_from)
+    args.inputs, args.tokenizer = [from_home(name) for name in args.inputs], from_home(args.tokenizer)
+    args.hf_dataset = from_home(args.hf_dataset)
     if bool(args.inputs) == bool(args.hf_dataset):
         raise UserError("prepare reads either INPUT files or --hf-dataset NAME: give one of them")
     account = Account()
@@ -478,6 +481,9 @@ def _restore(progress: _Progress, account: Account, replaced: Replaced) -> None:
         replaced.characters, replaced.texts, replaced.first = saved["replaced"]
 
 
+# -- verifying ---------------------------------------------------------------------------------------------------------------
+
+
 def _verify(out: Path) -> int:
     folders = [out / split for split in SPLITS if (out / split / MANIFEST).exists()] or [out]
     problems = []
@@ -486,6 +492,60 @@ def _verify(out: Path) -> int:
         found = list(shards.verify())
         problems += found
         print(f"{folder}: {'BAD' if found else 'good'}, {shards.tokens:,} tokens, fingerprint {shards.fingerprint[:16]}")
+    saved = _Progress.read(out)
+    if saved is not None and saved.finished and saved.account:
+        problems += _verify_account(saved)
     if problems:
         raise UserError("; ".join(problems))
     return 0
+
+
+def _verify_account(saved: _Progress) -> list[str]:
+    """Read the input again and compare what is in it with the account that was kept of it, and with what the shards hold."""
+    plan = saved.plan
+    if plan["hf"]:
+        print("account: not checked, because the input is a Hugging Face dataset")
+        return []
+    for each in plan["inputs"]:
+        path = Path(each["file"])
+        if not path.is_file():
+            print(f"account: not checked, because {path} is not there any more")
+            return []
+        if _input(path) != each:
+            return [f"{path} has changed since it was prepared"]
+    how, replaced, account = Reading(plan["column"], _unescaped(plan["separator"])), Replaced(), Account()
+    files = [Path(each["file"]) for each in plan["inputs"]]
+    documents = sources.FileDocuments(files, how, account, skip_bad=plan["on_bad_document"] == "skip")
+    with output.progress("bytes of the input read", documents.total) as state:
+        for where, text in documents:
+            try:
+                sizes = [len(replaced(piece, where).encode()) for piece, _ in cut(text, plan["batch_characters"])]
+            except UserError as error:
+                documents.refuse(error)
+                continue
+            account.documents += 1
+            account.text_bytes += sum(sizes)
+            account.empty += not any(sizes)
+            state.done = documents.read_so_far()
+    then, kept = saved.account, [shard for shards in saved.shards.values() for shard in shards]
+    read, refused = (account.documents, account.refused), (then["documents"], then["refused"])
+    by_tokenizer = refused[1] - read[1]  # refused then, and read now, because nothing is tokenised
+    problems = []
+    if (read[0] - by_tokenizer, account.files, replaced.characters) != (refused[0], then["files"], then["replaced"][0]):
+        problems.append(
+            f"the input has {counted(account.files, 'file')}, {read[0]:,} documents and {replaced.characters:,} replaced "
+            f"characters, its account {then['files']:,}, {sum(refused):,} and {then['replaced'][0]:,}"
+        )
+    elif not by_tokenizer and (account.empty, account.text_bytes) != (then["empty"], then["text_bytes"]):
+        problems.append(
+            f"the input has {account.empty:,} empty documents and {account.text_bytes:,} bytes of text, its account "
+            f"{then['empty']:,} and {then['text_bytes']:,}"
+        )
+    if sum(shard.documents for shard in kept) != then["documents"] - then["without_tokens"]:
+        problems.append(
+            f"the shards hold {sum(shard.documents for shard in kept):,} documents, the account has "
+            f"{then['documents'] - then['without_tokens']:,} with tokens"
+        )
+    facts = f"{counted(account.files, 'file')}, {counted(account.documents, 'document')}, {account.text_bytes:,} bytes of text"
+    print(f"account: {'BAD' if problems else 'good'}, the input has {facts}")
+    return problems
