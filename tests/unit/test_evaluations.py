@@ -180,7 +180,7 @@ REFUSED = [
     ([*PERPLEXITY, "--stride", "40"], "--stride 40 is more than --context 32"),
     ([*PERPLEXITY, "--state", "carry", "--stride", "5"], "--stride 5 does not go with --state carry"),
     ([*PERPLEXITY, "--state", "carry", "--concatenate"], "--concatenate does not go with --state carry"),
-    (["perplexity", "ONE", "--text", "EMPTY", "--no-bos"], "there is nothing to score"),
+    (["perplexity", "ONE", "--text", "EMPTY", "--no-bos"], "nothing to score"),
     (["perplexity", "ONE"], "give exactly one of --shards FOLDER, --text FILE... and --hf-dataset NAME"),
     (["perplexity", "ONE", "--shards", "x", "--no-bos"], "--no-bos does not go with --shards"),
     ([*LENGTH, "--max-length", "1"], "--max-length is 1; give at least 2"),
