@@ -185,6 +185,24 @@ def test_a_file_of_something_else_is_one_sentence(tmp_path: Path, name: str) -> 
         load_tokenizer(str(path))
 
 
+@pytest.mark.parametrize(
+    ("damaged", "reason"),
+    [(b"AA== 0\nAA== 1\n", "not even all bytes"), (b"dGhl 1\n", "damaged"), (b"dGhlbQ== 99999999999\n", "damaged")],
+)
+def test_a_damaged_table_of_ranks_is_one_sentence(tmp_path: Path, damaged: bytes, reason: str) -> None:
+    path = llama_3_model(tmp_path / "tokenizer.model")
+    path.write_bytes(damaged if reason.startswith("not") else path.read_bytes() + damaged)
+    with pytest.raises(UserError, match=f"tokenizer.model' is .*{reason}"):
+        load_tokenizer(str(path))
+
+
+def test_a_piece_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
+    path = sentencepiece_model(tmp_path / "x.model")
+    path.write_bytes(path.read_bytes().replace("naïve".encode()[2:4], b"\xff\xff").replace("北".encode(), b"\xff\xff\xff"))
+    with pytest.raises(UserError, match="x.model' is neither a SentencePiece model nor a file of ranks"):
+        load_tokenizer(str(path))
+
+
 # -- identity --------------------------------------------------------------------------------------------------------------
 
 

@@ -79,7 +79,9 @@ def _encoding(name: str, ranks: dict[bytes, int], special: dict[str, int], split
 
     try:
         return tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
-    except ValueError as error:
+    except BaseException as error:  # it panics at some tables, which is a BaseException
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise UserError(f"tokenizer {name!r} is damaged ({reason(error)}); take it from where it comes from") from error
 
 

@@ -168,6 +168,8 @@ def _from_sentencepiece(path: Path, name: str) -> Tokenizer:
         content = path.read_bytes()
         backend = sentencepiece.SentencePieceProcessor(model_proto=content)
         read = ModelProto.FromString(content)
+        if not all(isinstance(piece.piece, str) for piece in read.pieces):
+            raise ValueError("a piece is not UTF-8")
     except (RuntimeError, ValueError, IsADirectoryError) as error:  # protobuf's own derive from ValueError
         raise UserError(
             f"tokenizer {name!r} is neither a SentencePiece model nor a file of ranks ({reason(error)}); {ALTERNATIVES}"
