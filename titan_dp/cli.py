@@ -50,6 +50,7 @@ COMMANDS: Commands = {
     "evaluate": (EVALUATIONS, "measure a trained model: perplexity, lm-eval, length, effective rank, recall"),
     "generate": ("titan_dp.inference.generate", "continue a prompt with a trained model"),
     "match": ("titan_dp.studies.match", "find shapes of equal parameters or FLOPs for several n_h"),
+    "coordinate-check": ("titan_dp.studies.coordinate_check", "do activations keep their size over width, depth and n_h?"),
     "sweep": ("titan_dp.studies.sweep", "expand a sweep file into runs, and launch them"),
     "state-tracking": (STATE_TRACKING, "word problems and formal languages: train, compare, inspect, prove"),
     "estimate": ("titan_dp.estimate.command", "memory, communication and speed of a run, before there is a machine for it"),

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 
 from titan_dp.config.describe import all_keys, sections
 from titan_dp.config.mixers import MIXERS
-from titan_dp.config.schema import Config, Model, StateTracking
+from titan_dp.config.schema import Config, Model, MupBase, StateTracking
 
 _BATCH = "set training.global_batch_size (sequences per optimizer step); accumulation follows from it and the ranks"
 _SHAPE = "describe the architecture by keys such as model.hidden_size, model.num_hidden_layers and model.num_heads"
@@ -184,6 +184,8 @@ def rules(c: Config) -> Iterator[Rule]:
 
     yield c.optimizer.name != "Muon", "optimizer", "muon_lr muon_momentum", f'optimizer.name = "{c.optimizer.name}"'
     yield c.optimizer.weight_decay == 0, "optimizer", "decay_embeddings", "optimizer.weight_decay is 0"
+    base = " ".join(MupBase.model_fields)
+    yield c.optimizer.parametrization != "mup", "optimizer.mup_base", base, 'optimizer.parametrization = "standard"'
     yield c.lr_scheduler.min_lr_factor == 1, "lr_scheduler", "decay_type decay_ratio", "min_lr_factor = 1 keeps the peak"
 
     mode = c.activation_checkpoint.mode

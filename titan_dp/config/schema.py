@@ -322,6 +322,27 @@ class Training(Section):
     dataloader: Dataloader = Dataloader()
 
 
+class MupBase(Section):
+    hidden_size: Positive | None = None
+    """model.hidden_size of the shape at which the hyperparameters were found."""
+    head_dim: Positive | None = None
+    """Its model.head_dim."""
+    num_heads: Positive | None = None
+    """Its model.num_heads."""
+    num_hidden_layers: Positive | None = None
+    """Its model.num_hidden_layers."""
+    num_householder: Annotated[int, Field(ge=1, le=8)] | None = None
+    """Its model.num_householder."""
+    intermediate_size: Positive | None = None
+    """Its model.intermediate_size; default: in proportion to hidden_size."""
+
+    def of(self, name: str) -> int:
+        """A key that `optimizer.parametrization = "mup"` has made sure of."""
+        value: int | None = getattr(self, name)
+        assert value is not None, name
+        return value
+
+
 class Optimizer(Section):
     name: Literal["AdamW", "Muon"] = "AdamW"
     """AdamW (fused) for all, or Muon for the matrices of the blocks and AdamW for the rest."""
@@ -341,6 +362,17 @@ class Optimizer(Section):
     """Decoupled weight decay of matrices; norms, biases, A_log and dt_bias have none."""
     decay_embeddings: bool = False
     """Apply weight decay to the embedding (and the output matrix tied to it) as well."""
+    parametrization: Literal["standard", "mup"] = "standard"
+    """mup: learning rates, epsilon and initializer_range are those of the shape `mup_base`, and are scaled to this model's."""
+    mup_base: MupBase = MupBase()
+
+    @model_validator(mode="after")
+    def _base_is_whole(self) -> Optimizer:
+        absent = [name for name in MupBase.model_fields if getattr(self.mup_base, name) is None and name != "intermediate_size"]
+        if self.parametrization == "mup" and absent:
+            keys = ", ".join(f"mup_base.{name}" for name in absent)
+            refuse([f'parametrization = "mup" needs the base shape\'s {keys}: that of the model the settings were tuned on'])
+        return self
 
 
 class LRScheduler(Section):
@@ -521,6 +553,8 @@ class Config(Section):
         )
         yield m.adaptive_householder and t.householder_cost is None, "model training", text
         is_loop = MIXERS[m.mixer].is_loop
+        text = f"optimizer.parametrization = 'mup' with model.mixer = {m.mixer!r}, which has no rules; set it to 'standard'"
+        yield self.optimizer.parametrization == "mup" and m.mixer == "rwkv7", "optimizer model", text
         text = (
             f"compile.enable = true with model.mixer = {m.mixer!r}: the compiler would unroll its loop over tokens, which "
             "takes hours; set compile.enable = false"

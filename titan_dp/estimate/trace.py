@@ -30,6 +30,7 @@ from titan_dp.estimate.collectives import Collective
 from titan_dp.estimate.ledger import Ledger, Peak, Work
 from titan_dp.hardware import GPU, GPUS
 from titan_dp.model.parallelize import sharded_model
+from titan_dp.model.parametrization import scales
 from titan_dp.train.optim import NonFiniteGuard, build_optimizer
 from titan_dp.train.step import PhaseName, train_step
 
@@ -67,7 +68,7 @@ class FakeRun:
         self.model.train()
         for parameter in self.model.parameters():
             record.belongs(parameter, ledger.PARAMETERS)
-        self.optimizers = build_optimizer(self.model, self.c.optimizer)
+        self.optimizers = build_optimizer(self.model, self.c.optimizer, scales(self.c))
         self.guard = NonFiniteGuard(_CPU)
         record.enter("optimizer")
         for optimizer in self.optimizers:

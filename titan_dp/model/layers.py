@@ -7,7 +7,7 @@ FSDP2 keeps all of these in one group, whose hooks must not run inside a compile
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +29,12 @@ class Initializer:
         seed: of the stream.
         device: where parameters live; CPU and CUDA draw different numbers.
         std: standard deviation of matrices, convolutions and embeddings (`model.initializer_range`).
+        factors: multiply the first values of these parameters, by id.
     """
 
-    def __init__(self, seed: int, device: torch.device, std: float) -> None:
+    def __init__(self, seed: int, device: torch.device, std: float, factors: Mapping[int, float] | None = None) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.std = std
+        self.std, self.factors = std, factors or {}
         self.written: Counter[int] = Counter()
 
     def normal_(self, *parameters: Tensor) -> None:
@@ -52,6 +53,8 @@ class Initializer:
         """Write `draw(an empty full tensor)` into `parameter`."""
         self.written[id(parameter)] += 1
         full = draw(torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device))
+        if (factor := self.factors.get(id(parameter), 1.0)) != 1:
+            full = full * factor
         if isinstance(parameter, DTensor):
             full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(full)

@@ -8,7 +8,7 @@ router (`attn.r_proj`), RWKV-7. Nothing here knows of ranks or devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -172,9 +172,10 @@ class Transformer(nn.Module):
         """Holders of the parameters that compute in float32: norms, A_log and dt_bias, RWKV-7's biases."""
         return [module for module in self.modules() if isinstance(module, Float32)]
 
-    def init_weights(self, seed: int) -> None:
-        """Write every parameter, the same on any number of ranks."""
-        init = Initializer(seed, self.embeddings.weight.device, self.std)
+    def init_weights(self, seed: int, factors: Mapping[str, float] | None = None) -> None:
+        """Write every parameter, the same on any number of ranks; `factors`, by name, multiply first values."""
+        by_id = {id(p): factors[name] for name, p in self.named_parameters()} if factors else None
+        init = Initializer(seed, self.embeddings.weight.device, self.std, by_id)
         init.normal_(self.embeddings.weight)
         for block in self.blocks:
             block.init_weights(init)

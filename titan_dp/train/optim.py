@@ -7,7 +7,8 @@ by itself when `found_inf` is 1, and so does our Muon.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from titan_dp import config
 from titan_dp.distributed import local_tensor
 from titan_dp.errors import RunError, UserError
+from titan_dp.model.parametrization import Scale
 from titan_dp.model.transformer import Transformer
 from titan_dp.train.muon import Muon, shard_group
 
@@ -24,33 +26,33 @@ class NonFiniteError(RunError):
     """Training went non-finite and stayed so."""
 
 
-def build_optimizer(model: Transformer, c: config.Optimizer) -> Optimizers:
+def build_optimizer(model: Transformer, c: config.Optimizer, scales: Mapping[str, Scale] | None = None) -> Optimizers:
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
 
     Matrices decay; norms, A_log, dt_bias and convolutions do not; embeddings (and the output matrix) if
-    `decay_embeddings`. Every parameter is in exactly one group.
+    `decay_embeddings`. Every parameter is in exactly one group, that of its role and scale. `scales`, by name, multiply
+    learning rates and epsilons; a weight loses the same part of itself per step whatever its learning rate's factor is.
     """
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "convolutions": [], "norms and gates": []}
+    members: dict[tuple[str, Scale], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        groups[_role(name, parameter)].append(parameter)
+        scale = scales[name]._replace(init=1.0) if scales else Scale()
+        members.setdefault((_role(name, parameter), scale), []).append(parameter)
     decay = {"matrices": c.weight_decay, "embeddings": c.weight_decay if c.decay_embeddings else 0.0}
-    adam_roles = [role for role in groups if groups[role] and not (c.name == "Muon" and role == "matrices")]
+    adam: list[dict[str, Any]] = []
+    muon: list[dict[str, Any]] = []
+    for (role, scale), parameters in sorted(members.items(), key=lambda item: ROLES.index(item[0][0])):
+        of_muon = c.name == "Muon" and role == "matrices"
+        lr, factor = (c.muon_lr, scale.muon) if of_muon else (c.lr, scale.lr)
+        group = {"params": parameters, "role": role, "peak_lr": lr * factor, "weight_decay": decay.get(role, 0.0) / factor}
+        (muon if of_muon else adam).append(group if of_muon else group | {"eps": c.eps * scale.eps})
     optimizers: list[torch.optim.Optimizer] = []
-    if c.name == "Muon":
-        optimizers.append(
-            Muon(
-                [{"params": groups["matrices"], "role": "matrices", "peak_lr": c.muon_lr}],
-                lr=c.muon_lr,
-                momentum=c.muon_momentum,
-                weight_decay=c.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-    adam_groups = [
-        {"params": groups[role], "weight_decay": decay.get(role, 0.0), "role": role, "peak_lr": c.lr} for role in adam_roles
-    ]
-    optimizers.append(torch.optim.AdamW(adam_groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True))
+    if muon:
+        optimizers.append(Muon(muon, lr=c.muon_lr, momentum=c.muon_momentum, adjust_lr_fn="match_rms_adamw"))
+    optimizers.append(torch.optim.AdamW(adam, lr=c.lr, betas=(c.beta1, c.beta2), fused=True))
     return Optimizers(optimizers)
+
+
+ROLES = ("matrices", "embeddings", "convolutions", "norms and gates")
 
 
 def _role(name: str, parameter: nn.Parameter) -> str:
@@ -87,16 +89,24 @@ class Optimizers:
             optimizer.zero_grad()
 
     def describe(self) -> str:
-        """'AdamW lr 0.0003: 12 matrices (1.2 M, decay 0.01), ...' for the banner."""
+        """'AdamW lr 0.0003: 12 matrices (1.2 M, decay 0.01), ...' for the banner; of different numbers, a range."""
         parts = []
         for optimizer in self.optimizers:
-            groups = [
-                f"{len(g['params'])} {g['role']} ({sum(p.numel() for p in g['params']):,}"
-                + (f", decay {g['weight_decay']:g})" if g["weight_decay"] else ", no decay)")
-                for g in optimizer.param_groups
-            ]
-            parts.append(f"{type(optimizer).__name__} lr {optimizer.param_groups[0]['peak_lr']:g}: {', '.join(groups)}")
+            roles = []
+            for role in dict.fromkeys(group["role"] for group in optimizer.param_groups):
+                groups = [group for group in optimizer.param_groups if group["role"] == role]
+                parameters = [p for group in groups for p in group["params"]]
+                decay = _range(group["weight_decay"] for group in groups)
+                size = f"{sum(p.numel() for p in parameters):,}"
+                roles.append(f"{len(parameters)} {role} ({size}, {'no decay' if decay == '0' else f'decay {decay}'})")
+            rates = _range(group["peak_lr"] for group in optimizer.param_groups)
+            parts.append(f"{type(optimizer).__name__} lr {rates}: {', '.join(roles)}")
         return "; ".join(parts)
+
+
+def _range(numbers: Iterable[float]) -> str:
+    low, *_, high = sorted([*numbers] * 2)
+    return f"{low:g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from titan_dp.faults.step_times import StepTimes
 from titan_dp.faults.watchdog import Watchdog
 from titan_dp.files import write_atomically
 from titan_dp.model.parallelize import sharded_model
+from titan_dp.model.parametrization import scales
 from titan_dp.model.size import model_size
 from titan_dp.model.transformer import chosen_backend
 from titan_dp.output import fitted, print_next, print_pairs, print_text, progress
@@ -77,9 +78,10 @@ class Trainer:
         self.model = sharded_model(c, world)
         self.householder_cost = c.training.householder_cost if c.model.adaptive_householder else None
         self.model.to_empty(device=world.device)
-        self.model.init_weights(c.debug.seed)
+        factors = scales(c)
+        self.model.init_weights(c.debug.seed, {name: scale.init for name, scale in factors.items()})
         self.model.train()
-        self.optimizers = build_optimizer(self.model, c.optimizer)
+        self.optimizers = build_optimizer(self.model, c.optimizer, factors)
         self.guard = NonFiniteGuard(world.device)
         self.times = StepTimes(world.device, c.compile.enable)
         self.interrupt = Interrupt(world.device)
