@@ -123,7 +123,7 @@ def grown(kind: str, axis: str, values: list[int]) -> dict[str, float]:
 @pytest.mark.parametrize(("axis", "values"), [("width", [64, 256]), ("depth", [2, 8]), ("n_h", [1, 4])])
 def test_changes_keep_their_size_under_mup(axis: str, values: list[int]) -> None:
     growths = grown("mup", axis, values)
-    assert all(abs(p) < 0.35 for p in growths.values()), growths
+    assert all(abs(p) < 0.45 for p in growths.values()), growths
 
 
 @pytest.mark.parametrize(("axis", "values"), [("width", [64, 256]), ("depth", [2, 8])])

@@ -199,7 +199,7 @@ NO_TASK = "task|group|S3,A5"
         (
             {"tokens_per_element": 4},
             {"seq_len": 16},
-            r"training.seq_len = 16 .*whole number of elements of 4 token\(s\); 13 would, for words of 3",
+            r"training.seq_len = 16 .*whole number of elements of 4 tokens; 13 would, for words of 3",
         ),
         ({"tokens_per_element": 4}, {"seq_len": 3}, r"training.seq_len = 3 .*; 5 would, for words of 1"),
         ({}, {"vocab": 7}, r"model.vocab_size = 7 is too small for S3, which needs 8 "),

@@ -123,7 +123,8 @@ def explain_unknown(dotted: str) -> str:
     if off := _switched_off(dotted):
         return off
     if homes := [key.dotted for key in all_keys().values() if key.name == name]:
-        return f"did you mean {' or '.join(homes[:4])}?"
+        nearest = [home for home in homes if home.count(".") == min(other.count(".") for other in homes)]
+        return f"did you mean {' or '.join(nearest[:4])}?"
     if name in HINTS:
         return HINTS[name]
     if section in sections():
