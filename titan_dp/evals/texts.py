@@ -91,10 +91,7 @@ def _from_shards(folder: Path, tokenizer: Tokenizer, limit: int | None) -> Texts
         )
 
     def read() -> Iterator[Document]:
-        for first, end in itertools.islice(itertools.pairwise(_boundaries(shards)), limit):
-            ids = np.empty(end - first, dtype=np.int64)
-            shards.read(first, ids)
-            yield Document(ids, None)
+        return itertools.islice(_documents_of(shards), limit)
 
     bos, eos = shards.manifest["adds_bos"], shards.manifest["adds_eos"]
     identity = {"shards": str(folder), "fingerprint": shards.fingerprint, "bos": bos, "eos": eos, "max_documents": limit}
@@ -102,12 +99,10 @@ def _from_shards(folder: Path, tokenizer: Tokenizer, limit: int | None) -> Texts
     return Texts(identity, read, text_bytes, min(shards.manifest["documents"], limit or sys.maxsize))
 
 
-def _boundaries(shards: Any) -> Iterator[int]:
-    """Where documents begin, then where the last one ends."""
-    step = 2**24
-    for start in range(0, len(shards), step):
-        yield from (shards.document_starts(start, min(start + step, len(shards))) + start).tolist()
-    yield len(shards)
+def _documents_of(shards: Any) -> Iterator[Document]:
+    for _, bounds, tokens in shards.documents():
+        for first, end in itertools.pairwise((bounds - bounds[0]).tolist()):
+            yield Document(tokens[first:end].astype(np.int64), None)
 
 
 def _from_text(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
