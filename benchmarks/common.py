@@ -47,6 +47,26 @@ def machine() -> dict[str, object]:
     }
 
 
+def proportional_set_size(root: int) -> int:
+    """Bytes held by a process and all its descendants; pages they share are counted once."""
+    total = 0
+    for pid in (root, *descendants(root)):
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:  # gone meanwhile
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return children + [grandchild for child in children for grandchild in descendants(child)]
+
+
 def _version(package: str) -> str:
     try:
         return version(package)

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import Report
+from common import Report, proportional_set_size
 
 from titan_dp.config.load import PROJECT, config_from_toml
 from titan_dp.model.size import embedding_parameters, model_size
@@ -87,26 +87,6 @@ def record(step: int, final: float, steps: int, noise: float) -> str:
         "mfu": 0.41 + noise / 1e3,
     }
     return json.dumps(values) + "\n"
-
-
-def proportional_set_size(root: int) -> int:
-    """Bytes held by a process and all its descendants; pages they share are counted once."""
-    total = 0
-    for pid in (root, *descendants(root)):
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:  # gone meanwhile
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
-
-
-def descendants(pid: int) -> list[int]:
-    try:
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-    return children + [grandchild for child in children for grandchild in descendants(child)]
 
 
 def cpu_seconds() -> float:

@@ -11,6 +11,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -568,6 +569,17 @@ def test_an_input_without_a_character_is_no_data(tmp_path: Path) -> None:
     (tmp_path / "x.txt").touch()
     with pytest.raises(UserError, match="the input holds no text"):
         prepare(tmp_path / "x.txt", "--out", tmp_path / "out", "--no-bos", "--no-eos", "--workers", "1")
+
+
+def test_the_benchmark_compares_the_same_tokens(tmp_path: Path) -> None:
+    environment = os.environ | {"BENCHMARK_RESULTS": str(tmp_path), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    arguments = ["--megabytes", "0.3", "--pairs", "1", "--tokenizers", "bpe"]
+    subprocess.run([sys.executable, ROOT / "benchmarks/prepare.py", *arguments], env=environment, cwd=ROOT, check=True)
+    ours, theirs = json.loads((tmp_path / "prepare.json").read_text())["rows"]
+    assert (ours["side"], theirs["side"]) == ("prepare", "datasets.map")
+    assert ours["M tokens"] == theirs["M tokens"] > 0.03
+    assert ours["peak MB"] > 10
+    assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", ours["times as fast"])
 
 
 def test_inputs_may_be_named_in_a_list(tmp_path: Path, jsonl: Path) -> None:
