@@ -30,9 +30,11 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 import titan_dp.data.prepare
 from tests.conftest import ROOT
 from tests.processes import SERVER, TIMEOUT_SECONDS
+from titan_dp import output
 from titan_dp.cli import dispatch
-from titan_dp.data import formats, shards
+from titan_dp.data import formats, shards, sources, tokenise
 from titan_dp.data.shards import TokenShards
+from titan_dp.data.sources import Account
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError, run_main
 
@@ -268,6 +270,42 @@ def test_a_resume_tokenises_only_what_is_missing_and_opens_no_file_that_was_read
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("source", ["files", "dataset", "stream"])
+def test_an_input_is_read_on_from_any_place(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", TEXTS[:100])
+    write_jsonl(tmp_path / "in" / "b.jsonl", TEXTS[100:])
+
+    def opened(place: tuple[int, int]) -> sources.Documents:
+        if source == "files":
+            files = sources.find_files([str(tmp_path / "in")])
+            return sources.FileDocuments(files, formats.Reading(), Account(), place=place)
+        dataset = sources.load_hugging_face(str(tmp_path / "in"), "", "train", "text", source == "stream")
+        return sources.DatasetDocuments(dataset, "in", "text", Account(), place=place)
+
+    whole = opened((0, 0))
+    found, place = [], (0, 0)
+    for number, (_, text) in enumerate(whole):
+        found.append(text)
+        place = whole.place if number == 149 else place
+    assert found == TEXTS
+    rest = opened(place)
+    assert [text for _, text in rest] == TEXTS[150:]
+    assert rest.place == whole.place
+
+
+def test_what_an_earlier_version_has_begun_is_not_gone_on_with(tmp_path: Path, jsonl: Path) -> None:
+    prepare(jsonl, "--out", tmp_path / "out")
+    path = tmp_path / "out" / "progress.json"
+    record = json.loads(path.read_text())
+    old = {"plan": record["plan"], "finished": False, "done": {"train": 9, "validation": 0}, "shards": record["shards"]}
+    path.write_text(json.dumps(old))
+    with pytest.raises(UserError, match="was begun by an earlier version, .*; --overwrite prepares everything anew"):
+        prepare(jsonl, "--out", tmp_path / "out")
+    prepare(jsonl, "--out", tmp_path / "out", "--overwrite")
+
+
 def test_files_that_were_not_yet_begun_may_change_before_the_same_command_goes_on(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
     (tmp_path / "b.jsonl").write_text("{")
@@ -403,6 +441,20 @@ def test_a_long_document_that_is_bad_at_its_end_is_left_out_whole(tmp_path: Path
     prepare(*arguments, "--out", tmp_path / "out", "--on-bad-document", "skip")
     assert documents(tmp_path / "out/train") == [b"good", b"c d " * 500]
     assert TokenShards(tmp_path / "out/train").manifest["account"]["documents_refused"] == 1
+
+
+def test_a_log_has_lines_with_the_rate_and_the_time_that_is_left(
+    tmp_path: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(output, "FIRST_SIGN", 0.01)
+    monkeypatch.setattr(output, "NEXT_SIGN", 0.01)
+    encode = tokenise.Encoder._encode
+    monkeypatch.setattr(tokenise.Encoder, "_encode", lambda self, batch: (time.sleep(0.02), encode(self, batch))[1])
+    packed(write_jsonl, gzip.compress)(tmp_path / "x.jsonl.gz")
+    prepare(tmp_path / "x.jsonl.gz", "--out", tmp_path / "out", "--batch-characters", "2K", "--workers", "1")
+    size = (tmp_path / "x.jsonl.gz").stat().st_size
+    lines = [line for line in capsys.readouterr().err.splitlines() if " left" in line]
+    assert re.fullmatch(rf"bytes read [\d,]+ of {size:,}: \S+ s so far, about \S+ \w+ left, \S+ tokens/s", lines[-1])
 
 
 def test_a_document_that_the_tokenizer_refuses_is_named_or_counted(
