@@ -316,8 +316,10 @@ def test_files_that_were_not_yet_begun_may_change_before_the_same_command_goes_o
     (tmp_path / "b.jsonl").write_bytes(LINES)
     with pytest.raises(UserError, match="was prepared with other arguments"):
         prepare(*arguments, "--no-eos")
+    (tmp_path / "out" / "train" / ".shard-00099.npy.tmp").touch()  # of more tokens than there are now
     prepare(*arguments)
     assert len(documents(tmp_path / "out/train")) == 4000
+    assert not list(tmp_path.glob("out/train/.*"))
 
 
 SLOW = """

@@ -140,8 +140,16 @@ class ShardWriter:
         self._closed = list(shards)
         if begun is not None:
             self.publish()
+            self._forget_what_came_after()
         if self.begun.documents:
             self._open()
+
+    def _forget_what_came_after(self) -> None:
+        """Delete what an earlier writer had begun and not saved: it is made anew, and perhaps has another length then."""
+        kept = {temporary_of(self.folder / name) for name in _names(len(self.shards)) if self.begun.documents}
+        for path in self.folder.glob(".shard-*.tmp"):
+            if begun_shard(path.name) and path not in kept:
+                path.unlink()
 
     def add(self, ids: np.ndarray, text_bytes: int) -> None:
         """Append one document of `text_bytes` bytes of text."""
