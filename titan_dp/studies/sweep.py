@@ -17,10 +17,11 @@ import shlex
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from titan_dp.config.arguments import above_zero, fraction, natural, positive
 from titan_dp.config.load import config_from_toml
-from titan_dp.errors import RunError, UserError
+from titan_dp.errors import RunError, UserError, require
 from titan_dp.files import short, stays_inside, write_json
 from titan_dp.output import number_table, print_next, print_table, print_text
 from titan_dp.studies.sweep_file import Cell, Sweep, load_sweep
@@ -28,6 +29,8 @@ from titan_dp.train.run_folder import RunLock, holds_config, identity, is_finish
 
 _LEAST_HOURS = 0.01
 """Of the whole sweep: below it GPU-hours say nothing."""
+_ROUNDS = 6
+"""Of --extend-edges in one launch: a loss that falls for ever is no reason to train for ever."""
 _OURS = (".lock", ".slot", ".config.toml.tmp", "config.toml")
 """What a cell's folder may hold before its first attempt."""
 
@@ -40,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--at-once", type=positive, default=1, metavar="K", help="cells that run at the same time (default: 1)")
     parser.add_argument("--nproc", type=positive, metavar="N", help="processes of a cell (default: 1; slurm: the node's GPUs)")
     parser.add_argument("--retries", type=natural, default=2, metavar="N", help="new attempts of a failed cell (default: 2)")
+    parser.add_argument(
+        "--extend-edges",
+        action="store_true",
+        help="add the next value of a tuned axis wherever the best one is the last; with --launch local until it is not",
+    )
     parser.add_argument(
         "--sbatch", default="", metavar="OPTIONS", help="more options of sbatch: '--partition=h100 --time=8:00:00'"
     )
@@ -56,6 +64,11 @@ def run(args: argparse.Namespace) -> int:
 
         check_slurm()
     sweep = load_sweep(args.file)
+    sweep.cells.extend(_added(sweep))
+    if args.extend_edges:
+        if not sweep.tune:
+            raise UserError(f'--extend-edges extends tuned axes, and {args.file} tunes none; give [sweep] tune = "lr", say')
+        require("titan-dp sweep --extend-edges", "pandas", "pyarrow", "scipy")
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
         lock: RunLock | None = RunLock(sweep.folder)  # whoever writes run folders or starts cells is alone
@@ -63,13 +76,15 @@ def run(args: argparse.Namespace) -> int:
         remedy = "choose another job.dump_folder or [sweep] name"
         raise UserError(f"{sweep.folder} cannot be a folder ({error}); {remedy}") from error
     except RunError as error:
-        if args.launch in ("local", "slurm"):
+        if args.launch in ("local", "slurm") or args.extend_edges:
             hint = f"titan-dp sweep {args.file} shows how far it is"
             raise RunError(f"another process is at work on this sweep ({sweep.folder}); {hint}") from error
         lock = None  # a launch is at work: show how far it is, and write nothing
     with closing(lock) if lock else nullcontext():
         if lock:
             _write(sweep)
+            if args.extend_edges:
+                _extend(sweep)
         if args.launch != "print":  # whose output is for another program
             _print_costs(sweep, args.mfu, args.peak_tflops)
         if args.launch == "slurm":
@@ -77,7 +92,12 @@ def run(args: argparse.Namespace) -> int:
 
             launch_slurm(sweep, at_once=args.at_once, nproc=args.nproc, retries=args.retries, options=options)
         elif args.launch:
-            launch(sweep.cells, args.launch, at_once=args.at_once, nproc=args.nproc or 1, retries=args.retries)
+            options_of_launch = {"at_once": args.at_once, "nproc": args.nproc or 1, "retries": args.retries}
+            launch(sweep.cells, args.launch, **options_of_launch)
+            for _ in range(_ROUNDS if args.extend_edges and args.launch == "local" else 0):
+                if not _extend(sweep):
+                    break
+                launch(sweep.cells, args.launch, **options_of_launch)
         if args.launch != "print":
             _print_next(sweep, args)
     return 0
@@ -150,19 +170,70 @@ def _write(sweep: Sweep) -> None:
             folder.rmdir()
     for cell in new:
         write_config(cell.folder, cell.toml())
-    keys = ("name", "axes", "identity", "parameters", "flops_per_token", "tokens", "flops")
+    keys = ("name", "axes", "identity", "parameters", "flops_per_token", "tokens", "flops", "added")
     cells = [{key: getattr(cell, key) for key in keys} for cell in sweep.cells]
-    facts = {"name": sweep.name, "description": sweep.description, "file": str(sweep.file), "cells": cells}
+    facts = {"name": sweep.name, "description": sweep.description, "file": str(sweep.file), "tune": sweep.tune, "cells": cells}
     write_json(sweep.folder / "sweep.json", facts)
 
 
-def _listed(sweep: Sweep) -> dict[str, str]:
-    """The cells that an earlier expansion wrote into the sweep's folder: the identity of each configuration by name."""
+def _entries(sweep: Sweep) -> list[dict[str, Any]]:
+    """The cells that an earlier expansion wrote into the sweep's folder, as sweep.json lists them."""
     try:
         cells = json.loads((sweep.folder / "sweep.json").read_text())["cells"]
-        return {str(cell["name"]): str(cell["identity"]) for cell in cells if stays_inside(cell["name"])}
+        return [cell for cell in cells if stays_inside(cell["name"])]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
+        return []
+
+
+def _listed(sweep: Sweep) -> dict[str, str]:
+    """The identity of each configuration that an earlier expansion wrote, by name."""
+    return {str(cell["name"]): str(cell.get("identity")) for cell in _entries(sweep)}
+
+
+def _added(sweep: Sweep) -> list[Cell]:
+    """The cells that --extend-edges has added earlier and the file does not name by now."""
+    taken, found = {cell.identity for cell in sweep.cells}, []
+    for entry in _entries(sweep):
+        axes = entry.get("axes")
+        if entry.get("added") is not True or not isinstance(axes, dict) or not sweep.tune.keys() <= axes.keys():
+            continue
+        values = {axis: axes[axis] for axis in sweep.tune}
+        like = next((cell for cell in sweep.cells if cell.axes | values == axes), None)
+        if like is None:
+            continue
+        cell = like.beyond({axis: value for axis, value in values.items() if value != like.axes[axis]})
+        if cell.identity not in taken:
+            taken.add(cell.identity)
+            found.append(cell)
+    return found
+
+
+def _extend(sweep: Sweep) -> list[Cell]:
+    """Add and write the cells that are missing beyond the edges at which finished runs have their lowest loss; returns them."""
+    from titan_dp.studies.report.compare import group
+    from titan_dp.studies.report.read import read_runs
+    from titan_dp.studies.report.tune import tune
+
+    runs = read_runs({cell.folder: cell.identity for cell in sweep.cells})
+    if (runs["state"] == "not started").all():
+        print_text("no edge to extend: no run has finished")
+        return []
+    runs, configurations = group(runs, "nats")
+    tunings, _ = tune(runs, configurations, sweep.tune)
+    cells, new = {cell.name: cell for cell in sweep.cells}, {}
+    for found in tunings:
+        for folder in runs.loc[runs["configuration"] == found.best, "folder"] if found.add is not None else ():
+            cell = cells[folder.name].beyond({found.axis: found.add})
+            new[cell.name] = cell
+        if found.lacks or found.add is not None:
+            print_text(str(found))
+    if not new:
+        print_text("no value is added" if any(found.lacks for found in tunings) else "no best value is at an edge")
+        return []
+    sweep.cells.extend(new.values())
+    _write(sweep)
+    print_text(f"added: {', '.join(new)}")
+    return list(new.values())
 
 
 def _is_as_written(folder: Path, written: dict[str, str]) -> bool:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -55,6 +57,8 @@ class SweepSection(Section):
     """Largest deviation of a solved size in percent; default: 0.1 if the grid allows it, else 0.25."""
     aspect_ratio: Positive | None = None
     """Width over depth of the solved shapes; default: every size has the base's number of layers."""
+    tune: Annotated[str | list[str], WithJsonSchema({"title": "name of an axis, or list of them"})] = Field(default=[])
+    """Axes of which the report takes the best value for each family, size and length, such as "lr"."""
     axes: Annotated[dict[str, list[Any]], WithJsonSchema({"title": "table of lists of values"})] = Field(default={})
     """Values by axis; every combination is a cell."""
     cells: Annotated[list[dict[str, Any]], WithJsonSchema({"title": "list of tables"})] = Field(default=[])
@@ -63,6 +67,7 @@ class SweepSection(Section):
 
 # What an axis sets if its name is not that of a key.
 _SHORT = {"lr": ("optimizer.lr",), "seed": ("debug.seed", "data.seed"), "tokens": ("training.tokens",)}
+SEED_KEYS = {*_SHORT["seed"]}
 _SOLVED = ("size", "tokens_per_parameter", "flops")
 _LENGTHS = ("tokens", "training.tokens", "training.steps", "tokens_per_parameter", "flops")
 
@@ -85,6 +90,11 @@ _PREFIX = {
 _FLAGS = {"use_forget_gate": ("ungated", "gated"), "allow_neg_eigval": ("pos", "neg")}
 
 
+_UNFIT = r"[^A-Za-z0-9._+-]"
+_TAKEN = ("sweep.json", "slurm.json", "report", "forecast.json")
+"""Names in a sweep's folder that are not runs'."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run of a sweep: `config` is complete, with job.dump_folder and job.run_name."""
@@ -97,6 +107,8 @@ class Cell:
     flops_per_token: int
     tokens: int
     steps: int
+    added: bool = False
+    """Not named by the file, but added beyond the edge of a tuned axis."""
 
     @staticmethod
     def of(folder: Path, name: str, axes: dict[str, Any], c: Config) -> Cell:
@@ -105,6 +117,28 @@ class Cell:
         c = Config.model_validate(c.model_copy(update={"job": job}).model_dump())
         size, plan = model_size(c.model, c.training.seq_len), plan_batches(c.training, 1)
         return Cell(name, axes, c, identity(c), size.parameters, size.flops_per_token, plan.tokens, plan.steps)
+
+    def beyond(self, values: dict[str, Any]) -> Cell:
+        """This cell with other `values` of axes that set one key each, as one that is added to its sweep.
+
+        Raises UserError if the configuration does not take a value.
+        """
+        name, data = self.name, self.config.model_dump()
+        for axis, value in values.items():
+            own, new = (re.sub(_UNFIT, "_", _label(axis, each)) for each in (self.axes[axis], value))
+            name, found = re.subn(rf"(^|-){re.escape(own)}(?=-|$)", lambda m, new=new: m[1] + new, name, count=1)  # type: ignore[misc]
+            name = name if found else f"{name}-{new}"  # a listed cell with a name of its own
+            (key,) = _keys_of(axis)
+            *sections, last = key.split(".")
+            reduce(getitem, sections, data)[last] = value
+        try:
+            c = Config.model_validate(data)
+        except ValueError as error:
+            added = ", ".join(f"{axis} = {value:g}" for axis, value in values.items())
+            raise UserError(
+                f"{added} would be the next value for {self.name}, and the configuration does not take it"
+            ) from error
+        return replace(Cell.of(self.folder.parent, name, self.axes | values, c), added=True)
 
     @property
     def flops(self) -> int:
@@ -130,6 +164,8 @@ class Sweep:
     file: Path
     folder: Path
     cells: list[Cell]
+    tune: dict[str, str]
+    """The key of each tuned axis."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +202,10 @@ def load_sweep(path: Path) -> Sweep:
         folder = Path(configs[0].job.dump_folder) / name
         cells = [Cell.of(folder, _checked_name(p.name), p.axes, c) for p, c in zip(points, configs, strict=True)]
         _refuse_twins(cells)
+        tune = _tuned(section, cells)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return Sweep(name, section.description, path, folder, cells)
+    return Sweep(name, section.description, path, folder, cells, tune)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -237,6 +274,34 @@ def _check_axes(section: SweepSection) -> None:
         )
 
 
+def _tuned(section: SweepSection, cells: list[Cell]) -> dict[str, str]:
+    """The key of every tuned axis. Raises UserError if there is nothing to tune, or if it would change what is compared."""
+    tune = [section.tune] if isinstance(section.tune, str) else section.tune
+    found = {}
+    for axis in tune:
+        keys = _keys_of(axis)
+        if any(axis not in cell.axes for cell in cells):
+            raise UserError(
+                f"sweep.tune names {shown(axis)}, which is no axis of every cell; give {shorten(axis)} = [...] in [sweep.axes]"
+            )
+        if len(keys) != 1 or keys[0] in SEED_KEYS or keys[0].startswith("training."):
+            raise UserError(f'sweep.tune = "{axis}": seeds, sizes and lengths are compared, not tuned; tune lr, say')
+        found[axis] = keys[0]
+    arms: dict[str, list[Cell]] = {}
+    for cell in cells:
+        fixed = {a: v for a, v in cell.axes.items() if a not in found and not set(_keys_of(a)) <= SEED_KEYS}
+        arms.setdefault(repr(fixed), []).append(cell)
+    for axis, arm in itertools.product(found, arms.values()):
+        values = [cell.axes[axis] for cell in arm]
+        if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, int | float) or not 0 < v < float("inf")]:
+            raise UserError(f"the tuned axis {axis} holds {shown(wrong[0])}; its logarithm is fitted, so give numbers above 0")
+        if len(set(values)) < 2:
+            raise UserError(f"the tuned axis {axis} has one value ({values[0]:g}) for {arm[0]}; give three or more")
+        if len({(cell.config.model.family, cell.parameters, cell.tokens) for cell in arm}) > 1:
+            raise UserError(f'sweep.tune = "{axis}": it changes the model or its length, which are compared; tune lr, say')
+    return found
+
+
 def _explain_axis(axis: str, key: str) -> str:
     """What to write instead of an axis that does not exist."""
     models = [name.removeprefix("model.") for name in all_keys() if name.startswith("model.")]
@@ -276,8 +341,8 @@ def _label(axis: str, value: object) -> str:
 
 def _checked_name(name: str) -> str:
     """`name` as the name of a folder. Raises UserError if it is empty, hidden, too long, or taken."""
-    clean = re.sub(r"[^A-Za-z0-9._+-]", "_", name)
-    if not re.match(r"[A-Za-z0-9]", clean) or len(clean) > 150 or clean in ("sweep.json", "slurm.json", "report"):
+    clean = re.sub(_UNFIT, "_", name)
+    if not re.match(r"[A-Za-z0-9]", clean) or len(clean) > 150 or clean in _TAKEN:
         raise UserError(
             f"a cell would be named {name[:60]!r}, which can be no run folder; give its cell a `name` of 1 to 150 "
             "letters, digits, ., _ and -, beginning with a letter or digit"

@@ -43,11 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, compute, print and write. Raises UserError for unfit runs or an unfit folder, before anything is written."""
+    """Read, compute, print and write.
+
+    Raises UserError for unfit runs or an unfit folder, before anything is written; and after that for a tuned axis whose best
+    value is at the edge of its grid: the report shows it, and compares nothing that is not tuned.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # fits are small and have a process each: more threads are in the way
     require("titan-dp report", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2")
-    from titan_dp.studies.report.read import find_runs, read_runs, read_sweep
+    from titan_dp.studies.report.read import find_runs, read_runs, read_sweep, tuned_axes
     from titan_dp.studies.report.results import results_of
+    from titan_dp.studies.report.tune import refusal
 
     is_sweep = len(args.runs) == 1 and (args.runs[0] / "sweep.json").exists()
     out = args.out or (args.runs[0] / "report" if is_sweep else Path("report"))
@@ -59,12 +64,16 @@ def run(args: argparse.Namespace) -> int:
     title = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     sweep = read_sweep(args.runs[0]) if is_sweep else None
     with progress("comparing and fitting"):
-        results = results_of(runs, args.loss, (sweep and sweep.name) or title, sweep.description if sweep else "")
+        results = results_of(
+            runs, args.loss, (sweep and sweep.name) or title, sweep.description if sweep else "", tuned_axes(found)
+        )
     _print(results)
     with progress("drawing"):
         written = _write(results, out, earlier, args.format, _typed(args))
     print_written(*written)
     print_text(f"{out / _PAGE} shows it all on one page")
+    if edge := refusal(results.tunings):
+        raise UserError(edge)
     return 0
 
 

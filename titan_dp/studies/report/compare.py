@@ -8,6 +8,7 @@ size and one number of tokens; each is compared with the smallest n_h among them
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,8 @@ SAME_SIZE = SAME_TOKENS = 0.01
 SAME_BUDGET = 0.03
 CONFIDENCE = 0.95
 """Of the intervals of differences."""
+INSIDE = "inside the noise"
+"""Verdict on a difference no larger than the noise."""
 CONFIDENCE_TEXT = f"{100 * CONFIDENCE:.0f} %"
 
 UNITS = {"nats": "nats per token", "bits-per-byte": "bits per byte"}
@@ -46,15 +49,17 @@ _RENAMED = {"tokens a step": "tokens_per_step", "data": "fingerprint"}  # as tab
 _DECIDING = [name for name, key in all_keys().items() if key.section not in _SECTIONS and name not in _KEYS]
 _DECIDING += ["checkpoint.initial_load_path", "steps", *_RENAMED, "tokenizer"]
 """Columns of all that can change a run's loss, except its seeds."""
+_LENGTH = ("training.steps", "training.tokens", "training.global_batch_size")
 
 
 def group(runs: DataFrame, loss: str) -> tuple[DataFrame, DataFrame]:
     """The runs with a column "configuration", and the configurations by family, size and tokens.
 
     A configuration has the columns of its first run and, over its `used` runs (finished, one per pair of seeds): "losses",
-    the validation losses in the unit `loss` (a key of UNITS), with their "mean" and "spread" (sample standard deviation; NaN
-    for one seed); the mean "training_loss"; medians of "tokens_per_second", "mfu" and "seconds". "names" are those of all its
-    runs, "repeats" pairs of names: runs that are not used, and the run with the same seeds that is.
+    the validation losses in the unit `loss` (a key of UNITS), with their "seeds" (pairs), "mean" and "spread" (sample standard
+    deviation; NaN for one seed); "noise", the larger of that and the mean "validation_noise" of its runs in the same unit; the
+    mean "training_loss"; medians of "tokens_per_second", "mfu" and "seconds". "names" are those of all its runs, "repeats"
+    pairs of names: runs that are not used, and the run with the same seeds that is.
     """
     runs = runs.assign(**{name: runs[column] for name, column in _RENAMED.items()})
     started = runs[runs["state"] != "not started"]
@@ -62,14 +67,17 @@ def group(runs: DataFrame, loss: str) -> tuple[DataFrame, DataFrame]:
     for _, members in started.groupby(_as_text(started, _DECIDING), sort=False):
         finished = members[members["state"] == "finished"]
         used = finished.drop_duplicates(SEEDS)
-        losses = used[LOSSES[loss]].dropna().astype(float)
+        measured = used.dropna(subset=LOSSES[loss])
+        losses = measured[LOSSES[loss]].astype(float)
         first_of = dict(zip(zip(*(used[seed] for seed in SEEDS), strict=True), used["run"], strict=True))
         again = finished.drop(used.index)
         medians = {key: used[key].astype(float).median() for key in ("tokens_per_second", "mfu", "seconds")}
         statistics = {
             "losses": losses.tolist(),
+            "seeds": list(measured[SEEDS].itertuples(index=False, name=None)),
             "mean": losses.mean(),
             "spread": losses.std(),
+            "noise": np.fmax(losses.std(), _validation_noise(measured, loss)),
             "training_loss": used["training_loss"].astype(float).mean(),
             "used": len(used),
             "names": members["run"].tolist(),
@@ -79,14 +87,32 @@ def group(runs: DataFrame, loss: str) -> tuple[DataFrame, DataFrame]:
     rows.sort(key=lambda row: (row["kind"], row["n_h"] or 0, row["parameters"], row["tokens"]))
     kinds = sorted({row["kind"] for row in rows})
     found = DataFrame(rows, dtype=object)
-    found = found.assign(kind=found["kind"].map(kinds.index), **{key: found[key].astype(float) for key in ("mean", "spread")})
+    found = found.assign(
+        kind=found["kind"].map(kinds.index), **{key: found[key].astype(float) for key in ("mean", "spread", "noise")}
+    )
     owner = {name: label for label, names in found["names"].items() for name in names}
     return runs.assign(configuration=runs["run"].map(owner)), found
+
+
+def _validation_noise(runs: DataFrame, loss: str) -> float:
+    """Mean over runs of the scatter of their last validations, in the unit `loss`; NaN if none has enough of them."""
+    scale = runs[LOSSES[loss]].astype(float) / runs["validation_loss"].astype(float)
+    return float((runs["validation_noise"].astype(float) * scale).mean())
 
 
 def _as_text(frame: DataFrame, columns: list[str]) -> Series:
     """The columns of each row as one JSON text: values may be lists, which pandas cannot group by."""
     return Series(map(to_json, frame[columns].to_numpy().tolist()), frame.index, dtype=object)
+
+
+def alike(frame: DataFrame, without: Collection[str]) -> Series:
+    """A text per row that is equal for rows which agree in all that can change a loss, except seeds and `without`."""
+    return _as_text(frame, [key for key in _DECIDING if key not in without])
+
+
+def configured_alike(frame: DataFrame, without: Collection[str]) -> Series:
+    """The same by settings alone, which runs have that have not started."""
+    return _as_text(frame, [key for key in (*_DECIDING, *_LENGTH) if "." in key and key not in without])
 
 
 def differing_settings(configurations: DataFrame) -> list[str]:
@@ -126,17 +152,17 @@ def front(configurations: DataFrame, cost: str, within: float) -> DataFrame:
 # -- comparisons -------------------------------------------------------------------------------------------------------
 
 
-def compare(configurations: DataFrame) -> list[DataFrame]:
-    """Every set of at least two families at equal size, tokens and other settings, by size and tokens.
+def compare(configurations: DataFrame, tuned: Collection[str] = ()) -> list[DataFrame]:
+    """Every set of at least two families at equal size, tokens and other settings but the `tuned` ones, by size and tokens.
 
     The rows of a set are configurations. "against" is the label of the one that a row is compared with, None for that one
     itself; "difference" is that of the mean losses; "error" is its standard error and "low" and "high" are the ends of its
-    interval, NaN without one; "verdict" is the interval in words; "against_family" and "against_name" are what the other one is
-    called.
+    interval, NaN without one; "noise_of_difference" is the standard error by the noise of both, which one seed may have too;
+    "verdict" is INSIDE for a difference no larger than that, else the interval in words; "against_family" and "against_name"
+    are what the other one is called.
     """
     measured, found = configurations.dropna(subset="mean"), []
-    others = [key for key in _DECIDING if key not in _FREE]
-    for _, same in measured.groupby(_as_text(measured, others), sort=False):
+    for _, same in measured.groupby(alike(measured, {*_FREE, *tuned}), sort=False):
         for sized in clusters(same, "parameters", SAME_SIZE):
             for equal in clusters(sized, "tokens", SAME_TOKENS):
                 if equal["family"].nunique() > 1:
@@ -152,6 +178,9 @@ def _compared(row: Series, equal: DataFrame) -> dict[str, Any]:
     other = equal.loc[label]
     low, high = welch(row["losses"], other["losses"]) or (float("nan"), float("nan"))
     verdict = "lower" if high < 0 else "higher" if low > 0 else "not told apart" if low <= high else ""
+    noise = float(np.sqrt(sum(each["noise"] ** 2 / len(each["losses"]) for each in (row, other))))
+    if abs(row["mean"] - other["mean"]) <= noise:
+        verdict = INSIDE
     several = (equal["family"] == other["family"]).sum() > 1
     name = other["family"] + (f", {other['shape']}" if several else "")
     found = {
@@ -160,7 +189,8 @@ def _compared(row: Series, equal: DataFrame) -> dict[str, Any]:
         "against_name": name,
         "difference": row["mean"] - other["mean"],
     }
-    return found | {"low": low, "high": high, "verdict": verdict, "error": _error(row["losses"], other["losses"])}
+    found |= {"noise_of_difference": noise, "error": _error(row["losses"], other["losses"])}
+    return found | {"low": low, "high": high, "verdict": verdict}
 
 
 def _reference(row: Series, equal: DataFrame) -> Any:

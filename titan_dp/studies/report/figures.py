@@ -27,7 +27,7 @@ _COMPARISONS = 12  # in a row
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 _COSTS = ("parameters", "tokens", "flops", "time")
 
-FIGURES = ("differences", *(f"loss_by_{name}" for name in _COSTS), "isoflop", "loss_curves")
+FIGURES = ("tuning", "differences", *(f"loss_by_{name}" for name in _COSTS), "isoflop", "loss_curves")
 """Every name that `figures` may give."""
 
 
@@ -35,6 +35,12 @@ def figures(results: Results) -> Iterator[tuple[str, str, Any]]:
     """(name, caption, figure) one after the other; the caller saves each before the next is drawn."""
     shown = _styled(results.configurations)
     measured = shown.dropna(subset="mean")
+    if results.tunings:
+        caption = (
+            "Validation loss against the tuned value; bars: standard deviation over seeds. Lines: parabolas through the lowest "
+            "loss and its neighbours; stars: the best values, which edges of a grid have not."
+        )
+        yield "tuning", caption, _tuning(results, shown)
     if len(results.compared):
         caption = (
             "Difference in validation loss to the smallest n_h. Thick bars: one standard error; thin bars: "
@@ -209,6 +215,32 @@ def _lines(axes: Any, along: str, members: DataFrame, surface: Fit) -> None:
             axes.plot(x, y, color=colour, ls="--", lw=1.2)
 
 
+# -- tuned axes --------------------------------------------------------------------------------------------------------
+
+
+def _tuning(results: Results, shown: DataFrame) -> Any:
+    """A panel per tuned axis, size and number of tokens."""
+    at = [(t.axis, shown["group"][t.best], short(t.points["tokens"].iloc[0])) for t in results.tunings]
+    places = dict.fromkeys(sorted(at, key=lambda place: (place[0], place[1])))
+    figure, grid = _panels(len(places))
+    for axes, place in zip(grid, places, strict=True):
+        here = [t for t, where in zip(results.tunings, at, strict=True) if where == place]
+        for tuning in here:
+            colour = shown["colour"][tuning.best]
+            _points(axes, shown.loc[tuning.points.index], tuning.key)
+            if tuning.parabola and tuning.parabola.minimum:
+                order = tuning.points.index.get_loc(tuning.best)
+                x = _between(tuning.points[tuning.key].iloc[order - 1 : order + 2])
+                axes.plot(x, tuning.parabola.predict(x), color=colour, lw=1)
+                axes.plot([tuning.value], [tuning.parabola.loss], marker="*", ms=13, color=colour, mec="black", mew=0.6, ls="")
+        axes.set_title(f"{shown['sizes'][here[0].best]} parameters, {place[2]} tokens", fontsize="medium")
+        _log_axis(axes, place[0])
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_ylabel(f"validation loss ({results.unit})")
+    _legend(figure, shown.loc[[t.best for t in results.tunings]])
+    return figure
+
+
 # -- differences, isoFLOP profiles, curves -----------------------------------------------------------------------------
 
 
@@ -273,7 +305,8 @@ def _isoflop(results: Results, shown: DataFrame) -> Any:
     figure, grid = _panels(len(budgets))
     for axes, budget in zip(grid, budgets, strict=True):
         for profile in (p for p in results.isoflops if p.budget == budget):
-            _profile(axes, profile, shown.loc[profile.points.index])
+            looks = shown.loc[profile.points.index].assign(mean=profile.points["mean"])
+            _profile(axes, profile, looks)
         axes.set_title(f"{short(budget)} FLOPs", fontsize="medium")
         _log_axis(axes, "parameters")
         axes.set_ylabel(f"validation loss ({results.unit})")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import pandas as pd
 import tomli
 from pyarrow import ArrowException, types
 from pyarrow.json import ReadOptions, read_json
+from pydantic import Field
 
 from titan_dp import config
 from titan_dp.config import Config
@@ -42,6 +43,8 @@ CURVE_POINTS = 1000
 FINAL_SHARE = 0.05
 """The final training loss is the mean over this last share of a run's step records."""
 STATES = ("finished", "diverged", "unfinished", "not started")
+NOISE_OF, _NOISE_NEEDS = 5, 4
+"""The last validations of a run, of whose scatter around a line its noise is taken, and how many it takes."""
 _STEP_KEYS = ["step", "loss", "tokens", "tokens_per_second", "step_seconds", "skipped_steps"]
 _POOL_BYTES = 50_000_000  # reading less takes less time than starting processes
 _RUN_FILES = ("config.toml", "run.json", "metrics.jsonl")
@@ -79,6 +82,7 @@ class _Sweep(JsonObject):
 
     name: str = ""
     description: str = ""
+    tune: dict[str, str] = Field(default={})
     cells: list[_Cell]
 
 
@@ -136,6 +140,15 @@ def read_sweep(folder: Path) -> _Sweep:
     for cell in sweep.cells:
         inside(folder, cell.name, path)
     return sweep
+
+
+def tuned_axes(found: Iterable[Path]) -> dict[str, str]:
+    """The axes that the sweeps of the runs `found` tune, with the setting of each."""
+    axes: dict[str, str] = {}
+    for folder in dict.fromkeys(run.resolve().parent for run in found):
+        if (folder / "sweep.json").exists():
+            axes |= {axis: key for axis, key in read_sweep(folder).tune.items() if key in all_keys()}
+    return axes
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -267,7 +280,8 @@ def _totals(steps: pd.DataFrame, validations: list[dict[str, Any]]) -> dict[str,
     """What metrics.jsonl amounts to; None if nothing of the kind was recorded.
 
     "seconds" are those of training, without validations and checkpoints. "tokens_per_second" and "mfu" are medians over at
-    most CURVE_POINTS evenly spaced records. The curve has means over blocks of records, at most CURVE_POINTS of them; its
+    most CURVE_POINTS evenly spaced records. "validation_noise" is the standard deviation of the last validation losses around
+    their straight line. The curve has means over blocks of records, at most CURVE_POINTS of them; its
     loss is NaN if none in a block is finite.
     """
     step, loss, seconds, tokens = (steps[key].to_numpy(float) for key in ("step", "loss", "step_seconds", "tokens"))
@@ -279,6 +293,7 @@ def _totals(steps: pd.DataFrame, validations: list[dict[str, Any]]) -> dict[str,
         "training_loss": float(_block_means(loss[-math.ceil(FINAL_SHARE * len(loss)) :], len(loss))[0]) if len(loss) else None,
         "validation_step": validation.get("step"),
         **{key: validation.get(key) for key in ("validation_loss", "validation_bits_per_byte")},
+        "validation_noise": _noise([record["validation_loss"] for record in validations[-NOISE_OF:]]),
         "validation_tokens": _whole(validation.get("validation_tokens")),
         **{key: None if math.isnan(value) else value for key, value in medians.items()},
         "seconds": float(np.diff(step, prepend=0) @ seconds),
@@ -286,6 +301,16 @@ def _totals(steps: pd.DataFrame, validations: list[dict[str, Any]]) -> dict[str,
         "curve_tokens": _block_means(tokens, block),
         "curve_loss": _block_means(loss, block),
     }
+
+
+def _noise(losses: list[float]) -> float | None:
+    """Standard deviation of evenly spaced losses around their straight line; None for too few, or if one is not a number."""
+    values = np.array(losses, float)
+    if len(values) < _NOISE_NEEDS or not np.isfinite(values).all():
+        return None
+    at = np.arange(len(values))
+    residuals = values - np.polyval(np.polyfit(at, values, 1), at)
+    return float(np.sqrt(residuals @ residuals / (len(values) - 2)))
 
 
 def _whole(value: float | None) -> float | None:

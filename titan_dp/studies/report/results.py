@@ -2,8 +2,9 @@
 
 A family (mixer, n_h, gate, range of eigenvalues) is fitted as one. Of a family's configurations with equal size and tokens
 (several learning rates, other shapes) only the one with the lowest mean loss is fitted: the law is about the best that a size
-can do. L(C) is fitted to the family's own Pareto front, the lowest losses for their FLOPs: a law through models of any size
-would describe what the study happened to train. N counts all parameters, the embedding included.
+can do. Where a sweep tunes an axis, families are compared and fitted at their best values (tune.py). L(C) is fitted to the
+family's own Pareto front, the lowest losses for their FLOPs: a law through models of any size would describe what the study
+happened to train. N counts all parameters, the embedding included.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from titan_dp.studies.report.compare import (
     group,
 )
 from titan_dp.studies.report.fits import Parabola, PowerLaw, fit_parabola, fit_power_law
+from titan_dp.studies.report.tune import Tuning, tune
 
 _DISTINCT = 3
 _BUDGETS = 4
@@ -76,6 +78,11 @@ class Results:
     configurations: DataFrame
     differing: list[str]
     """Columns in which configurations differ beside family, shape and tokens."""
+    tuned: dict[str, str]
+    """The column of each tuned axis."""
+    tunings: list[Tuning]
+    best: DataFrame
+    """The configurations, with one row per tuned arm in place of all its own; these are compared and fitted."""
     comparisons: list[DataFrame]
     surfaces: list[Fit]
     """L(N, D) of each family."""
@@ -99,12 +106,19 @@ class Results:
         return pd.concat(self.comparisons or [none]).dropna(subset="against")
 
     @property
+    def differing_untuned(self) -> list[str]:
+        return [key for key in self.differing if key not in self.tuned.values()]
+
+    @property
     def tokenizers(self) -> list[str]:
         return sorted(self.started["tokenizer"].unique())
 
 
-def results_of(runs: DataFrame, loss: str, title: str, description: str = "") -> Results:
-    """Compute everything. Raises UserError if no run has started, or if losses are not comparable."""
+def results_of(runs: DataFrame, loss: str, title: str, description: str = "", tuned: dict[str, str] | None = None) -> Results:
+    """Compute everything; `tuned` has the column of each tuned axis.
+
+    Raises UserError if no run has started, or if losses are not comparable.
+    """
     started = runs[runs["state"] != "not started"]
     if started.empty:
         raise UserError(f"none of the {len(runs)} runs has started; launch them first, for example {runs['folder'][0]}")
@@ -115,9 +129,10 @@ def results_of(runs: DataFrame, loss: str, title: str, description: str = "") ->
     for cost, within in (("flops", SAME_BUDGET), ("parameters", SAME_SIZE)):
         configurations[f"on_front_by_{cost}"] = configurations.index.isin(front(configurations, cost, within).index)
     differing = differing_settings(configurations)
-    surfaces, computes = fit_families(configurations)
-    found = compare(configurations), surfaces, computes, isoflops(configurations)
-    return Results(title, description, loss, runs, configurations, differing, *found, warnings)
+    tunings, at_best = tune(runs, configurations, tuned or {})
+    surfaces, computes = fit_families(at_best)
+    found = compare(at_best, (tuned or {}).values()), surfaces, computes, isoflops(at_best)
+    return Results(title, description, loss, runs, configurations, differing, tuned or {}, tunings, at_best, *found, warnings)
 
 
 def fit_families(configurations: DataFrame) -> tuple[list[Fit], list[Fit]]:

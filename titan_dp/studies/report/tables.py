@@ -16,10 +16,11 @@ from pandas import DataFrame
 
 from titan_dp.files import short
 from titan_dp.output import duration, number_table, print_table
-from titan_dp.studies.report.compare import CONFIDENCE_TEXT, LOSSES, SEEDS
+from titan_dp.studies.report.compare import CONFIDENCE_TEXT, INSIDE, LOSSES, SEEDS
 from titan_dp.studies.report.fits import Estimate
 from titan_dp.studies.report.read import STATES
 from titan_dp.studies.report.results import Fit, IsoFlop, Results
+from titan_dp.studies.report.tune import AROUND, Tuning
 
 _NAMED = 5  # runs in a sentence; the tables name all
 _STEPS = ["step", "steps"]
@@ -68,7 +69,8 @@ def _verdicts(results: Results) -> Iterator[str]:
         yield (
             f"At equal size and tokens {family} has a lower validation loss than {against} in {(found < 0).sum()} of "
             f"{len(found)} comparisons, mean difference {found.mean():+.4f} {results.unit}; by its {CONFIDENCE_TEXT} interval "
-            f"lower in {verdicts.count('lower')}, higher in {verdicts.count('higher')}."
+            f"lower in {verdicts.count('lower')}, higher in {verdicts.count('higher')}"
+            + (f"; inside the noise in {verdicts.count(INSIDE)}." if INSIDE in verdicts else ".")
         )
 
 
@@ -111,7 +113,10 @@ def tables(results: Results) -> dict[str, list[tuple[str, DataFrame]]]:
     isoflop = [("isoFLOP minima", _isoflop_table(results))] if results.isoflops else []
     surface = _laws(results.surfaces, ["E", "A", "a", "B", "b"])
     return {
-        "comparisons": [(_comparison_title(results, rows), _comparison_table(rows)) for rows in results.comparisons],
+        "tuning": [(f"best values, by a parabola in the logarithm; losses in {results.unit}", tuning_table(results))]
+        if results.tunings
+        else [],
+        "comparisons": [(_comparison_title(results, rows), _comparison_table(results, rows)) for rows in results.comparisons],
         "configurations": [
             (
                 "configurations (training loss: nats per token, last 5 % of steps; validation loss: "
@@ -172,17 +177,54 @@ def runs_table(results: Results) -> DataFrame:
     return shown
 
 
-def _comparison_table(rows: DataFrame) -> DataFrame:
+def tuning_table(results: Results) -> DataFrame:
+    """One row per arm and tuned axis, in the order of the comparisons."""
+    found = sorted(results.tunings, key=lambda t: (t.points["parameters"].iloc[0], t.points["tokens"].iloc[0]))
+    rows = []
+    for tuning in found:
+        first, tried = tuning.points.iloc[0], ", ".join(f"{value:g}" for value in tuning.points[tuning.key])
+        lowest = tuning.points["mean"][tuning.best]
+        rows.append(
+            {
+                "family": first["family"],
+                "parameters": short(first["parameters"]),
+                "tokens": short(first["tokens"]),
+                **{key: str(first[key]) for key in results.differing_untuned},
+                "axis": tuning.axis,
+                "tried": tried,
+                "best": _best_value(tuning) if tuning.settled else "none",
+                "loss there": f"{lowest + tuning.gain:.4f}" if tuning.settled else "",
+                f"rise at {AROUND:g}x": f"+{tuning.rise:.4f}" if tuning.parabola else "",
+                "note": "" if tuning.settled and not tuning.note else _unsettled(tuning),
+            }
+        )
+    return DataFrame(rows, dtype=object)
+
+
+def _best_value(tuning: Tuning) -> str:
+    """The best value, with its interval if there is one."""
+    interval = tuning.parabola.interval if tuning.parabola else None
+    return f"{tuning.value:.3g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
+
+
+def _unsettled(tuning: Tuning) -> str:
+    return f"at the edge: add {tuning.add:g}" if tuning.add is not None else tuning.lacks or tuning.note
+
+
+def _comparison_table(results: Results, rows: DataFrame) -> DataFrame:
     """One row per family (and shape) at one size and number of tokens."""
     between = []
     for against, low, high, verdict in rows[["against", "low", "high", "verdict"]].values:
-        no_interval = "" if pd.isna(against) else "none: needs scatter of 2 seeds on both sides"
+        no_interval = "" if pd.isna(against) else verdict or "none: needs scatter of 2 seeds on both sides"
         between.append((f"[{low:+.4f}, {high:+.4f}]", verdict) if low <= high else ("", no_interval))
+    tuned = {axis: _texts(rows[key], "{:g}".format) for axis, key in results.tuned.items()}
     table = {
         "family": rows["family"],
+        **tuned,
         "validation loss": _means(rows),
         "seeds": rows["losses"].map(len).map(str),
         "difference": _texts(rows["difference"], "{:+.4f}".format, ""),
+        "noise": _texts(rows["noise_of_difference"], "{:.4f}".format, ""),
         f"{CONFIDENCE_TEXT} interval": [interval for interval, _ in between],
         "verdict": [verdict for _, verdict in between],
         "compared with": _texts(rows["against_name"], str, ""),
@@ -195,7 +237,7 @@ def _comparison_table(rows: DataFrame) -> DataFrame:
 
 def _comparison_title(results: Results, rows: DataFrame) -> str:
     first = rows.iloc[0]
-    others = "".join(f", {key} {first[key]}" for key in results.differing)
+    others = "".join(f", {key} {first[key]}" for key in results.differing_untuned)
     return f"{short(rows['parameters'].min())} parameters, {short(rows['tokens'].min())} tokens{others}"
 
 
@@ -216,7 +258,7 @@ def _isoflop_table(results: Results) -> DataFrame:
     return DataFrame(rows, columns=["FLOPs", "family", "sizes", "parameters at the minimum", "loss there"])
 
 
-_WORDS = {"shape", "compared with", "note", "front", "verdict", "sizes", "parameters at the minimum"}
+_WORDS = {"axis", "tried", "shape", "compared with", "note", "front", "verdict", "sizes", "parameters at the minimum"}
 _DETAILS = ("MFU", "n_h", "tokens/s", "time", "shape", "FLOPs", "training loss")
 _DETAILS += ("parameters", "compared with", "front", "seeds")  # type: ignore[assignment]
 """Columns that a terminal may leave out, the first of them first."""
@@ -298,13 +340,29 @@ def as_json(results: Results) -> dict[str, Any]:
             **{name: row[name] for name in ("parameters", "tokens", "family")},
             "against": row["against_family"],
             "difference": row["difference"],
+            "noise": row["noise_of_difference"],
+            "verdict": row["verdict"],
             "interval": [row["low"], row["high"]] if row["low"] <= row["high"] else None,
         }
         for row in results.compared.to_dict("records")
     ]
     both = zip(results.surfaces, results.computes, strict=True)
     fits = {surface.family: {"L(N, D)": law(surface), "L(C)": law(compute)} for surface, compute in both}
-    return {"loss": results.unit, "fits": fits, "isoflop": isoflop, "comparisons": comparisons}
+    tunings = [
+        {
+            **{name: t.points[name].iloc[0] for name in ("family", "parameters", "tokens")},
+            "axis": t.axis,
+            "tried": [float(value) for value in t.points[t.key]],
+            "losses": t.points["mean"].tolist(),
+            "best": t.value if t.settled else None,
+            "interval": t.parabola.interval if t.parabola else None,
+            f"rise_at_{AROUND:g}x": t.rise,
+            "add": t.add,
+            "lacks": t.lacks or None,
+        }
+        for t in results.tunings
+    ]
+    return {"loss": results.unit, "fits": fits, "isoflop": isoflop, "comparisons": comparisons, "tuning": tunings}
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -348,10 +406,11 @@ def _losses_table(results: Results) -> tuple[list[str], list[list[tuple[str, boo
         lowest = rows.loc[[same["mean"].idxmin() for _, same in rows.groupby("family")]].set_index("family")
         cells = dict(zip(lowest.index, _means(lowest), strict=True))
         first = rows.iloc[0]
-        place = [short(rows["parameters"].min()), short(rows["tokens"].min()), *(str(first[key]) for key in results.differing)]
+        others = (str(first[key]) for key in results.differing_untuned)
+        place = [short(rows["parameters"].min()), short(rows["tokens"].min()), *others]
         best = lowest["mean"].idxmin()
         table.append([*((text, False) for text in place), *((cells.get(f, ""), f == best) for f in families)])
-    return ["parameters", "tokens", *results.differing, *families], table
+    return ["parameters", "tokens", *results.differing_untuned, *families], table
 
 
 def _provenance(results: Results) -> dict[str, str]:
