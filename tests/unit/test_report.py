@@ -373,6 +373,45 @@ def test_clusters_start_anew_beyond_their_tolerance() -> None:
     assert [rows["size"].tolist() for rows in found] == [[100, 101], [103], [250]]
 
 
+def validated(folder: Path, n_h: int, seed: int, losses: list[float]) -> None:
+    """A run of `n_h` whose validations were `losses`, the last at its end."""
+    records = [step_record(100, 3.0)]
+    records += [{"step": 100 - 5 * i, "validation_loss": loss} for i, loss in enumerate(reversed(losses))][::-1]
+    settings = {"model.num_householder": n_h, "debug.seed": seed, "data.seed": seed}
+    write_run(folder / f"{n_h}-{seed}", settings, facts={"parameters": 100_000}, records=records)
+
+
+def test_the_noise_of_a_run_is_the_scatter_of_its_last_validations_around_a_line(tmp_path: Path) -> None:
+    """Around a falling line +0.02, -0.02, -0.02, +0.02 fits with no slope: variance 4 x 0.02^2 over 4 - 2."""
+    validated(tmp_path, 1, 1, [3.4 + 0.02, 3.3 - 0.02, 3.2 - 0.02, 3.1 + 0.02])
+    validated(tmp_path, 1, 2, [3.2, 3.1, 3.0])  # too few
+    by_seed = read_runs(find_runs([tmp_path])).set_index("debug.seed")["validation_noise"]
+    assert by_seed[1] == pytest.approx(0.02 * math.sqrt(2))
+    assert by_seed[2] is None
+
+
+@pytest.mark.parametrize(("difference", "verdict"), [(0.039, "inside the noise"), (0.041, "")])
+def test_a_difference_of_single_seeds_is_measured_against_their_validations(
+    tmp_path: Path, difference: float, verdict: str
+) -> None:
+    """Each run's noise is 0.02 sqrt(2), that of the difference 0.04."""
+    wave = [3 + 0.02, 3 - 0.02, 3 - 0.02, 3 + 0.02]
+    validated(tmp_path, 1, 1, wave)
+    validated(tmp_path, 2, 1, [loss - difference for loss in wave])
+    (rows,) = compare(configurations(tmp_path))
+    assert rows["noise_of_difference"].iloc[1] == pytest.approx(0.04)
+    assert rows["verdict"].iloc[1] == verdict
+
+
+def test_seeds_that_scatter_more_than_validations_are_the_noise_and_more_of_them_lower_it(tmp_path: Path) -> None:
+    for seed, shift in ((1, -0.1), (2, 0.0), (3, 0.1)):
+        for n_h in (1, 2):
+            validated(tmp_path, n_h, seed, [3 + shift - 0.07 * (n_h == 2)] * 5)
+    (rows,) = compare(configurations(tmp_path))
+    assert rows["noise_of_difference"].iloc[1] == pytest.approx(math.sqrt(2 * 0.1**2 / 3))
+    assert rows["verdict"].iloc[1] == "inside the noise"
+
+
 # -- which fits are made -----------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import step_record, write_run, write_sweep
+from tests.runs import write_run, write_sweep
 from tests.unit.test_sweep import Answer, Run, check_refused, sweep  # noqa: F401  # a fixture
 from titan_dp.cli import dispatch
 from titan_dp.errors import run_main
@@ -249,9 +249,10 @@ def test_extending_adds_the_next_value_with_all_seeds_until_the_optimum_is_insid
     assert added(sweep(GRID, "--extend-edges")) == [f"nh{n}-lr0.004-s{seed}" for n in (1, 2) for seed in (1, 2)]
     assert "lr = 0.004" in (STUDY / "nh2-lr0.004-s2" / "config.toml").read_text()
     finish()
-    answer = sweep(GRID, "--extend-edges")
-    assert "no best value is at an edge" in answer.out
-    assert len(names()) == 12
+    assert added(sweep(GRID, "--extend-edges")) == ["nh1-lr0.008-s1", "nh1-lr0.008-s2"]  # its best value is above 0.0028
+    finish()
+    assert "no best value is at an edge" in sweep(GRID, "--extend-edges").out
+    assert len(names()) == 14
     assert dispatch(["report", str(STUDY)]) == 0
 
 
