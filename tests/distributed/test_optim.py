@@ -17,6 +17,7 @@ from tests.distributed.helpers import backward, full_state, optimizer_of, optimi
 from titan_dp import config
 from titan_dp.config.load import load_config
 from titan_dp.distributed import build_mesh, current_world
+from titan_dp.train import muon
 from titan_dp.train.muon import Muon
 from titan_dp.train.optim import NonFiniteGuard, clip_grad_norm
 from titan_dp.train.trainer import Trainer
@@ -72,48 +73,81 @@ def test_the_gradient_norm_counts_every_shard_once_and_clipping_reaches_the_limi
 
 
 Tensors = list[torch.Tensor]
-SHAPES = [(8, 6), (7, 16), (5, 3), (2, 12), (1, 4)]  # on four ranks: equal shards, a smaller one, and one to three empty ones
+# Rows, columns, and rows of a block. On four ranks: equal shards, a smaller one, and one to three empty ones; blocks that a rank
+# holds whole, that straddle shards, and of equal size in parameters of different sizes.
+SHAPES = [(8, 6, 8), (7, 16, 7), (5, 3, 5), (2, 12, 2), (1, 4, 1), (24, 6, 3), (12, 6, 3), (9, 6, 3), (6, 6, 2), (8, 6, 8)]
+
+
+def blocks_of(tensor: torch.Tensor, rows: int) -> list[torch.Tensor]:
+    return [block.clone() for block in tensor.split(rows)]
 
 
 def muon_of(
-    wrap: Callable[[torch.Tensor], torch.Tensor], kind: type[torch.optim.Muon], poison: bool = False
+    cut: Callable[[torch.Tensor, int], list[torch.Tensor]],
+    optimizer_of_blocks: Callable[[list[list[torch.nn.Parameter]]], torch.optim.Muon],
+    poison: bool = False,
 ) -> list[torch.Tensor]:
-    """Three steps on matrices and gradients that all ranks know, each passed through `wrap`: weights and momentum, local."""
+    """Three steps on matrices and gradients that all ranks know: weights and momentum, whole.
+
+    Args:
+        cut: from a matrix and the rows of its blocks to the parameters that hold it, one or several.
+    """
     generator = torch.Generator().manual_seed(0)
 
-    def draw(shape: tuple[int, int]) -> torch.Tensor:
-        return wrap(torch.randn(shape, generator=generator))
+    def draw() -> list[list[torch.Tensor]]:
+        return [cut(torch.randn(*shape, generator=generator), rows) for *shape, rows in SHAPES]
 
-    parameters = [torch.nn.Parameter(draw(shape)) for shape in SHAPES]
-    optimizer = kind(parameters, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    def set_gradients(gradients: list[list[torch.Tensor]]) -> None:
+        for own, theirs in zip(parameters, gradients, strict=True):
+            for parameter, gradient in zip(own, theirs, strict=True):
+                parameter.grad = gradient
+
+    parameters = [[torch.nn.Parameter(part) for part in parts] for parts in draw()]
+    optimizer = optimizer_of_blocks(parameters)
     for step in range(3):
-        for parameter, shape in zip(parameters, SHAPES, strict=True):
-            parameter.grad = draw(shape)
+        set_gradients(draw())
         optimizer.step()
         if poison:
-            for parameter, shape in zip(parameters, SHAPES, strict=True):
-                parameter.grad = wrap(torch.full(shape, float("nan") if step else float("inf")))
+            value = float("nan") if step else float("inf")
+            set_gradients([cut(torch.full(shape, value), rows) for *shape, rows in SHAPES])
             optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
-    return [whole(p.detach()) for p in parameters] + [whole(optimizer.state[p]["momentum_buffer"]) for p in parameters]
+    weights = [torch.cat([whole(p.detach()) for p in own]) for own in parameters]
+    return weights + [torch.cat([whole(optimizer.state[p]["momentum_buffer"]) for p in own]) for own in parameters]
+
+
+OPTIONS: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+
+
+def torchs_muon_of_every_block() -> Tensors:
+    return muon_of(blocks_of, lambda parameters: torch.optim.Muon(itertools.chain(*parameters), **OPTIONS))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_muon(replicate: int, poison: bool) -> Tensors:
+def sharded_muon(replicate: int, at_once: int) -> Tensors:
     mesh = build_mesh(config.Parallelism(data_parallel_replicate_degree=replicate), current_world())
     placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
-    return muon_of(lambda full: distribute_tensor(full, mesh, placements), Muon, poison)
+    muon._AT_ONCE = at_once
+
+    def optimizer(parameters: list[list[torch.nn.Parameter]]) -> Muon:
+        groups = [{"params": own, "block_rows": rows} for own, (*_, rows) in zip(parameters, SHAPES, strict=True)]
+        return Muon(groups, **OPTIONS)
+
+    return muon_of(lambda full, rows: [distribute_tensor(full, mesh, placements)], optimizer, poison=True)
 
 
-@pytest.mark.parametrize("poison", [False, True], ids=["", "with skipped steps between"])
-@pytest.mark.parametrize(("ranks", "replicate"), [(1, 1), (4, 1), (4, 2)])
-def test_muon_on_any_shards_is_torchs_on_whole_matrices_bit_for_bit(ranks: int, replicate: int, poison: bool) -> None:
-    expected = muon_of(lambda full: full, torch.optim.Muon)
-    for result in run_ranks(ranks, sharded_muon, replicate, poison):
+@pytest.mark.parametrize(
+    ("ranks", "replicate", "at_once"), [(1, 1, 2**24), (2, 1, 2**24), (4, 1, 2**24), (4, 1, 1), (4, 2, 2**24), (8, 1, 2**24)]
+)
+def test_muon_on_any_shards_is_torchs_on_every_block_bit_for_bit_whatever_is_skipped(
+    ranks: int, replicate: int, at_once: int
+) -> None:
+    expected = torchs_muon_of_every_block()
+    for result in run_ranks(ranks, sharded_muon, replicate, at_once):
         assert all(torch.equal(own, theirs) for own, theirs in zip(result, expected, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Parameter groups by role, the learning rate's schedule, and the guard's counting."""
+"""Parameter groups by role and what Muon splits, the learning rate's schedule, and the guard's counting."""
 
 from __future__ import annotations
 
@@ -19,31 +19,69 @@ ROLES = ("matrices", "embeddings", "convolutions", "norms and gates")
 
 
 def groups(**settings: object) -> dict[str, tuple[str, float, set[str]]]:
-    """Role -> (optimizer, weight decay, names of its parameters) of a small untied gated model."""
-    model = make(torch.float32, use_forget_gate=True, tie_word_embeddings=False)
+    """Role -> (optimizer, weight decay, names of its parameters) of a small untied gated model; AdamW's matrices are gates'."""
+    model = make(torch.float32, use_forget_gate=True, tie_word_embeddings=False, adaptive_householder=True, use_output_gate=True)
     names = {id(p): name for name, p in model.named_parameters()}
     optimizers = build_optimizer(model, config.Optimizer(weight_decay=0.1, **settings))  # type: ignore[arg-type]
-    found = {
-        g["role"]: (type(o).__name__, g["weight_decay"], {names[id(p)] for p in g["params"]})
-        for o in optimizers
-        for g in o.param_groups
-    }
-    assert sorted(n for _, _, members in found.values() for n in members) == sorted(names.values()), "each in one group"
+    found: dict[str, tuple[str, float, set[str]]] = {}
+    members = []
+    for o in optimizers:
+        for g in o.param_groups:
+            own = [names[id(p)] for p in g["params"]]
+            members += own
+            role = "gates' matrices" if (type(o), g["role"]) == (torch.optim.AdamW, "matrices") else g["role"]
+            before = found.get(role, (type(o).__name__, g["weight_decay"], set()))
+            found[role] = (*before[:2], before[2] | set(own))
+    assert sorted(members) == sorted(names.values()), "each in one group"
     return found
 
 
 def test_only_matrices_decay_and_embeddings_by_choice() -> None:
-    found = groups()
+    found = groups(name="Muon")
     assert [found[role][1] for role in ROLES] == [0.1, 0.0, 0.0, 0.0]
+    assert found["gates' matrices"][1] == 0.1
     assert found["embeddings"][2] == {"embeddings.weight", "lm_head.weight"}
     assert {"layers.0.attn.forget_gate.A_log", "layers.1.attn.forget_gate.dt_bias", "norm.weight"} < found["norms and gates"][2]
     assert groups(decay_embeddings=True)["embeddings"][1] == 0.1
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
+def test_adamw_takes_everything_without_muon() -> None:
+    assert {name for name, _, _ in groups().values()} == {"AdamW"}
+
+
+def test_muon_takes_q_k_v_o_and_the_mlp_and_adamw_beta_decay_gate_and_router() -> None:
     found = groups(name="Muon")
     assert [found[role][0] for role in ROLES] == ["Muon", "AdamW", "AdamW", "AdamW"]
-    assert all("_proj" in n for n in found["matrices"][2])
+    assert kinds(found["matrices"][2]) == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert kinds(found["gates' matrices"][2]) == {f"{name}_proj" for name in "bagr"}
+
+
+def kinds(names: set[str]) -> set[str]:
+    return {name.split(".")[-2] for name in names}
+
+
+def rows_of(split: str, **model: object) -> dict[str, int]:
+    """Rows of the matrices of layer 0 that Muon orthogonalises."""
+    found = make(torch.float32, hidden_size=24, intermediate_size=40, **model).muon_rows(split)  # type: ignore[arg-type]
+    return {name.split(".")[-2]: rows for name, rows in found.items() if name.startswith("layers.0.")}
+
+
+SPLIT_3_STEPS = {  # of 2 heads with keys of 8 and values of 16
+    "heads": {"q_proj": 8, "k_proj": 8, "v_proj": 16},
+    "steps": {"q_proj": 16, "k_proj": 16, "v_proj": 32},
+    "whole": {"q_proj": 16, "k_proj": 48, "v_proj": 96},
+}
+
+
+@pytest.mark.parametrize("split", SPLIT_3_STEPS)
+def test_q_k_and_v_are_split_into_heads_and_steps_and_o_and_the_mlp_are_not(split: str) -> None:
+    whole = {"o_proj": 24, "gate_proj": 40, "up_proj": 40, "down_proj": 24}
+    assert rows_of(split, num_heads=2, head_dim=8, expand_v=2.0, num_householder=3) == SPLIT_3_STEPS[split] | whole
+
+
+def test_softmax_attention_is_split_into_its_own_heads() -> None:
+    rows = rows_of("heads", mixer="attention", num_householder=1, attention_num_heads=4, attention_num_kv_heads=2)
+    assert (rows["q_proj"], rows["k_proj"], rows["v_proj"]) == (6, 6, 6)
 
 
 def test_the_schedules_factor_multiplies_each_groups_own_peak() -> None:

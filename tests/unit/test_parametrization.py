@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.unit.conftest import Folder
 from titan_dp.cli import dispatch
-from titan_dp.config import Config
+from titan_dp.config import ActivationCheckpoint, Config
 from titan_dp.config.load import load_config
 from titan_dp.errors import UserError
+from titan_dp.model.parallelize import apply_activation_checkpoint
 from titan_dp.model.parametrization import Scale, scales
 from titan_dp.model.transformer import build_model
 from titan_dp.studies import coordinate_check
@@ -41,10 +43,11 @@ RULES = {
     "norm.weight": Scale(1 / 4, 1 / 4, 1),
     "layers.0.attn_norm.weight": Scale(1, 1, 1 / 4),
     "layers.0.attn.forget_gate.A_log": Scale(1, 1, 1 / 4),
-    # Muon's updates have 0.2 sqrt(max(rows, columns)) in any case, which is 2 here, and square matrices keep their norm.
-    "layers.0.attn.q_proj.weight": Scale(1 / 2, 1 / 4, 1 / 4, 1 / 2),
-    "layers.2.attn.v_proj.weight": Scale(1 / 2, 1 / 4, 1 / 4, 1 / 2),
-    "layers.0.attn.b_proj.weight": Scale(1 / 2, 1 / 4, 1 / 4, 1 / 2),
+    # Muon's updates have 0.2 sqrt(max(rows, columns)) in any case, which is 2 here. Square matrices keep their norm, and those
+    # of a head, whose rows are as many as before, halve it. beta is AdamW's.
+    "layers.0.attn.q_proj.weight": Scale(1 / 2, 1 / 4, 1 / 4, 1 / 4),
+    "layers.2.attn.v_proj.weight": Scale(1 / 2, 1 / 4, 1 / 4, 1 / 4),
+    "layers.0.attn.b_proj.weight": Scale(1 / 2, 1 / 4, 1 / 4, 1),
     "layers.0.attn.o_proj.weight": Scale(1 / 2, 1 / 4, 1 / 4, 1 / 2),
     "layers.0.mlp.down_proj.weight": Scale(1 / 2, 1 / 4, 1 / 4, 1 / 2),
 }
@@ -53,6 +56,23 @@ RULES = {
 @pytest.mark.parametrize("name", RULES)
 def test_width(name: str) -> None:
     assert scales(config_of(**WIDER))[name] == pytest.approx(RULES[name])
+
+
+def with_split(c: Config, split: str) -> Config:
+    return c.model_copy(update={"optimizer": c.optimizer.model_copy(update={"muon_split": split})})
+
+
+@pytest.mark.parametrize(
+    ("split", "wider", "more_steps"),
+    # 4 times the heads and the width; 4 times the steps. A step of the base is 128 x 128, its keys are 256 x 128.
+    [("heads", 1 / 4, 1), ("steps", 1 / 2, 1), ("whole", 1 / 2, 1)],
+)
+def test_muons_factor_is_by_the_shape_of_what_it_orthogonalises(split: str, wider: float, more_steps: float) -> None:
+    factors = [
+        scales(with_split(config_of(**model), split))["layers.0.attn.k_proj.weight"].muon
+        for model in (WIDER, {"num_householder": 8})
+    ]
+    assert factors == pytest.approx([wider, more_steps])
 
 
 def test_depth_scales_what_blocks_add_and_the_epsilons_within() -> None:
@@ -91,7 +111,8 @@ def test_a_weight_loses_the_same_part_of_itself_per_step_at_every_size(optimizer
         for g in o.param_groups
         if g["weight_decay"]
     }
-    assert lost == pytest.approx({(optimizer, "matrices"): 0.1 * (0.02 if optimizer == "Muon" else settings.lr)})
+    rates = {"AdamW": settings.lr} | ({"Muon": 0.02} if optimizer == "Muon" else {})
+    assert lost == pytest.approx({(name, "matrices"): 0.1 * rate for name, rate in rates.items()})
 
 
 def test_first_values_have_the_scaled_size() -> None:
@@ -102,6 +123,24 @@ def test_first_values_have_the_scaled_size() -> None:
     assert float(model.blocks[0].mlp.gate_proj.weight.std()) == pytest.approx(std / 2, rel=0.01)
     assert float(model.embeddings.weight.std()) == pytest.approx(std, rel=0.01)
     assert model.norm.weight.tolist() == [1 / 4] * 512
+
+
+def test_activation_checkpointing_changes_no_factor() -> None:
+    c = config_of(**WIDER)
+    plain, wrapped = build_model(c.model), build_model(c.model)
+    apply_activation_checkpoint(wrapped, ActivationCheckpoint(mode="full"))
+    for model in (plain, wrapped):
+        model.init_weights(0, {name: scale.init for name, scale in scales(c).items()})
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True))
+    plain_groups, groups = (
+        [
+            ({key: value for key, value in g.items() if key != "params"}, len(g["params"]))
+            for o in build_optimizer(model, c.optimizer.model_copy(update={"name": "Muon"}), scales(c))
+            for g in o.param_groups
+        ]
+        for model in (plain, wrapped)
+    )
+    assert groups == plain_groups
 
 
 # -- the coordinate check ------------------------------------------------------------------------------------------------

@@ -94,6 +94,21 @@ def keeps_moments(saved: dict[str, Any], current: dict[str, Any]) -> bool:
     return saved_value(saved_sections(saved["config"]), name) == saved_value(saved_sections(current["config"]), name)
 
 
+def check_moments(saved: dict[str, Any], current: dict[str, Any], absent: list[str], allow_changed: list[str]) -> None:
+    """Raise UserError if `absent` tensors of the optimizer are not in the checkpoint, unless another optimizer is allowed.
+
+    Muon of earlier versions took projections that are AdamW's now.
+    """
+    key = "optimizer.name"
+    if absent and key not in allow_changed:
+        name = saved_value(saved_sections(current["config"]), key)
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise UserError(
+            f"the checkpoint of step {saved['step']} lacks {absent[0]}{more}: {key} = {shown(name)} took other parameters in the "
+            f"version that saved it; begin without moments with --checkpoint.allow_changed '{to_json(sorted({*allow_changed, key}))}'"
+        )
+
+
 # -- what is compared ---------------------------------------------------------------------------------------------------
 
 

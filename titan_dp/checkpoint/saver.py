@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_op
 from torch.optim import Optimizer
 
 from titan_dp import config
-from titan_dp.checkpoint.changed_settings import check_changes, keeps_moments
+from titan_dp.checkpoint.changed_settings import check_changes, check_moments, keeps_moments
 from titan_dp.checkpoint.dcp_files import Writer, os_error
 from titan_dp.checkpoint.folder import apply_retention, delete_checkpoint, make_empty, set_aside_folders
 from titan_dp.checkpoint.manifest import MANIFEST, committed_steps, now, step_folder, write_manifest
@@ -208,6 +208,11 @@ class Checkpointer:
         # Another optimizer, which was allowed, begins without moments.
         keeps = keeps_moments(manifest, current)
         moments, rest = optimizer_tensors(model, optimizers) if keeps else ({}, {})
+        if absent := sorted(moments.keys() - saved.every_name):
+            check_moments(manifest, current, absent, self.c.allow_changed)
+            keeps, moments = False, {}
+            for optimizer in optimizers:
+                optimizer.state.clear()  # to ask for its names took a step
         if manifest["world_size"] == dist.get_world_size():
             rng = {name: tensor for name, tensor in rng_tensors().items() if name in saved.every_name}
         dcp.load({**weights, **moments, **rng}, storage_reader=saved.reader, process_group=self.group)

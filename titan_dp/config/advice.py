@@ -183,7 +183,7 @@ def rules(c: Config) -> Iterator[Rule]:
     yield len(c.data.paths) == 1, "data", "weights", "data.path is a single folder"
     yield c.training.dataloader.num_workers == 0, "training.dataloader", "prefetch_factor", "num_workers is 0"
 
-    yield c.optimizer.name != "Muon", "optimizer", "muon_lr muon_momentum", f'optimizer.name = "{c.optimizer.name}"'
+    yield c.optimizer.name != "Muon", "optimizer", "muon_lr muon_momentum muon_split", f'optimizer.name = "{c.optimizer.name}"'
     yield c.optimizer.weight_decay == 0, "optimizer", "decay_embeddings", "optimizer.weight_decay is 0"
     base = " ".join(MupBase.model_fields)
     yield c.optimizer.parametrization != "mup", "optimizer.mup_base", base, 'optimizer.parametrization = "standard"'

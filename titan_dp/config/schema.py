@@ -345,13 +345,15 @@ class MupBase(Section):
 
 class Optimizer(Section):
     name: Literal["AdamW", "Muon"] = "AdamW"
-    """AdamW (fused) for all, or Muon for the matrices of the blocks and AdamW for the rest."""
+    """AdamW (fused) for all, or Muon for q, k, v, o and the MLP, and AdamW for the rest (embeddings, beta, gates, norms)."""
     lr: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate (of AdamW)."""
     muon_lr: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate of Muon, whose updates are scaled to AdamW's RMS (adjust_lr_fn = match_rms_adamw)."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Momentum of Muon."""
+    muon_split: Literal["heads", "steps", "whole"] = "heads"
+    """What Muon orthogonalises of q, k and v: each head of each Householder step, each step, or the whole projection."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of AdamW's first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95

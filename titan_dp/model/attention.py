@@ -50,6 +50,9 @@ class Attention(TokenMixer):
         self.v_proj = nn.Linear(D, self.kv_heads * self.d, bias=False)
         self.o_proj = nn.Linear(D, D, bias=False)
 
+    def stacks(self) -> dict[str, tuple[int, int]]:
+        return {"q_proj": (1, self.heads), "k_proj": (1, self.kv_heads), "v_proj": (1, self.kv_heads)}
+
     def mix(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, None]:
         """Where ranks share rows, x is this rank's segment of each; keys and values before it come from other ranks."""
         by_row = x if packing is None else x.view(packing.rows, -1, x.shape[-1])

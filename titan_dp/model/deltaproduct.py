@@ -119,6 +119,9 @@ class MatrixStateMixer(TokenMixer):
         self.o_norm = RMSNorm(self.dv, c.norm_eps)
         self.o_proj = nn.Linear(values, D, bias=False)
 
+    def stacks(self) -> dict[str, tuple[int, int]]:
+        return {"q_proj": (1, self.heads), "k_proj": (self.n, self.heads), "v_proj": (self.n, self.heads)}
+
     def mix(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor | None]:
         inputs, _, taken = self._project(x, packing, None) if self.context is None else self._project_segment(x, packing)
         o, _ = self._recur(inputs, None, packing, keep_state=False)

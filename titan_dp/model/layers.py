@@ -174,6 +174,10 @@ class TokenMixer(nn.Module):
         """The tokens x [B, T, D] after those in `cache`; T at once or one by one give the same."""
         raise NotImplementedError
 
+    def stacks(self) -> dict[str, tuple[int, int]]:
+        """Steps and heads of every projection whose rows are laid out (steps, heads, dim), by name. Muon takes these."""
+        return {}
+
     def init_weights(self, init: Initializer) -> None:
         """Children in their order: N(0, std^2) for matrices; others have `init_weights` of their own."""
         for module in self.children():

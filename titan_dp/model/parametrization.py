@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -29,7 +29,9 @@ class Scale(NamedTuple):
     eps: float = 1.0
     """Of AdamW's epsilon: as small as its gradient becomes."""
     muon: float = 1.0
-    """Of Muon's learning rate, beside the 0.2 sqrt(max(rows, columns)) that its updates have in any case."""
+    """Of Muon's learning rate, beside the 0.2 sqrt(max(rows, columns)) that its updates have in any case.
+
+    Rows are those of one matrix that Muon orthogonalises, of a head for instance."""
 
 
 def scales(c: config.Config) -> dict[str, Scale]:
@@ -46,7 +48,8 @@ def scales(c: config.Config) -> dict[str, Scale]:
         c.model.num_hidden_layers / base.of("num_hidden_layers"),
         c.model.num_householder / base.of("num_householder"),
     )
-    shapes, base_shapes = _shapes(c.model), _shapes(base_model(c.model, base))
+    split = c.optimizer.muon_split
+    (shapes, muons), (base_shapes, base_muons) = _shapes(c.model, split), _shapes(base_model(c.model, base), split)
     found = {}
     for name, shape in shapes.items():
         kind = name.split(".")[-2]
@@ -58,18 +61,22 @@ def scales(c: config.Config) -> dict[str, Scale]:
         elif len(shape) != 2:  # convolutions, norms, A_log, dt_bias
             found[name] = Scale(eps=inside / (steps if kind in _PER_STEP else 1))
         else:
-            found[name] = _matrix(name, c.model, base, shape, base_shapes[name], (width, depth, steps))
+            scale = _matrix(name, c.model, base, shape, base_shapes[name], (width, depth, steps))
+            own = _muon(muons[name], base_muons[name]) if name in muons else 1.0
+            found[name] = scale._replace(muon=scale.muon * own)
     return found
 
 
 def _matrix(
     name: str, model: config.Model, base: config.MupBase, shape: torch.Size, base_shape: torch.Size, ratios: Sequence[float]
 ) -> Scale:
-    """Of a matrix in a block: 1/sqrt(fan in) of its first values, 1/(fan in) of its learning rate, times what stands beside."""
+    """Of a matrix in a block: 1/sqrt(fan in) of its first values, 1/(fan in) of its learning rate, times what stands beside.
+
+    Muon's factor is without that of the shape, which is `_muon`'s.
+    """
     width, depth, steps = ratios
     layer, kind = int(name.split(".")[1]), name.split(".")[-2]
-    fan_out, fan_in = (n / base_n for n, base_n in zip(shape, base_shape, strict=True))
-    muon = math.sqrt(fan_out / fan_in * max(base_shape) / max(shape))
+    fan_in = shape[1] / base_shape[1]
     factor, gradient = 1.0, 1 / (width * depth * (steps if kind in _PER_STEP else 1))
     if kind in ("o_proj", "down_proj"):
         factor, gradient = 1 / depth, 1 / (width * depth)  # each block adds its share to the residual stream
@@ -77,7 +84,13 @@ def _matrix(
         factor = math.sqrt(_head_dim(base_model(model, base)) / _head_dim(model))  # scores over d and not over sqrt(d)
     elif kind == "v_proj" and steps != 1:
         factor = 1 / math.sqrt(steps)  # n_h independent writes add up to sqrt(n_h) of one
-    return Scale(factor / math.sqrt(fan_in), factor / fan_in, gradient / factor, factor * muon)
+    return Scale(factor / math.sqrt(fan_in), factor / fan_in, gradient / factor, factor)
+
+
+def _muon(matrix: tuple[int, int], base: tuple[int, int]) -> float:
+    """What keeps the spectral norm of an update in proportion to sqrt(rows / columns)."""
+    fan_out, fan_in = matrix[0] / base[0], matrix[1] / base[1]
+    return math.sqrt(fan_out / fan_in * max(base) / max(matrix))
 
 
 _PER_STEP = ("k_proj", "v_proj", "b_proj", "k_conv1d", "v_conv1d")
@@ -91,9 +104,14 @@ def base_model(model: config.Model, base: config.MupBase) -> config.Model:
     return model.model_copy(update=widths | {"intermediate_size": base.intermediate_size or mlp})
 
 
-def _shapes(model: config.Model) -> dict[str, torch.Size]:
+def _shapes(
+    model: config.Model, split: Literal["heads", "steps", "whole"]
+) -> tuple[dict[str, torch.Size], dict[str, tuple[int, int]]]:
+    """Of every parameter, and of a matrix of those that Muon takes."""
     with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in build_model(model).named_parameters()}
+        built = build_model(model)
+    shapes = {name: parameter.shape for name, parameter in built.named_weights()}
+    return shapes, {name: (rows, shapes[name][1]) for name, rows in built.muon_rows(split).items()}
 
 
 def _head_dim(model: config.Model) -> int:

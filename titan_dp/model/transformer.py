@@ -8,14 +8,15 @@ router (`attn.r_proj`), RWKV-7. Nothing here knows of ranks or devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from deltaproduct_kernels import resolve_backend
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 
 from titan_dp import config
 from titan_dp.config.mixers import MIXERS
@@ -34,6 +35,8 @@ LAYERS: dict[str, Callable[[config.Model], TokenMixer]] = {
     "attention": Attention,
 }
 """By the name that model.mixer has; what a setting means for each is in config/mixers.py."""
+
+_WHOLE = ("attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def build_model(c: config.Model) -> Transformer:
@@ -172,9 +175,27 @@ class Transformer(nn.Module):
         """Holders of the parameters that compute in float32: norms, A_log and dt_bias, RWKV-7's biases."""
         return [module for module in self.modules() if isinstance(module, Float32)]
 
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by name, without what activation checkpointing adds to their names."""
+        return ((name.replace(_CHECKPOINT_PREFIX, ""), parameter) for name, parameter in self.named_parameters())
+
+    def muon_rows(self, split: Literal["heads", "steps", "whole"]) -> dict[str, int]:
+        """The weights that Muon takes, by name, and how many rows of each are a matrix of its own (`optimizer.muon_split`).
+
+        Of a mixer those of q, k and v, split into heads and Householder steps, and `o_proj` as it is; the MLP as it is.
+        Embeddings, and projections to beta, decays, gates and routers, are not among them.
+        """
+        found = {}
+        for i, block in enumerate(self.blocks):
+            stacks = {f"attn.{name}": counts for name, counts in block.attn.stacks().items()}
+            for name, (steps, heads) in {**stacks, **dict.fromkeys(_WHOLE, (1, 1))}.items():
+                matrices = {"heads": steps * heads, "steps": steps, "whole": 1}[split]
+                found[f"layers.{i}.{name}.weight"] = block.get_submodule(name).out_features // matrices
+        return found
+
     def init_weights(self, seed: int, factors: Mapping[str, float] | None = None) -> None:
         """Write every parameter, the same on any number of ranks; `factors`, by name, multiply first values."""
-        by_id = {id(p): factors[name] for name, p in self.named_parameters()} if factors else None
+        by_id = {id(p): factors[name] for name, p in self.named_weights()} if factors else None
         init = Initializer(seed, self.embeddings.weight.device, self.std, by_id)
         init.normal_(self.embeddings.weight)
         for block in self.blocks:

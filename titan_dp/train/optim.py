@@ -27,24 +27,27 @@ class NonFiniteError(RunError):
 
 
 def build_optimizer(model: Transformer, c: config.Optimizer, scales: Mapping[str, Scale] | None = None) -> Optimizers:
-    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
+    """AdamW for all parameters, or Muon for what `Transformer.muon_rows` lists and AdamW for the rest.
 
     Matrices decay; norms, A_log, dt_bias and convolutions do not; embeddings (and the output matrix) if
     `decay_embeddings`. Every parameter is in exactly one group, that of its role and scale. `scales`, by name, multiply
     learning rates and epsilons; a weight loses the same part of itself per step whatever its learning rate's factor is.
     """
-    members: dict[tuple[str, Scale], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    block_rows = model.muon_rows(c.muon_split) if c.name == "Muon" else {}
+    members: dict[tuple[str, Scale, int | None], list[nn.Parameter]] = {}
+    for name, parameter in model.named_weights():
         scale = scales[name]._replace(init=1.0) if scales else Scale()
-        members.setdefault((_role(name, parameter), scale), []).append(parameter)
+        members.setdefault((_role(name, parameter), scale, block_rows.get(name)), []).append(parameter)
     decay = {"matrices": c.weight_decay, "embeddings": c.weight_decay if c.decay_embeddings else 0.0}
     adam: list[dict[str, Any]] = []
     muon: list[dict[str, Any]] = []
-    for (role, scale), parameters in sorted(members.items(), key=lambda item: ROLES.index(item[0][0])):
-        of_muon = c.name == "Muon" and role == "matrices"
-        lr, factor = (c.muon_lr, scale.muon) if of_muon else (c.lr, scale.lr)
+    for (role, scale, rows), parameters in sorted(members.items(), key=lambda item: ROLES.index(item[0][0])):
+        lr, factor = (c.lr, scale.lr) if rows is None else (c.muon_lr, scale.muon)
         group = {"params": parameters, "role": role, "peak_lr": lr * factor, "weight_decay": decay.get(role, 0.0) / factor}
-        (muon if of_muon else adam).append(group if of_muon else group | {"eps": c.eps * scale.eps})
+        if rows is None:
+            adam.append(group | {"eps": c.eps * scale.eps})
+        else:
+            muon.append(group | {"block_rows": rows})
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
         optimizers.append(Muon(muon, lr=c.muon_lr, momentum=c.muon_momentum, adjust_lr_fn="match_rms_adamw"))

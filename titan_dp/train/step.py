@@ -59,7 +59,7 @@ def train_step(
     3. in the backward pass of the last micro-batch, a reduce-scatter of gradients per block, one for the root and one for the
        float32 group, each followed by an all-reduce over replicas if there are any;
     4. one all-reduce of the squared gradient norm per group of ranks that share parameters;
-    5. Muon only: two all-to-alls for as many matrices as ranks share;
+    5. Muon only: two all-to-alls for each round of matrices of equal size, none if every rank holds its own whole;
     6. one all-reduce of the loss, and with routers one of the steps they took.
 
     Args:
