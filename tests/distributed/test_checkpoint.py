@@ -27,6 +27,7 @@ from titan_dp.distributed import distributed, local_tensor
 from titan_dp.errors import UserError
 from titan_dp.faults import agreement
 from titan_dp.model.transformer import build_model
+from titan_dp.train.muon import Muon
 
 META = {
     "config": "[model]\n",
@@ -372,6 +373,40 @@ def another_optimizer(folder: Path) -> None:
 
 def test_another_optimizer_takes_up_the_weights_with_moments_of_its_own_where_that_is_allowed(weights: Path) -> None:
     run_ranks(1, another_optimizer, weights)
+
+
+def muon_of_an_older_version(folder: Path) -> None:
+    """It took every matrix of the blocks, those of the gates too."""
+    of_muon = {"config": "[model]\n[optimizer]\nname = 'Muon'\n"}
+    older = sharded_model()
+    named = dict(older.named_parameters())
+    matrices = [p for name, p in named.items() if p.dim() == 2 and "embeddings" not in name]
+    rest = [p for p in named.values() if all(p is not other for other in matrices)]
+    moments: list[torch.optim.Optimizer] = [Muon(matrices), torch.optim.AdamW(rest, fused=True)]
+    backward(older, 0)
+    for optimizer in moments:
+        optimizer.step()
+    checkpointer = Checkpointer(config.Checkpoint(async_mode="disabled"), folder)
+    checkpointer.save(1, older, moments, meta=META | of_muon, healthy=True, blocking=True)
+
+    model = sharded_model(seed=99)
+    optimizers = optimizer_of(model, name="Muon")
+    lacks = r"step 1 lacks optimizer.state.layers.0.attn.a_proj.weight.exp_avg and \d+ more: optimizer.name = 'Muon' took other"
+    with pytest.raises(UserError, match=lacks + r".*--checkpoint.allow_changed '\[\"optimizer.name\"\]'"):
+        Checkpointer(config.Checkpoint(), folder).load(model, optimizers, META | of_muon)
+    optimizers = optimizer_of(model, name="Muon")
+    allowed = config.Checkpoint(allow_changed=["optimizer.name"])
+    assert Checkpointer(allowed, folder).load(model, optimizers, META | of_muon) is not None
+    assert all(torch.equal(full_state(model)[name], tensor) for name, tensor in full_state(older).items())
+    fresh = optimizer_of(older, name="Muon")
+    for each, theirs in ((model, optimizers), (older, fresh)):
+        theirs.zero_grad()
+        take_step(each, theirs, 2)
+    assert all(torch.equal(full_state(model)[name], tensor) for name, tensor in full_state(older).items())
+
+
+def test_moments_of_a_muon_that_took_other_parameters_are_refused_or_begun_anew(tmp_path: Path) -> None:
+    run_ranks(1, muon_of_an_older_version, tmp_path)
 
 
 def save_on_a_full_disk(folder: Path, mode: str) -> None:

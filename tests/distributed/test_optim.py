@@ -73,8 +73,8 @@ def test_the_gradient_norm_counts_every_shard_once_and_clipping_reaches_the_limi
 
 
 Tensors = list[torch.Tensor]
-# Rows, columns, and rows of a block. On four ranks: equal shards, a smaller one, and one to three empty ones; blocks that a rank
-# holds whole, that straddle shards, and of equal size in parameters of different sizes.
+# Rows, columns, and rows of a block. On four ranks: equal shards, a smaller one, and one to three empty ones; blocks that a
+# rank holds whole, that straddle shards, and of equal size in parameters of different sizes.
 SHAPES = [(8, 6, 8), (7, 16, 7), (5, 3, 5), (2, 12, 2), (1, 4, 1), (24, 6, 3), (12, 6, 3), (9, 6, 3), (6, 6, 2), (8, 6, 8)]
 
 

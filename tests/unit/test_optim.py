@@ -20,7 +20,8 @@ ROLES = ("matrices", "embeddings", "convolutions", "norms and gates")
 
 def groups(**settings: object) -> dict[str, tuple[str, float, set[str]]]:
     """Role -> (optimizer, weight decay, names of its parameters) of a small untied gated model; AdamW's matrices are gates'."""
-    model = make(torch.float32, use_forget_gate=True, tie_word_embeddings=False, adaptive_householder=True, use_output_gate=True)
+    gates = {"use_forget_gate": True, "adaptive_householder": True, "use_output_gate": True}
+    model = make(torch.float32, tie_word_embeddings=False, **gates)
     names = {id(p): name for name, p in model.named_parameters()}
     optimizers = build_optimizer(model, config.Optimizer(weight_decay=0.1, **settings))  # type: ignore[arg-type]
     found: dict[str, tuple[str, float, set[str]]] = {}

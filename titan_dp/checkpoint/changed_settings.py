@@ -103,9 +103,10 @@ def check_moments(saved: dict[str, Any], current: dict[str, Any], absent: list[s
     if absent and key not in allow_changed:
         name = saved_value(saved_sections(current["config"]), key)
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        flag = to_json(sorted({*allow_changed, key}))
         raise UserError(
-            f"the checkpoint of step {saved['step']} lacks {absent[0]}{more}: {key} = {shown(name)} took other parameters in the "
-            f"version that saved it; begin without moments with --checkpoint.allow_changed '{to_json(sorted({*allow_changed, key}))}'"
+            f"the checkpoint of step {saved['step']} lacks {absent[0]}{more}: {key} = {shown(name)} took other parameters in "
+            f"the version that saved it; begin without moments with --checkpoint.allow_changed '{flag}'"
         )
 
 

@@ -185,12 +185,13 @@ class Transformer(nn.Module):
         Of a mixer those of q, k and v, split into heads and Householder steps, and `o_proj` as it is; the MLP as it is.
         Embeddings, and projections to beta, decays, gates and routers, are not among them.
         """
-        found = {}
+        found: dict[str, int] = {}
         for i, block in enumerate(self.blocks):
             stacks = {f"attn.{name}": counts for name, counts in block.attn.stacks().items()}
             for name, (steps, heads) in {**stacks, **dict.fromkeys(_WHOLE, (1, 1))}.items():
-                matrices = {"heads": steps * heads, "steps": steps, "whole": 1}[split]
-                found[f"layers.{i}.{name}.weight"] = block.get_submodule(name).out_features // matrices
+                projection, matrices = block.get_submodule(name), {"heads": steps * heads, "steps": steps, "whole": 1}[split]
+                assert isinstance(projection, nn.Linear)
+                found[f"layers.{i}.{name}.weight"] = projection.out_features // matrices
         return found
 
     def init_weights(self, seed: int, factors: Mapping[str, float] | None = None) -> None:

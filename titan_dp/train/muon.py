@@ -183,8 +183,8 @@ def _exchange(values: Tensor, here: Sequence[Part], there: Sequence[Part], ranks
     parts = values.split([part.numel for part in here])
     sent = torch.cat([nothing, *(parts[i] for i in _by_rank(here))])
     received = values.new_empty(sum(part.numel for part in there))
-    counts = [[sum(part.numel for part in side if part.rank == rank) for rank in range(ranks.size())] for side in (there, here)]
-    dist.all_to_all_single(received, sent, *counts, group=ranks)
+    sizes = [[sum(part.numel for part in side if part.rank == rank) for rank in range(ranks.size())] for side in (there, here)]
+    dist.all_to_all_single(received, sent, sizes[0], sizes[1], group=ranks)
     order = _by_rank(there)
     arrived = dict(zip(order, received.split([there[i].numel for i in order]), strict=True))
     return torch.cat([nothing, *(arrived[i] for i in range(len(there)))])
