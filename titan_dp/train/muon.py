@@ -64,13 +64,15 @@ class Muon(torch.optim.Muon):
         pieces = _plan(tuple(len(parameter) for parameter, _ in members), *shape, size)
         held = [Part(piece.owner, piece.numel) for piece in pieces if piece.holder == rank]
         owned = [Part(piece.holder, piece.numel) for piece in pieces if piece.owner == rank]
-        rows = torch.cat([self._move_momentum(*member).bfloat16().flatten() for member in members])
+        values = torch.cat([self._move_momentum(*member).bfloat16().flatten() for member in members])
         apart = any(piece.holder != piece.owner for piece in pieces)
-        blocks = _exchange(rows, held, owned, ranks) if apart else rows
-        blocks = orthogonalise(blocks.view(-1, *shape), *options).flatten()
-        rows = _exchange(blocks, owned, held, ranks) if apart else blocks
+        if apart:
+            values = _exchange(values, held, owned, ranks)
+        values = orthogonalise(values.view(-1, *shape), *options).flatten()
+        if apart:
+            values = _exchange(values, owned, held, ranks)
         shards = [local_tensor(parameter) for parameter, _ in members]
-        for weights, update, (_, group) in zip(shards, rows.split([s.numel() for s in shards]), members, strict=True):
+        for weights, update, (_, group) in zip(shards, values.split([s.numel() for s in shards]), members, strict=True):
             moved = weights * (1 - group["lr"] * group["weight_decay"])
             # As large as AdamW's updates are: 0.2 root mean square (torch's match_rms_adamw).
             moved.add_(update.view_as(weights), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
