@@ -1,171 +1,115 @@
-"""The recurrence in chunks of tokens: matrix products within a chunk, a short serial pass over chunk states.
+"""The recurrence in chunks of tokens: matrix products within a chunk, the state carried from one chunk to the next.
 
-Within a chunk of C tokens, R = C n rows (row r = t n + j is step j of token t), G the inclusive cumulative sum of g and
-T = (I + tril(diag(beta) (Gamma o K K^T), -1))^-1 with Gamma_ij = exp(G_i - G_j), the updates of all rows are
+A chunk has C tokens and R = C n rows; row r = t n + j is step j of token t, with key k_r, value v_r and step size beta_r. The
+state is read by queries, and by keys, which erase what they read: Y = [scale Q; K] are the chunk's reads. With a_t = exp(g_t),
+a read at token t decays the state before the chunk by e_t = a_0 ... a_t, and row r of a token up to t by D_tr, the product of a
+over the tokens after r's up to t. A query sees the rows of its own token and of those before it, a key the rows before it:
 
-    u = T (beta o V) - T (beta e^G o K) S = U - W S             S: the state before the chunk
-    S' = e^{G_last} S + (e^{G_last - G} o K)^T u                serial over chunks: two products each
-    o  = e^G o (Q S) + (D o Q K^T) u                            D_tr = e^{G_t - G_r} for rows of no later token
+    F_ir = D_tr (y_i . k_r)  for rows r that read i, at token t, sees; else 0                       (1)
+    Z    = Y S                                            S: the state before the chunk             (2)
+    x_r  = v_r - e z_r - sum_s F_rs u_s,   u_r = beta_r x_r     by substitution, row after row      (3)
+    o_t  = e z_t + sum_r F_tr u_r                                                                   (4)
+    S'   = e_last S + K^T (D_last o u)                                                              (5)
 
-Everything but the second line is computed for all chunks at once. Entries of T are at most beta <= 2 in size for unit
-keys, while powers of the triangular matrix can reach 1e27; so T comes from substitution, never from a Neumann series.
-Only differences of G that are <= 0 are exponentiated: the mask is applied to the exponent.
+and from the gradients dO of outputs and dS' of the state after the chunk, chunk after chunk from the last:
 
-The backward pass differentiates the solve, not the inverse: with u = T rhs, w = T^T du is the gradient of rhs and
--tril(w u^T, -1) that of the triangular matrix. Nothing divides by beta, so beta = 0 (a step switched off) is exact, and the
-gradient of g is summed from pairs of *different* tokens only, because pairs within a token do not depend on g and would
-cancel with the loss of all digits under strong gates.
+    W    = D_last o (K dS') + F_queries^T dO              what is written of u is read again        (6)
+    w_r  = W_r - sum_s F_sr (beta_s w_s)                  the gradient of u, from the last row      (7)
+    dv   = beta w,   dbeta = w . x,   G = [dO; -dv]       G: the gradient of what the reads read    (8)
+    dF   = D o (G u^T)                                    for rows that a read sees                 (9)
+    dY   = e (G S^T) + dF K                               scale dQ and the reads' part of dK       (10)
+    dK   = dY_keys + dF^T Y + (D_last o u) dS'^T                                                    (11)
+    dS   = e_last dS' + (e o Y)^T G                                                                 (12)
+    dg_t = sum of all terms of (1), (2), (5) times their gradients that decay over t                (13)
 
-All arithmetic is float32 (float64 for float64 inputs). Sequences of different lengths are packed into one list of chunks
-sorted by chunk number, then by falling sequence length, so each serial step works on one contiguous slice and a
-zero-length sequence costs nothing. `cu_seqlens` is read on the host, which synchronises on a GPU: this backend is for
-CPUs and for checking others.
+Entries of the inverse that (3) applies are at most 2 in size for unit keys and beta <= 2, while powers of F can reach 1e27: so
+substitution, never a Neumann series. Nothing divides by beta, so beta = 0 (a step switched off) is exact. Decays are running
+products of numbers up to 1, so that nothing overflows and a decay of zero is one like others. In (13) pairs of rows and reads
+of one token do not occur: they do not depend on g and would cancel with the loss of all digits under strong gates.
+
+On a CPU `chunked.c` does this (`native.py`), head by head in the cache. The torch operations below are for other devices, for
+machines without a C compiler and for checking others; they take a chunk of all rows and heads at a time. Arithmetic is float32,
+or float64 for float64 inputs. `cu_seqlens` is read on the host, which synchronises on a GPU.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltaproduct_kernels import native
 from deltaproduct_kernels.recurrent import compute_dtype, read_offsets
 
 
 def chunk_tokens(n: int, dk: int) -> int:
-    """Tokens a chunk for n steps a token: 64 rows, or 16 for small heads.
+    """Tokens a chunk for n steps a token: 64 rows, or 32 for small heads.
 
-    Of 16, 32, 64 and 128 rows the fastest forward and backward on a CPU (dk = 32: 17 ms with 16 rows, 35 with 64; dk = 128:
-    234 with 16, 139 with 64), because work within a chunk grows with rows and work on states with dk.
+    Work within a chunk grows with its rows; work on states, and the memory of those that are kept, falls.
     """
-    return max(1, (64 if dk >= 64 else 16) // n)
+    return max(1, (64 if dk >= 64 else 32) // n)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Which token goes where: `index` [M, C] into the flattened B*T tokens, or None when chunks are a reshape."""
+class Inputs(NamedTuple):
+    """Contiguous and in the compute dtype. Without q no outputs are wanted, without v gradients of states alone."""
 
-    C: int
-    chunks: int
-    sequences: int
-    active: list[int]  # active[c]: number of sequences that have a chunk c
-    index: Tensor | None
-    padding: Tensor | None  # [M, C] bool, True where there is no token
-    order: Tensor | None  # sequences by falling length; None: as they are
+    q: Tensor | None
+    k: Tensor
+    v: Tensor | None
+    beta: Tensor
+    g: Tensor | None
+    scale: float
+    erase: bool
 
     @staticmethod
-    def build(B: int, T: int, n: int, dk: int, cu_seqlens: Tensor | None, device: torch.device) -> Layout:
+    def of(q: Tensor | None, k: Tensor, v: Tensor | None, beta: Tensor, g: Tensor | None, scale: float, erase: bool) -> Inputs:
+        dtype = compute_dtype((k if q is None else q).dtype)
+        q, v, g = (None if x is None else x.to(dtype).contiguous() for x in (q, v, g))
+        return Inputs(q, k.to(dtype).contiguous(), v, beta.to(dtype).contiguous(), g, scale, erase)
+
+    def state(self, state: Tensor | None, sequences: int, dv: int) -> Tensor:
+        """A working copy of [N, H, dk, dv]."""
+        if state is None:
+            return self.k.new_zeros(sequences, self.k.shape[3], self.k.shape[4], dv)
+        return state.to(self.k.dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+class Layout(NamedTuple):
+    """Sequence i has tokens offsets[i] to offsets[i + 1] of all B T, and from chunks[i] on a chunk for every C of them."""
+
+    C: int
+    packed: bool
+    offsets: list[int]
+    chunks: list[int]
+
+    @staticmethod
+    def of(k: Tensor, cu_seqlens: Tensor | None) -> Layout:
+        (B, T, n, _, dk) = k.shape
         C = chunk_tokens(n, dk)
-        if cu_seqlens is None:
-            count = -(-T // C)
-            return Layout(C, B * count, B, [B] * count, None, None, None)
-        offsets = torch.tensor(read_offsets(cu_seqlens, T))
-        lengths = offsets.diff()
-        order = torch.argsort(lengths, descending=True, stable=True)
-        counts = -(-lengths[order] // C)  # chunks of each sequence, falling
-        active = [int((counts > c).sum()) for c in range(int(counts[0]) if len(counts) else 0)]
-        rows = [offsets[:-1][order[:m]] + c * C for c, m in enumerate(active)]
-        starts = torch.cat(rows) if rows else offsets[:0]
-        ends = torch.cat([offsets[1:][order[:m]] for m in active]) if rows else offsets[:0]
-        index = starts[:, None] + torch.arange(C)
-        padding = index >= ends[:, None]
-        index = index.masked_fill(padding, 0).to(device)
-        return Layout(C, len(index), len(lengths), active, index, padding.to(device), order.to(device))
+        offsets = [b * T for b in range(B + 1)] if cu_seqlens is None else read_offsets(cu_seqlens, T)
+        counts = (-(-(end - start) // C) for start, end in itertools.pairwise(offsets))
+        return Layout(C, cu_seqlens is not None, offsets, [0, *itertools.accumulate(counts)])
 
-    def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, T, ...] -> [M, C, ...]; places without a token are 0."""
-        B, T = x.shape[:2]
-        if self.index is None:
-            count = len(self.active)
-            x = torch.nn.functional.pad(x, [0, 0] * (x.dim() - 2) + [0, count * self.C - T])
-            return x.view(B, count, self.C, *x.shape[2:]).transpose(0, 1).reshape(self.chunks, self.C, *x.shape[2:]).to(dtype)
-        assert self.padding is not None
-        out = x.reshape(B * T, *x.shape[2:])[self.index].to(dtype)
-        return out.masked_fill_(self.padding.view(*self.padding.shape, *[1] * (x.dim() - 2)), 0)
-
-    def scatter(self, x: Tensor, B: int, T: int, dtype: torch.dtype) -> Tensor:
-        """[M, C, ...] -> [B, T, ...]: the inverse of gather."""
-        if self.index is None:
-            x = x.view(len(self.active), B, self.C, *x.shape[2:]).transpose(0, 1)
-            return x.reshape(B, len(self.active) * self.C, *x.shape[3:])[:, :T].to(
-                dtype, memory_format=torch.contiguous_format, copy=True
-            )
-        assert self.padding is not None
-        out = x.new_zeros(B * T, *x.shape[2:], dtype=dtype)
-        valid = ~self.padding
-        out[self.index[valid]] = x[valid].to(dtype)
-        return out.view(B, T, *x.shape[2:])
-
-    def slices(self) -> list[slice]:
-        """The chunks of each serial step."""
-        ends = torch.tensor(self.active).cumsum(0).tolist()
-        return [slice(end - m, end) for end, m in zip(ends, self.active, strict=True)]
+    def groups(self) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
+        """Sequences that torch operations take at once, and for each of their chunks its tokens and where its states are."""
+        N, ends = len(self.offsets) - 1, self.offsets[1:]
+        starts = self.offsets[:-1]
+        if not self.packed:  # rows of one length
+            starts, ends = starts[:1], ends[:1]
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            first, count = self.chunks[i], self.chunks[i + 1] - self.chunks[i]
+            kept = [slice(first + c, first + c + 1) if self.packed else slice(c, N * count, count) for c in range(count)]
+            tokens = [slice(t, min(t + self.C, end)) for t in range(start, end, self.C)]
+            yield slice(i, i + 1) if self.packed else slice(0, N), list(zip(tokens, kept, strict=True))
 
 
-class _Chunks(NamedTuple):
-    """What both passes need, for all M chunks at once; decays are None without a gate, Q and P empty without q."""
-
-    Q: Tensor  # [M, H, C, dk], scaled
-    K: Tensor  # [M, H, R, dk]
-    V: Tensor  # [M, H, R, dv]
-    b: Tensor  # [M, H, R, 1]
-    T: Tensor | None  # [M, H, R, R]; None without erasing
-    A: Tensor | None  # [M, H, R, R] tril(Gamma o K K^T, -1)
-    gamma: Tensor | None  # [M, H, R, R] lower part of exp(G_i - G_j)
-    D: Tensor  # [M, H, C, R] exp(G_t - G_r), 0 for rows of later tokens
-    P: Tensor  # [M, H, C, R] D o Q K^T
-    eG: Tensor | None  # [M, H, C, 1] exp(G_t)
-    eGr: Tensor | None  # [M, H, R, 1] the same by rows
-    rev: Tensor | None  # [M, H, R, 1] exp(G_last - G_r)
-    last: Tensor | None  # [M, H, 1, 1] exp(G_last)
-
-
-def _times(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
-
-
-def _prepare(
-    q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, erase: bool, lay: Layout
-) -> _Chunks:
-    dtype = compute_dtype((k if q is None else q).dtype)
-    n, C = k.shape[2], lay.C
-    R = C * n
-    K, V = (lay.gather(x, dtype).flatten(1, 2).transpose(1, 2).contiguous() for x in (k, v))
-    b = lay.gather(beta, dtype).flatten(1, 2).transpose(1, 2).contiguous()[..., None]
-    token = torch.arange(R, device=k.device) // n
-    sees = torch.arange(C, device=k.device)[:, None] >= token  # [C, R]
-    gamma = eG = eGr = rev = last = None
-    D = sees.to(dtype)
-    if g is not None:
-        # No decay is below the dtype's smallest number: -inf - -inf would be NaN, and a large sum loses small ones.
-        least = math.log(torch.finfo(dtype).tiny)
-        G = lay.gather(g, dtype).clamp_min(least).transpose(1, 2).cumsum(-1)  # [M, H, C]
-        Gr = G.repeat_interleave(n, -1)
-        lower = torch.ones(R, R, dtype=torch.bool, device=k.device).tril()
-        if erase:
-            gamma = (Gr[..., :, None] - Gr[..., None, :]).masked_fill_(~lower, -torch.inf).exp_()
-        D = (G[..., :, None] - Gr[..., None, :]).masked_fill_(~sees, -torch.inf).exp_()
-        eG, eGr, rev = G.exp()[..., None], Gr.exp()[..., None], (G[..., -1:] - Gr).exp()[..., None]
-        last = eG[..., -1:, :]
-    A = T = None
-    if erase:
-        A = _times(K @ K.mT, gamma).tril_(-1)
-        identity = torch.eye(R, dtype=dtype, device=k.device)
-        T = torch.linalg.solve_triangular(b * A, identity.expand_as(A), upper=False, unitriangular=True)
-    Q = P = K.new_empty(0)
-    if q is not None:
-        Q = lay.gather(q, dtype).transpose(1, 2).contiguous() * scale
-        P = D * (Q @ K.mT)
-    return _Chunks(Q, K, V, b, T, A, gamma, D, P, eG, eGr, rev, last)
-
-
-def _updates(c: _Chunks) -> tuple[Tensor, Tensor | None]:
-    """U and W of u = U - W S; W is None without erasing."""
-    if c.T is None:
-        return c.b * c.V, None
-    return c.T @ (c.b * c.V), c.T @ (_times(c.b, c.eGr) * c.K)
+def max_chunks(B: int, T: int, n: int, dk: int, sequences: int | None) -> int:
+    """Chunks that B rows of T tokens need; for packed sequences a bound that needs no look at their lengths."""
+    C = chunk_tokens(n, dk)
+    return B * -(-T // C) if sequences is None else T // C + sequences
 
 
 def chunked_forward(
@@ -179,49 +123,18 @@ def chunked_forward(
     scale: float,
     erase: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns o [B,T,H,dv] in q's dtype, the final state [N,H,dk,dv], and the state before every chunk [M,H,dk,dv].
+    """Returns o [B,T,H,dv] in q's dtype, the final state [N,H,dk,dv], and the state before every chunk [max_chunks,H,dk,dv].
 
     The last is what the backward pass needs besides the inputs: 4 dk dv / C bytes a token and head in float32.
     """
     (B, T, n, H, dk), dv = k.shape, v.shape[-1]
-    lay = Layout.build(B, T, n, dk, cu_seqlens, q.device)
-    c = _prepare(q, k, v, beta, g, scale, erase, lay)
-    U, W = _updates(c)
-    KR = _times(c.K, c.rev).mT
-    S = _sorted_state(initial_state, lay, c.Q, H, dk, dv)
-    states = c.Q.new_empty(lay.chunks, H, dk, dv)
-    u = U if W is None else torch.empty_like(U)
-    for part in lay.slices():
-        m = part.stop - part.start
-        states[part] = S[:m]
-        if W is not None:
-            torch.sub(U[part], W[part] @ S[:m], out=u[part])
-        S[:m] = _times(S[:m], None if c.last is None else c.last[part]) + KR[part] @ u[part]
-    o = _times(c.Q @ states, c.eG) + c.P @ u
-    return lay.scatter(o.transpose(1, 2), B, T, q.dtype), _unsorted_state(S, lay), states
-
-
-class _Adjoint(NamedTuple):
-    """The serial pass backwards: dS = e^{G_last} dS' + (e^G o Q)^T dO - Z^T w, w = T^T (P^T dO + rev o K dS')."""
-
-    last: Tensor | None
-    read: Tensor  # [M, H, dk, dv] (e^G o Q)^T dO
-    local: Tensor  # [M, H, R, dv] T^T P^T dO
-    Y: Tensor  # [M, H, R, dk] T^T (rev o K)
-    Z: Tensor | None  # [M, H, R, dk] beta e^G o K; None without erasing
-
-    @staticmethod
-    def of(c: _Chunks, dO: Tensor) -> _Adjoint:
-        read, local, Y = _times(c.Q, c.eG).mT @ dO, c.P.mT @ dO, _times(c.K, c.rev)
-        if c.T is None:
-            return _Adjoint(c.last, read, local, Y, None)
-        return _Adjoint(c.last, read, c.T.mT @ local, c.T.mT @ Y, _times(c.b, c.eGr) * c.K)
-
-    def before(self, dS: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """dS before the chunks `part` from that after them, and their w."""
-        w = torch.add(self.local[part], self.Y[part] @ dS)
-        dS = _times(dS, None if self.last is None else self.last[part]) + self.read[part]
-        return (dS if self.Z is None else dS - self.Z[part].mT @ w), w
+    x, lay = Inputs.of(q, k, v, beta, g, scale, erase), Layout.of(k, cu_seqlens)
+    S = x.state(initial_state, len(lay.offsets) - 1, dv)
+    o = S.new_empty(B, T, H, dv)
+    states = S.new_empty(max_chunks(B, T, n, dk, None if cu_seqlens is None else len(cu_seqlens) - 1), H, dk, dv)
+    states[lay.chunks[-1] :] = 0
+    _forward(x, lay, S, o, states)
+    return o.to(q.dtype), S, states
 
 
 def chunked_backward(
@@ -238,116 +151,182 @@ def chunked_backward(
     erase: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of q, k, v, beta, g (None without a gate) and the initial state [N,H,dk,dv], in their inputs' dtypes."""
-    (B, T, n, H, dk), dv = k.shape, v.shape[-1]
-    lay = Layout.build(B, T, n, dk, cu_seqlens, q.device)
-    c = _prepare(q, k, v, beta, g, scale, erase, lay)
-    dO = lay.gather(do, c.Q.dtype).transpose(1, 2).contiguous()
-    S = states[: lay.chunks]
-
-    adjoint = _Adjoint.of(c, dO)
-    w = torch.empty_like(adjoint.local)
-    dS = _sorted_state(dfinal, lay, c.Q, H, dk, dv)
-    dS_after = torch.empty_like(S)
-    for part in reversed(lay.slices()):
-        m = part.stop - part.start
-        dS_after[part] = dS[:m]
-        dS[:m], w[part] = adjoint.before(dS[:m], part)
-
-    # Parallel over chunks from here on.
-    U, W = _updates(c)
-    u = U if W is None else U - W @ S
-    KS = _times(c.K @ S, c.eGr)
-    dV = c.b * w
-    dP = c.D * (dO @ u.mT)
-    readout = _times(dO @ S.mT, c.eG)
-    write = _times(u @ dS_after.mT, c.rev)
-    dQ = readout + dP @ c.K
-    dK = dP.mT @ c.Q + write
-    db = (w * c.V).sum(-1)
-    erased = dA = None
-    if c.A is not None:
-        erased = _times(c.b, c.eGr) * (w @ S.mT)
-        db -= (w * KS).sum(-1)
-        dL = (w @ u.mT).tril_(-1).neg_()
-        db += (dL * c.A).sum(-1)
-        dA = c.b * dL
-        dKK = _times(dA, c.gamma)
-        dK += (dKK + dKK.mT) @ c.K - erased
-    dg = None if g is None else _gate_gradient(c, lay, n, dP, dA, readout, write, erased, S, dS_after)
-
-    def rows(x: Tensor, like: Tensor) -> Tensor:
-        """[M, H, R, ...] -> [B, T, n, H, ...]"""
-        return lay.scatter(x.transpose(1, 2).unflatten(1, (lay.C, n)), B, T, like.dtype)
-
-    dq = lay.scatter(dQ.transpose(1, 2) * scale, B, T, q.dtype)
-    dg = None if dg is None or g is None else lay.scatter(dg.transpose(1, 2), B, T, g.dtype)
-    return dq, rows(dK, k), rows(dV, v), rows(db, beta), dg, _unsorted_state(dS, lay)
+    x, lay = Inputs.of(q, k, v, beta, g, scale, erase), Layout.of(k, cu_seqlens)
+    dS = x.state(dfinal, len(lay.offsets) - 1, v.shape[-1])
+    wanted = [None if y is None else torch.empty_like(y) for y in (x.q, x.k, x.v, x.beta, x.g)]
+    _backward(x, lay, do.to(dS.dtype).contiguous(), dS, states, wanted)
+    dq, dk, dv, dbeta, dg = (
+        None if d is None or y is None else d.to(y.dtype) for d, y in zip(wanted, (q, k, v, beta, g), strict=True)
+    )
+    return dq, dk, dv, dbeta, dg, dS  # type: ignore[return-value]
 
 
 def chunked_summary(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, erase: bool) -> tuple[Tensor | None, Tensor]:
-    """M [B,H,dk,dk] (None without erasing) and N [B,H,dk,dv] of S' = M S + N: the serial pass from [I | 0], without outputs."""
-    (B, T, n, H, dk), dv = k.shape, v.shape[-1]
-    lay = Layout.build(B, T, n, dk, None, k.device)
-    c = _prepare(None, k, v, beta, g, 1.0, erase, lay)
-    U, W = _updates(c)
-    KR = _times(c.K, c.rev).mT
-    S = c.K.new_zeros(B, H, dk, dv)
-    if W is not None:
-        U = torch.nn.functional.pad(U, (dk, 0))
-        S = torch.cat([torch.eye(dk, dtype=S.dtype, device=S.device).expand(B, H, dk, dk), S], -1)
-    for part in lay.slices():
-        u = U[part] if W is None else U[part] - W[part] @ S
-        S = _times(S, None if c.last is None else c.last[part]) + KR[part] @ u
-    return (None, S) if W is None else (S[..., :dk], S[..., dk:])
+    """M [B,H,dk,dk] (None without erasing) and N [B,H,dk,dv] of S' = M S + N: a forward pass from [I | 0], without outputs."""
+    B, dk = k.shape[0], k.shape[-1]
+    x = Inputs.of(None, k, torch.nn.functional.pad(v, (dk, 0)) if erase else v, beta, g, 1.0, erase)
+    assert x.v is not None
+    S = x.state(None, B, x.v.shape[-1])
+    if erase:
+        S.diagonal(dim1=-2, dim2=-1).fill_(1)
+    _forward(x, Layout.of(k, None), S, None, None)
+    return (S[..., :dk], S[..., dk:]) if erase else (None, S)
 
 
 def chunked_adjoint(do: Tensor, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, scale: float, erase: bool) -> Tensor:
-    """Gradient [B,H,dk,dv] of the initial state where the final state has none: the backward's serial pass alone."""
-    (B, T, n, H, dk), dv = k.shape, do.shape[-1]
-    lay = Layout.build(B, T, n, dk, None, k.device)
-    c = _prepare(q, k, k[..., :0], beta, g, scale, erase, lay)
-    adjoint = _Adjoint.of(c, lay.gather(do, c.Q.dtype).transpose(1, 2).contiguous())
-    dS = c.Q.new_zeros(B, H, dk, dv)
-    for part in reversed(lay.slices()):
-        dS, _ = adjoint.before(dS, part)
+    """Gradient [B,H,dk,dv] of the initial state where the final state has none: a backward pass without other gradients."""
+    x = Inputs.of(q, k, None, beta, g, scale, erase)
+    dS = x.state(None, k.shape[0], do.shape[-1])
+    _backward(x, Layout.of(k, None), do.to(dS.dtype).contiguous(), dS, None, None)
     return dS
 
 
-def _gate_gradient(
-    c: _Chunks,
-    lay: Layout,
-    n: int,
-    dP: Tensor,
-    dA: Tensor | None,
-    readout: Tensor,
-    write: Tensor,
-    erased: Tensor | None,
-    S: Tensor,
-    dS_after: Tensor,
-) -> Tensor:
-    """dg [M, H, C]: G is differentiated pair by pair, pairs of one token left out, then summed over later tokens."""
-    R = lay.C * n
-    assert c.last is not None
-    token = torch.arange(R, device=dP.device) // n
-    other = (torch.arange(lay.C, device=dP.device)[:, None] != token).to(dP.dtype)
-    X = dP * (c.Q @ c.K.mT) * other  # pairs (query t, row r)
-    by_row = -X.sum(-2)
-    if dA is not None and c.A is not None and erased is not None:
-        Y = dA * c.A * (token[:, None] != token).to(dP.dtype)  # pairs (row i, row j)
-        by_row = by_row + Y.sum(-1) - Y.sum(-2) - (erased * c.K).sum(-1)
-    written = (write * c.K).sum(-1)
-    dG = (c.Q * readout).sum(-1) + X.sum(-1) + (by_row - written).unflatten(-1, (lay.C, n)).sum(-1)
-    dG[..., -1] += written.sum(-1) + (c.last * S * dS_after).sum((-2, -1))
-    return dG.flip(-1).cumsum(-1).flip(-1)
+# -- by the kernel in C, or by torch ---------------------------------------------------------------------------------------
 
 
-def _sorted_state(state: Tensor | None, lay: Layout, like: Tensor, H: int, dk: int, dv: int) -> Tensor:
-    """A working copy [N,H,dk,dv] in the compute dtype, sequences by falling length."""
-    if state is None:
-        return like.new_zeros(lay.sequences, H, dk, dv)
-    state = state.to(like.dtype, copy=True)
-    return state if lay.order is None else state[lay.order]
+def _forward(x: Inputs, lay: Layout, S: Tensor, o: Tensor | None, states: Tensor | None) -> None:
+    """S becomes the final state; fills in o and states unless they are None, o without q."""
+    if native.available(S.device, S.dtype):
+        _run(x, lay, S.shape[-1], S=S, o=o, states=states)
+        return
+    for sequences, chunks in lay.groups():
+        end = S[sequences]
+        for tokens, kept in chunks:
+            c = _Chunk.of(x, tokens)
+            if states is not None:
+                states[kept] = end
+            _, U, Z = c.update(x, tokens, end, queries=True)
+            if o is not None:
+                o[:, tokens] = (Z[:, :, : c.queries] + c.F[:, :, : c.queries] @ U).transpose(1, 2)
+            end = c.last * end + c.K.mT @ (c.rev * U)
+        S[sequences] = end
 
 
-def _unsorted_state(state: Tensor, lay: Layout) -> Tensor:
-    return state if lay.order is None else state[torch.argsort(lay.order)]
+def _backward(x: Inputs, lay: Layout, do: Tensor, dS: Tensor, states: Tensor | None, wanted: list[Any] | None) -> None:
+    """dS becomes the gradient of the initial state; fills in those of q, k, v, beta and g unless nobody wants them."""
+    if native.available(dS.device, dS.dtype):
+        names = ("d_q", "d_k", "d_v", "d_beta", "d_g")
+        _run(x, lay, dS.shape[-1], d_o=do, dS=dS, states=states, **dict(zip(names, wanted or [None] * 5, strict=True)))
+        return
+    for sequences, chunks in lay.groups():
+        after = dS[sequences]
+        for tokens, kept in reversed(chunks):
+            c = _Chunk.of(x, tokens)
+            dO = do[:, tokens].transpose(1, 2)
+            written = c.rev * (c.K @ after)
+            W = written + c.F[:, :, : c.queries].mT @ dO
+            if x.erase:
+                W = torch.linalg.solve_triangular((c.b * c.F[:, :, c.queries :]).mT, W, upper=True, unitriangular=True)
+            dV = c.b * W
+            G = torch.cat([dO, -dV], 2) if x.erase else dO
+            if wanted is not None and states is not None:
+                c.gradients(x, tokens, states[kept], written, W, dV, G, after, wanted)
+            after = c.last * after + (c.e * c.Y).mT @ G
+        dS[sequences] = after
+
+
+def _run(x: Inputs, lay: Layout, dv: int, **tensors: Tensor | None) -> None:
+    _, _, n, H, dk = x.k.shape
+    sizes = {"sequences": len(lay.offsets) - 1, "n": n, "heads": H, "dk": dk, "dv": dv, "tokens": lay.C, "erase": int(x.erase)}
+    tensors |= {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "g": x.g}
+    native.run(x.scale, sizes, offsets=torch.tensor(lay.offsets), chunks=torch.tensor(lay.chunks), **tensors)
+
+
+class _Chunk(NamedTuple):
+    """A chunk of all rows and heads by torch operations."""
+
+    queries: int  # C, or 0 without q; the keys follow if they erase
+    Y: Tensor  # [B, H, reads, dk]
+    K: Tensor  # [B, H, R, dk]
+    b: Tensor  # [B, H, R, 1]
+    D: Tensor  # [B, H, reads, R] decay of what a read sees, else 0
+    F: Tensor  # [B, H, reads, R] (1)
+    e: Tensor  # [B, H, reads, 1]
+    last: Tensor  # [B, H, 1, 1] e_last
+    rev: Tensor  # [B, H, R, 1] D_last
+
+    @staticmethod
+    def of(x: Inputs, tokens: slice) -> _Chunk:
+        n, C = x.k.shape[2], tokens.stop - tokens.start
+        K, b = _rows(x.k, tokens), _rows(x.beta, tokens)[..., None]
+        a = x.k.new_ones(1, 1, C) if x.g is None else x.g[:, tokens].transpose(1, 2).exp()
+        later = torch.ones(C, C, dtype=torch.bool, device=a.device).tril(-1)
+        D = torch.where(later, a[..., None], 1).cumprod(-2).tril().repeat_interleave(n, -1)  # [B, H, C, R]
+        e, rev = a.cumprod(-1)[..., None], D[..., -1, :, None]
+        reads, decays, es = [], [], []
+        if x.q is not None:
+            reads, decays, es = [x.q[:, tokens].transpose(1, 2) * x.scale], [D], [e]
+        if x.erase:
+            reads.append(K)
+            decays.append(D.repeat_interleave(n, -2).tril(-1))
+            es.append(e.repeat_interleave(n, -2))
+        if not reads:
+            return _Chunk(0, K[:, :, :0], K, b, D[..., :0, :], D[..., :0, :], e[..., :0, :], e[..., -1:, :], rev)
+        Y, D_reads = torch.cat(reads, 2), torch.cat(decays, 2)
+        queries = 0 if x.q is None else C
+        return _Chunk(queries, Y, K, b, D_reads, D_reads * (Y @ K.mT), torch.cat(es, 2), e[..., -1:, :], rev)
+
+    def update(self, x: Inputs, tokens: slice, S: Tensor, queries: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """X, U and e Z of all reads, or of keys alone (2, 3)."""
+        assert x.v is not None
+        first = 0 if queries else self.queries
+        Z = self.e[:, :, first:] * (self.Y[:, :, first:] @ S)
+        X = _rows(x.v, tokens)
+        if x.erase:
+            A = self.F[:, :, self.queries :] * self.b.mT
+            X = torch.linalg.solve_triangular(A, X - Z[:, :, self.queries - first :], upper=False, unitriangular=True)
+        return X, self.b * X, Z
+
+    def gradients(
+        self,
+        x: Inputs,
+        tokens: slice,
+        S: Tensor,
+        written: Tensor,
+        W: Tensor,
+        dV: Tensor,
+        G: Tensor,
+        dS: Tensor,
+        wanted: list[Any],
+    ) -> None:
+        """Fills in the gradients of a chunk's inputs (8-11, 13); `written` is D_last o (K dS')."""
+        dq, dk, dv, dbeta, dg = wanted
+        n, C = x.k.shape[2], self.queries
+        X, U, _ = self.update(x, tokens, S, queries=False)
+        from_state = self.e * (G @ S.mT)
+        seen = G @ U.mT
+        if dg is not None:
+            until = (self.last * S * dS).sum((-2, -1))[..., None] + _before(_by_token((written * U).sum(-1), n))
+            read = _reads_by_token((self.Y * from_state).sum(-1, keepdim=True), C, n)[..., 0].flip(-1).cumsum(-1).flip(-1)
+            pairs = _by_token(_reads_by_token(self.F * seen, C, n), n)  # [B, H, C, C]
+            crossing = pairs.flip(-2).cumsum(-2).flip(-2).tril(-1).sum(-1)
+            dg[:, tokens] = (until + read + crossing).transpose(1, 2)
+        dF = self.D * seen
+        dY = from_state + dF @ self.K
+        dK = dF.mT @ self.Y + (self.rev * U) @ dS.mT
+        if x.erase:
+            dK = dK + dY[:, :, C:]
+        dq[:, tokens] = dY[:, :, :C].transpose(1, 2) * x.scale
+        for d, value in ((dk, dK), (dv, dV), (dbeta, (W * X).sum(-1))):
+            d[:, tokens] = value.transpose(1, 2).unflatten(1, (C, n))
+
+
+def _rows(x: Tensor, tokens: slice) -> Tensor:
+    """[B, T, n, H, ...] to a chunk's [B, H, R, ...]."""
+    return x[:, tokens].flatten(1, 2).transpose(1, 2)
+
+
+def _by_token(x: Tensor, n: int) -> Tensor:
+    """The sum of each token's rows in the last dimension."""
+    return x.unflatten(-1, (-1, n)).sum(-1)
+
+
+def _before(x: Tensor) -> Tensor:
+    """Sums of all earlier tokens."""
+    return torch.nn.functional.pad(x, (1, -1)).cumsum(-1)
+
+
+def _reads_by_token(x: Tensor, C: int, n: int) -> Tensor:
+    """[B, H, reads, ...] to [B, H, C, ...]: queries and keys of one token added up."""
+    queries, keys = x[:, :, :C], x[:, :, C:]
+    return queries + keys.unflatten(2, (C, n)).sum(3) if keys.shape[2] else queries

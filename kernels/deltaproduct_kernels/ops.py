@@ -6,21 +6,15 @@ both have FLOP formulas that count what the algorithm executes, so that torch's 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from deltaproduct_kernels.chunked import chunk_tokens, chunked_backward, chunked_forward
+from deltaproduct_kernels.chunked import chunk_tokens, chunked_backward, chunked_forward, max_chunks
 from deltaproduct_kernels.recurrent import compute_dtype
 from deltaproduct_kernels.transforms import refuse_vmap
-
-
-def max_chunks(B: int, T: int, n: int, dk: int, sequences: int | None) -> int:
-    """Chunks that B rows of T tokens need; for packed sequences a bound that needs no look at their lengths."""
-    C = chunk_tokens(n, dk)
-    return B * -(-T // C) if sequences is None else T // C + sequences
 
 
 @torch.library.custom_op("deltaproduct::chunk", mutates_args=())
@@ -36,11 +30,7 @@ def chunk(
     erase: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state and the states before every chunk (padded to `max_chunks`: a shape known without the data)."""
-    o, final, states = chunked_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase)
-    bound = max_chunks(k.shape[0], k.shape[1], k.shape[2], k.shape[-1], None if cu_seqlens is None else len(cu_seqlens) - 1)
-    if len(states) < bound:
-        states = torch.cat([states, states.new_zeros(bound - len(states), *states.shape[1:])])
-    return o, final, states
+    return chunked_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase)
 
 
 @chunk.register_fake
@@ -101,33 +91,63 @@ refuse_vmap(chunk, "gated_delta_product")
 refuse_vmap(chunk_backward, "gated_delta_product")
 
 
-def executed_flops(k: torch.Size, v: torch.Size, chunks: int, *, erase: bool, backward: bool) -> int:
-    """FLOPs of the matrix products that the chunked algorithm executes (2 a multiply-add).
+class Product(NamedTuple):
+    """A matrix product [M, K] [K, N] for a chunk and head. `share` of it is needed: the rest are pairs out of sight."""
 
-    The triangular solve and elementwise work are left out, as FlopCounterMode leaves them out.
+    equation: str
+    M: int
+    N: int
+    K: int
+    share: float = 1.0
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.M * self.N * self.K
+
+
+def products(C: int, n: int, dk: int, dv: int, *, erase: bool, backward: bool) -> list[Product]:
+    """The products of a chunk of C tokens by the equations in `chunked.py`; substitution (3, 7) is none."""
+    R = C * n
+    reads = C + R if erase else C
+    queries, keys = n * C * (C + 1) / 2, R * (R - 1) / 2 if erase else 0
+    seen, by_queries = (queries + keys) / (reads * R), queries / (C * R)
+    F = Product("(1) F = D o (Y K^T)", reads, R, dk, seen)
+    if not backward:
+        return [
+            F,
+            Product("(2) Z = Y S", reads, dv, dk),
+            Product("(4) o = e z + F u", C, dv, R, by_queries),
+            Product("(5) S' = e S + K^T u", dk, dv, R),
+        ]
+    return [
+        F,
+        *([Product("(2) Z of keys again", R, dv, dk)] if erase else []),
+        Product("(6) W = K dS'", R, dv, dk),
+        Product("(6) W += F^T dO", R, dv, C, by_queries),
+        Product("(9) dF = D o (G u^T)", reads, R, dv, seen),
+        Product("(10) dY = e (G S^T)", reads, dk, dv),
+        Product("(10) dY += dF K", reads, dk, R, seen),
+        Product("(11) dK += dF^T Y", R, dk, reads, seen),
+        Product("(11) dK += u dS'^T", R, dk, dv),
+        Product("(12) dS = e dS' + Y^T G", dk, dv, reads),
+    ]
+
+
+def executed_flops(k: torch.Size, v: torch.Size, chunks: int, *, erase: bool, backward: bool) -> int:
+    """FLOPs of the matrix products of the chunked algorithm (2 a multiply-add), each counted whole.
+
+    Substitution and elementwise work are left out, as FlopCounterMode leaves them out. The kernel in C does only the blocks of
+    a product that hold pairs that see each other.
 
     Args:
         k, v: shapes [B,T,n,H,dk] and [B,T,n,H,dv].
-        chunks: how many chunks there are (`max_chunks`).
+        chunks: how many chunks there are (`max_chunks`); one that is not full counts whole.
         erase: False for gated linear attention.
-        backward: the backward operator, which recomputes the chunk-parallel part of the forward, instead of the forward.
+        backward: the backward operator, which computes the updates again, instead of the forward.
     """
     n, H, dk = k[2:]
-    dv = v[-1]
-    C = chunk_tokens(n, dk)
-    R = C * n
-    prepare = C * R * dk + (R * R * dk if erase else 0)
-    updates = R * R * (dk + dv) if erase else 0
-    if not backward:
-        serial = R * dk * dv * (2 if erase else 1)
-        macs = prepare + updates + serial + C * dk * dv + C * R * dv
-    else:
-        serial = R * dk * dv * (2 if erase else 1)
-        before = C * dk * dv + C * R * dv + (R * R * (dk + dv) if erase else 0)
-        after = R * dk * dv * 2 + C * R * dv + C * dk * dv + 2 * C * R * dk  # KS, write; dP; readout; dQ, dK
-        after += (R * dk * dv * 2 + R * R * (dv + dk)) if erase else 0  # W S, erased; dL, dK
-        macs = prepare + updates + serial + before + after
-    return 2 * macs * H * chunks
+    parts = products(chunk_tokens(n, dk), n, dk, v[-1], erase=erase, backward=backward)
+    return sum(product.flops for product in parts) * H * chunks
 
 
 def _shape(x: Any) -> torch.Size:
@@ -142,5 +162,4 @@ def _chunk_flops(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase, *arg
 
 @register_flop_formula(torch.ops.deltaproduct.chunk_backward)
 def _chunk_backward_flops(do, dfinal, q, k, v, beta, g, states, cu_seqlens, scale, erase, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
-    gate = 0 if g is None else 2 * states[0] * k[3] * chunk_tokens(k[2], k[4]) ** 2 * k[2] * k[4]  # Q K^T again for dg
-    return executed_flops(k, v, states[0], erase=erase, backward=True) + gate
+    return executed_flops(k, v, states[0], erase=erase, backward=True)

@@ -103,10 +103,9 @@ def segment_flops(k: torch.Size, v: torch.Size, *, erase: bool) -> tuple[int, in
     (B, T, n, H, dk), dv = k, v[-1]
     C = chunk_tokens(n, dk)
     R, chunks = C * n, B * H * -(-T // C)
-    if not erase:
-        return 2 * chunks * R * dk * dv, 2 * chunks * (C * R * dk + C * dk * dv + C * R * dv + R * dk * dv)
-    summary = R * R * dk + R * R * (dk + dv) + 2 * R * dk * (dk + dv)
-    adjoint = R * R * dk + C * R * dk + C * dk * dv + C * R * dv + R * R * (dk + dv) + 2 * R * dk * dv
+    reads = C + R if erase else C
+    summary = R * R * dk + 2 * R * dk * (dk + dv) if erase else R * dk * dv
+    adjoint = reads * R * dk + R * dk * dv + C * R * dv + reads * dk * dv
     return 2 * chunks * summary, 2 * chunks * adjoint
 
 

@@ -35,3 +35,17 @@ def _everywhere(x: dict[str, torch.Tensor]) -> None:
 def forgetful(request: pytest.FixtureRequest) -> Callable[[dict[str, torch.Tensor]], None]:
     """Decays that are legal (g <= 0) and zero in any float: documents that begin anew, say."""
     return request.param
+
+
+@pytest.fixture(params=["C", "torch"])
+def either_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The chunked recurrence by its kernel in C, and by torch operations as on a machine without a compiler."""
+    from deltaproduct_kernels import (
+        native,
+    )  # at the top it would import Triton before tests/conftest.py has set its interpreter
+
+    if request.param == "torch":
+        monkeypatch.setattr(native, "available", lambda device, dtype: False)
+    elif not native.available(torch.device("cpu"), torch.float32):
+        pytest.skip("there is no C compiler here")
+    return request.param

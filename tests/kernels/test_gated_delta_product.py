@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
-from deltaproduct_kernels import executed_flops, gated_delta_product, ops, resolve_backend
+from deltaproduct_kernels import executed_flops, gated_delta_product, native, ops, resolve_backend
 from deltaproduct_kernels.chunked import chunk_tokens, chunked_backward, chunked_forward
-from deltaproduct_kernels.ops import max_chunks
+from deltaproduct_kernels.ops import max_chunks, products
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,9 +28,10 @@ from tests.kernels.helpers import (
 INPUTS = ("q", "k", "v", "beta", "g", "initial_state")
 
 
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize(("T", "n", "dk"), [
     *((40, n, 8) for n in range(1, 9)),
-    *((T, 2, dk) for T in (1, 7, 8, 9, 31, 32, 33, 65) for dk in (8, 64)),
+    *((T, 2, dk) for T in (1, 15, 16, 17, 31, 32, 33, 65) for dk in (8, 64)),
 ])  # fmt: skip
 def test_chunked_equals_the_recurrence_for_every_number_of_steps_and_at_every_edge_of_a_chunk(T: int, n: int, dk: int) -> None:
     inputs = make(T, n=n, dk=dk)
@@ -46,6 +47,7 @@ OWN_RANGES = {
 }
 
 
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize("name", RANGES | OWN_RANGES)
 @pytest.mark.parametrize("erase", [True, False], ids=["delta", "linear attention"])
 def test_chunked_equals_the_recurrence_in_the_ranges_that_hurt(name: str, erase: bool) -> None:
@@ -53,6 +55,7 @@ def test_chunked_equals_the_recurrence_in_the_ranges_that_hurt(name: str, erase:
     assert_same(results(inputs, "torch", erase=erase), results(inputs, "recurrent", erase=erase), 1e-9)
 
 
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_decays_that_underflow_are_forgotten_and_nothing_else(
     forgetful: Forgetful, dtype: torch.dtype, tolerance: float
@@ -62,6 +65,7 @@ def test_decays_that_underflow_are_forgotten_and_nothing_else(
     assert_same(results(x, "torch"), results(in_float64(x), "recurrent"), tolerance)
 
 
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 8e-3), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("gate", [None, 0.05, 10.0])
 def test_lower_precisions_stay_near_the_float64_recurrence_of_the_same_inputs(
@@ -74,6 +78,7 @@ def test_lower_precisions_stay_near_the_float64_recurrence_of_the_same_inputs(
         assert_same(results(inputs, backend), results(in_float64(inputs), "recurrent"), tolerance, least=least)
 
 
+@pytest.mark.usefixtures("either_path")
 def test_float32_survives_parallel_keys_and_steps_near_two() -> None:
     inputs = make(130, n=2, dk=32, dv=32, gate=None, beta=(1.9, 2.0), correlation=0.9, dtype=torch.float32)
     assert_same(results(inputs, "torch"), results(in_float64(inputs), "recurrent"), 1e-3)
@@ -91,6 +96,7 @@ def test_gradcheck_of_every_input(backend: str, gated: bool) -> None:
     assert torch.autograd.gradcheck(function, tuple(inputs[name] for name in names))
 
 
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize("backend", ["torch", "recurrent"])
 def test_packed_sequences_equal_each_sequence_alone(backend: str) -> None:
     inputs = make(103, B=1, states=8)
@@ -116,10 +122,12 @@ def test_packed_sequences_equal_each_sequence_alone(backend: str) -> None:
             torch.testing.assert_close(mine, torch.zeros_like(x) if x.grad is None else x.grad)
 
 
+@pytest.mark.usefixtures("either_path")
 def test_not_a_number_stays_in_its_own_sequence() -> None:
     assert_nan_stays_in_its_own_sequence(make(103, B=1, states=8), "torch")
 
 
+@pytest.mark.usefixtures("either_path")
 def test_no_tokens_at_all_leave_the_state_as_it_was() -> None:
     inputs = make(0)
     for backend in ("torch", "recurrent"):
@@ -128,6 +136,7 @@ def test_no_tokens_at_all_leave_the_state_as_it_was() -> None:
         assert torch.equal(state, inputs["initial_state"])
 
 
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize("cut", [1, 31, 50])
 def test_a_sequence_in_two_parts_carries_its_state(cut: int) -> None:
     inputs = make(70)
@@ -157,12 +166,14 @@ def test_a_step_with_beta_zero_is_no_step() -> None:
     torch.testing.assert_close(run(two, "torch")[0], run(one, "torch")[0])
 
 
+@pytest.mark.usefixtures("either_path")
 def test_a_gate_of_one_equals_no_gate() -> None:
     gated = make(70, gate=0.0)
     ungated = {name: x for name, x in gated.items() if name != "g"}
     torch.testing.assert_close(run(gated, "torch"), run(ungated, "torch"))
 
 
+@pytest.mark.usefixtures("either_path")
 def test_gradients_come_back_in_the_dtype_of_each_input() -> None:
     inputs = make(10, dtype=torch.bfloat16) | {"g": -torch.rand(2, 10, 2).requires_grad_()}
     got = results(inputs, "torch")
@@ -198,36 +209,42 @@ def test_selective_checkpointing_does_not_run_the_recurrence_twice(monkeypatch: 
 
 
 @pytest.mark.parametrize("erase", [True, False])
-@pytest.mark.parametrize("n", [1, 3])
-def test_the_flop_formula_counts_what_the_chunked_algorithm_executes(n: int, erase: bool) -> None:
-    x = {name: t.detach() for name, t in make(70, n=n, gate=None).items()}
-    arguments = (x["q"], x["k"], x["v"], x["beta"], None)
-    chunks = max_chunks(2, 70, n, 8, None)
+@pytest.mark.parametrize(("n", "T"), [(1, 64), (3, 70)])
+def test_the_flop_formula_counts_the_products_of_the_torch_operations(
+    n: int, T: int, erase: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "available", lambda device, dtype: False)
+    x = {name: t.detach() for name, t in make(T, n=n).items()}
+    arguments = (x["q"], x["k"], x["v"], x["beta"], x["g"])
     with FlopCounterMode(display=False) as forward:
         o, final, states = chunked_forward(*arguments, x["initial_state"], None, 1.0, erase)
     with FlopCounterMode(display=False) as backward:
         chunked_backward(o, final, *arguments, states, None, 1.0, erase)
     shapes = x["k"].shape, x["v"].shape
-    assert forward.get_total_flops() == executed_flops(*shapes, chunks, erase=erase, backward=False)
-    assert backward.get_total_flops() == executed_flops(*shapes, chunks, erase=erase, backward=True)
+    assert forward.get_total_flops() == executed_flops(*shapes, len(states), erase=erase, backward=False)
+    assert backward.get_total_flops() == executed_flops(*shapes, len(states), erase=erase, backward=True)
 
 
-@pytest.mark.parametrize("gate", [None, 0.3])
-def test_torchs_flop_counter_sees_the_operator(gate: float | None) -> None:
-    inputs = make(70, gate=gate)
-    plain = {name: x.detach() for name, x in inputs.items()}
+@pytest.mark.parametrize(("T", "sequences"), [(64, None), (70, None), (70, [0, 3, 70])])
+def test_torchs_flop_counter_sees_the_operator(T: int, sequences: list[int] | None) -> None:
+    cu_seqlens = None if sequences is None else torch.tensor(sequences)
+    inputs = make(T, B=1, states=1 if sequences is None else 2)
     with FlopCounterMode(display=False) as operator:
-        results(inputs, "torch")
-    rest = (plain["q"], plain["k"], plain["v"], plain["beta"], plain.get("g"))
-    with FlopCounterMode(display=False) as direct:
-        o, final, states = chunked_forward(*rest, plain["initial_state"], None, 1.0, True)
-        chunked_backward(o, final, *rest, states, None, 1.0, True)
-    assert operator.get_total_flops() == direct.get_total_flops()
+        results(inputs, "torch", cu_seqlens=cu_seqlens)
+    chunks = max_chunks(1, T, 2, 8, None if sequences is None else 2)
+    shapes = inputs["k"].shape, inputs["v"].shape
+    expected = sum(executed_flops(*shapes, chunks, erase=True, backward=backward) for backward in (False, True))
+    assert operator.get_total_flops() == expected
 
 
-def test_chunks_hold_at_most_64_rows_and_16_for_small_heads() -> None:
+def test_needed_flops_are_those_of_pairs_that_see_each_other() -> None:
+    F = products(2, 3, 1, 1, erase=True, backward=False)[0]  # two queries and six keys
+    assert F.share * F.M * F.N == pytest.approx((3 + 6) + (0 + 1 + 2 + 3 + 4 + 5))
+
+
+def test_chunks_hold_at_most_64_rows_and_32_for_small_heads() -> None:
     assert [chunk_tokens(n, 64) * n for n in range(1, 9)] == [64, 64, 63, 64, 60, 60, 63, 64]
-    assert [chunk_tokens(n, 32) * n for n in range(1, 9)] == [16, 16, 15, 16, 15, 12, 14, 16]
+    assert [chunk_tokens(n, 32) * n for n in range(1, 9)] == [32, 32, 30, 32, 30, 30, 28, 32]
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -254,6 +271,7 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
         gated_delta_product(**{**{name: x.float() for name, x in make(5).items()}, **change})
 
 
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize(("B", "H"), [(0, 2), (2, 0)])
 def test_no_rows_and_no_heads_are_as_empty_as_their_results(B: int, H: int) -> None:
     x = make(20, B=B, H=H)

@@ -1,0 +1,146 @@
+"""`chunked.c`, compiled at first use by the system's C compiler into the user's cache folder, and called through ctypes.
+
+The file's name there is a hash of the source, the compiler's command and the processor. It appears under that name whole or not
+at all, so any number of processes may start at once; those that find none compile one each. Where there is no compiler, or
+it fails, a warning says so once and `chunked.py` does without: the same results, more slowly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("chunked.c")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-pthread")
+DTYPES = {torch.float32: (), torch.float64: ("-DDOUBLE",)}
+_SIZES = ("sequences", "n", "heads", "dk", "dv", "tokens", "erase", "threads")
+_TENSORS = (
+    *("offsets", "chunks", "q", "k", "v", "beta", "g", "o", "S", "states"),
+    *("d_o", "dS", "d_q", "d_k", "d_v", "d_beta", "d_g"),
+)
+
+
+class _Problem(ctypes.Structure):
+    """The structure of this name in chunked.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_ssize_t) for name in _SIZES),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in _TENSORS),
+    )
+
+
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `run` can be called with tensors of this kind. The first call with a dtype may compile for some seconds."""
+    return device.type == "cpu" and _library(dtype) is not None
+
+
+def run(scale: float, sizes: dict[str, int], **tensors: Tensor | None) -> None:
+    """Solves a problem of chunked.c, whose structure names `sizes` and `tensors`; all are contiguous and of one float dtype.
+
+    As many threads work as torch uses; the results do not depend on how many.
+    """
+    k = tensors["k"]
+    assert k is not None
+    pointers: dict[str, Any] = {}
+    for name, x in tensors.items():
+        if x is not None:
+            assert x.is_contiguous(), name
+            assert x.dtype == (torch.int64 if name in ("offsets", "chunks") else k.dtype), name
+            pointers[name] = x.data_ptr()
+    library = _library(k.dtype)
+    assert library is not None
+    if library.solve_all(ctypes.byref(_Problem(**sizes, threads=torch.get_num_threads(), scale=scale, **pointers))):
+        raise MemoryError("the gated delta product has no memory for its workspace")
+
+
+@cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    try:
+        library = _load(DTYPES[dtype])
+    except (OSError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            f"the gated delta product runs on the CPU without its C kernel, several times slower: {_reason(error)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    library.solve_all.argtypes = [ctypes.POINTER(_Problem)]
+    return library
+
+
+def _load(define: tuple[str, ...]) -> ctypes.CDLL:
+    """Raises OSError or SubprocessError where no library can be had."""
+    command = (*_compiler(), *FLAGS, *define)
+    key = hashlib.sha256("\0".join((SOURCE.read_text(), *command, _processor())).encode()).hexdigest()[:20]
+    path = _cache_folder() / f"chunked-{key}.so"
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # there is none, or one that a full disk cut short
+        pass
+    with tempfile.TemporaryDirectory(prefix="deltaproduct_kernels-") as folder:
+        made = Path(folder) / path.name
+        subprocess.run([*command, str(SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True, text=True, timeout=300)
+        try:
+            _keep(made, path)
+        except OSError:  # a folder that cannot be written: the next process compiles again
+            return ctypes.CDLL(str(made))
+        return ctypes.CDLL(str(path))
+
+
+def _keep(made: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(made.read_bytes())
+        os.chmod(name, 0o755)
+        os.replace(name, path)
+    except OSError:
+        os.unlink(name)
+        raise
+
+
+def _compiler() -> tuple[str, ...]:
+    """The command that CC names, or the first compiler on PATH. Raises FileNotFoundError."""
+    if os.environ.get("CC"):
+        return tuple(shlex.split(os.environ["CC"]))
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return (name,)
+    raise FileNotFoundError("there is no C compiler (cc, gcc or clang) on PATH")
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(home) / "deltaproduct_kernels"
+
+
+def _processor() -> str:
+    """What -march=native looks at."""
+    kinds = ("model name", "flags", "Features", "CPU part")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return "\n".join((platform.machine(), platform.processor(), *dict.fromkeys(x for x in lines if x.startswith(kinds))))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        said = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines() or ["no message"]
+        return f"{error.cmd[0]} ended with {error.returncode}: {said[0]}"
+    return str(error)
