@@ -1,49 +1,97 @@
-"""The recurrence on this device: chunked against the definition, forward and forward + backward.
+"""The recurrence on one thread of a CPU against its definition, transformers' fallback and a square sgemm of equal FLOPs.
 
     python benchmarks/op.py            prints the table and writes benchmarks/results/op.{md,json}
 
-Both run in one process on the same inputs; the ratio is what counts, the times depend on the machine.
+Forward and backward in float32, gated. All four take turns in one process on the same inputs. What is timed is the processor's
+time of this process, which other processes on the machine disturb least; times are medians and ratios medians of the ratios of
+neighbouring runs. transformers has no n_h: its gated delta rule takes n_h T tokens, of which the first of a token decays and
+the last is read. FLOPs are those that the chunked algorithm needs (op_costs.py).
 """
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from common import Report, median_seconds
+from common import Report
 from deltaproduct_kernels import gated_delta_product
+from op_costs import needed_flops
+from torch import Tensor
+from transformers.models.olmo_hybrid.modeling_olmo_hybrid import torch_chunk_gated_delta_rule
 
-CASES = [(1, 256), (2, 256), (1, 2048), (2, 2048), (3, 2048)]  # n_h, T
-B, H, D = 1, 4, 64
+SIZES = [(4, 256, 4, 32), (1, 2048, 4, 64), (1, 2048, 4, 128)]  # B, T, H, dk = dv
+STEPS = (1, 2, 3)
+ROUNDS = 9
+
+fallback = torch_chunk_gated_delta_rule.__wrapped__  # itself, where a library of kernels is installed too
+
+
+def by_transformers(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
+    B, T, n, H, _ = k.shape
+    query = torch.cat([q.new_zeros(B, T, n - 1, *q.shape[2:]), q[:, :, None]], 2)
+    decay = torch.cat([g[:, :, None], g.new_zeros(B, T, n - 1, H)], 2)
+    o, _ = fallback(*(x.flatten(1, 2) for x in (query, k, v, decay, beta)))
+    return o.unflatten(1, (T, n))[:, :, -1]
+
+
+def forward(x: list[Tensor], backend: str = "torch") -> Tensor:
+    return gated_delta_product(*x, backend=backend)[0]
+
+
+def both(x: list[Tensor], do: Tensor, backend: str = "torch") -> None:
+    torch.autograd.grad(forward(x, backend), x, do)
+
+
+def both_by_transformers(x: list[Tensor], do: Tensor) -> None:
+    torch.autograd.grad(by_transformers(*x), x, do)
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def inputs(B: int, T: int, H: int, d: int, n: int) -> list[Tensor]:
+    q, k, v = torch.randn(B, T, H, d), torch.randn(B, T, n, H, d), torch.randn(B, T, n, H, d)
+    k = torch.nn.functional.normalize(k, dim=-1)
+    return [x.requires_grad_() for x in (q, k, v, 2 * torch.rand(B, T, n, H), -0.1 * torch.rand(B, T, H))]
 
 
 def main() -> None:
-    report = Report(
-        "op", f"Recurrence, chunked (torch) against the definition (recurrent): B={B}, H={H}, dk=dv={D}, gated, float32"
-    )
-    for n, T in CASES:
-        q, k, v = torch.randn(B, T, H, D), torch.randn(B, T, n, H, D), torch.randn(B, T, n, H, D)
-        k = torch.nn.functional.normalize(k, dim=-1)
-        beta, g = 2 * torch.rand(B, T, n, H), -torch.rand(B, T, H)
-        inputs = [x.requires_grad_() for x in (q, k, v, beta, g)]
-
-        def forward(backend: str, inputs: list[torch.Tensor] = inputs) -> None:
-            with torch.no_grad():
-                gated_delta_product(*inputs, backend=backend)
-
-        def both(backend: str, inputs: list[torch.Tensor] = inputs) -> None:
-            gated_delta_product(*inputs, backend=backend)[0].sum().backward()
-
-        row: dict[str, object] = {"n_h": n, "T": T}
-        for name, function in (("forward", forward), ("forward+backward", both)):
-            chunked = median_seconds(partial(function, "torch"), repeats=9)
-            recurrent = median_seconds(partial(function, "recurrent"), repeats=3)
-            row |= {
-                f"{name} chunked ms": chunked * 1e3,
-                f"{name} recurrent ms": recurrent * 1e3,
-                f"{name} ratio": recurrent / chunked,
+    torch.set_num_threads(1)
+    report = Report("op", "Recurrence, forward and backward on one thread, float32, gated", live=True)
+    for B, T, H, d in SIZES:
+        for n in STEPS:
+            x, do = inputs(B, T, H, d, n), torch.randn(B, T, H, d)
+            torch.testing.assert_close(by_transformers(*x), forward(x), rtol=1e-3, atol=1e-3)
+            flops = [needed_flops(n, d, d, B * H * T, backward=backward) for backward in (False, True)]
+            size = round((sum(flops) / 2) ** (1 / 3))
+            a, c = torch.randn(size, size), torch.empty(size, size)
+            turns: dict[str, Callable[[], object]] = {
+                "forward": partial(forward, x),
+                "chunked": partial(both, x, do),
+                "sgemm": partial(torch.mm, a, a, out=c),
+                "transformers": partial(both_by_transformers, x, do),
             }
-        report.add(row)
+            runs = [{name: seconds(turn) for name, turn in turns.items()} for _ in range(ROUNDS + 1)][1:]
+            definition = seconds(partial(both, x, do, "recurrent"))
+            median = {name: statistics.median(run[name] for run in runs) for name in turns}
+            report.add({
+                "B": B, "T": T, "H": H, "d": d, "n_h": n,
+                "forward ms": median["forward"] * 1e3,
+                "both ms": median["chunked"] * 1e3,
+                "transformers ms": median["transformers"] * 1e3,
+                "definition ms": definition * 1e3,
+                "sgemm ms": median["sgemm"] * 1e3,
+                "times transformers": statistics.median(run["transformers"] / run["chunked"] for run in runs),
+                "times the definition": definition / median["chunked"],
+                "GFLOP/s": sum(flops) / median["chunked"] / 1e9,
+                "% of sgemm's rate": 100 * statistics.median(run["sgemm"] / run["chunked"] for run in runs),
+            })  # fmt: skip
     report.write()
 
 

@@ -39,6 +39,11 @@ typedef real vec __attribute__((vector_size(BYTES)));
 #define AT(pointer) (*(vec *)(pointer))
 #define SEEN(pointer) (*(const vec *)(pointer))
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8") /* early: arrays become registers */
+#endif
 
 static idx least(idx a, idx b) { return a < b ? a : b; }
 static idx padded(idx n) { return (n + LANES - 1) / LANES * LANES; }
@@ -54,18 +59,18 @@ typedef struct {
 
 INLINE void tile(const int rows, const int vecs, idx K, View A, const real *B, idx ldb, real *C, idx ldc, real keep, real sign) {
     vec sum[TALL][WIDE];
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vecs; j++) sum[i][j] = (vec){0};
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int j = 0; j < vecs; j++) sum[i][j] = (vec){0};
     for (idx k = 0; k < K; k++) {
         vec b[WIDE];
-        for (int j = 0; j < vecs; j++) b[j] = SEEN(B + k * ldb + j * LANES);
-        for (int i = 0; i < rows; i++) {
+        UNROLL for (int j = 0; j < vecs; j++) b[j] = SEEN(B + k * ldb + j * LANES);
+        UNROLL for (int i = 0; i < rows; i++) {
             const real a = A.at[i * A.row + k * A.col];
-            for (int j = 0; j < vecs; j++) sum[i][j] += a * b[j];
+            UNROLL for (int j = 0; j < vecs; j++) sum[i][j] += a * b[j];
         }
     }
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vecs; j++) {
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int j = 0; j < vecs; j++) {
             real *c = C + i * ldc + j * LANES;
             AT(c) = keep == 0 ? sign * sum[i][j] : keep * AT(c) + sign * sum[i][j];
         }
@@ -105,9 +110,9 @@ enum { BLOCK = 8 };
 INLINE void substitute(const int rows, idx vecs, View A, const real *b, idx step, real sign, real *X, idx ldx, real *Y, idx ldy) {
     for (idx c = 0; c < vecs; c++) {
         vec y[BLOCK];
-        for (int i = 0; i < rows; i++) {
+        UNROLL for (int i = 0; i < rows; i++) {
             vec x = AT(X + i * ldx + c * LANES);
-            for (int j = 0; j < i; j++) x -= sign * A.at[i * A.row + j * A.col] * y[j];
+            UNROLL for (int j = 0; j < i; j++) x -= sign * A.at[i * A.row + j * A.col] * y[j];
             AT(X + i * ldx + c * LANES) = x;
             AT(Y + i * ldy + c * LANES) = y[i] = sign * b[i * step] * x;
         }

@@ -86,32 +86,39 @@ def _load(define: tuple[str, ...]) -> ctypes.CDLL:
     """Raises OSError or SubprocessError where no library can be had."""
     command = (*_compiler(), *FLAGS, *define)
     key = hashlib.sha256("\0".join((SOURCE.read_text(), *command, _processor())).encode()).hexdigest()[:20]
-    path = _cache_folder() / f"chunked-{key}.so"
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # there is none, or one that a full disk cut short
-        pass
-    with tempfile.TemporaryDirectory(prefix="deltaproduct_kernels-") as folder:
-        made = Path(folder) / path.name
-        subprocess.run([*command, str(SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True, text=True, timeout=300)
+    folder = _cache_folder()
+    kept = None if folder is None else folder / f"chunked-{key}.so"
+    if kept is not None and kept.exists():
         try:
-            _keep(made, path)
-        except OSError:  # a folder that cannot be written: the next process compiles again
-            return ctypes.CDLL(str(made))
-        return ctypes.CDLL(str(path))
+            return ctypes.CDLL(str(kept))
+        except OSError:  # no library: made again
+            pass
+    with tempfile.TemporaryDirectory(prefix="deltaproduct_kernels-") as here:
+        made = Path(here) / "chunked.so"
+        subprocess.run([*command, str(SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True, text=True, timeout=300)
+        if kept is not None and _keep(made, kept):
+            made = kept
+        return ctypes.CDLL(str(made))
 
 
-def _keep(made: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent)
+def _keep(made: Path, path: Path) -> bool:
+    """Whether the library is at `path` now; where that cannot be written, the next process compiles again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
+    except OSError:
+        return False
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(made.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())  # a machine that loses power must not leave half a library under the name
         os.chmod(name, 0o755)
         os.replace(name, path)
     except OSError:
         os.unlink(name)
-        raise
+        return False
+    return True
 
 
 def _compiler() -> tuple[str, ...]:
@@ -124,9 +131,10 @@ def _compiler() -> tuple[str, ...]:
     raise FileNotFoundError("there is no C compiler (cc, gcc or clang) on PATH")
 
 
-def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(home) / "deltaproduct_kernels"
+def _cache_folder() -> Path | None:
+    """None for a user without a home."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return folder / "deltaproduct_kernels" if folder.is_absolute() else None
 
 
 def _processor() -> str:
