@@ -5,7 +5,7 @@
 #   docker run --gpus all --ipc host -v $PWD/data:/workspace/data -v $PWD/outputs:/workspace/outputs titan-dp \
 #       titan-dp train --config 800m.toml
 FROM python:3.11-slim
-# Triton compiles its launchers with gcc.
+# Triton compiles its launchers with gcc, and the recurrence on a CPU is compiled at first use.
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/titan_dp
 ARG TORCH_INDEX=

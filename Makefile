@@ -51,7 +51,7 @@ test: lint
 	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python -m pytest tests/kernels; fi
 
 bench: $(INSTALLED)
-	for script in op loader prepare checkpoint trainer kernel_costs export generation length_extrapolation scaling report state_tracking estimate; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in op op_costs loader prepare checkpoint trainer kernel_costs export generation length_extrapolation scaling report state_tracking estimate; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 # What was installed and built. Not data/ and outputs/: they hold what took hours, and perhaps files of your own.
 clean:

@@ -80,9 +80,9 @@ def gated_delta_product(
         cu_seqlens: [N + 1] int32 or int64 offsets of packed sequences, from 0 to T; B must be 1. Sequences of no tokens
             are legal: their final state is their initial one.
         erase: False drops S^T k, which makes it gated linear attention.
-        backend: 'recurrent' (the definition), 'torch' (chunked matrix products on any device), 'triton' (kernels for NVIDIA
-            GPUs from Ampere on; q, k and v of one dtype, dk and dv from 16 to 256), or 'auto'. Without gradients, 'auto' and
-            'triton' decode up to 4 tokens step by step.
+        backend: 'recurrent' (the definition), 'torch' (chunks: a kernel in C on a CPU, matrix products elsewhere), 'triton'
+            (kernels for NVIDIA GPUs from Ampere on; q, k and v of one dtype, dk and dv from 16 to 256), or 'auto'. Without
+            gradients, 'auto' and 'triton' decode up to 4 tokens step by step.
         validate: look at the values of cu_seqlens, k, beta and g too, which waits for a GPU; default: whether the environment
             variable DELTAPRODUCT_VALIDATE is 1.
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from tests.runs import SMALL
 from titan_dp.config.describe import to_toml
 
+SOURCE_IS_THERE = "from deltaproduct_kernels import native; assert native.SOURCE.is_file()"
+
 
 class Installed:
     """A new environment with a wheel in it, beside this one's other packages, and an empty folder to work in."""
@@ -55,6 +57,7 @@ def test_an_installed_package_prepares_trains_sweeps_and_exports_in_an_empty_fol
     titan = Installed(root, tmp_path)
     place = titan.run("python", "-c", "import titan_dp, deltaproduct_kernels as d; print(titan_dp.__file__, d.__file__)")
     assert place.count(str(tmp_path / "environment")) == 2, place
+    titan.run("python", "-c", SOURCE_IS_THERE)
     (titan.folder / "texts").mkdir()
     for i in range(50):
         (titan.folder / "texts" / f"{i}.txt").write_text(f"Document {i} of fifty, each of which says its number: {i}.")
@@ -83,5 +86,6 @@ def test_an_installed_package_prepares_trains_sweeps_and_exports_in_an_empty_fol
 def test_the_kernels_alone_run_the_layer_of_their_readme(root: Path, tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", (root / "kernels" / "README.md").read_text(), re.DOTALL)
     kernels = Installed(root / "kernels", tmp_path)
+    kernels.run("python", "-c", SOURCE_IS_THERE)
     check = "\nassert all(p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())\nimport sys\n"
     kernels.run("python", "-c", example + check + "assert 'titan_dp' not in sys.modules and 'pydantic' not in sys.modules\n")
