@@ -104,7 +104,7 @@ def _load(define: tuple[str, ...]) -> ctypes.CDLL:
 def _keep(made: Path, path: Path) -> bool:
     """Whether the library is at `path` now; where that cannot be written, the next process compiles again."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent)
     except OSError:
         return False
