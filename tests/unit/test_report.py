@@ -21,8 +21,7 @@ import pytest
 from tests.runs import config_text, step_record, write_run, write_study, write_sweep
 from titan_dp.cli import dispatch
 from titan_dp.errors import UserError
-from titan_dp.studies.report import read
-from titan_dp.studies.report import results as results_module
+from titan_dp.studies.report import families, read
 from titan_dp.studies.report.compare import clusters, compare, front, group, welch
 from titan_dp.studies.report.fits import fit_power_law
 from titan_dp.studies.report.read import find_runs, read_run, read_runs
@@ -33,7 +32,7 @@ from titan_dp.studies.report.tables import summary
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Intervals are test_fits.py's."""
-    monkeypatch.setattr(results_module, "fit_power_law", partial(fit_power_law, resamples=3))
+    monkeypatch.setattr(families, "fit_power_law", partial(fit_power_law, resamples=3))
 
 
 def results(folder: Path, loss: str = "nats") -> Results:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from titan_dp.errors import UserError, require
 from titan_dp.files import write_atomically, write_json
 from titan_dp.output import FORMATS, add_format_option, print_text, print_written, progress
+from titan_dp.studies.report.target import target
 
 if TYPE_CHECKING:
     from titan_dp.studies.report.results import Results
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="nats",
         help="compare validation losses in nats per token, or in bits per byte across tokenizers (default: nats)",
     )
+    parser.add_argument(
+        "--hold-out", type=target, metavar="size=N", help="forecast the runs of this size (or tokens=D) from the others"
+    )
     add_format_option(parser)
 
 
@@ -50,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # fits are small and have a process each: more threads are in the way
     require("titan-dp report", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2")
+    from titan_dp.studies.report.compare import UNITS
+    from titan_dp.studies.report.forecast import read_written
     from titan_dp.studies.report.read import find_runs, read_runs, read_sweep, tuned_axes
     from titan_dp.studies.report.results import results_of
     from titan_dp.studies.report.tune import refusal
@@ -63,10 +69,12 @@ def run(args: argparse.Namespace) -> int:
     names = [path.resolve().name for path in args.runs]
     title = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     sweep = read_sweep(args.runs[0]) if is_sweep else None
+    texts = runs["validation_fingerprint"].dropna()
+    forecasts, warnings = read_written(args.runs, UNITS[args.loss], texts)
+    named, about = (sweep and sweep.name) or title, sweep.description if sweep else ""
     with progress("comparing and fitting"):
-        results = results_of(
-            runs, args.loss, (sweep and sweep.name) or title, sweep.description if sweep else "", tuned_axes(found)
-        )
+        results = results_of(runs, args.loss, named, about, tuned_axes(found), forecasts, args.hold_out)
+    results.warnings.extend(warnings)
     _print(results)
     with progress("drawing"):
         written = _write(results, out, earlier, args.format, _typed(args))
@@ -80,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
 def _typed(args: argparse.Namespace) -> str:
     """The command line, with those options that are not the defaults."""
     options = [("--out", args.out), ("--loss", args.loss if args.loss != "nats" else None)]
+    options.append(("--hold-out", args.hold_out))
     options.append(("--format", args.format if args.format != "png" else None))
     given = [word for name, value in options if value is not None for word in (name, value)]
     return shlex.join(map(str, ["titan-dp", "report", *args.runs, *given]))

@@ -18,7 +18,8 @@ from pandas import DataFrame
 from titan_dp import output as plots
 from titan_dp.files import short
 from titan_dp.studies.report.compare import CONFIDENCE_TEXT, SAME_SIZE, SAME_TOKENS, SEEDS, best, clusters
-from titan_dp.studies.report.results import Fit, IsoFlop, Results
+from titan_dp.studies.report.families import Fit, IsoFlop
+from titan_dp.studies.report.results import Results
 
 _MARKERS = "os^DvPX*<>"
 _PANELS = 3  # in a row of panels

@@ -1,4 +1,4 @@
-"""Fits of losses: L(N, D) = E + A/N^a + B/D^b, L(C) = E + A/C^a, and isoFLOP parabolas, each with bootstrap intervals.
+"""Fits of losses: L(N, D) = E + A/N^a + B/D^b, L(C) = E + A/C^a, and isoFLOP parabolas, each with bootstrap intervals; time.
 
 The power laws are approach 3 of Hoffmann et al. (2022, arXiv:2203.15556, section 3.3): Huber's loss with delta = 1e-3
 on the log of the loss, the sum written as a log-sum-exp, many starts, L-BFGS. Two things differ: sizes are taken relative to
@@ -33,6 +33,7 @@ _START_EXPONENTS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.5)
 _POLISHED_STARTS = 10
 _SMALLEST_SHARE = 1e-3
 """A term below this share of the smallest loss is as good as nothing: its amplitude is at its bound."""
+_SCATTER = 1000
 _SEED = 0
 _SAME = 0.01
 """Sizes whose logarithms differ by less are one size."""
@@ -59,6 +60,8 @@ class PowerLaw:
         centre: logarithms of the geometric means of the x_k.
         points: number of runs fitted.
         error: root mean square of the residuals of log L.
+        draws: the parameters fitted to each resample [resamples, parameters].
+        residuals: of log L, one for each run.
     """
 
     estimates: dict[str, Estimate]
@@ -66,6 +69,8 @@ class PowerLaw:
     centre: Array
     points: int
     error: float
+    draws: Array
+    residuals: Array
 
     @property
     def undetermined(self) -> list[str]:
@@ -76,6 +81,19 @@ class PowerLaw:
         """The loss at sizes `x`, one array for each term."""
         logs = np.stack(np.broadcast_arrays(*(np.log(values) for values in x)), axis=-1) - self.centre
         return np.exp(_design(logs.reshape(-1, logs.shape[-1])) @ self.theta).sum(axis=0).reshape(logs.shape[:-1])
+
+    def forecast(self, *x: float) -> Estimate:
+        """The loss at sizes `x`, with the interval of a run there: the resamples' laws times residuals drawn anew.
+
+        Residuals are widened by sqrt(n / (n - parameters)). That the law is another one beyond the fitted sizes is in no
+        interval.
+        """
+        design = _design(np.log(np.array([x], float)) - self.centre)[:, 0]
+        laws = np.exp(self.draws @ design.T).sum(axis=1)
+        free = max(1, self.points - len(self.theta))
+        scatter = np.random.default_rng(_SEED).choice(self.residuals, (_SCATTER, 1)) * math.sqrt(self.points / free)
+        low, high = np.percentile(laws * np.exp(scatter), _TAILS)
+        return Estimate(float(self.predict(*x)), float(low), float(high))
 
 
 def fit_power_law(x: list[Array], loss: Array, group: Array, resamples: int = RESAMPLES) -> PowerLaw:
@@ -105,7 +123,7 @@ def fit_power_law(x: list[Array], loss: Array, group: Array, resamples: int = RE
         estimates[name] = _estimate(amplitude, amplitudes, theta[c], draws[:, c], low[c], high[c])
         estimates[name.lower()] = _estimate(theta[a], draws[:, a], theta[a], draws[:, a], low[a], high[a])
     residuals = y - np.log(np.exp(_design(logs) @ theta).sum(axis=0))
-    return PowerLaw(estimates, theta, centre, len(y), float(np.sqrt(np.mean(residuals**2))))
+    return PowerLaw(estimates, theta, centre, len(y), float(np.sqrt(np.mean(residuals**2))), draws, residuals)
 
 
 def _resampled(logs: Array, group: Array, resamples: int) -> Iterator[Array]:
@@ -187,6 +205,32 @@ def _estimate(value: float, draws: Array, theta: float, thetas: Array, low: floa
     at = ["value"] if not low + near < theta < high - near else []
     at += ["interval"] if bounds_at[0] <= low + near or bounds_at[1] >= high - near else []
     return Estimate(float(value), float(ends[0]), float(ends[1]), (at or [""])[0])
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TimeLaw:
+    """Seconds per token = fixed + per_parameter x N: what a step costs whatever the size, and what it costs for its size."""
+
+    fixed: float
+    per_parameter: float
+    error: float
+    """Root mean square of the relative residuals."""
+
+    def predict(self, N: float) -> float:
+        """Seconds per token of a model of `N` parameters."""
+        return self.fixed + self.per_parameter * N
+
+
+def fit_time(N: Array, tokens_per_second: Array) -> TimeLaw:
+    """Fit both terms, neither below 0, by least squares of the relative error; `N` and speeds [configurations]."""
+    columns = np.stack([np.ones(len(N)), N], axis=1) * tokens_per_second[:, None]
+    scale = columns.max(axis=0)
+    solution = nnls(columns / scale, np.ones(len(N)))[0] / scale
+    error = float(np.sqrt(np.mean((columns @ solution - 1) ** 2)))
+    return TimeLaw(float(solution[0]), float(solution[1]), error)
 
 
 # -- isoFLOP parabolas -------------------------------------------------------------------------------------------------

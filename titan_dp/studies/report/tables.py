@@ -17,9 +17,11 @@ from pandas import DataFrame
 from titan_dp.files import short
 from titan_dp.output import duration, number_table, print_table
 from titan_dp.studies.report.compare import CONFIDENCE_TEXT, INSIDE, LOSSES, SEEDS
+from titan_dp.studies.report.families import Fit, IsoFlop, Speed
 from titan_dp.studies.report.fits import Estimate
+from titan_dp.studies.report.forecast import HELD_OUT, Forecast
 from titan_dp.studies.report.read import STATES
-from titan_dp.studies.report.results import Fit, IsoFlop, Results
+from titan_dp.studies.report.results import Results
 from titan_dp.studies.report.tune import AROUND, Tuning
 
 _NAMED = 5  # runs in a sentence; the tables name all
@@ -59,7 +61,7 @@ def summary(results: Results) -> list[str]:
             names = ", ".join(map("".join, zip(those["run"][:_NAMED], at, strict=False)))
             more = f" and {len(those) - _NAMED:,} more" if len(those) > _NAMED else ""
             lines.append(f"{state.capitalize()}, so in no mean and no fit: {names}{more}.")
-    return lines + list(_verdicts(results))
+    return [*lines, *_verdicts(results), *_forecast_lines(results)]
 
 
 def _verdicts(results: Results) -> Iterator[str]:
@@ -126,6 +128,8 @@ def tables(results: Results) -> dict[str, list[tuple[str, DataFrame]]]:
         ],
         "isoflop": isoflop,
         "surface": [("L(N, D) = E + A/N^a + B/D^b, 90 % bootstrap intervals", surface)],
+        "speed": [("time per step = fixed + N x per parameter", _speed_table(results))] if results.speeds else [],
+        "forecasts": [(f"forecasts, {results.unit}", forecast_table(results.forecasts))] if results.forecasts else [],
         "compute": [("L(C) = E + A/C^a, 90 % bootstrap intervals", _laws(results.computes, ["E", "A", "a"]))],
     }
 
@@ -249,6 +253,76 @@ def _laws(fits: list[Fit], names: list[str]) -> DataFrame:
     return DataFrame(rows, columns=["family", "configurations", *names, "error of log L", "note"])
 
 
+def _speed_table(results: Results) -> DataFrame:
+    """One row per family; the last column is what its n_h costs in time."""
+    rows = []
+    for speed in results.speeds:
+        row = {"family": speed.family, "sizes": ", ".join(speed.points["parameters"].map(short).unique())}
+        if speed.law is None:
+            rows.append(row | {"note": f"Not fitted: {speed.lacks}."})
+            continue
+        largest = speed.points["parameters"].max()
+        fixed, slope = (1e3 * speed.tokens_per_step * term for term in (speed.law.fixed, speed.law.per_parameter * 1e6))
+        numbers = {"fixed": f"{fixed:.3g} ms", "per M parameters": f"{slope:.3g} ms", "error": f"{speed.law.error:.1%}"}
+        at = {"tokens/s at the largest": short(1 / speed.law.predict(largest))}
+        rows.append(row | numbers | at | {"time to smallest n_h": _cost_of_n_h(speed, results.speeds)})
+    return DataFrame(rows).fillna("")
+
+
+def _cost_of_n_h(speed: Speed, others: list[Speed]) -> str:
+    """Time per token at the family's largest size over that of the smallest n_h of its kind there, by both fits."""
+    first = speed.points.iloc[0]
+    kin = [o for o in others if o.law is not None and o.points["kind"].iloc[0] == first["kind"]]
+    kin = [o for o in kin if o.points["n_h"].iloc[0] is not None and first["n_h"] is not None]
+    smallest = min(kin, key=lambda other: other.points["n_h"].iloc[0], default=None)
+    if speed.law is None or smallest is None or smallest.law is None or smallest.family == speed.family:
+        return ""
+    largest = speed.points["parameters"].max()
+    return f"{speed.law.predict(largest) / smallest.law.predict(largest):.2f}x"
+
+
+def forecast_table(forecasts: Sequence[Forecast]) -> DataFrame:
+    """One row per forecast, with what came out where there is something."""
+    rows = []
+    for each in forecasts:
+        ran = each.outcome is not None
+        spread = f" ± {each.outcome_spread:.4f}" if each.outcome_spread is not None else ""
+        after = f", after {each.started} runs there had started" if each.started else ""
+        rows.append(
+            {
+                "family": each.family,
+                "parameters": short(each.parameters),
+                "tokens": short(each.tokens),
+                "forecast": f"{each.loss:.4f}",
+                "90 % interval": f"[{each.low:.4f}, {each.high:.4f}]",
+                "outcome": f"{each.outcome:.4f}{spread}" if ran else "not run",
+                "error": f"{each.outcome - each.loss:+.4f}" if each.outcome is not None else "",
+                "verdict": ("inside" if each.inside else "outside") if ran else "",
+                "tokens/s expected": short(each.tokens_per_second) if each.tokens_per_second else "n/a",
+                "tokens/s found": short(each.outcome_tokens_per_second) if each.outcome_tokens_per_second else "",
+                "s/step expected": _step_seconds(each),
+                "written": each.written + after,
+            }
+        )
+    return DataFrame(rows, dtype=object)
+
+
+def _step_seconds(forecast: Forecast) -> str:
+    speed, tokens = forecast.tokens_per_second, forecast.tokens_per_step
+    return f"{tokens / speed:.3g}" if speed and tokens else "n/a"
+
+
+def _forecast_lines(results: Results) -> Iterator[str]:
+    """How forecasts came out: those written before their runs and those of what is held out, each by itself."""
+    ran = [each for each in results.forecasts if each.outcome is not None]
+    for held_out in (False, True):
+        those = [each for each in ran if (each.written == HELD_OUT) is held_out]
+        if those:
+            inside, error = sum(each.inside for each in those), max(abs((each.outcome or 0) / each.loss - 1) for each in those)
+            what = "held-out outcomes lie" if held_out else "outcomes that were forecast lie"
+            yield f"{inside} of {len(those)} {what} inside their 90 % intervals; the largest error is {error:.2%} of the loss."
+
+
 def _isoflop_table(results: Results) -> DataFrame:
     rows = []
     for profile in results.isoflops:
@@ -258,7 +332,18 @@ def _isoflop_table(results: Results) -> DataFrame:
     return DataFrame(rows, columns=["FLOPs", "family", "sizes", "parameters at the minimum", "loss there"])
 
 
-_WORDS = {"axis", "tried", "shape", "compared with", "note", "front", "verdict", "sizes", "parameters at the minimum"}
+_WORDS = {
+    "axis",
+    "written",
+    "tried",
+    "shape",
+    "compared with",
+    "note",
+    "front",
+    "verdict",
+    "sizes",
+    "parameters at the minimum",
+}
 _DETAILS = ("MFU", "n_h", "tokens/s", "time", "shape", "FLOPs", "training loss")
 _DETAILS += ("parameters", "compared with", "front", "seeds")  # type: ignore[assignment]
 """Columns that a terminal may leave out, the first of them first."""
@@ -362,7 +447,20 @@ def as_json(results: Results) -> dict[str, Any]:
         }
         for t in results.tunings
     ]
-    return {"loss": results.unit, "fits": fits, "isoflop": isoflop, "comparisons": comparisons, "tuning": tunings}
+    speeds = [
+        {
+            "family": speed.family,
+            "seconds_per_token_fixed": speed.law and speed.law.fixed,
+            "seconds_per_token_and_parameter": speed.law and speed.law.per_parameter,
+            "rms_relative_error": speed.law and speed.law.error,
+            "tokens_per_step": speed.tokens_per_step,
+            "not_fitted": speed.lacks or None,
+        }
+        for speed in results.speeds
+    ]
+    forecasts = [each.model_dump() for each in results.forecasts]
+    found = {"fits": fits, "isoflop": isoflop, "comparisons": comparisons, "tuning": tunings}
+    return {"loss": results.unit, **found, "speeds": speeds, "forecasts": forecasts}
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
