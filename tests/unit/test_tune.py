@@ -15,6 +15,7 @@ from tests.runs import write_run, write_sweep
 from tests.unit.test_sweep import Answer, Run, check_refused, sweep  # noqa: F401  # a fixture
 from titan_dp.cli import dispatch
 from titan_dp.errors import run_main
+from titan_dp.studies import sweep as sweep_module
 from titan_dp.studies.report.read import find_runs, read_runs, tuned_axes
 from titan_dp.studies.report.results import Results, results_of
 from titan_dp.studies.report.tune import refusal
@@ -291,3 +292,28 @@ def test_extending_needs_a_tuned_axis_and_a_value_that_a_configuration_takes(swe
     assert sweep(grid).code == 0
     finish(lambda axes: 3 - axes["optimizer.beta1"])
     check_refused(sweep(grid, "--extend-edges"), "optimizer.beta1 = 1.28 would be the next value for beta10.8")
+
+
+def test_a_local_launch_trains_and_extends_until_no_optimum_is_at_an_edge(
+    sweep: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained: list[int] = []
+
+    def launch(cells: list[Any], how: str, **options: Any) -> None:
+        trained.append(len(cells))
+        finish()
+
+    monkeypatch.setattr(sweep_module, "launch", launch)
+    assert sweep(GRID, "--launch", "local", "--extend-edges").code == 0
+    assert trained == [8, 12, 14]  # 0.004 for both, then 0.008 for n_h = 1
+    assert sweep(GRID, "--launch", "local").code == 0
+    assert trained == [8, 12, 14, 14]
+
+
+def test_a_loss_that_falls_for_ever_is_not_extended_for_ever(sweep: Run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    grid = '[sweep]\ntune = "lr"\n[sweep.axes]\nlr = [1e-3, 2e-3]\n'
+    monkeypatch.setattr(sweep_module, "launch", lambda cells, how, **options: finish(lambda axes: 3 - axes["lr"]))
+    assert sweep(grid, "--launch", "local", "--extend-edges").code == 0
+    assert names()[-1] == "lr0.128"  # 2 values and 6 more
+    assert len(names()) == 8

@@ -85,7 +85,7 @@ def read_written(paths: Iterable[Path], unit: str, texts: Iterable[str]) -> tupl
     for path in sorted({file for folder in paths if folder.is_dir() for file in folder.glob("forecast*.json")}):
         written = parse_json(Written, path.read_bytes(), path, "forecast", "take it from where it was copied, or move it away")
         if written.loss != unit or not set(texts) <= set(written.validation_texts):
-            warnings.append(f"{path} forecasts {written.loss} on other validation texts or in another unit, and is left out")
+            warnings.append(f"{path} is of other validation texts or of another unit, and is left out")
             continue
         found += [
             each.model_copy(update={"written": written.written, "started": written.started}) for each in written.forecasts

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from titan_dp.config.arguments import reader
 from titan_dp.config.schema import parse_count
 from titan_dp.files import short
@@ -31,7 +33,8 @@ class Target:
         """Those of `rows` (of configurations) that have this size and number of tokens, to 1 %."""
         for name, column in _COLUMNS.items():
             if (wanted := getattr(self, name)) is not None:
-                rows = rows[[abs(math.log(value / wanted)) <= math.log1p(_WITHIN) for value in rows[column]]]
+                near = [abs(math.log(value / wanted)) <= math.log1p(_WITHIN) for value in rows[column]]
+                rows = rows.loc[rows.index[np.array(near, bool)]]
         return rows
 
 
