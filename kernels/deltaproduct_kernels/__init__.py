@@ -10,6 +10,7 @@ import torch
 from deltaproduct_kernels.front_end import front_end
 from deltaproduct_kernels.interface import gated_delta_product, resolve_backend
 from deltaproduct_kernels.ops import executed_flops
+from deltaproduct_kernels.rows import rms_norm
 from deltaproduct_kernels.segments import segment_adjoint, segment_flops, segment_summary
 
 CHUNK_OPS = frozenset({torch.ops.deltaproduct.chunk.default, torch.ops.deltaproduct.triton_chunk.default})
@@ -21,6 +22,7 @@ __all__ = [
     "front_end",
     "gated_delta_product",
     "resolve_backend",
+    "rms_norm",
     "segment_adjoint",
     "segment_flops",
     "segment_summary",

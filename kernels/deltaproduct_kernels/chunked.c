@@ -4,23 +4,7 @@
    and calls it through ctypes. A chunk's matrices are row-major in a workspace that each thread has, their rows padded to whole
    vectors. A head of a sequence is a task; one thread computes it in one order, so results do not depend on how many there are. */
 
-#include <float.h>
-#include <math.h>
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#ifdef DOUBLE
-typedef double real;
-#define TINY DBL_MIN
-#else
-typedef float real;
-#define TINY FLT_MIN
-#endif
-typedef ptrdiff_t idx;
+#include "common.h"
 
 /* A tile of a product is TALL rows by WIDE vectors: its sums, a row of B and an entry of A fill the vector registers. */
 #if defined(__AVX512F__)
@@ -45,7 +29,6 @@ typedef real vec __attribute__((vector_size(BYTES)));
 #define UNROLL _Pragma("GCC unroll 8") /* early: arrays become registers */
 #endif
 
-static idx least(idx a, idx b) { return a < b ? a : b; }
 static idx padded(idx n) { return (n + LANES - 1) / LANES * LANES; }
 /* Distance of rows: an odd number of vectors, since rows a power of two apart would share few sets of the cache. */
 static idx stride(idx n) { return (padded(n) / LANES | 1) * LANES; }
@@ -457,12 +440,6 @@ static void backward(const Problem *p, Work *w, idx sequence, idx head) {
 
 /* -- tasks --------------------------------------------------------------------------------------------------------- */
 
-typedef struct {
-    const Problem *problem;
-    atomic_llong next;
-    atomic_int failed;
-} Queue;
-
 static void *run(void *argument) {
     Queue *queue = argument;
     const Problem *p = queue->problem;
@@ -481,15 +458,5 @@ static void *run(void *argument) {
     return NULL;
 }
 
-/* All of it with as many threads; returns 0, or 1 where memory is missing. */
-int solve_all(const Problem *p) {
-    Queue queue = {p, 0, 0};
-    const idx wanted = least(p->threads, p->sequences * p->heads) - 1;
-    pthread_t *others = malloc(sizeof(pthread_t) * (wanted > 0 ? wanted : 1));
-    idx started = 0;
-    while (others && started < wanted && !pthread_create(others + started, NULL, run, &queue)) started++;
-    run(&queue);
-    for (idx i = 0; i < started; i++) pthread_join(others[i], NULL);
-    free(others);
-    return atomic_load(&queue.failed);
-}
+/* All of it; returns 0, or 1 where memory is missing. */
+int solve_all(const Problem *p) { return work(p, least(p->threads, p->sequences * p->heads), run); }

@@ -229,7 +229,8 @@ def _run(x: Inputs, lay: Layout, dv: int, **tensors: Tensor | None) -> None:
     _, _, n, H, dk = x.k.shape
     sizes = {"sequences": len(lay.offsets) - 1, "n": n, "heads": H, "dk": dk, "dv": dv, "tokens": lay.C, "erase": int(x.erase)}
     tensors |= {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "g": x.g}
-    native.run(x.scale, sizes, offsets=torch.tensor(lay.offsets), chunks=torch.tensor(lay.chunks), **tensors)
+    places = {"offsets": torch.tensor(lay.offsets), "chunks": torch.tensor(lay.chunks)}
+    native.run("solve_all", x.k.dtype, scale=x.scale, **sizes, **places, **tensors)
 
 
 class _Chunk(NamedTuple):

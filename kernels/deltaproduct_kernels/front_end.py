@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaproduct_kernels import rows
 from deltaproduct_kernels.interface import resolve_backend
 from deltaproduct_kernels.transforms import refuse_forward_mode
 from deltaproduct_kernels.triton_backend import front_end_ops
 from deltaproduct_kernels.triton_backend.ops import check_one_dtype
 
-L2_EPS = 1e-6
 MAX_TAPS = 8
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int32, torch.int64)
@@ -82,42 +82,22 @@ def front_end(
         *out, g = front_end_ops.front_end(q, k, v, b, a, *taps, A_log, dt_bias, position, heads, max_beta)
         q, k, v, beta = out
         return q, k, v, beta, None if a is None else g
+    convolve = rows.convolution if chosen == "torch" else rows.torch_convolution
     q_out, k_out, v_out = (
-        _conv_silu(x, weights[i] if weights else None, position, before[i] if before else None) for i, x in enumerate((q, k, v))
+        convolve(x, weight, position, tail, unit).to(x.dtype)
+        for x, weight, tail, unit in zip((q, k, v), weights or [None] * 3, before or [None] * 3, (dk, dk, 0), strict=True)
     )
     beta = max_beta * _upcast(b).sigmoid()
     g = None
     if a is not None and A_log is not None and dt_bias is not None:
         g = -_upcast(A_log).exp() * F.softplus(_upcast(a) + dt_bias)
     return (
-        _unit(q_out.view(B, T, H, dk)).to(q.dtype),
-        _unit(k_out.view(B, T, n, H, dk)).to(k.dtype),
-        v_out.view(B, T, n, H, dv).to(v.dtype),
+        q_out.view(B, T, H, dk),
+        k_out.view(B, T, n, H, dk),
+        v_out.view(B, T, n, H, dv),
         beta.view(B, T, n, H),
         g,
     )
-
-
-def _conv_silu(x: Tensor, weight: Tensor | None, position: Tensor | None, tail: Tensor | None) -> Tensor:
-    """In float32 at least, as what follows."""
-    x = _upcast(x)
-    if weight is None:
-        return F.silu(x)
-    T, W = x.shape[1], weight.shape[-1]
-    padded = F.pad(x, (0, 0, W - 1, 0)) if tail is None else torch.cat([tail.to(x.dtype), x], 1)
-    taps = _upcast(weight)[:, 0].unbind(-1)
-    out = x * taps[-1]
-    for back in range(1, W):
-        earlier = padded[:, W - 1 - back : W - 1 - back + T] * taps[W - 1 - back]
-        if position is not None:
-            earlier = torch.where((position >= back)[:, None], earlier, 0)
-        out = out + earlier
-    return F.silu(out)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x over its length in the last dimension."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
 def _upcast(x: Tensor) -> Tensor:

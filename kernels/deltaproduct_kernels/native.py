@@ -1,8 +1,8 @@
-"""`chunked.c`, compiled at first use by the system's C compiler into the user's cache folder, and called through ctypes.
+"""The kernels in C for a CPU: compiled at first use by the system's compiler into the user's cache folder, called through ctypes.
 
-The file's name there is a hash of the source, the compiler's command and the processor. It appears under that name whole or not
-at all, so any number of processes may start at once; those that find none compile one each. Where there is no compiler, or
-it fails, a warning says so once and `chunked.py` does without: the same results, more slowly.
+The library's name there is a hash of the sources, the compiler's command and the processor. It appears under that name whole
+or not at all, so any number of processes may start at once; those that find none compile one each. Where there is no compiler,
+or it fails, a warning says so once, and torch operations give the same results, more slowly.
 """
 
 from __future__ import annotations
@@ -23,24 +23,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("chunked.c")
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-pthread")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("chunked.c", "front_end.c", "norm.c"))
+HEADER = Path(__file__).with_name("common.h")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11", "-fPIC", "-shared", "-pthread")
 DTYPES = {torch.float32: (), torch.float64: ("-DDOUBLE",)}
-_SIZES = ("sequences", "n", "heads", "dk", "dv", "tokens", "erase", "threads")
-_TENSORS = (
-    *("offsets", "chunks", "q", "k", "v", "beta", "g", "o", "S", "states"),
-    *("d_o", "dS", "d_q", "d_k", "d_v", "d_beta", "d_g"),
-)
 
 
-class _Problem(ctypes.Structure):
-    """The structure of this name in chunked.c."""
+def _structure(integers: str, real: str, pointers: str) -> type[ctypes.Structure]:
+    fields: list[tuple[str, Any]] = [(name, ctypes.c_ssize_t) for name in integers.split()] + [(real, ctypes.c_double)]
+    fields += [(name, ctypes.c_void_p) for name in pointers.split()]
+    return type("Problem", (ctypes.Structure,), {"_fields_": fields})
 
-    _fields_ = (
-        *((name, ctypes.c_ssize_t) for name in _SIZES),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in _TENSORS),
-    )
+
+# What each function takes: the structures Problem, Convolution and Norm of their files.
+_PROBLEMS = {
+    "solve_all": _structure(
+        "sequences n heads dk dv tokens erase threads",
+        "scale",
+        "offsets chunks q k v beta g o S states d_o dS d_q d_k d_v d_beta d_g",
+    ),
+    "convolve_all": _structure("tasks tokens span channels taps unit threads", "eps", "position x weight y d_y d_x d_weight"),
+    "normalise_all": _structure("tasks rows span size threads", "eps", "x weight y d_y d_x d_weight"),
+}
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
@@ -48,22 +52,21 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and _library(dtype) is not None
 
 
-def run(scale: float, sizes: dict[str, int], **tensors: Tensor | None) -> None:
-    """Solves a problem of chunked.c, whose structure names `sizes` and `tensors`; all are contiguous and of one float dtype.
+def run(function: str, dtype: torch.dtype, **values: Tensor | float | None) -> None:
+    """Calls a function of the library with its structure of `values`; tensors are contiguous, of `dtype` or int64.
 
     As many threads work as torch uses; the results do not depend on how many.
     """
-    k = tensors["k"]
-    assert k is not None
-    pointers: dict[str, Any] = {}
-    for name, x in tensors.items():
-        if x is not None:
-            assert x.is_contiguous(), name
-            assert x.dtype == (torch.int64 if name in ("offsets", "chunks") else k.dtype), name
-            pointers[name] = x.data_ptr()
-    library = _library(k.dtype)
+    library = _library(dtype)
     assert library is not None
-    if library.solve_all(ctypes.byref(_Problem(**sizes, threads=torch.get_num_threads(), scale=scale, **pointers))):
+    fields: dict[str, Any] = {"threads": torch.get_num_threads()}
+    for name, x in values.items():
+        if isinstance(x, Tensor):
+            assert x.is_contiguous(), name
+            assert x.dtype in (dtype, torch.int64), name
+        if x is not None:
+            fields[name] = x.data_ptr() if isinstance(x, Tensor) else x
+    if getattr(library, function)(ctypes.byref(_PROBLEMS[function](**fields))):
         raise MemoryError("the gated delta product has no memory for its workspace")
 
 
@@ -78,24 +81,27 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    library.solve_all.argtypes = [ctypes.POINTER(_Problem)]
+    for function, problem in _PROBLEMS.items():
+        getattr(library, function).argtypes = [ctypes.POINTER(problem)]
     return library
 
 
 def _load(define: tuple[str, ...]) -> ctypes.CDLL:
     """Raises OSError or SubprocessError where no library can be had."""
-    command = (*_compiler(), *FLAGS, *define)
-    key = hashlib.sha256("\0".join((SOURCE.read_text(), *command, _processor())).encode()).hexdigest()[:20]
+    command, texts = (*_compiler(), *FLAGS, *define), (path.read_text() for path in (HEADER, *SOURCES))
+    key = hashlib.sha256("\0".join((*texts, *command, _processor())).encode()).hexdigest()[:20]
     folder = _cache_folder()
-    kept = None if folder is None else folder / f"chunked-{key}.so"
+    kept = None if folder is None else folder / f"kernels-{key}.so"
     if kept is not None and kept.exists():
         try:
             return ctypes.CDLL(str(kept))
         except OSError:  # no library: made again
             pass
     with tempfile.TemporaryDirectory(prefix="deltaproduct_kernels-") as here:
-        made = Path(here) / "chunked.so"
-        subprocess.run([*command, str(SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True, text=True, timeout=300)
+        made = Path(here) / "kernels.so"
+        subprocess.run(
+            [*command, *map(str, SOURCES), "-o", str(made), "-lm"], check=True, capture_output=True, text=True, timeout=300
+        )
         if kept is not None and _keep(made, kept):
             made = kept
         return ctypes.CDLL(str(made))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from deltaproduct_kernels import rms_norm
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -86,7 +87,7 @@ class RMSNorm(Float32):
 
     def apply_to(self, x: Tensor) -> Tensor:
         """x / rms(x) * weight over the last dimension, in float32 at least, returned in x's dtype."""
-        return F.rms_norm(upcast(x), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return rms_norm(upcast(x), self.weight, self.eps).to(x.dtype)
 
     def init_weights(self, init: Initializer) -> None:
         init.ones_(self.weight)
