@@ -1,4 +1,4 @@
-"""The kernels in C for a CPU: compiled at first use by the system's compiler into the user's cache folder, called through ctypes.
+"""The kernels in C for a CPU, compiled at first use by the system's compiler into the user's cache folder and called by ctypes.
 
 The library's name there is a hash of the sources, the compiler's command and the processor. It appears under that name whole
 or not at all, so any number of processes may start at once; those that find none compile one each. Where there is no compiler,

@@ -96,7 +96,7 @@ def _convolution_backward(
     _convolve(x, weight, position, unit, d_y=dy.to(dtype).contiguous(), d_x=dx, d_weight=parts)
     if parts is None or weight is None:
         return dx.to(x.dtype), x.new_empty(0)
-    return dx.to(x.dtype), parts.sum(0).flip(0).T[:, None].to(weight.dtype, memory_format=torch.contiguous_format)
+    return dx.to(x.dtype), parts.sum(0).flip(0).T[:, None].to(weight.dtype).contiguous()
 
 
 @_convolution_backward.register_fake
