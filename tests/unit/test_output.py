@@ -239,9 +239,11 @@ def test_the_format_of_figures_is_one_option_of_every_command_that_draws() -> No
 
 
 DRAW = (
+    "data.inspect.command",
     "evals.effective_rank",
     "evals.length_extrapolation",
     "evals.recall",
+    "studies.coordinate_check",
     "studies.report.command",
     "studies.state_tracking.inspection",
     "studies.state_tracking.report",

@@ -179,12 +179,12 @@ def test_the_command_prints_a_table_per_axis_and_writes_what_it_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["--widths", "32,64", "--depths", "1,2", "--num-householder", "1,2", "--steps", "1", "--tokens", "64"]
-    files = ["--figure", str(tmp_path / "sizes.svg"), "--csv", str(tmp_path / "sizes.csv")]
+    files = ["--out", str(tmp_path), "--format", "svg"]
     assert dispatch(["coordinate-check", *small, *files]) == 0
     shown = capsys.readouterr().out
     assert all(f"{axis}, under mup" in shown for axis in ("width", "depth", "n_h"))
-    assert len((tmp_path / "sizes.csv").read_text().splitlines()) == 1 + 2 * 6 * 10
-    assert "<svg" in (tmp_path / "sizes.svg").read_text()[:1000]
+    assert len((tmp_path / "coordinates.csv").read_text().splitlines()) == 1 + 2 * 6 * 10
+    assert "<svg" in (tmp_path / "coordinates.svg").read_text()[:1000]
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------------
@@ -212,7 +212,6 @@ def test_a_base_that_nothing_reads_is_warned_of(folder: Folder) -> None:
         (["--widths", "128,100"], "--widths 100: 4 heads at width 128 leave 3.125"),
         (["--depths", "4"], "at least two different sizes"),
         (["--num-householder", "1,9"], "n_h 9"),
-        (["--figure", "a.bmp"], "ends in .png, .pdf, .svg"),
         (["--optimizer.lr", "1e9", "--widths", "32,64"], "optimizer.lr = 1000000000.0 is too high"),
     ],
 )

@@ -1,6 +1,6 @@
 """`titan-dp coordinate-check`: do activations and their changes keep their size over width, depth and n_h?
 
-    titan-dp coordinate-check --config debug.toml --figure coordinates.png
+    titan-dp coordinate-check --config debug.toml --out coordinates
 
 Models of many shapes take a few steps on one batch of random tokens. Where the parametrisation is right, no number below
 depends on the shape: the root mean square of the residual stream, of what mixers and MLPs add to it (times the depth, for each
@@ -49,16 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, default=5, help="optimizer steps before the second look (5)")
     parser.add_argument("--tokens", type=positive, default=256, help="of the batch, in rows of 64 (256)")
     parser.add_argument("--seed", type=natural, default=0, help="of first values and tokens (0)")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw sizes over shapes into FILE.png, .pdf or .svg")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every size into FILE")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write every size and a figure into this folder")
+    output.add_format_option(parser)
     take_settings(parser, "settings as for titan-dp train; optimizer.mup_base is the config's own shape unless it is given")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.figure:
+    if args.out:
         output.check_matplotlib()
-    if args.figure and args.figure.suffix[1:] not in output.FORMATS:
-        raise UserError(f"--figure {args.figure}: a figure's name ends in .{', .'.join(output.FORMATS)}")
     axes = {"width": args.widths, "depth": args.depths, "n_h": args.num_householder}
     total = len(PARAMETRIZATIONS) * sum(map(len, axes.values()))
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
@@ -78,18 +76,17 @@ def run(args: argparse.Namespace) -> int:
     ]
     flat = f"flat (between -{FLAT} and {FLAT})"
     output.print_text(f"under mup these are not {flat}: {', '.join(steep)}" if steep else f"under mup everything is {flat}")
-    if args.csv:
+    if args.out:
         cells = (
             (kind, axis, value, name, sizes[i])
             for (kind, axis), table in found.items()
             for name, sizes in table.items()
             for i, value in enumerate(axes[axis])
         )
-        output.write_csv(args.csv, ("parametrization", "axis", "value", "quantity", "root mean square"), cells)
-        output.print_written(args.csv)
-    if args.figure:
-        _draw(args.figure, axes, found)
-        output.print_written(args.figure)
+        files = args.out / "coordinates.csv", args.out / f"coordinates.{args.format}"
+        output.write_csv(files[0], ("parametrization", "axis", "value", "quantity", "root mean square"), cells)
+        _draw(files[1], axes, found)
+        output.print_written(*files)
     return 0
 
 
