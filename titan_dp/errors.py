@@ -75,7 +75,7 @@ class StoppedError(RuntimeError):
 def require(what: str, *packages: str) -> None:
     """Raise UserError if `what` needs packages that are not installed; to be called before hours are spent."""
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise UserError(f"{what} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise UserError(f"{what} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

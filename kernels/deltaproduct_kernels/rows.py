@@ -74,7 +74,7 @@ def _has_library(dtype: torch.dtype) -> bool:
 @torch.library.custom_op("deltaproduct::convolution", mutates_args=())
 def _convolution(x: Tensor, weight: Tensor | None, position: Tensor | None, unit: int) -> Tensor:
     dtype = compute_dtype(x.dtype)
-    y = torch.empty(x.shape, dtype=dtype)
+    y = x.new_empty(x.shape, dtype=dtype)
     _convolve(x, weight, position, unit, y=y)
     return y.to(x.dtype)
 
@@ -90,9 +90,9 @@ def _convolution_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight (empty without one)."""
     dtype = compute_dtype(x.dtype)
-    dx = torch.empty(x.shape, dtype=dtype)
+    dx = x.new_empty(x.shape, dtype=dtype)
     taps = 1 if weight is None else weight.shape[-1]
-    parts = None if weight is None else torch.zeros(_tasks(x), taps, x.shape[-1], dtype=dtype)
+    parts = None if weight is None else x.new_zeros(_tasks(x), taps, x.shape[-1], dtype=dtype)
     _convolve(x, weight, position, unit, d_y=dy.to(dtype).contiguous(), d_x=dx, d_weight=parts)
     if parts is None or weight is None:
         return dx.to(x.dtype), x.new_empty(0)
@@ -110,7 +110,7 @@ def _tasks(x: Tensor) -> int:
 
 def _convolve(x: Tensor, weight: Tensor | None, position: Tensor | None, unit: int, **tensors: Tensor | None) -> None:
     dtype, (_, T, C) = compute_dtype(x.dtype), x.shape
-    taps = torch.ones(1, C, dtype=dtype) if weight is None else weight.to(dtype)[:, 0].flip(-1).T.contiguous()
+    taps = x.new_ones(1, C, dtype=dtype) if weight is None else weight.to(dtype)[:, 0].flip(-1).T.contiguous()
     native.run(
         "convolve_all",
         dtype,
@@ -155,7 +155,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op("deltaproduct::rms_norm", mutates_args=())
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape)
     _normalise(x, weight, eps, y=y)
     return y
 
@@ -167,8 +167,8 @@ def _(x, weight, eps):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("deltaproduct::rms_norm_backward", mutates_args=())
 def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    parts = torch.zeros(_row_tasks(x), len(weight), dtype=x.dtype)
+    dx = x.new_empty(x.shape)
+    parts = x.new_zeros(_row_tasks(x), len(weight))
     _normalise(x, weight, eps, d_y=dy.contiguous(), d_x=dx, d_weight=parts)
     return dx, parts.sum(0)
 

@@ -347,6 +347,12 @@ def test_generation_fills_a_callers_cache_and_goes_on_from_it(made_from: str, ou
     assert torch.equal(longer[:, 26:], greedy(ours, written, 6))
 
 
+def test_the_cache_goes_by_its_newer_name_too(ours: Transformer, theirs: Any) -> None:
+    ids, cache = tokens(2, 24), DynamicCache()
+    theirs(ids[:, :20], cache=cache)
+    assert_same(theirs(ids[:, 20:], cache=cache).logits, ours(ids)[:, 20:])
+
+
 @pytest.mark.parametrize("kind", ["static", "offloaded"])
 def test_generation_with_any_kind_of_cache_of_the_library_writes_the_same(kind: str, ours: Transformer, theirs: Any) -> None:
     prompt = tokens(2, 20)

@@ -111,3 +111,14 @@ def test_the_operators_keep_to_torchs_rules(name: str) -> None:
         torch.library.opcheck(rows._norm, (x, weight, 1e-6))
     else:
         torch.library.opcheck(rows._convolution, (x, torch.randn(8, 1, 4, requires_grad=True), None, 4))
+
+
+def test_on_the_meta_device_only_memory_is_taken() -> None:
+    x, weight = torch.empty(2, 20, 8, device="meta"), torch.empty(8, 1, 4, device="meta")
+    for y in (rows._convolution._init_fn(x, weight, None, 4), rows._norm._init_fn(x, weight[:, 0, 0], 1e-6)):
+        assert (y.shape, y.device.type) == (x.shape, "meta")
+    for grads in (
+        rows._convolution_backward._init_fn(x, x, weight, None, 4),
+        rows._norm_backward._init_fn(x, x, weight[:, 0, 0], 1e-6),
+    ):
+        assert [g.device.type for g in grads] == ["meta"] * 2

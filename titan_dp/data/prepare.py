@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.out / split}: {size}")
     paths = {"train": "data.path", "validation": "validation.path"}
     settings = " ".join(f"--{paths[split]} {shlex.quote(str(args.out / split))}" for split in found)
-    output.print_next("train on it", f"titan-dp train --config ... {settings}")
+    output.print_next("train on it", f"titan-dp train --config ... --job.run_name ... {settings}")
     return 0
 
 

@@ -75,7 +75,11 @@ def run(args: argparse.Namespace) -> int:
         if abs(p := growth(axes[axis], sizes)) > FLAT and name != "logits"
     ]
     flat = f"flat (between -{FLAT} and {FLAT})"
-    output.print_text(f"under mup these are not {flat}: {', '.join(steep)}" if steep else f"under mup everything is {flat}")
+    output.print_text(
+        f"under mup these are not {flat}: {', '.join(steep)}"
+        if steep
+        else f"under mup everything but the first logits is {flat}"
+    )
     if args.out:
         cells = (
             (kind, axis, value, name, sizes[i])

@@ -397,7 +397,8 @@ def _advise(args: argparse.Namespace, sources: Sequence[TokenShards], report: di
     if trained:
         paths = {"data.path": trained} | ({"validation.path": held_out} if held_out else {})
         said = [f"--{key} {shlex.quote(own[0] if len(own) == 1 else to_json(own))}" for key, own in paths.items()]
-        print_next("train on it", f"titan-dp train --config {shlex.quote(args.config or '...')} {' '.join(said)}")
+        config = shlex.quote(args.config or "...")
+        print_next("train on it", f"titan-dp train --config {config} --job.run_name ... {' '.join(said)}")
 
 
 def _figure(report: dict[str, Any]) -> Any:

@@ -29,6 +29,8 @@ from transformers.utils import can_return_tuple
 
 CHUNK_ROWS = 64
 L2_EPS = 1e-6
+# What outputs call the memory: since transformers 5.24 "cache", which `forward` takes under both names.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 FLOAT32 = ("A_log", "dt_bias", "attn_norm", "mlp_norm", "o_norm", "norm")
 
 
@@ -479,7 +481,7 @@ class TitanDPPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _is_stateful = True  # generation that rolls back drafted tokens cannot work on states
 
@@ -521,6 +523,7 @@ class TitanDPModel(TitanDPPreTrainedModel):
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=None,
@@ -532,6 +535,7 @@ class TitanDPModel(TitanDPPreTrainedModel):
         **kwargs,
     ):
         """`hidden_states`, if asked for: the embeddings and every layer's output, the last one after the final norm."""
+        past_key_values = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         cu_seqlens = boundaries(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k)
@@ -570,8 +574,8 @@ class TitanDPModel(TitanDPPreTrainedModel):
                 hidden_states += (x if back is None else take(x, back),)
         return BaseModelOutputWithPast(
             last_hidden_state=x if back is None else take(x, back),
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=hidden_states,
+            **{CACHE: past_key_values if use_cache else None},
         )
 
 
@@ -592,6 +596,7 @@ class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         shift_labels=None,
@@ -615,7 +620,7 @@ class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -642,6 +647,5 @@ class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
             reduction = "mean" if num_items_in_batch is None else "sum"
             loss = F.cross_entropy(predictions, wanted, ignore_index=-100, reduction=reduction)
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
-        )
+        held = {CACHE: getattr(out, CACHE)}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states, **held)
