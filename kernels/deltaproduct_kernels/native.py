@@ -55,8 +55,8 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 def run(function: str, dtype: torch.dtype, **values: Tensor | float | None) -> None:
     """Calls a function of the library with its structure of `values`; tensors are contiguous, of `dtype` or int64.
 
-    As many threads work as torch uses; the results do not depend on how many. With tensors on the meta device nothing is computed:
-    whoever counts memory has seen what is allocated.
+    As many threads work as torch uses; the results do not depend on how many. With tensors on the meta device nothing is
+    computed: whoever counts memory has seen what is allocated.
     """
     if any(isinstance(x, Tensor) and x.is_meta for x in values.values()):
         return
