@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.runs import SMALL
 from titan_dp.config.describe import to_toml
 
-SOURCE_IS_THERE = "from deltaproduct_kernels import native; assert native.SOURCE.is_file()"
+SOURCE_IS_THERE = "from deltaproduct_kernels import native; assert all(path.is_file() for path in (native.HEADER, *native.SOURCES))"
 
 
 class Installed:

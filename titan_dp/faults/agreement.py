@@ -82,7 +82,7 @@ def code() -> dict[str, object]:
         root = os.path.dirname(spec.origin)
         for folder, folders, files in os.walk(root):  # plain strings: pathlib would take longer than reading and hashing
             folders.sort()
-            for path in sorted(os.path.join(folder, file) for file in files if file.endswith((".py", ".c"))):
+            for path in sorted(os.path.join(folder, file) for file in files if file.endswith((".py", ".c", ".h"))):
                 with open(path, "rb") as source:
                     facts[f"the source file {package}{path[len(root) :]}"] = xxhash.xxh3_64_hexdigest(source.read())
     return facts
