@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.runs import SMALL
 from titan_dp.config.describe import to_toml
 
-SOURCE_IS_THERE = "from deltaproduct_kernels import native; assert all(path.is_file() for path in (native.HEADER, *native.SOURCES))"
+SOURCE_IS_THERE = "from deltaproduct_kernels.native import HEADER, SOURCES; assert all(x.is_file() for x in (HEADER, *SOURCES))"
 
 
 class Installed:
