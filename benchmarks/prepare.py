@@ -7,10 +7,10 @@ Made-up text as JSON lines, and three tokenizers made on the spot: bytes, a byte
 folder, and the same as a tiktoken file of ranks. The two sides take turns; a ratio is that of the two runs of one turn.
 
 Of prepare the whole command counts, from the start of Python to shards with checksums on the disk. Of `datasets` counts what
-lies between the same JSON lines and input_ids on the disk: `load_dataset`, which reads them into its cache, and `map` in batches
-of its default size; its imports do not count. `map` alone stands beside it. CPU seconds are those of all processes, and what
-others do on the machine hardly changes them. Memory is the largest sum over all processes of what each holds, shared pages
-divided (PSS), seen every 0.2 s.
+lies between the same JSON lines and input_ids on the disk: `load_dataset`, which reads them into its cache, and `map` in
+batches of its default size; its imports do not count. `map` alone stands beside it. CPU seconds are those of all processes, and
+what others do on the machine hardly changes them. Memory is the largest sum over all processes of what each holds, shared
+pages divided (PSS), seen every 0.2 s.
 """
 
 from __future__ import annotations
