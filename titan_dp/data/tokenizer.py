@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,13 +137,17 @@ def tokenizer_file(name: str) -> Path:
 def _from_tiktoken(encoding: tiktoken.Encoding, name: str) -> Tokenizer:
     special = encoding._special_tokens
     vocabulary = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
+    own = threading.local()  # two threads that share an encoding wait for each other
+    own.encoding = encoding
 
     def encode_arrays(texts: list[str]) -> list[np.ndarray]:
         texts = [as_unicode(text) for text in texts]
         if name == "bytes":  # they are their own ids
             return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+        if not hasattr(own, "encoding"):
+            own.encoding = _copy(encoding)
         with _panics(name, texts):
-            return [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+            return [own.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
 
     return Tokenizer(
         name=name,
@@ -153,6 +158,17 @@ def _from_tiktoken(encoding: tiktoken.Encoding, name: str) -> Tokenizer:
         special_tokens=dict(special),
         encode_arrays=encode_arrays,
         decode=encoding.decode,
+    )
+
+
+def _copy(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
+    import tiktoken
+
+    return tiktoken.Encoding(
+        encoding.name,
+        pat_str=encoding._pat_str,
+        mergeable_ranks=encoding._mergeable_ranks,
+        special_tokens=encoding._special_tokens,
     )
 
 
