@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ def hugging_face_folder(tmp_path: Path) -> Path:
     words.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}, "eos_token": null}')
     return tmp_path
+
+
+def test_several_threads_encode_at_once(tmp_path: Path) -> None:
+    (tmp_path / "x.tiktoken").write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
+    tokenizer = load_tokenizer(str(tmp_path / "x.tiktoken"))
+    texts = [f"text {i} <|endoftext|>" for i in range(50)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(tokenizer.encode, texts))
+    assert [bytes(ids).decode() for ids in found] == texts
 
 
 def test_a_local_rank_file_is_a_tokenizer_and_the_hash_names_its_vocabulary(rank_file: Path) -> None:
