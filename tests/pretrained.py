@@ -67,7 +67,14 @@ def bpe(folder: Path, words: str = "the fox the whale the fox", **settings: Any)
 
 
 def save_checkpoint(
-    run_folder: Path, *, seed: int = 0, step: int = 7, seq_len: int = 64, tokenizer: str = "bytes", **changes: object
+    run_folder: Path,
+    *,
+    seed: int = 0,
+    step: int = 7,
+    seq_len: int = 64,
+    tokenizer: str = "bytes",
+    adds_bos: bool | None = None,
+    **changes: object,
 ) -> Path:
     """The checkpoint of `random_model(seed, **changes)` as step `step` of a run; returns its folder."""
     c, model = random_model(seed, **changes)
@@ -85,6 +92,7 @@ def save_checkpoint(
         "fingerprint": "0" * 64,
         "tokenizer": tokenizer,
         "tokenizer_hash": load_tokenizer(tokenizer).hash,
+        "adds_bos": adds_bos,
         "global_batch_size": 8,
         "seed": seed,
         "loader": {"samples": 8 * step},

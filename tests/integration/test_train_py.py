@@ -14,6 +14,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_trainer import said_by
 from tests.distributed.test_trainer import train as train_here
 from tests.processes import run_script, run_script_in_ranks
+from titan_dp.data.tokenizer import load_tokenizer
 from titan_dp.errors import UserError
 
 
@@ -90,6 +91,11 @@ def test_without_torchrun_one_process_trains_and_shows_a_sample(tiny_config: Pat
     run = tiny_config.parent / "outputs/tiny"
     files = {"checkpoint", "config.toml", "data_verified.json", "metrics.jsonl", "run.json", "tb", ".lock"}
     assert {p.name for p in run.iterdir()} == files
+    record, made_with = json.loads((run / "run.json").read_text()), load_tokenizer("bytes")
+    assert (record["tokenizer_hash"], record["adds_bos"]) == (made_with.hash, True)
+    (manifest,) = run.glob("checkpoint/*/manifest.json")
+    saved = json.loads(manifest.read_text())
+    assert (saved["tokenizer_hash"], saved["adds_bos"]) == (made_with.hash, True)
 
 
 def test_the_closing_sample_cannot_fail_a_run_that_is_done_and_saved(tiny_config: Path, root: Path) -> None:

@@ -293,6 +293,16 @@ def test_bits_per_byte_compare_two_tokenizers(tmp_path: Path) -> None:
     assert means == pytest.approx({"bytes": 1 / math.log(2), "gpt2": 3 / 4 / math.log(2)})
 
 
+def test_runs_are_compared_by_what_their_tokenizer_does_not_by_its_name(tmp_path: Path) -> None:
+    names = {"a": ("tok", "1" * 64), "b": ("moved/tok", "1" * 64), "old": ("tok", "")}
+    for seed, (name, (tokenizer, digest)) in enumerate(names.items()):
+        write_run(tmp_path / "runs" / name, {"debug.seed": seed}, facts={"tokenizer": tokenizer, "tokenizer_hash": digest})
+    assert results(tmp_path / "runs").tokenizers == ["tok"]
+    write_run(tmp_path / "runs" / "c", facts={"tokenizer": "tok", "tokenizer_hash": "2" * 64})
+    with pytest.raises(UserError, match=r"'tok 1{12}\.\.\.' and .*'tok 2{12}\.\.\.': losses in nats per token are not"):
+        results(tmp_path / "runs")
+
+
 def test_what_can_be_compared_with_care_carries_a_warning(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", facts={"fingerprint": "0" * 64})

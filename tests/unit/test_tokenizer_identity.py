@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.pretrained import bpe, save_checkpoint, write_documents
+from tests.pretrained import bpe, evaluate, save_checkpoint, write_documents
 from titan_dp import config
 from titan_dp.checkpoint.manifest import read_manifest, write_manifest
 from titan_dp.cli import dispatch
@@ -22,6 +22,7 @@ from titan_dp.data.shards import TokenShards
 from titan_dp.data.tokenizer import load_tokenizer
 from titan_dp.errors import UserError
 from titan_dp.inference.pretrained import load_pretrained
+from titan_dp.inference.sampling import encode_prompt
 
 CPU = torch.device("cpu")
 OTHER_WORDS = "a whale and a whale and"
@@ -176,3 +177,72 @@ def test_a_tokenizer_without_separators_is_said_loudly_unless_that_is_meant(
     assert "has no BOS and no EOS (its special tokens: <s>, </s>); if that is meant, say so with --no-bos --no-eos" in said
     prepare(tmp_path / "meant", tokenizer, "--no-bos", "--no-eos")
     assert "WARNING" not in capsys.readouterr().err
+
+
+# -- whether documents begin with BOS ----------------------------------------------------------------------------------------
+
+A_FOX = [256, *b"a fox"]  # as the bytes tokenizer has it, behind BOS
+
+
+@pytest.mark.parametrize(("options", "adds"), [((), True), (("--no-bos",), False), (("--no-bos", "--no-eos"), False)])
+def test_the_training_loader_knows_whether_documents_begin_with_bos(
+    tokenizer: Path, tmp_path: Path, options: tuple[str, ...], adds: bool
+) -> None:
+    data = config.Data(path=str(prepare(tmp_path / "out", tokenizer, *options)))
+    assert build_dataloader(data, config.Dataloader(num_workers=0), Place(2, 1, 1, 0, 1), 320).adds_bos is adds
+
+
+def test_a_mixture_of_documents_with_and_without_bos_is_said(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(prepare(tmp_path / "a", tokenizer, "--no-bos")), str(prepare(tmp_path / "b", tokenizer))]
+    loader = build_dataloader(config.Data(path=folders), config.Dataloader(num_workers=0), Place(2, 1, 1, 0, 1), 320)
+    assert loader.adds_bos
+    assert f"documents of {folders[1]!r} begin with BOS, those of {folders[0]!r} do not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("adds", "ids"), [(None, A_FOX), (True, A_FOX), (False, A_FOX[1:])])
+def test_a_prompt_begins_as_the_training_documents_did_from_a_checkpoint_an_export_and_an_import(
+    tmp_path: Path, adds: bool | None, ids: list[int]
+) -> None:
+    places = [save_checkpoint(tmp_path / "run", adds_bos=adds), tmp_path / "exported", tmp_path / "imported"]
+    assert dispatch(["export", *map(str, places[:2])]) == 0
+    assert dispatch(["import", *map(str, places[1:])]) == 0
+    for place in places:
+        tokenizer = load_pretrained(place, CPU).tokenizer
+        assert encode_prompt(tokenizer, "a fox") == ids
+        assert encode_prompt(tokenizer, "a fox", bos=True) == A_FOX
+        assert encode_prompt(tokenizer, "a fox", bos=False) == A_FOX[1:]
+    settings = [json.loads((places[1] / name).read_text()) for name in ("config.json", "generation_config.json")]
+    assert {each["bos_token_id"] for each in settings} == {None if adds is False else 256}
+    said = "No training document began with `<|bos|>`; put none" if adds is False else "Every training document began with `<|b"
+    assert said in (places[1] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_evaluated_texts_begin_as_the_training_documents_did(tmp_path: Path, adds: bool) -> None:
+    text = write_documents(tmp_path / "text.jsonl", ["a fox"])
+    run = save_checkpoint(tmp_path / "run", adds_bos=adds)
+    found = {
+        option: evaluate("perplexity", run, tmp_path / f"results{option}", "--text", text, *filter(None, [option]))
+        for option in ("", "--bos", "--no-bos")
+    }
+    begins = {option: each["settings"]["texts"]["bos"] for option, each in found.items()}
+    assert begins == {"": adds, "--bos": True, "--no-bos": False}
+
+
+def test_an_exported_tokenizer_that_adds_bos_itself_does_not_if_documents_had_none(tokenizer: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, processors
+
+    backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.save(str(tokenizer / "tokenizer.json"))
+    for adds in (True, False):
+        out = tmp_path / f"exported-{adds}"
+        assert (
+            dispatch(["export", str(save_checkpoint(tmp_path / str(adds), tokenizer=str(tokenizer), adds_bos=adds)), str(out)])
+            == 0
+        )
+        theirs = Tokenizer.from_file(str(out / "tokenizer.json"))
+        assert theirs.encode("the fox").ids == [0] * adds + load_tokenizer(str(tokenizer)).encode("the fox")
+        assert load_pretrained(out, CPU).tokenizer.hash == load_tokenizer(str(tokenizer)).hash

@@ -79,6 +79,8 @@ class _Manifest(JsonObject):
     tokenizer: str
     tokenizer_hash: str = ""
     """Of what it did at the training; empty: not known."""
+    adds_bos: bool | None = None
+    """Whether documents began with BOS; None: not known."""
     global_batch_size: int
     loader: dict[str, Any]
     weights_only: bool = False

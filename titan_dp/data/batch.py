@@ -29,6 +29,8 @@ class Loader(Protocol):
     tokenizer_name: str
     tokenizer_hash: str
     """Of what gives tokens their meaning: equal if a token means the same."""
+    adds_bos: bool
+    """Whether documents begin with BOS."""
 
     def __iter__(self) -> Iterator[list[Batch]]: ...
 

@@ -21,7 +21,7 @@ from titan_dp.data.shards import TokenShards
 from titan_dp.data.stream import StreamLoader
 from titan_dp.data.tokenizer import load_tokenizer, tokenizer_file
 from titan_dp.data.workers import read_in_workers
-from titan_dp.errors import UserError, counted
+from titan_dp.errors import UserError, counted, say_once
 
 _AHEAD = 1024
 
@@ -52,6 +52,7 @@ class ShardLoader:
         self.order = Order(fingerprints, windows, weights, data.seed)
         self.fingerprint = " ".join(fingerprints)
         self.tokenizer_name, self.tokenizer_hash = self.sources[0].tokenizer.name, self.sources[0].tokenizer.hash
+        self.adds_bos = _adds_bos(self.sources)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         micro_batches = read_in_workers(partial(self._read, self.samples), self.workers)
@@ -92,6 +93,17 @@ class ShardLoader:
             mine = slice(first - start, first - start + L)
             rows = [(self.sources[s], w * T) for s, w in zip(source[mine].tolist(), window[mine].tolist(), strict=True)]
             yield read_rows(rows, place, self.reset)
+
+
+def _adds_bos(sources: list[TokenShards]) -> bool:
+    """Whether documents begin with BOS; those of any source, which is said if others do not."""
+    found = {source.manifest["adds_bos"]: source for source in reversed(sources)}
+    if len(found) > 1:
+        say_once(
+            f"WARNING: documents of {str(found[True].folder)!r} begin with BOS, those of {str(found[False].folder)!r} do not; "
+            "prompts will. If that is not meant, prepare one of them again"
+        )
+    return True in found
 
 
 def read_rows(rows: list[tuple[TokenShards, int]], place: Place, reset: bool) -> Batch:

@@ -82,7 +82,9 @@ class StreamLoader:
         self.replaced = Replaced("documents streamed so far")
         self.left_out = 0
         """Documents that could not be used, since the start of this process."""
-        if tokenizer.separators() == ([], []):
+        before, after = tokenizer.separators()
+        self.adds_bos = bool(before)
+        if not before and not after:
             say_once(tokenizer.joined("if that is not meant"))
         self._open()  # fail now, not later
 

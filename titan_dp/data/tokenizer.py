@@ -61,6 +61,8 @@ class Tokenizer:
     """
     decode: Callable[[list[int]], str]
     """Text of ids; bytes that are not UTF-8 become U+FFFD."""
+    adds_bos: bool = True
+    """Whether documents begin with BOS, if there is one and nobody says otherwise; for a model, whether its training's did."""
     earlier_hash: str = ""
     """What earlier versions of titan_dp took for the hash, if that was another."""
 
@@ -75,18 +77,20 @@ class Tokenizer:
         return expected in ("", self.hash, self.earlier_hash)
 
     def separators(self, bos: bool | None = None, eos: bool | None = None) -> tuple[list[int], list[int]]:
-        """The ids before and after every document: BOS and EOS if there are any, as far as they are wanted.
+        """The ids before and after every document: BOS and EOS if there are any, as far as they are wanted. A prompt is the
+        beginning of a document.
 
         If both are one token, it comes after the document, so that two never meet; before it if only BOS is wanted.
 
         Args:
-            bos, eos: whether it is wanted; None: if there is one.
+            bos, eos: whether it is wanted; None: if there is one, and `adds_bos`.
 
         Raises UserError if a wanted one does not exist, or if both are wanted and are one token.
         """
         for role, wanted, token in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id)):
             if wanted and token is None:
                 raise UserError(f"--{role}: tokenizer {self.name!r} has no {role.upper()} token; leave the option out")
+        bos = bos if bos is not None or self.adds_bos else False
         before = [] if bos is False or self.bos_id is None else [self.bos_id]
         after = [] if eos is False or self.eos_id is None else [self.eos_id]
         if before and before == after:

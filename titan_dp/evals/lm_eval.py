@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-fewshot", type=natural, metavar="K", help="examples before each question (default: the task's)")
     length = "tokens the model reads at most (default: the training sequence length)"
     parser.add_argument("--max-length", type=positive, metavar="N", help=length)
-    bos = "BOS before every context (default: if the tokenizer has one)"
+    bos = "BOS before every context (default: if documents began with it at the training)"
     parser.add_argument("--add-bos", action=argparse.BooleanOptionalAction, help=bos)
     stock = "BOS and EOS as the harness's own class for Hugging Face models has them: none of ours before a context"
     parser.add_argument("--stock-bos", action="store_true", help=stock)

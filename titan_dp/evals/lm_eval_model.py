@@ -4,10 +4,10 @@
 with all its options, run this module: `python -m titan_dp.evals.lm_eval_model --model titan_dp --model_args checkpoint=PATH
 --tasks ...` (one process; also dtype, backend, tokenizer, max_length, add_bos_token and stock_bos).
 
-Conventions. BOS comes before every context if the tokenizer has one, unless add_bos_token is false. A text scored without any
-context follows BOS, or else EOS; if add_bos_token is false, EOS, or else BOS. With stock_bos both are as in the harness's own
-class for Hugging Face models (lm_eval 0.4.13, `--model hf` at its defaults): a context is encoded as the tokenizer's files
-say, which for an exported folder is mostly without BOS, and a text without context follows BOS, or else EOS.
+Conventions. BOS comes before every context if documents began with it at the training, unless add_bos_token is false. A text
+scored without any context follows BOS, or else EOS; if add_bos_token is false, EOS, or else BOS. With stock_bos both are as in
+the harness's own class for Hugging Face models (lm_eval 0.4.13, `--model hf` at its defaults): a context is encoded as the
+tokenizer's files say, which for an exported folder is mostly without BOS, and a text without context follows BOS, or else EOS.
 
 The model reads at most max_length tokens: a longer context loses its beginning, as with the harness's own models, and
 `truncated` counts that; what is scored is never cut. A long document is scored in the harness's rolling windows, each
@@ -78,7 +78,7 @@ class TitanDPLM(TemplateLM):
         answers: computes each distinct request once and keeps it.
         batch_size: requests at once.
         max_length: tokens the model reads at most; None for its training sequence length.
-        add_bos_token: BOS before every context; None for yes if the tokenizer has one.
+        add_bos_token: BOS before every context; None for yes if documents began with it at the training.
         stock_bos: BOS and EOS as the harness's own class for Hugging Face models has them; then add_bos_token is None.
         seed: of the sampling, if a task samples.
 
@@ -103,7 +103,7 @@ class TitanDPLM(TemplateLM):
         self.stock_bos = stock_bos
         if stock_bos:
             add_bos_token = adds_bos_itself(self.text)
-        self.add_bos = self.text.bos_id is not None if add_bos_token is None else add_bos_token
+        self.add_bos = bool(self.text.separators(eos=False)[0]) if add_bos_token is None else add_bos_token
         if self.add_bos and self.text.bos_id is None:
             raise UserError(f"tokenizer {self.text.name!r} has no BOS to add; leave it out with --no-add-bos")
         self.truncated: Counter[str] = Counter()
@@ -273,12 +273,12 @@ class TitanDPLM(TemplateLM):
 def adds_bos_itself(tokenizer: Tokenizer) -> bool:
     """Whether transformers begins the ids of a text with BOS, which tokenizer.json decides.
 
-    A tokenizer that an export has converted from a table of ranks never does.
+    A tokenizer that an export has converted from a table of ranks never does, and none of a model whose documents had no BOS.
     """
     from tokenizers import Tokenizer as HFTokenizer
 
     file = tokenizer_file(tokenizer.name)
-    if file.suffix == ".model" or tiktoken_encoding(str(file)) is not None:
+    if not tokenizer.adds_bos or file.suffix == ".model" or tiktoken_encoding(str(file)) is not None:
         return False
     backend = HFTokenizer.from_file(str(hugging_face_folder(tokenizer.name) / "tokenizer.json"))
     return tokenizer.bos_id is not None and backend.encode("a").ids[:1] == [tokenizer.bos_id]

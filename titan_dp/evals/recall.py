@@ -1,7 +1,7 @@
 """Multi-query associative recall: does a model find again what it has just read? On sequences made here, without text.
 
-A sequence is BOS (if the tokenizer has one), pairs "key value", and then queries: keys of these pairs in random order, each
-followed by its value. At each queried key, the value should be the likeliest next token. It is the task of Arora et al. 2023
+A sequence is BOS (if documents had it at the training), pairs "key value", and then queries: keys of these pairs in random
+order, each followed by its value. At each queried key, the value should be the likeliest next token. It is the task of Arora et al. 2023
 (Zoology, arXiv 2312.04927) with two changes for models that were trained on text. The value follows its query, so that the
 sequence goes on as it began; and queries lie uniformly in the slots of two tokens after the pairs, not at power-law gaps, so
 that every distance is asked for. If --length leaves slots without a query, they hold keys that have no pair here. Keys and
@@ -128,9 +128,14 @@ def _check_sizes(args: argparse.Namespace, tokenizer: Tokenizer, vocabulary: Voc
             f"--pairs {most} needs {most + spare} keys and as many values, but tokenizer {tokenizer.name!r} has {2 * half} ids "
             f"that are not special tokens; ask for at most {half - spare} pairs"
         )
-    shortest = _shortest(most, args.queries, tokenizer.bos_id)
+    shortest = _shortest(most, args.queries, _first_id(tokenizer))
     if args.length is not None and args.length < shortest:
         raise UserError(f"--length {args.length} is too short for {most} pairs and their queries; give at least {shortest}")
+
+
+def _first_id(tokenizer: Tokenizer) -> int | None:
+    """BOS, if documents began with it at the training."""
+    return next(iter(tokenizer.separators(eos=False)[0]), None)
 
 
 def _shortest(pairs: int, queries: int | None, bos_id: int | None) -> int:
@@ -169,7 +174,7 @@ def _measure(args: argparse.Namespace, pretrained: Pretrained, vocabulary: Vocab
 
     def count(indices: tuple[int, list[int]]) -> Arrays:
         row, of_row = indices
-        counts, shape = np.zeros_like(zeros), (tokenizer.bos_id, args.pairs[row], args.queries, args.length, args.seed)
+        counts, shape = np.zeros_like(zeros), (_first_id(tokenizer), args.pairs[row], args.queries, args.length, args.seed)
         batch = [make_example(vocabulary, *shape, index) for index in of_row]
         right, among = score(pretrained.model, batch, tokenizer.vocab_size)
         bins = np.log2(np.stack([example.distances for example in batch])).astype(int)

@@ -1,7 +1,7 @@
 """The tokens an evaluation reads: token shards, text files, or a Hugging Face dataset, as documents in a fixed order.
 
 The convention for BOS and EOS is kept with the results. Shards hold what `titan-dp prepare` put into them. Text and datasets
-get a BOS before every document if the tokenizer has one, unless `--no-bos`, and never an EOS.
+get a BOS before every document if the model's training documents had one (`--bos`, `--no-bos`), and never an EOS.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf-name", default="", help="configuration of the dataset")
     parser.add_argument("--hf-split", default="validation", help="split of the dataset (default: validation)")
     parser.add_argument("--column", default="text", help="key or column that holds the text (default: text)")
-    parser.add_argument("--no-bos", action="store_true", help="no BOS before each document of --text or --hf-dataset")
+    bos = "BOS before each document of --text or --hf-dataset (default: if there was one at the training)"
+    parser.add_argument("--bos", action=argparse.BooleanOptionalAction, help=bos)
     parser.add_argument("--max-documents", type=positive, metavar="N", help="read the first N documents only")
 
 
@@ -72,8 +73,9 @@ def open_texts(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
             raise UserError("give exactly one of --shards FOLDER, --text FILE... and --hf-dataset NAME")
         if not args.shards:
             return _from_text(args, tokenizer)
-        if args.no_bos:
-            raise UserError("--no-bos does not go with --shards, which hold what `titan-dp prepare` put in; use --text")
+        if args.bos is not None:
+            option = "--bos" if args.bos else "--no-bos"
+            raise UserError(f"{option} does not go with --shards, which hold what `titan-dp prepare` put in; use --text")
         return _from_shards(args.shards, tokenizer, args.max_documents)
 
     return together(check_and_open)
@@ -110,7 +112,7 @@ def _from_text(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
     from titan_dp.data.formats import Reading
     from titan_dp.files import Replaced, file_sha256
 
-    prefix = [] if args.no_bos or tokenizer.bos_id is None else [tokenizer.bos_id]
+    prefix, _ = tokenizer.separators(args.bos, eos=False)
     if args.hf_dataset:
         dataset = (args.hf_dataset, args.hf_name, args.hf_split, args.column)
         sources.load_hugging_face(*dataset, True)  # fail now, not later

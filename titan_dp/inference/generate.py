@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=fraction, default=1.0, metavar="P", help="choose among the fewest tokens of total probability P")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add("--seed", type=natural, default=42, help="of the first continuation; the others count up (default: 42)")
-    add("--no-bos", action="store_true", help="do not begin with BOS")
+    bos = "begin with BOS (default: if documents did at the training)"
+    add("--bos", action=argparse.BooleanOptionalAction, help=bos)
     add("--raw-prompt", action="store_true", help="take special tokens in the prompt as ordinary text")
     add("--json", action="store_true", help="print one JSON object per line: index, prompt, text, tokens, finish")
     add("--tokenizer", default="", help="use this one instead of the checkpoint's own")
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_pretrained(args.checkpoint, device, dtype=getattr(torch, args.dtype), tokenizer=args.tokenizer)
     tokenizer = loaded.tokenizer
-    prompts = [(text, encode_prompt(tokenizer, text, bos=not args.no_bos, raw=args.raw_prompt)) for text in texts]
+    prompts = [(text, encode_prompt(tokenizer, text, bos=args.bos, raw=args.raw_prompt)) for text in texts]
     _generate(args, loaded, [prompt for prompt in prompts for _ in range(args.samples)])
     return 0
 

@@ -63,10 +63,12 @@ class Sampling:
         return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, *, bos: bool = True, raw: bool = False) -> list[int]:
-    """Ids of a prompt: BOS first (once), and the names of special tokens become these tokens unless `raw`.
+def encode_prompt(tokenizer: Tokenizer, text: str, *, bos: bool | None = None, raw: bool = False) -> list[int]:
+    """Ids of a prompt: BOS first (once; None: if documents begin with it), and the names of special tokens become these tokens
+    unless `raw`.
 
-    Raises UserError if the prompt has no tokens, or holds what looks like a special token and is not one of this tokenizer's.
+    Raises UserError if the prompt has no tokens, or holds what looks like a special token and is not one of this tokenizer's,
+    and if there is no BOS although it is asked for.
     """
     special = {} if raw else tokenizer.special_tokens
     if not raw and (unknown := [token for token in _LOOKS_SPECIAL.findall(text) if token not in special]):
@@ -77,8 +79,9 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, bos: bool = True, raw: boo
     longest_first = sorted(special, key=len, reverse=True)
     pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if special else [text]
     ids = [i for piece in pieces for i in ([special[piece]] if piece in special else tokenizer.encode(piece))]
-    if bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        ids = [tokenizer.bos_id, *ids]
+    before, _ = tokenizer.separators(bos, eos=False)
+    if ids[:1] != before:
+        ids = before + ids
     if not ids:
         raise UserError(f"the prompt is empty and tokenizer {tokenizer.name!r} begins with no BOS; give a --prompt")
     return ids

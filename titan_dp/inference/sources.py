@@ -7,6 +7,7 @@ A source is a checkpoint of ours (`CheckpointSource`) or a Hugging Face folder (
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,7 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, name: str, where: Path) -> Tens
 
 def open_tokenizer(source: Source, named: str = "") -> Tokenizer:
     """The tokenizer that the model at `source` was trained with; or the one `named`, which is said to be another if it is.
+    Whether a document begins with BOS is as it was at the training, if that is known.
 
     Raises UserError if it cannot be had, is not what it was at the training, or has ids that the model has no embedding for.
     """
@@ -203,4 +205,5 @@ def open_tokenizer(source: Source, named: str = "") -> Tokenizer:
             f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, but the model in {source.path} has vocab_size = "
             f"{source.config.vocab_size}: it was trained with another; name that one with --tokenizer"
         )
-    return tokenizer
+    adds_bos = source.training.get("adds_bos")
+    return tokenizer if adds_bos is None else replace(tokenizer, adds_bos=adds_bos)

@@ -37,6 +37,8 @@ class RunFacts:
             "git_commit": self.loaded.git_commit,
             "fingerprint": self.loader.fingerprint,
             "tokenizer": self.loader.tokenizer_name,
+            "tokenizer_hash": self.loader.tokenizer_hash,
+            "adds_bos": self.loader.adds_bos,
             "steps": self.batch.steps,
             "tokens_per_step": self.batch.tokens_per_step,
         }
@@ -45,7 +47,6 @@ class RunFacts:
         """What a checkpoint keeps beside tensors: enough to refuse a wrong resume and to rebuild the model."""
         return self._shared() | {
             "config": self.loaded.resolved_toml(),
-            "tokenizer_hash": self.loader.tokenizer_hash,
             "global_batch_size": self.batch.global_batch_size,
             "seed": self.loaded.config.debug.seed,
         }

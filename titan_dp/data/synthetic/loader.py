@@ -36,6 +36,7 @@ class SyntheticLoader:
 
     tokenizer_name = "none"
     """Tokens are elements and symbols: there is no text."""
+    adds_bos = True
 
     def __init__(self, c: config.StateTracking, seed: int, place: Place, vocab_size: int, device: torch.device) -> None:
         self.c, self.place, self.device, self.samples, self.step = c, place, device, 0, 0

@@ -55,9 +55,10 @@ def model_card(name: str, source: Source, target: str, dtype: str, tokenizer: To
     lines += ["tags:", "- deltaproduct", "- linear-rnn", f"- {library}", "---", "", f"# {name}", "", f"{model.describe()}.", ""]
     lines += [f"{model.num_params():,} parameters, stored in {dtype}. Trained and exported with titan_dp.", ""]
     lines += [_USE[target].format(name=name)]
-    # Trained documents began with BOS if there is one, and AutoTokenizer does not add it.
+    # AutoTokenizer does not add it.
     if bos := next((token for token, i in tokenizer.special_tokens.items() if i == tokenizer.bos_id), None):
-        lines += [f"Every training document began with `{bos}`; put it before a prompt.", ""]
+        with_it, without = "Every training document began with `{}`; put it", "No training document began with `{}`; put none"
+        lines += [f"{(with_it if tokenizer.adds_bos else without).format(bos)} before a prompt.", ""]
     try:
         measured = _validation(run_of(source.path), source.training.get("step", 0))
         rows = _training_rows(source.training) | _measured_rows(measured)

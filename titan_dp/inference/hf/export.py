@@ -163,7 +163,8 @@ def _write_texts(source: Source, folder: Path, tokenizer: str, settings: dict[st
     from titan_dp.inference.sources import open_tokenizer
 
     saved = save_tokenizer(open_tokenizer(source, tokenizer), folder, source.seq_len)
-    ids = {"bos_token_id": saved.bos_id, "eos_token_id": saved.eos_id}
+    # With a bos_token_id, transformers begins with it where it is given nothing.
+    ids = {"bos_token_id": saved.bos_id if saved.adds_bos else None, "eos_token_id": saved.eos_id}
     # No pad_token_id for the model: fla makes it the embedding's padding_idx, whose row fine-tuning then never changes.
     write_json(folder / "config.json", {**settings, **ids, "pad_token_id": None, "dtype": dtype})
     generation = {**ids, "pad_token_id": saved.eos_id, "do_sample": True, "temperature": 0.8}

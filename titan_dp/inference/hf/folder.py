@@ -173,6 +173,7 @@ class _Training(JsonObject):
     tokens: Natural = 0
     git_commit: str = ""
     tokenizer_hash: str = ""
+    adds_bos: bool | None = None
 
 
 def _read_training(path: Path) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def _manifest(source: FolderSource, tokenizer: str, tokenizer_hash: str) -> dict
         "fingerprint": "",
         "tokenizer": tokenizer,
         "tokenizer_hash": tokenizer_hash,
+        "adds_bos": source.training.get("adds_bos"),
         "global_batch_size": 1,
         "seed": 0,
         "loader": {"samples": 0},

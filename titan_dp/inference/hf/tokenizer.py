@@ -1,12 +1,14 @@
 """The tokenizer of a folder: copied if it is already Hugging Face's, converted if it is a tiktoken encoding.
 
 What is written encodes as the original does and names the original (`tokenizer.ORIGIN`), so that shards made with one are
-read with the other.
+read with the other. If training documents had no BOS, transformers does not add one either.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +57,9 @@ def save_tokenizer(original: Tokenizer, folder: Path, seq_len: int) -> Tokenizer
         declared["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 adds token types otherwise
         roles = {"bos_token": original.bos_id, "eos_token": original.eos_id, "pad_token": original.eos_id}
         declared |= {role: names[token_id] for role, token_id in roles.items() if token_id is not None}
+    if not original.adds_bos:
+        _add_nothing(folder / "tokenizer.json")
+        declared["add_bos_token"] = False
     origin = declared.pop(ORIGIN, {"name": name}) | {"hash": original.hash}
     declared["model_max_length"] = seq_len
     settings.write_text(to_json(declared, indent=1) + "\n")
@@ -67,7 +72,17 @@ def save_tokenizer(original: Tokenizer, folder: Path, seq_len: int) -> Tokenizer
             f"tokenizer {name!r} could not be converted: what was written encodes differently; "
             "name an equal Hugging Face tokenizer with --tokenizer"
         )
-    return written
+    return replace(written, adds_bos=original.adds_bos)
+
+
+def _add_nothing(file: Path) -> None:
+    """Take out what puts special tokens around a text: the templates of the post-processor."""
+    from tokenizers import Tokenizer as HFTokenizer
+
+    backend = HFTokenizer.from_file(str(file))
+    if backend.encode("a").ids != backend.encode("a", add_special_tokens=False).ids:
+        saved = json.loads(file.read_text())
+        file.write_text(to_json(saved | {"post_processor": None}))
 
 
 def _convert(encoding: tiktoken.Encoding) -> HFTokenizer:

@@ -62,6 +62,8 @@ class _Facts(JsonObject):
     embedding_parameters: Natural
     flops_per_token: Natural
     tokenizer: str
+    tokenizer_hash: str = ""
+    """Empty in runs from before this was written."""
     fingerprint: str
     validation_fingerprint: str | None
     validation_text_bytes: Natural | None = None
@@ -172,7 +174,23 @@ def read_runs(found: dict[Path, str | None]) -> pd.DataFrame:
             rows = list(pool.map(read_run, found, found.values(), chunksize=4))
     runs = pd.DataFrame(rows, dtype=object)  # numbers as Python's own: FLOPs may exceed 64 bits, and None stays None
     runs.insert(0, "run", _distinct_names(list(found)))
+    runs["tokenizer"] = _distinct_tokenizers(runs)
     return runs
+
+
+def _distinct_tokenizers(runs: pd.DataFrame) -> list[str | None]:
+    """A name for each run's tokenizer: equal for equal hashes, whatever they were called, and with the hash if one name stands
+    for several.
+    """
+    first: dict[str, str] = {}
+    digests = list(runs["tokenizer_hash"])
+    names = [
+        first.setdefault(digest, name) if digest else name for name, digest in zip(runs["tokenizer"], digests, strict=True)
+    ]
+    several = {name for name, count in Counter(first.values()).items() if count > 1}
+    return [
+        f"{name} {digest[:12]}..." if digest and name in several else name for name, digest in zip(names, digests, strict=True)
+    ]
 
 
 def _distinct_names(folders: list[Path]) -> list[str]:
