@@ -1,10 +1,10 @@
 """Multi-query associative recall: does a model find again what it has just read? On sequences made here, without text.
 
 A sequence is BOS (if documents had it at the training), pairs "key value", and then queries: keys of these pairs in random
-order, each followed by its value. At each queried key, the value should be the likeliest next token. It is the task of Arora et al. 2023
-(Zoology, arXiv 2312.04927) with two changes for models that were trained on text. The value follows its query, so that the
-sequence goes on as it began; and queries lie uniformly in the slots of two tokens after the pairs, not at power-law gaps, so
-that every distance is asked for. If --length leaves slots without a query, they hold keys that have no pair here. Keys and
+order, each followed by its value. At each queried key, the value should be the likeliest next token. It is the task of Arora et
+al. 2023 (Zoology, arXiv 2312.04927) with two changes for models that were trained on text. The value follows its query, so that
+the sequence goes on as it began; and queries lie uniformly in the slots of two tokens after the pairs, not at power-law gaps,
+so that every distance is asked for. If --length leaves slots without a query, they hold keys that have no pair here. Keys and
 values come from two disjoint random halves of the vocabulary without special tokens. A sequence is a function of --seed, its
 number of pairs and its index alone.
 
