@@ -85,6 +85,8 @@ LAUNCHER_PID = "TITAN_DP_LAUNCHER_PID"
 """Environment variable: the process of launch/torchrun.py, without which its ranks end."""
 STOPPED_FILE = "TITAN_DP_STOPPED_FILE"
 """Environment variable: a file that a stopped process makes, for launch/torchrun.py, which does not see exit codes."""
+RUNS_AT_ONCE = "TITAN_DP_RUNS_AT_ONCE"
+"""Environment variable: how many runs a sweep has at the same time on this machine; they share its cores."""
 
 
 def is_main_rank() -> bool:

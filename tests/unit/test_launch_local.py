@@ -126,6 +126,11 @@ def test_a_folder_that_cannot_be_read_fails_its_own_cell_only(launch: Launch, tm
     assert json.loads((tmp_path / "b/run.json").read_text()) == {"state": "finished"}
 
 
+def test_a_cell_is_told_how_many_share_the_cores(launch: Launch, tmp_path: Path) -> None:
+    launch(at_once=2, a=f"echo $TITAN_DP_RUNS_AT_ONCE; {FINISH}")
+    assert (tmp_path / "a/attempt-1.log").read_text().startswith("2\n")
+
+
 def test_gpus_are_shared_out_and_too_few_are_refused(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "visible_gpus", lambda: ["0", "1", "2", "GPU-3"])
     script = "echo $CUDA_VISIBLE_DEVICES > gpus; while [ $(ls ../*/gpus | wc -l) -lt 2 ]; do sleep 0.02; done; " + FINISH

@@ -14,6 +14,7 @@ from titan_dp.data.tokenizer import Tokenizer
 from titan_dp.errors import UserError
 from titan_dp.inference.hf.folder import FolderSource
 from titan_dp.inference.sources import CheckpointSource, Source, narrowed, open_tokenizer
+from titan_dp.model.cpu import use_threads
 from titan_dp.model.transformer import Transformer, build_model, chosen_backend
 
 _READ_BYTES = 2**28  # 256 MB: a few large tensors at a time beside the model itself
@@ -61,6 +62,7 @@ def load_model(
     """
     c = source.config.model_copy(update={"backend": backend})
     chosen_backend(c, device)
+    use_threads(c.hidden_size)
     with torch.device("meta"):
         model = build_model(c)
     stays_float32 = {id(p) for module in model.fp32_modules() for p in module.parameters()}

@@ -45,7 +45,8 @@ def main(argv: list[str]) -> int:
     if args.nnodes != "1" and not args.standalone and (interface := interface_towards(host)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ[LAUNCHER_PID] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun does this for several processes, with four lines of warning
+    if args.nproc_per_node != "1":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun does this too, with four lines of warning
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     # torch 2.13 would let ranks that --max-restarts starts again, or on a node that was replaced, find the dead ones' addresses
     # in the agent's store, and hang.

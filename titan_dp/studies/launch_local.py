@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan_dp.errors import EXIT_STOPPED, RunError, UserError
+from titan_dp.errors import EXIT_STOPPED, RUNS_AT_ONCE, RunError, UserError
 from titan_dp.files import short
 from titan_dp.hardware import visible_gpus
 from titan_dp.output import NEXT_SIGN
@@ -130,7 +130,7 @@ class _Launcher:
         """Shares of the machine that no thread has: share i is GPUs i * nproc to (i + 1) * nproc - 1."""
         self.told = time.monotonic()
         """When a log was last told how far the cells are."""
-        self.threads = max(1, len(os.sched_getaffinity(0)) // (at_once * nproc))
+        self.at_once = at_once
 
     def count(self, state: str) -> int:
         return sum(run.state == state for run in self.runs)
@@ -176,7 +176,7 @@ class _Launcher:
         (folder / ".slot").write_text(str(share))  # for a launch that finds the cell running after this one was killed
         logs = (re.fullmatch(r"attempt-(\d+)\.log", path.name) for path in folder.iterdir())
         log = folder / f"attempt-{max((int(log[1]) for log in logs if log), default=0) + 1}.log"
-        environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1", **os.environ}
+        environment = {"PYTHONUNBUFFERED": "1", **os.environ, RUNS_AT_ONCE: str(self.at_once)}
         if self.devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[share * self.nproc : (share + 1) * self.nproc])
         with log.open("wb") as file:

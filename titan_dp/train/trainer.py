@@ -36,6 +36,7 @@ from titan_dp.faults.profiling import Profiler
 from titan_dp.faults.step_times import StepTimes
 from titan_dp.faults.watchdog import Watchdog
 from titan_dp.files import write_atomically
+from titan_dp.model.cpu import lacks_kernels, use_threads
 from titan_dp.model.parallelize import sharded_model
 from titan_dp.model.parametrization import scales
 from titan_dp.model.size import model_size
@@ -74,6 +75,7 @@ class Trainer:
             if self.lock is not None:
                 self.lock.close()
             raise
+        use_threads(c.model.hidden_size)
         distributed.set_seeds(c.debug)
         self.model = sharded_model(c, world)
         self.householder_cost = c.training.householder_cost if c.model.adaptive_householder else None
@@ -165,10 +167,11 @@ class Trainer:
     def _announce(self) -> None:
         """The first lines of a run: what runs where, with what, on which data. No silent fallback stays silent."""
         c = self.config
+        slow = ", without its C kernels: several times slower" if lacks_kernels(self.world.device) else ""
         lines = {
             "device": distributed.describe(self.world, c.parallelism),
             "model": self.model.describe(),
-            "recurrence": f"{self.backend} backend",
+            "recurrence": f"{self.backend} backend{slow}",
             **planned(c, self.batch, self.world.size),
             "data": self.loader.describe(self.batch.tokens),
             "optimizer": self.optimizers.describe(),
