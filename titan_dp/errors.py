@@ -144,6 +144,8 @@ def report(error: Exception | KeyboardInterrupt) -> int:
         time.sleep(2)  # the rank that left knows why
     if (known := explained(error)) is None:
         traceback.print_exception(error)
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # two tracebacks look alike
+            print(f"error: the traceback above is of rank {os.environ.get('RANK', '0')}", file=sys.stderr, flush=True)
         return 1
     _say(str(known))
     return 2 if isinstance(known, UserError) else 1

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.processes import run_script
+from tests.processes import TIMEOUT_SECONDS, run_script, start_launcher
+from titan_dp.errors import EXIT_STOPPED
 from titan_dp.launch.torchrun import interface_towards
 
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"OMP_NUM_THREADS": "1", "VENV": sys.prefix}
@@ -82,6 +85,42 @@ def test_the_launcher_leaves_with_the_exit_code_of_what_it_launched(tmp_path: Pa
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("print('error: no answer', file=sys.stderr); sys.exit(1)", r"error: no answer\n"),
+        (
+            "os.kill(os.getpid(), 9)",
+            r"error: rank 0 \(process \d+ on \S+\) was killed by SIGKILL, often for want of memory; "
+            r"the same command goes on from the last save\n",
+        ),
+        ("sys.exit(3)", r"error: rank 0 \(process \d+ on \S+\) ended with exit code 3\n"),
+    ],
+)
+def test_a_rank_that_fails_is_one_sentence(tmp_path: Path, statement: str, said: str) -> None:
+    result, _ = launched(tmp_path, f"import os, sys\n{statement}\n")
+    assert re.fullmatch(said, result.stderr), result.stderr
+
+
+def test_a_signal_after_which_ranks_save_is_said_by_them_alone(tmp_path: Path) -> None:
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: (open(os.environ['TITAN_DP_STOPPED_FILE'], 'w'), sys.exit(75)))\n"
+        "print('ready', file=sys.stderr, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    log.touch()
+    launcher = start_launcher("--standalone", "--nproc-per-node=1", script, log=log)
+    while "ready" not in log.read_text():
+        time.sleep(0.05)
+    assert launcher.pid is not None
+    os.kill(launcher.pid, signal.SIGINT)
+    launcher.join(TIMEOUT_SECONDS)
+    assert launcher.exitcode == EXIT_STOPPED
+    assert log.read_text() == "ready\n"
+
+
 def test_logs_that_cannot_be_written_do_not_take_the_exit_code_away(tmp_path: Path) -> None:
     logs = str(tmp_path / "logs")
     result, _ = launched(tmp_path, f"import shutil, sys\nshutil.rmtree({logs!r})\nopen({logs!r}, 'w')\nsys.exit(2)\n")
@@ -113,7 +152,7 @@ def signalled(root: Path, tmp_path: Path, site: str, script: str, when: str) -> 
 def test_a_signal_after_the_failure_does_not_change_the_exit_code(root: Path, tmp_path: Path) -> None:
     """As srun sends it to every other node when one has failed; the interpreter's end takes a while."""
     slow_end = "import atexit, sys, time\nif 'torchrun' in ''.join(sys.orig_argv): atexit.register(time.sleep, 2)\n"
-    assert signalled(root, tmp_path, slow_end, "import sys\nsys.exit(3)\n", "script.py FAILED") == 3
+    assert signalled(root, tmp_path, slow_end, "import sys\nsys.exit(3)\n", "ended with exit code 3") == 3
 
 
 def test_a_signal_before_torch_is_imported_is_no_failure_of_its_own(root: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@
    A GLOO_SOCKET_IFNAME that is set is left alone. NCCL finds its interfaces by itself.
 3. SIGUSR1 is handed to the ranks as SIGTERM is. If they save and leave, so does this, with 75: start the same again.
 
-Left out: everything else is torch.distributed.run.
+Its page about ranks that failed is left out: they have said why, and of one that was killed a sentence tells. Everything else
+is torch.distributed.run.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def main(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    # Which process ended how is in the report below; these lines come first and say it once more.
+    # Which process ended how is said below, and ranks say themselves what a signal means for them.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
     args = parse_args(argv)
     host = args.rdzv_endpoint.rpartition(":")[0] or args.rdzv_endpoint or args.master_addr
     if args.nnodes != "1" and not args.standalone and (interface := interface_towards(host)):
@@ -60,21 +62,33 @@ def main(argv: list[str]) -> int:
         except ChildFailedError as error:
             # srun, told of another node's failure, ends this one: that must no longer change the exit code.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            code = error.get_first_failure()[1].exitcode  # negative: killed by that signal
-            code = code if code >= 0 else 128 - code
+            rank, failure = error.get_first_failure()
+            code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode  # negative: killed by that signal
             if args.log_dir:
                 with suppress(OSError):  # a full disk must not take the code itself away
                     Path(args.log_dir).mkdir(parents=True, exist_ok=True)
                     (Path(args.log_dir) / "exit_code").write_text(f"{code}\n")
-            if code not in (EXIT_STOPPED, 2):  # then the rank has said all there is to say
-                print(error, file=sys.stderr, flush=True)
+            if code not in (EXIT_STOPPED, 1, 2):  # then the rank has said all there is to say
+                print(f"error: {_end_of(rank, failure.pid, failure.exitcode)}", file=sys.stderr, flush=True)
             return code
         except SignalException as error:
+            if stopped.exists():  # the ranks have said that they saved
+                return EXIT_STOPPED
             print(f"ended from outside by {error.sigval.name}", file=sys.stderr, flush=True)
             # 1, not 143: srun reports the highest code of all nodes, and the one that failed by itself must show. So 75 too is
             # left with only where the ranks did save, which they cannot after another node has failed.
-            return EXIT_STOPPED if stopped.exists() else 1
+            return 1
     return 0
+
+
+def _end_of(rank: int, pid: int, code: int) -> str:
+    """The sentence for a rank that could not say itself why it ended; a negative `code` is the signal that killed it."""
+    who = f"rank {rank} (process {pid} on {socket.gethostname()})"
+    if code >= 0:
+        return f"{who} ended with exit code {code}"
+    name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
+    why = ", often for want of memory" if -code == signal.SIGKILL else ""
+    return f"{who} was killed by {name}{why}; the same command goes on from the last save"
 
 
 def interface_towards(host: str) -> str | None:
