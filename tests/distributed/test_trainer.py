@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tests.distributed.harness import run_ranks
 from titan_dp.checkpoint.folder import resolve_checkpoint
 from titan_dp.checkpoint.manifest import read_manifest
 from titan_dp.errors import UserError
+from titan_dp.output import Progress
+from titan_dp.train import trainer
 
 
 def train(config: Path, *overrides: str) -> None:
@@ -94,6 +97,28 @@ def test_tokens_are_the_samples_consumed_after_a_change_of_batch_and_length(tiny
     (said,) = run_ranks(1, refused, tiny_config, *longer[:4], "--training.steps", "10", *ALLOW)
     assert "training.steps = 10, but the run to resume has done 13 steps" in said
     assert facts_of(tiny_config, "tiny") == facts
+
+
+def passes_of(config: Path) -> list[tuple[str, int | None, int]]:
+    """What is shown of the steps that are watched: its words, how many micro-batches there are, and the last one begun."""
+    shown: list[Progress] = []
+
+    @contextlib.contextmanager
+    def watched(what: str, total: int | None = None) -> Iterator[Progress]:
+        shown.append(Progress(what, total))
+        yield shown[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "progress", watched)
+        patch.setattr(trainer, "FIRST_SIGN", -1.0)  # every step takes long
+        train(config, "--training.steps", "2", "--validation.enable=false", "--generate.enable=false")
+    return [(each.what, each.total, each.done) for each in shown]
+
+
+def test_a_step_that_takes_long_shows_its_micro_batches(tiny_config: Path) -> None:
+    """8 sequences per step, 2 at a time."""
+    (shown,) = run_ranks(1, passes_of, tiny_config)
+    assert shown == [("step 1, micro-batch", 4, 3), ("step 2, micro-batch", 4, 3)]
 
 
 # -- weights of another run --------------------------------------------------------------------------------------------

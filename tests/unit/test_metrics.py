@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.text import Text
 
 from tests.runs import write_sweep
 from titan_dp import config
@@ -41,8 +42,17 @@ def metrics(folder: Path, start_step: int = 0, rank: int = 0, run_name: str = ""
     loaded = Loaded(settings, dict.fromkeys(all_keys(), "test"))
     if run_name:  # which pydantic would refuse as a folder
         loaded.config.job.__dict__["run_name"] = run_name
-    facts = RunFacts(loaded, World(rank, 2, CPU), Counts(matmul=10**6), batch, held_out, held_out)
-    return Metrics(folder, facts, start_step, 512 * start_step)
+    of_run = RunFacts(loaded, World(rank, 2, CPU), Counts(matmul=10**6), batch, held_out, held_out)
+    return Metrics(folder, of_run, start_step, 512 * start_step)
+
+
+def facts(tokens_per_step: int, epochs: float = 0.0, device: str = "cpu") -> RunFacts:
+    """Of 10 steps in two ranks, with 10 GFLOPs per token."""
+    settings = config.Config(training=config.Training(steps=10, seq_len=tokens_per_step, local_batch_size=1))
+    loader: Any = types.SimpleNamespace(epochs=lambda tokens: epochs)
+    batch = plan_batches(settings.training, 1)
+    loaded = Loaded(settings, dict.fromkeys(all_keys(), "test"))
+    return RunFacts(loaded, World(0, 2, torch.device(device)), Counts(matmul=10**10), batch, loader, None)
 
 
 def interval(seconds: float = 1.0, **values: Any) -> Interval:
@@ -66,12 +76,57 @@ def test_a_log_line_shows_all_a_person_asks_for(tmp_path: Path, capsys: pytest.C
     m = metrics(tmp_path)
     log(m, 10)
     log(m, 20, skipped=3, during=interval(paused={"checkpoint": 2.5}, remarks=["rank 3 on a7 computes at 50 %"]))
-    first, second, remark = capsys.readouterr().out.splitlines()
+    log(m, 30)
+    first, second, remark, third = capsys.readouterr().out.splitlines()
     assert first.startswith("step    10/1,000 | loss 2.0000 | lr 3.0e-04 | norm 0.50 | ")
-    assert all(part in first for part in ("tok/s", "FLOP/s", "GiB", "ETA 0:"))
+    assert all(part in first for part in ("tok/s", "GiB", "ETA 0:"))
+    assert "FLOP/s" in third
     assert second.endswith("| 3 skipped | checkpoint 2.5 s")
     assert remark == "step    20 | rank 3 on a7 computes at 50 %"
     assert records(tmp_path)[1]["paused_checkpoint"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (None, "step 6,200/7,630 | loss 10.3418 | lr 3.0e-04 | 17.1k tok/s | ETA 15 d 9 h | checkpoint 12.5 s"),
+        (80, "step 6,200/7,630 | loss 10.3418 | 17.1k tok/s | ETA 15 d 9 h | checkpoint 12.5 s"),
+        (60, "step 6,200/7,630 | loss 10.3418 | 17.1k tok/s | ETA 15 d 9 h"),
+    ],
+)
+def test_a_line_fits_100_columns_and_the_terminal_by_leaving_out_whole_parts(
+    columns: int | None, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: columns is not None)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    m = metrics(tmp_path)
+    m.total_steps = 7630
+    m._last_step, m._last_tokens = 6199, 512 * 6200 - 512 * 31000
+    log(m, 6200, loss=10.3418, norm=14.81, during=interval(929.0, paused={"checkpoint": 12.5}))
+    assert Text.from_ansi(capsys.readouterr().out).plain.splitlines() == [line]
+
+
+def test_a_run_whose_steps_take_minutes_on_a_cpu_says_so_before_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    slow = facts(8000)  # 80 TFLOPs at 2 ranks x 4 threads x 10 GFLOP/s
+    assert slow.step_seconds == pytest.approx(1000.0)
+    (said,) = slow.warnings()
+    assert said.startswith(
+        "a step will take about 16.7 min on this CPU, the rest of the run 2.78 h (an estimate: 80 TFLOPs per"
+    )
+    assert "2 ranks of 4 threads at 10 GFLOP/s each" in said
+    assert "training.global_batch_size, training.seq_len, training.steps" in said
+    assert facts(800).warnings() == []
+    assert facts(8000, device="cuda").warnings() == []
+
+
+def test_a_run_that_reads_its_data_again_and_again_says_so() -> None:
+    assert facts(8, epochs=9.0).warnings() == []
+    (said,) = facts(8, epochs=2557.3).warnings()
+    assert said == (
+        "the run reads its data 2,557 times, and text that is repeated so often teaches little; prepare more text, or lower "
+        "training.steps"
+    )
 
 
 def test_speed_is_tokens_over_the_seconds_of_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -40,6 +40,10 @@ class Loader(Protocol):
 
     def load_state_dict(self, state: dict[str, int]) -> None: ...
 
+    def epochs(self, run_tokens: int) -> float:
+        """How often a run of `run_tokens` reads its data; 0 if that has no end or is not known."""
+        ...
+
     def describe(self, run_tokens: int) -> str:
         """One line for the banner; `run_tokens` is the length of the run."""
         ...

@@ -67,6 +67,9 @@ class ShardLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.samples = state["samples"]
 
+    def epochs(self, run_tokens: int) -> float:
+        return run_tokens / sum(len(source) for source in self.sources)
+
     def describe(self, run_tokens: int) -> str:
         tokens = sum(len(source) for source in self.sources)
         shards = sum(len(source.shards) for source in self.sources)
@@ -76,7 +79,7 @@ class ShardLoader:
             mixture = "; mixture " + ", ".join(f"{s.folder} {p:.1%}" for s, p in zip(self.sources, shares, strict=True))
         return (
             f"{counted(shards, 'shard')}, {tokens:,} tokens of {self.tokenizer_name}, "
-            f"{run_tokens / tokens:.2f} epochs planned, fingerprint {self.fingerprint[:12]}{mixture}"
+            f"{self.epochs(run_tokens):.2f} epochs planned, fingerprint {self.fingerprint[:12]}{mixture}"
         )
 
     def _read(self, begin: int, worker: int, workers: int) -> Iterator[Batch]:

@@ -99,6 +99,9 @@ class StreamLoader:
     def load_state_dict(self, state: State) -> None:
         self.state = _START | state  # after another source there are only samples: then this stream begins
 
+    def epochs(self, run_tokens: int) -> float:
+        return 0.0
+
     def describe(self, run_tokens: int) -> str:
         return (
             f"streaming {self.data.hf_dataset} {self.data.hf_name} {self.data.hf_split}, tokenised by every rank with "

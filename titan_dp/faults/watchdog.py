@@ -111,8 +111,9 @@ class Watchdog:
             faulthandler.dump_traceback(all_threads=True)
             where = f"stacks are above, as {self.folder} could not be written ({error})"
         print(
-            f"error (rank {self.rank}): no forward pass began for {self._allowed:g} s ({self.key}); {where}; the rank without "
-            "a file there, or whose stack differs from the others', hangs. The same command resumes",
+            f"error (rank {self.rank}): no forward pass began for {self._allowed:g} s; {where}; a rank without a file there, "
+            f"or with another stack than the others, hangs; if none does, this machine is slow: raise {self.key}. "
+            "The same command resumes",
             file=sys.stderr,
             flush=True,
         )

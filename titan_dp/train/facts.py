@@ -17,7 +17,15 @@ from titan_dp.distributed import World, device_name
 from titan_dp.errors import counted
 from titan_dp.files import short, si
 from titan_dp.model.size import embedding_parameters, model_size
+from titan_dp.output import duration
 from titan_dp.train.batch_plan import BatchPlan
+
+CPU_FLOPS = 10e9
+"""FLOP/s of a thread that trains on a CPU, for estimates: modest, as debug.toml's in benchmarks/results/debug_run.md."""
+_SLOW_STEP = 120.0
+"""Seconds from which on a step's length is said before the first."""
+_MANY_EPOCHS = 10
+"""Text that is read up to 4 times is nearly worth new text, and ever less beyond that (Muennighoff et al. 2023)."""
 
 
 @dataclass
@@ -42,6 +50,37 @@ class RunFacts:
             "steps": self.batch.steps,
             "tokens_per_step": self.batch.tokens_per_step,
         }
+
+    @property
+    def step_seconds(self) -> float:
+        """About how long a step takes on CPUs: an estimate from its FLOPs and CPU_FLOPS. 0 on GPUs."""
+        if self.world.device.type != "cpu":
+            return 0.0
+        return self._step_flops / (CPU_FLOPS * self.world.size * torch.get_num_threads())
+
+    @property
+    def _step_flops(self) -> int:
+        return self.size.flops_per_token * self.batch.tokens_per_step
+
+    def warnings(self) -> list[str]:
+        """A sentence for each plan that is hardly meant: steps that take minutes, and data that is read again and again."""
+        found, training = [], self.loaded.config.training
+        length = "training.steps" if training.tokens is None else "training.tokens"
+        if (step := self.step_seconds) > _SLOW_STEP:
+            threads = f"{counted(self.world.size, 'rank')} of {counted(torch.get_num_threads(), 'thread')}"
+            rest = duration(step * (self.batch.steps - self.batch.steps_before))
+            found.append(
+                f"a step will take about {duration(step)} on this CPU, the rest of the run {rest} "
+                f"(an estimate: {si(self._step_flops, 'FLOPs')} "
+                f"per step, {threads} at {si(CPU_FLOPS, 'FLOP/s')} each); train on a GPU, or lower "
+                f"training.global_batch_size, training.seq_len, {length} or the size of the model"
+            )
+        if (epochs := self.loader.epochs(self.batch.tokens)) > _MANY_EPOCHS:
+            found.append(
+                f"the run reads its data {epochs:,.0f} times, and text that is repeated so often teaches little; prepare more "
+                f"text, or lower {length}"
+            )
+        return found
 
     def manifest(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors: enough to refuse a wrong resume and to rebuild the model."""

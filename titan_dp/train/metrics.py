@@ -12,12 +12,14 @@ import resource
 import secrets
 import sys
 import textwrap
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from titan_dp import config
 from titan_dp.config.describe import all_keys
@@ -26,6 +28,7 @@ from titan_dp.errors import RunError, UserError
 from titan_dp.faults.step_times import Interval
 from titan_dp.files import short, to_json, write_atomically
 from titan_dp.hardware import peak
+from titan_dp.output import fitted, room
 from titan_dp.train.facts import RunFacts
 from titan_dp.train.run_folder import read_records
 from titan_dp.train.step import StepResult
@@ -121,7 +124,7 @@ class Metrics:
         speed = f"{flops / 1e9:.3g} GFLOP/s"
         if self.peak is not None:
             record["mfu"] = flops / self.peak
-            speed = f"MFU {record['mfu']:.1%}" if record["mfu"] <= 1 else "MFU above 100 %: metrics.peak_tflops is wrong"
+            speed = f"MFU {record['mfu']:.1%}"
         # The first line's speed is warmup and compilation: no estimate from it alone once there is a better one.
         self._step_seconds = (
             step_seconds
@@ -132,18 +135,27 @@ class Metrics:
         eta = f"{left.days} d {left.seconds // 3600} h" if left.days else str(left)
         width = len(f"{self.total_steps:,}")
         grown, self._memory = record["memory_gib"] > 1.01 * self._memory, max(self._memory, record["memory_gib"])
-        # What is always there fits 100 columns; the rest only where it tells something.
-        self._console.print(
-            f"step {step:>{width},}/{self.total_steps:,} | loss [bold]{loss_value:.4f}[/bold] | lr {lr:.1e} | "
-            f"norm {norm_value:.2f} | {short(tokens_per_second)} tok/s | {speed} | ETA {eta}"
-            + (f" | {record['memory_gib']:.2f} GiB" if grown else "")
-            + (f" | waiting for data {record['data_wait']:.1%}" if record["data_wait"] >= 0.01 else "")
-            + (f" | {record['householder_steps']:.2f} Householder steps per token" if "householder_steps" in record else "")
-            + (f" | {skipped} skipped" if skipped else "")
-            + "".join(f" | {what} {seconds:.1f} s" for what, seconds in interval.paused.items() if seconds >= 0.05)
-        )
-        for remark in interval.remarks:
-            self._console.print(f"step {step:>{width},} | {remark}", style="yellow")
+        paused = {what: seconds for what, seconds in interval.paused.items() if seconds >= 0.05}
+        parts = {
+            "step": f"step {step:>{width},}/{self.total_steps:,}",
+            "loss": f"loss [bold]{loss_value:.4f}[/bold]",
+            "lr": f"lr {lr:.1e}",
+            "norm": f"norm {norm_value:.2f}",
+            "tokens": f"{short(tokens_per_second)} tok/s",
+            "speed": speed,
+            "eta": f"ETA {eta}",
+            "memory": f"{record['memory_gib']:.2f} GiB" if grown else "",
+            "data": f"waiting for data {record['data_wait']:.1%}" if record["data_wait"] >= 0.01 else "",
+            "householder": f"{record['householder_steps']:.2f} steps per token" if "householder_steps" in record else "",
+            "skipped": f"{skipped} skipped" if skipped else "",
+            "paused": " | ".join(f"{what} {seconds:.1f} s" for what, seconds in paused.items()),
+        }
+        self._console.print(line_of(parts, ["speed", "memory", "norm", "lr", "paused", "data", "householder"]))
+        remarks = list(interval.remarks)
+        if record.get("mfu", 0) > 1:
+            remarks.append("MFU above 100 %: metrics.peak_tflops is wrong")
+        for remark in remarks:
+            self._console.print(fitted(f"step {step:>{width},} | {remark}"), style="yellow", markup=False)
         self._write(step, record)
         self._last_step, self._last_tokens = step, tokens
 
@@ -151,15 +163,21 @@ class Metrics:
         """Record a validation after `step` steps."""
         loss = self.validation_loss = result.loss
         record = {"step": step, "validation_loss": loss, "validation_tokens": result.tokens}
-        line = f"step {step:,} | validation loss [bold]{loss:.4f}[/bold] nats per token over {result.tokens:,} tokens"
+        parts = {
+            "step": f"step {step:,}",
+            "loss": f"validation loss [bold]{loss:.4f}[/bold] nats per token",
+            "tokens": f"{result.tokens:,} tokens",
+        }
         if result.token_accuracy is not None and result.sequence_accuracy is not None:
             record["validation_token_accuracy"] = result.token_accuracy
             record["validation_sequence_accuracy"] = result.sequence_accuracy
-            line += f" | right: {result.token_accuracy:.2%} of tokens, [bold]{result.sequence_accuracy:.2%}[/bold] of sequences"
+            parts["right"] = (
+                f"right: {result.token_accuracy:.2%} of tokens, [bold]{result.sequence_accuracy:.2%}[/bold] of sequences"
+            )
         if self.bytes_per_token:
             record["validation_bits_per_byte"] = bits_per_byte(loss, self.bytes_per_token)
-            line += f" | {record['validation_bits_per_byte']:.4f} bits per byte"
-        self._console.print(line)
+            parts["bits"] = f"{record['validation_bits_per_byte']:.4f} bits per byte"
+        self._console.print(line_of(parts, ["tokens"]))
         self._write(step, record)
 
     def _write(self, step: int, record: dict[str, Any]) -> None:
@@ -188,6 +206,20 @@ class Metrics:
                 print(f"WARNING: the log of {name} may lack its end ({error})", file=sys.stderr, flush=True)
 
 
+def line_of(parts: dict[str, str], dispensable: Sequence[str]) -> str:
+    """`parts` that are not empty in one line of rich's markup. It fits 100 columns, and a terminal that is narrower, by leaving
+    out what is `dispensable`, the first of it first; metrics.jsonl has it all.
+    """
+    kept = {name: part for name, part in parts.items() if part}
+    for name in dispensable:
+        if Text.from_markup(" | ".join(kept.values())).cell_len <= min(room(), _WIDEST):
+            break
+        kept.pop(name, None)
+    return " | ".join(kept.values())
+
+
+_WIDEST = 100
+"""Columns of a line in a log."""
 _TRAIN = {"loss", "grad_norm", "tokens", "skipped_steps", "householder_steps"}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import shlex
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -41,7 +42,7 @@ from titan_dp.model.parallelize import sharded_model
 from titan_dp.model.parametrization import scales
 from titan_dp.model.size import model_size
 from titan_dp.model.transformer import chosen_backend
-from titan_dp.output import fitted, print_next, print_pairs, print_text, progress
+from titan_dp.output import FIRST_SIGN, Progress, fitted, print_next, print_pairs, print_text, progress
 from titan_dp.train.batch_plan import BatchPlan, plan_batches, plan_rest
 from titan_dp.train.facts import RunFacts, planned
 from titan_dp.train.lr_scheduler import build_lr_scheduler, rate_jump
@@ -51,6 +52,8 @@ from titan_dp.train.run_folder import RunLock, check_config_is_ours, write_run
 from titan_dp.train.step import PhaseName, StepResult, train_step
 from titan_dp.train.tasks import Sample, build_task
 
+PASS_PATIENCE = 4.0
+"""A forward and backward pass on a CPU may take so many times its estimate before it counts as a hang."""
 LOCK_PATIENCE = 10.0
 """Seconds for the ranks of a run whose launcher was killed: they save and end."""
 
@@ -88,6 +91,7 @@ class Trainer:
         self.times = StepTimes(world.device, c.compile.enable)
         self.interrupt = Interrupt(world.device)
         self.stop_for: Signals | None = None
+        self.slow, self.passes = True, Progress("", None)  # whether the last step took long, or there was none; and this one's
 
         self.samples_before = 0  # consumed before the run was resumed
         self.step, self.reached = 0, False  # reached: solved early; the run stops before its last step
@@ -96,7 +100,8 @@ class Trainer:
         self._resume()
         self.lr_factor = build_lr_scheduler(c.lr_scheduler, self.batch.steps)
         hang_folder = self.run_folder / "hang" / f"from-step-{self.step:08}"
-        self.watchdog = Watchdog(hang_folder, world.rank, world.size, c.comm.init_timeout_seconds, "comm.init_timeout_seconds")
+        limit = self._patience(c.comm.init_timeout_seconds)
+        self.watchdog = Watchdog(hang_folder, world.rank, world.size, limit, "comm.init_timeout_seconds")
         self.model.register_forward_pre_hook(lambda module, args: self.watchdog.beat())
 
     # -- before the first step ---------------------------------------------------------------------------------------
@@ -183,7 +188,7 @@ class Trainer:
             lines["by rank"] = f"may differ, and does: {'; '.join(self.differing)}"
         if self.world.is_main:
             print_pairs(f"{self.loaded.run_name} {c.job.description}".rstrip(), lines)
-        for warning in self.loaded.warnings():
+        for warning in self.loaded.warnings() + ([] if self._is_done() else self.facts.warnings()):
             self.console.print(fitted(f"warning: {warning}"), style="yellow")
 
     def _open_run_folder(self) -> Metrics:
@@ -239,7 +244,8 @@ class Trainer:
                         gc.collect(1)
                     if first:
                         distributed.set_timeout(c.comm.train_timeout_seconds)
-                        self.watchdog.limit, self.watchdog.key = c.comm.train_timeout_seconds, "comm.train_timeout_seconds"
+                        self.watchdog.limit = self._patience(c.comm.train_timeout_seconds)
+                        self.watchdog.key = "comm.train_timeout_seconds"
                     profiler.step()
             self.checkpointer.wait()
             if self.stop_for is not None:
@@ -265,34 +271,45 @@ class Trainer:
             return StoppedError(f"{stopped}; saved; the same command resumes")
         return RunError(f"{stopped}; nothing is saved (checkpoint.enable = false)")
 
+    def _patience(self, limit: float) -> float:
+        """Seconds that a forward and backward pass may take: `limit`, or more on a CPU that needs more."""
+        return max(limit, PASS_PATIENCE * self.facts.step_seconds / self.batch.accumulation)
+
     def _is_done(self) -> bool:
         return self.reached or self.step >= self.batch.steps
 
     def _train_step(self, micro_batches: list[Batch]) -> StepResult:
-        result = train_step(
-            self.model,
-            self.optimizers,
-            self.guard,
-            micro_batches,
-            world=self.world,
-            max_norm=self.config.training.max_norm,
-            lr_factor=self.lr_factor(self.step),
-            householder_cost=self.householder_cost,
-            flags=self.interrupt.flags(),
-            phase=self._phase,
-        )
+        began, many = time.monotonic(), len(micro_batches)
+        shown = f"step {self.step + 1:,}" + (", micro-batch" if many > 1 else "")
+        with progress(shown, many if many > 1 else None) if self.slow else nullcontext(self.passes) as self.passes:
+            result = train_step(
+                self.model,
+                self.optimizers,
+                self.guard,
+                micro_batches,
+                world=self.world,
+                max_norm=self.config.training.max_norm,
+                lr_factor=self.lr_factor(self.step),
+                householder_cost=self.householder_cost,
+                flags=self.interrupt.flags(),
+                phase=self._phase,
+            )
+        self.slow = time.monotonic() - began > FIRST_SIGN
         self.stop_for = self.interrupt.hand_in(result.signals)
         return result
 
     def _phase(self, name: PhaseName, micro: int) -> AbstractContextManager[None]:
         """Times what a rank does without others; weights stay as they are until the last checkpoint has copied them."""
+        if name == "forward":
+            self.passes.done = micro
         if name == "update":
             self.checkpointer.wait_until_copied()
         return self.times.work if name in ("loss", "update") else nullcontext()
 
     def _validate(self, metrics: Metrics) -> None:
         """Validate. If a signal arrives first, leave it to the resumed run."""
-        limit, self.watchdog.limit = self.watchdog.limit, self.config.comm.init_timeout_seconds  # the first one compiles
+        limit = self.watchdog.limit
+        self.watchdog.limit = self._patience(self.config.comm.init_timeout_seconds)  # the first one compiles
         with self.times.paused("validation"):
             result = self.task.evaluate(self.model, self._until_stopped)
         self.watchdog.limit = limit

@@ -76,6 +76,9 @@ class SyntheticLoader:
         self.samples = state["samples"]
         self.step = state.get("step", self.samples // self.place.total)  # older checkpoints have no other
 
+    def epochs(self, run_tokens: int) -> float:
+        return 0.0
+
     def describe(self, run_tokens: int) -> str:
         low = f"{self.c.min_length} to " if self.c.min_length else ""
         growing = f", growing over {self.c.curriculum_steps:,} steps" if self.c.curriculum_steps else ""
