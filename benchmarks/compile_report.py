@@ -62,22 +62,30 @@ class Case(NamedTuple):
 
 
 def cases(quick: bool) -> list[Case]:
-    """For sm_90 every size; for the others what it takes to reach every line of the table."""
+    """For sm_90 every size with n = 2, every option, and square heads of all n; for the other chips square heads of 1 and 2
+    steps (sm_100: of all); and for each what else it takes to reach every line of the table."""
     if quick:
-        return [*(Case(arch, 128, 128, 2, "bfloat16") for arch in (80, 90, 100)), Case(90, 64, 64, 2, "float32")]
+        return [*(Case(arch, 128, 128, 2, "bfloat16") for arch in (80, 86, 90, 100)), Case(90, 64, 64, 2, "float32")]
     chosen: list[Case] = []
     reached: set[tuple[Any, ...]] = set()
     for case in possible():
         lines = set(lines_of(case))
-        if (case.arch == 90 and case.dtype == "bfloat16" and not case.part) or lines - reached:
+        square = case.dk == case.dv
+        if case.arch == 90:
+            wanted = not case.part and (case.n == 2 or square)
+        else:
+            wanted = square and case.options == "-" and (case.n <= 2 or case.arch == 100)
+        if (wanted and case.dtype == "bfloat16") or lines - reached:
             chosen.append(case)
             reached |= lines
-    return chosen
+    return list(dict.fromkeys(chosen))
 
 
 def possible() -> Iterator[Case]:
     """All sizes and options that are told apart."""
-    for arch, n in itertools.product((90, 80, 100), (2, 1, 3, 4)):
+    from deltaproduct_kernels.triton_backend.configs import ARCHITECTURES
+
+    for arch, n in itertools.product(sorted(ARCHITECTURES, key=lambda arch: arch != 90), (2, 1, 3, 4)):
         for dk, dv in itertools.product(WIDTHS, WIDTHS):
             yield Case(arch, dk, dv, n, "bfloat16")
             if dk < 256:
@@ -96,7 +104,6 @@ def lines_of(case: Case) -> list[tuple[Any, ...]]:
     bits = 32 if dtype == "float32" else 16
     used = [
         "solve",
-        "states_again",
         "gradients",
         *(["states_cut", "adjoint_cut", "scan"] if case.part else ["states", "adjoint"]),
     ]

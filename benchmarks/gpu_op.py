@@ -97,9 +97,9 @@ def roofline(smoke: bool) -> tuple[float, float]:
     return bandwidth, 2 * m**3 / milliseconds(lambda: a @ b, smoke) * 1e3
 
 
-def table_name(kernel: Any, arguments: dict[str, Any]) -> str:
-    """What configs.py's table calls this launch of an uncut step."""
-    return kernel.__name__.removesuffix("_kernel") + ("_again" if arguments.get("SAVE_ERRORS") else "")
+def table_name(kernel: Any) -> str:
+    """What configs.py's table calls it in an uncut step."""
+    return str(kernel.__name__.removesuffix("_kernel"))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Timed(launch.Runner):
         before.record()
         super().__call__(kernel, grid, config, **arguments)
         after.record()
-        self.spent.setdefault(table_name(kernel, arguments), []).append((before, after))
+        self.spent.setdefault(table_name(kernel), []).append((before, after))
 
     def medians(self) -> dict[str, float]:
         """Milliseconds a launch."""

@@ -22,11 +22,11 @@ def report(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_kernels_for_three_architectures_fit_the_chip_and_have_no_race() -> None:
+def test_kernels_for_four_architectures_fit_the_chip_and_have_no_race() -> None:
     """The sizes trained most; `python benchmarks/compile_report.py` compiles every line of the table."""
     done = report("--quick")
     assert done.returncode == 0, done.stdout + done.stderr
-    for architecture, instruction in ((80, "mma"), (90, "wgmma"), (100, "tcgen05")):
+    for architecture, instruction in ((80, "mma"), (86, "mma"), (90, "wgmma"), (100, "tcgen05")):
         lines = [line for line in done.stdout.splitlines() if line.startswith(f"{architecture}  bfloat16  128")]
         assert any("states" in line and instruction in line for line in lines), done.stdout
 
@@ -48,11 +48,6 @@ import torch
 sys.path.insert(0, "benchmarks")
 from deltaproduct_kernels.triton_backend import launch
 from deltaproduct_kernels.triton_backend.aot import Compiler
-from deltaproduct_kernels.triton_backend.configs import Config
-from gpu_op import Shape
-from gpu_tune import compile_launch
-
-racing = {stages: compile_launch((90, Shape(2), "gradients", Config(64, 64, 8, stages)))["races"] for stages in (1, 2)}
 
 class Kept(Compiler):
     def __call__(self, kernel, grid, config, **arguments):
@@ -67,7 +62,7 @@ def step(T, sequences):
 kept, run = [], Kept(90, 132)
 for T, sequences in ((4096, 16), (4095, 1), (1, 7)):
     step(T, sequences)
-print(json.dumps({"racing": racing, "binaries": len({id(built) for built in kept})}))
+print(json.dumps({"binaries": len({id(built) for built in kept})}))
 """
 
 
@@ -77,11 +72,6 @@ def builds() -> dict:
     done = subprocess.run([sys.executable, "-c", BUILDS], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_a_pipelined_copy_into_what_an_unfinished_product_reads_is_found(builds: dict) -> None:
-    """The gradients kernel with two stages gave gradients of S and dS' that were wrong under a legal schedule."""
-    assert builds["racing"] == {"1": 0, "2": 1}
 
 
 def test_other_lengths_and_numbers_of_documents_run_the_same_binary(builds: dict) -> None:
@@ -122,7 +112,7 @@ def test_the_committed_report_has_every_line_of_the_table_and_no_fault(committed
 @pytest.mark.parametrize(("dk", "dv", "n"), [(16, 16, 1), (96, 200, 3), (256, 256, 8)])
 @pytest.mark.parametrize("bits", [16, 32])
 def test_the_table_has_a_line_for_every_size(dk: int, dv: int, n: int, bits: int) -> None:
-    uses = ("solve", "states", "states_again", "states_cut", "adjoint", "adjoint_cut", "gradients", "scan", "decode")
+    uses = ("solve", "states", "states_cut", "adjoint", "adjoint_cut", "gradients", "scan", "decode")
     for kernel in uses:
         for arch in configs.ARCHITECTURES:
             c = configs.config(kernel, dk=dk, dv=dv, n=n, bits=bits, arch=arch, gated=True)

@@ -1,4 +1,4 @@
-"""What counts as a race in Triton's GPU code, on lines cut out of what it makes for the gradients kernel."""
+"""What counts as a race in Triton's GPU code, on lines cut out of what it made of a pipelined loop in the gradients kernel."""
 
 from __future__ import annotations
 

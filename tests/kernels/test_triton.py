@@ -288,7 +288,7 @@ class Counter(launch.Runner):
             touched.setdefault(width, set()).update(pointers.data[mask.data].tolist())
 
         def multiply(a: Any, b: Any) -> None:
-            flops[0] += 2 * a.data.shape[-2] * a.data.shape[-1] * b.data.shape[-1]
+            flops[0] += 2 * a.data.size * b.data.shape[-1]
 
         watch("create_masked_load", lambda pointers, mask, *_: touch(pointers, mask))
         watch("create_masked_store", lambda pointers, value, mask, *_: touch(pointers, mask))
@@ -301,7 +301,7 @@ class Counter(launch.Runner):
         super().__call__(kernel, grid, config, **arguments)
         name = kernel.__name__.removesuffix("_kernel")
         moved = sum(width * len(addresses) for width, addresses in touched.items())
-        totals["states (again)" if name in totals else name] = (moved, flops[0])
+        totals[name] = (moved, flops[0])
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counted by the interpreter")
@@ -395,14 +395,38 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
         resolve_backend("triton", torch.device("cpu"))
 
 
+def gpu_of(monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], shared: int) -> torch.device:
+    """What torch says of a GPU that is not here."""
+    major, minor = capability
+    facts = SimpleNamespace(major=major, minor=minor, multi_processor_count=82, shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    launch.runner.cache_clear()
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "shared", "arch"),
+    [
+        ("A100", (8, 0), 166_912, 80),
+        ("RTX 3090", (8, 6), 101_376, 86),
+        ("RTX 4090", (8, 9), 101_376, 89),
+        ("B300", (10, 3), 232_448, 100),
+        ("RTX 5090", (12, 0), 101_376, 120),
+    ],
+)
+def test_auto_takes_triton_on_every_gpu_that_has_lines(
+    monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], shared: int, arch: int
+) -> None:
+    gpu = gpu_of(monkeypatch, name, capability, shared)
+    assert launch.runner(gpu).arch == arch
+    assert resolve_backend("auto", gpu) == "triton"
+
+
 def test_a_gpu_with_too_little_shared_memory_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = SimpleNamespace(shared_memory_per_block_optin=101_376)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 3090")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
-    monkeypatch.setattr(launch, "runner", lambda device: launch.Runner(80, 82))
-    gpu = torch.device("cuda", 0)
-    assert why_not(gpu) == "RTX 3090 has 101,376 bytes of shared memory a program; the kernels are set up for 166,912"
+    gpu = gpu_of(monkeypatch, "Small", (8, 6), 65_536)
+    assert why_not(gpu) == "Small has 65,536 bytes of shared memory a program; the kernels are set up for 101,376"
     assert resolve_backend("auto", gpu) == "torch"
 
 

@@ -230,7 +230,7 @@ def test_1024_ranks_of_the_800m_model_are_estimated_here(capsys: pytest.CaptureF
     assert any("60% of H200's 989.4 TFLOP/s" in line for line in result["assumptions"])
 
 
-def test_mistakes_are_one_sentence_with_the_way_out() -> None:
+def test_mistakes_are_one_sentence_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*arguments: str) -> str:
         with pytest.raises(UserError) as error:
             dispatch(["estimate", "--config", "debug.toml", "--nproc", "4", *arguments])
@@ -239,7 +239,8 @@ def test_mistakes_are_one_sentence_with_the_way_out() -> None:
     assert "RTX 4090" in refused("--gpu", "H900")
     assert "ib-400" in refused("--network", "string")
     assert "number of ranks, which is 4" in refused("--parallelism.data_parallel_replicate_degree", "3")
-    assert "compute capability 8.0, 9.0, 10.0" in refused("--gpu", "L40S", "--model.backend", "triton")
+    monkeypatch.setitem(GPUS, "T4", replace(GPUS["A10"], name="T4", arch=75))
+    assert "it is of compute capability 7.5; the kernels need 8.0" in refused("--gpu", "T4", "--model.backend", "triton")
 
 
 def test_a_gpu_without_a_data_sheet_has_memory_but_no_speed() -> None:

@@ -177,8 +177,8 @@ def _why_not(c: config.Config, gpu: GPU) -> str | None:
     """As deltaproduct_kernels' own check, for a GPU that is not here."""
     from deltaproduct_kernels.triton_backend import configs, ops
 
-    if gpu.arch not in configs.ARCHITECTURES:
-        return f"the kernels are set up for compute capability {', '.join(str(a / 10) for a in configs.ARCHITECTURES)}"
+    if configs.architecture(gpu.arch) is None:
+        return f"it is of compute capability {gpu.arch / 10}; the kernels need 8.0"
     if find_spec("triton") is None:
         return None  # the machine of the run will have it
     from deltaproduct_kernels.triton_backend import launch
@@ -195,7 +195,9 @@ def _kernels_of(gpu: GPU, backend: str) -> Iterator[None]:
             module = importlib.import_module(f"deltaproduct_kernels.{name}")
             stack.enter_context(_replaced(module, "resolve_backend", lambda *_, **__: backend))
         if backend == "triton" and find_spec("triton") is not None:
-            from deltaproduct_kernels.triton_backend import front_end, launch
+            from deltaproduct_kernels.triton_backend import configs, front_end, launch
+
+            arch = configs.architecture(gpu.arch) or gpu.arch
 
             class NoLaunch(launch.Runner):
                 def __call__(self, *_: Any, **__: Any) -> None:
@@ -203,7 +205,7 @@ def _kernels_of(gpu: GPU, backend: str) -> Iterator[None]:
 
             stack.enter_context(_replaced(launch, "INTERPRETED", False))
             for module in (launch, front_end):
-                stack.enter_context(_replaced(module, "runner", lambda _: NoLaunch(gpu.arch, gpu.processors)))
+                stack.enter_context(_replaced(module, "runner", lambda _: NoLaunch(arch, gpu.processors)))
         yield
 
 

@@ -5,7 +5,9 @@
     dS = e^{G_last} dS' + scale (e^G o Q)^T dO - (e^G o K)^T dV
 
 This differentiates the triangular solve, not an inverse. dV is the gradient of the values, and with dS' all that the
-chunk-parallel rest of the backward pass needs. As in states.py every line is computed transposed, dS^T in accumulators.
+rest of the backward pass needs, whose chunks run side by side. As in states.py every line is computed transposed, dS^T in
+accumulators. Order of products: K dS', Q K^T, P^T dO, Q^T dO, Y^T dU, K^T dV; on sm_90, for dk = dv = 128 and n = 2, two
+programs of 4 warps a multiprocessor, 255 registers a thread and 92 KB each.
 """
 
 import triton

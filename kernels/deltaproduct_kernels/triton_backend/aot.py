@@ -27,7 +27,7 @@ from deltaproduct_kernels.triton_backend.configs import Config
 from deltaproduct_kernels.triton_backend.launch import Runner
 from deltaproduct_kernels.triton_backend.races import Race, races
 
-_PROCESSORS = {80: 108, 90: 132, 100: 148}
+_PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma": r"mma\.sync"}
 

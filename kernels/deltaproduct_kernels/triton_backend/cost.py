@@ -36,7 +36,7 @@ def forward(s: Size, *, save: bool = True) -> list[Cost]:
         Cost(
             "solve",
             (rows * (s.dk * w + 4) * s.erase + th * 4 * s.gated) + y + gates,
-            2 * _chunks(s) * (R * R * s.dk + 2 * (R.bit_length() - 5) * R**3) * s.erase,
+            2 * _chunks(s) * (R * R * s.dk + 6 * R * 16**2 + (4 * R**3 if R == 64 else 0)) * s.erase,
         )
     ]
     sparse = _chunks(s) // EVERY * s.dk * s.dv * w * save
@@ -56,19 +56,16 @@ def backward(s: Size) -> list[Cost]:
         rows * ((s.dk + s.dv) * w + 4) + th * (s.dk + s.dv) * w + y + gates + states,
         2 * _chunks(s) * (R * s.dk * s.dv * (1 + s.erase) + C * s.dk * s.dv + R * C * (s.dk + s.dv) + R * R * s.dv * s.erase),
     )
-    recompute = Cost(
-        "states (again)",
-        rows * ((s.dk + 2 * s.dv) * w + 4) + y + gates + states // EVERY + states,
-        2 * _chunks(s) * (R * s.dk * s.dv * (1 + s.erase) + R * R * s.dv * s.erase),
-    )
-    macs = R * C * (2 * s.dk + s.dv) + R * C * s.dk + C * s.dk * s.dv + R * s.dk * s.dv * (1 + s.erase)
-    macs += (2 * R * R * s.dv + 2 * R * R * s.dk) * s.erase
+    between = 2 * states // EVERY  # two tiles a group for the states between its chunks
+    macs = R * s.dk * s.dv * (2 + 2 * s.erase) + R * R * s.dv * s.erase  # K S, Y E; E dS', dV S; U^T K
+    macs += R * C * 3 * s.dk + R * C * s.dv + C * s.dk * s.dv + R * R * (s.dv + 3 * s.dk) * s.erase
     gradients = Cost(
         "gradients",
-        rows * ((2 * s.dk + s.dv + s.dv * s.erase) * w + 8) + th * ((2 * s.dk + s.dv) * w + 4 * s.gated) + gates + 2 * states,
+        rows * ((2 * s.dk + s.dv + s.dv * s.erase) * w + 8) + th * ((2 * s.dk + s.dv) * w + 4 * s.gated)
+        + y + gates + states // EVERY + between + states,
         2 * _chunks(s) * macs,
-    )
-    return [adjoint, recompute, gradients]
+    )  # fmt: skip
+    return [adjoint, gradients]
 
 
 def saved(s: Size) -> int:

@@ -33,7 +33,7 @@ INTERPRETED = not isinstance(solve_kernel, triton.JITFunction)
 class Runner:
     """Launches kernels on one kind of chip."""
 
-    arch: int  # as in the table: 80, 90, 100
+    arch: int  # one of configs.ARCHITECTURES
     processors: int
 
     def __call__(self, kernel: Any, grid: int, config: Config, **arguments: Any) -> None:
@@ -51,7 +51,7 @@ def runner(device: torch.device) -> Runner:
     properties = torch.cuda.get_device_properties(device)
     if properties.major == 9 and (reason := assembler.choose()):
         raise ValueError(f"Triton cannot compile these kernels: {reason}")
-    arch = max((a for a in configs.ARCHITECTURES if a <= properties.major * 10), default=configs.ARCHITECTURES[0])
+    arch = configs.architecture(10 * properties.major + properties.minor) or configs.ARCHITECTURES[0]
     return Runner(arch, properties.multi_processor_count)
 
 
@@ -180,7 +180,7 @@ def forward(
     states = k.new_empty(shape.slots(shape.chunk * EVERY) if save else 0, shape.H, shape.dv, shape.dk)
     run_states(
         shape, q, k, v, beta, gates, y, cu_seqlens, scale, part, run,
-        initial=initial, kind=kind, o=o, states=states if save else None, every=EVERY, final=final,
+        initial=initial, kind=kind, o=o, states=states if save else None, final=final,
     )  # fmt: skip
     return o, final, Saved(y, gates, states)
 
@@ -230,19 +230,14 @@ def backward(
     dinitial = k.new_empty(shape.states, shape.H, shape.dk, shape.dv, dtype=torch.float32)
     run_adjoint(part, final, kind, dinitial, False, dv=dv, adjoints=adjoints)
 
-    errors, before = torch.empty_like(v), torch.empty_like(adjoints)
-    run_states(
-        shape, q, k, v, beta, gates, y, cu_seqlens, scale, shape.chunk * EVERY, run,
-        initial=states, kind=2, errors=errors, states=before, every=1,
-    )  # fmt: skip
-
     dq, dk, dbeta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(beta)
     dg = None if g is None else torch.empty_like(g)
     c = shape.config("gradients")
     run(
-        gradients_kernel, chunks * shape.H, c,
-        do=do, q=q, k=k, beta=beta, gates=gates, errors=errors, dv=dv, states=before, adjoints=adjoints,
-        dq=dq, dk=dk, dbeta=dbeta, dg=dg, scale=scale, BK=c.block_k, BV=c.block_v, **shape.common(cu_seqlens),
+        gradients_kernel, shape.slots(shape.unit) * shape.H, c,
+        do=do, q=q, k=k, v=v, beta=beta, gates=gates, y=y, dv=dv, states=states, scratch=states.new_empty(2, *states.shape),
+        adjoints=adjoints, dq=dq, dk=dk, dbeta=dbeta, dg=dg, scale=scale, EVERY=EVERY, BK=c.block_k, BV=c.block_v,
+        **shape.common(cu_seqlens),
     )  # fmt: skip
     return dq, dk, dv, dbeta, dg, dinitial
 
@@ -257,8 +252,7 @@ def solve(
     if shape.erase or shape.gated:
         run(
             solve_kernel, chunks * shape.H, c,
-            k=k, beta=beta, g=g, y=y, gates=gates, BK=c.block_k,
-            MERGE_PRECISION="ieee" if shape.bits == 32 else "tf32", **shape.common(cu_seqlens, values=False),
+            k=k, beta=beta, g=g, y=y, gates=gates, BK=c.block_k, **shape.common(cu_seqlens, values=False),
         )  # fmt: skip
     return y, gates
 
@@ -279,23 +273,21 @@ def run_states(
     initial: Tensor | None,
     kind: int,
     o: Tensor | None = None,
-    errors: Tensor | None = None,
     states: Tensor | None = None,
-    every: int,
     final: Tensor | None = None,
     summary: bool = False,
     first_block: int = 0,
 ) -> None:
     """One launch of states.py; what is None is not written."""
-    c = shape.config("states_again" if errors is not None else "states_cut" if summary or kind == 2 else "states")
+    c = shape.config("states_cut" if summary or kind == 2 else "states")
     values = triton.cdiv(shape.dv, c.block_v)
     blocks = values + triton.cdiv(shape.dk, c.block_v) - first_block if summary else values
     run(
         states_kernel, shape.slots(span) * shape.H * blocks, c,
-        q=q, k=k, v=v, beta=beta, gates=gates, y=y, initial=initial, o=o, errors=errors, states=states, final=final,
-        scale=scale, span=span, first_block=first_block, EVERY=every, BK=configs.padded(shape.dk), BV=c.block_v,
-        BLOCKS=blocks, INITIAL=kind, READ=o is not None, SAVE_ERRORS=errors is not None, SAVE_STATES=states is not None,
-        SAVE_FINAL=final is not None, SUMMARY=summary, **shape.common(cu_seqlens),
+        q=q, k=k, v=v, beta=beta, gates=gates, y=y, initial=initial, o=o, states=states, final=final,
+        scale=scale, span=span, first_block=first_block, EVERY=EVERY, BK=configs.padded(shape.dk), BV=c.block_v,
+        BLOCKS=blocks, INITIAL=kind, READ=o is not None, SAVE_STATES=states is not None, SAVE_FINAL=final is not None,
+        SUMMARY=summary, **shape.common(cu_seqlens),
     )  # fmt: skip
 
 
@@ -317,7 +309,7 @@ def summarise(
     skipped = triton.cdiv(shape.dv, shape.config("states_cut").block_v) if only_maps else 0
     run_states(
         shape, k, k, v, beta, gates, y, cu_seqlens, 1.0, span, run,
-        initial=None, kind=0, every=EVERY, final=maps, summary=True, first_block=skipped,
+        initial=None, kind=0, final=maps, summary=True, first_block=skipped,
     )  # fmt: skip
     return maps
 

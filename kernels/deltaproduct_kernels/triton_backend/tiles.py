@@ -84,6 +84,28 @@ def store_columns(base, tile, rows, stride, column, WIDTH: tl.constexpr, C: tl.c
 
 
 @triton.jit
+def load_tile(base, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Tile [R, C] of a matrix [HEIGHT, WIDTH] from (row, column) on; zero outside."""
+    r = row + tl.arange(0, R)
+    c = column + tl.arange(0, C)
+    pointers = base + r[:, None] * WIDTH + c[None, :]
+    if HEIGHT % R == 0 and WIDTH % C == 0:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(r < HEIGHT)[:, None] & (c < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(base, tile, row, column, rows, WIDTH: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """The inverse of `load_tile` for a matrix of `rows` rows, in the memory's dtype."""
+    r = row + tl.arange(0, R)
+    c = column + tl.arange(0, C)
+    mask = (r < rows)[:, None]
+    if WIDTH % C != 0:
+        mask = mask & (c < WIDTH)[None, :]
+    tl.store(base + r[:, None] * WIDTH + c[None, :], tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def load_state(base, value, stride_v, stride_k, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     """S^T [BV, BK] in float32, values from `value` on, from a state whose element (v, k) is at v stride_v + k stride_k."""
     v = value + tl.arange(0, BV)
