@@ -600,6 +600,72 @@ def test_a_file_that_lies_there_twice_is_refused(tmp_path: Path) -> None:
             prepare(*inputs, "--out", tmp_path / "out")
 
 
+def test_a_hard_link_is_the_same_file(tmp_path: Path, jsonl: Path) -> None:
+    os.link(jsonl, tmp_path / "linked.jsonl")
+    with pytest.raises(UserError, match="linked.jsonl and .*texts.jsonl are one file twice"):
+        prepare(tmp_path, "--out", tmp_path / "out")
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "grows": lambda path: path.open("a").write('{"text": "new"}\n'),
+    "is written anew": lambda path: (path.write_bytes(path.read_bytes().swapcase()), os.utime(path, (1, 1))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_while_it_is_read_is_no_data(
+    tmp_path: Path, jsonl: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = tokenise.Encoder._encode
+
+    def change_and_encode(self: tokenise.Encoder, batch: tokenise.Batch) -> tokenise.Encoded:
+        CHANGES[change](jsonl)
+        return encode(self, batch)
+
+    arguments = [jsonl, "--out", tmp_path / "out", "--workers", "1"]
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="texts.jsonl has changed while it was read"):
+        patch.setattr(tokenise.Encoder, "_encode", change_and_encode)
+        prepare(*arguments)
+    assert not list((tmp_path / "out").rglob("manifest.json"))
+    write_jsonl(jsonl)
+    prepare(*arguments, "--overwrite")
+    assert len(documents(tmp_path / "out" / "train")) + len(documents(tmp_path / "out" / "validation")) == len(TEXTS)
+
+
+WIDE = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+
+
+@pytest.mark.parametrize("encoding", WIDE)
+def test_text_in_utf_16_is_not_taken_for_text_with_a_nul_behind_every_letter(tmp_path: Path, encoding: str) -> None:
+    contents = {
+        "x.txt": "the fox",
+        "x.jsonl": '{"text": "the fox"}\n',
+        "x.json": '[{"text": "the fox"}]',
+        "x.csv": "text\nfox\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        with pytest.raises(UserError, match=f"{name} is UTF-16 or UTF-32, not UTF-8; convert it with iconv"):
+            prepare(tmp_path / name, "--out", tmp_path / f"out-{name}", "--workers", "1")
+
+
+def test_one_utf_16_file_among_others_is_counted_if_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_bytes("the fox".encode("utf-16-le"))
+    (tmp_path / "b.txt").write_text("the whale")
+    prepare(tmp_path, "--out", tmp_path / "out", "--on-bad-document", "skip", "--validation-fraction", "0")
+    assert documents(tmp_path / "out" / "train") == [b"the whale"]
+    assert "1 documents were refused, the first: " in capsys.readouterr().out
+
+
+def test_a_separator_that_divides_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.txt").write_bytes(b"one\r\n\r\ntwo")
+    for written, said in ((r"\n\n", True), (r"\r\n\r\n", False)):
+        prepare(tmp_path / "x.txt", "--out", tmp_path / str(said), "--separator", written, "--validation-fraction", "0")
+        assert (f"WARNING: --separator {written!r} divides no file" in capsys.readouterr().out) is said
+
+
 def test_what_was_cut_off_is_prepared_by_the_same_command_once_it_is_whole(tmp_path: Path) -> None:
     whole = gzip.compress(LINES, mtime=0)
     (tmp_path / "x.jsonl.gz").write_bytes(whole[:-9])
@@ -812,6 +878,8 @@ def test_input_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: 
         (["--hf-dataset", "/no/such/dataset"], "Hugging Face dataset '/no/such/dataset' .* cannot be loaded"),
         (["texts.jsonl", "--out", "."], "is not empty and holds no earlier prepare"),
         (["texts.jsonl", "--tokenizer", "x.tiktoken", "--bos"], "--bos: tokenizer .* has no BOS token"),
+        ([""], "the name of an input is empty"),
+        (["texts.jsonl", "--separator", "x"], "--separator divides .txt, .md, .text files, and the input has none"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(

@@ -9,6 +9,7 @@ To read another format, write its reader and add a line to `READERS`; another co
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -109,6 +110,9 @@ def _undamaged(path: Path) -> Iterator[None]:
 
 def _text(path: Path, how: Reading) -> Documents:
     with _open(path, how) as file:
+        if wide := _wide(file, path):
+            yield str(path), wide
+            return
         divided, number = _Divided(file, how.separator.encode()), 0
         while not divided.ended:
             where = f"text {number + 1} of {path}" if how.separator else str(path)
@@ -181,6 +185,9 @@ def _whole_characters(raw: bytes) -> int:
 
 def _json_lines(path: Path, how: Reading) -> Documents:
     with _open(path, how) as file:
+        if wide := _wide(file, path):
+            yield str(path), wide
+            return
         for number, raw in enumerate(file, 1):
             line = raw.removeprefix(_BOM) if number == 1 else raw
             if line.strip():
@@ -203,7 +210,7 @@ def text_of(record: Any, where: str, column: str) -> str | UserError:
         return record[column]  # type: ignore[no-any-return]
     if isinstance(record, dict) and column in record:
         return UserError(f"{where} holds {type(record[column]).__name__} under {column!r}, not text")
-    keys = shorten(", ".join(record)) if isinstance(record, dict) else type(record).__name__
+    keys = shorten(", ".join(record)) or "nothing" if isinstance(record, dict) else type(record).__name__
     return UserError(f"{where} has no text under {column!r} (it has {keys}); name the right one with --column")
 
 
@@ -212,6 +219,8 @@ def _json(path: Path, how: Reading) -> Documents:
     decoder, number, position, size, ended = json.JSONDecoder(), 0, 0, _PIECE, False
     opened = closed = due = False  # an array, and its end; a comma or the end is due after a value of it
     with _open(path, how) as binary:
+        if wide := _wide(binary, path):
+            raise wide
         file, buffer = io.TextIOWrapper(binary, "utf-8-sig", errors="surrogateescape"), ""
         while True:
             while position < len(buffer) and buffer[position].isspace():
@@ -255,6 +264,8 @@ def _table(path: Path, how: Reading) -> Documents:
     delimiter = "\t" if format_of(path) == ".tsv" else ","
     csv.field_size_limit(sys.maxsize)
     with _open(path, how) as binary:
+        if wide := _wide(binary, path):
+            raise wide
         file = io.TextIOWrapper(binary, "utf-8-sig", errors="surrogateescape", newline="")
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
@@ -275,7 +286,7 @@ def _parquet(path: Path, how: Reading) -> Documents:
         try:
             table = pyarrow.parquet.ParquetFile(file)
         except (OSError, ValueError) as error:  # pyarrow's errors derive from them
-            raise UserError(f"{path} is not a parquet file: {str(error)[:120]}") from error
+            raise UserError(f"{path} is not a parquet file: {_reason(error)}") from error
         _check_column(path, how.column, table.schema_arrow.names)
         batches = table.iter_batches(batch_size=256, columns=[how.column])
         yield from _rows(path, how, batches, table.metadata.num_rows)
@@ -295,8 +306,10 @@ def _arrow(path: Path, how: Reading) -> Documents:
                 batches = (table.get_batch(i) for i in range(table.num_record_batches))
             _check_column(path, how.column, table.schema.names)
             yield from _rows(path, how, (batch.select([how.column]) for batch in batches))
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path} is not an arrow file: {str(error)[:120]}") from error
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise UserError(f"{path} is not an arrow file: {_reason(error)}") from error
 
 
 def _whole_stream(table: Any, file: IO[bytes]) -> Iterator[Any]:
@@ -337,7 +350,22 @@ def _rows(path: Path, how: Reading, batches: Iterator[Any], rows: int = 0) -> Do
     except (OSError, pyarrow.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{path} is damaged behind row {number}: {shorten(str(error))}; get an undamaged copy") from error
+        raise UserError(f"{path} is damaged behind row {number}: {_reason(error)}; get an undamaged copy") from error
+
+
+def _reason(error: Exception) -> str:
+    """What pyarrow says, on one line."""
+    return shorten(" ".join(str(error).split()))
+
+
+def _wide(file: IO[bytes], path: Path) -> UserError | None:
+    """What is wrong if a file of text begins as UTF-16 or UTF-32 do: ASCII in it would be taken for UTF-8 with NULs between."""
+    head = file.peek(4)[:4]  # type: ignore[attr-defined]
+    zeros = tuple(byte == 0 for byte in head)
+    alternating = {(True, False, True, False), (False, True, False, True), (True, True, True, False), (False, True, True, True)}
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or head == codecs.BOM_UTF32_BE or zeros in alternating:
+        return UserError(f"{path} is UTF-16 or UTF-32, not UTF-8; convert it with iconv")
+    return None
 
 
 def _decoded(raw: bytes, where: str, before: int = 0) -> str | UserError:
@@ -452,8 +480,9 @@ _DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".xz": lambda file: io.BufferedReader(_Frames(file, lzma.LZMADecompressor, padding=b"\0"), _PIECE),
     ".zst": lambda file: io.BufferedReader(_Frames(file, _zstandard), _PIECE),
 }
+TEXT = (".txt", ".md", ".text")
 READERS: dict[str, Callable[[Path, Reading], Documents]] = {
-    **dict.fromkeys((".txt", ".md", ".text"), _text),
+    **dict.fromkeys(TEXT, _text),
     **dict.fromkeys((".jsonl", ".ndjson"), _json_lines),
     ".json": _json,
     **dict.fromkeys((".csv", ".tsv"), _table),

@@ -41,8 +41,8 @@ class ShardLoader:
         self.reset = data.document_boundaries == "reset"
         self.sources = open_shards(data.paths, "data.path", data.tokenizer, vocab_size)
         windows = [(len(source) - 1) // place.seq_len for source in self.sources]
-        if 0 in windows:
-            short = self.sources[windows.index(0)]
+        if min(windows) < 1:
+            short = self.sources[windows.index(min(windows))]
             raise UserError(
                 f"data.path {str(short.folder)!r} has {len(short):,} tokens, fewer than one sample of training.seq_len + 1 = "
                 f"{place.seq_len + 1}; lower training.seq_len or prepare more text"

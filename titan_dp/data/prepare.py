@@ -26,10 +26,10 @@ import numpy as np
 from pydantic import Field
 
 from titan_dp import output
-from titan_dp.config.arguments import count, number
+from titan_dp.config.arguments import count, number, positive
 from titan_dp.config.schema import from_home
 from titan_dp.data import sources
-from titan_dp.data.formats import COMPRESSIONS, READERS, Reading
+from titan_dp.data.formats import COMPRESSIONS, READERS, TEXT, Reading, format_of
 from titan_dp.data.shards import (
     MANIFEST,
     PROGRESS,
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eos", action=either, help="put EOS after every document (default: if there is one)")
     add("--validation-fraction", type=share, default=0.01, help="share of documents held out (default: 0.01)")
     add("--shard-tokens", type=count, default=100_000_000, help="tokens per shard, such as 100M (default)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="tokenising threads (default: all cores)")
+    add("--workers", type=positive, default=os.cpu_count() or 1, help="tokenising threads (default: all cores)")
     add(
         "--batch-characters",
         type=count,
@@ -97,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("prepare reads either INPUT files or --hf-dataset NAME: give one of them")
     account = Account()
     files = sources.find_files(args.inputs, account, args.out)
+    if args.separator and not any(format_of(path) in TEXT for path in files):
+        raise UserError(f"--separator divides {', '.join(TEXT)} files, and the input has none; leave it out")
     tokenizer = load_tokenizer(args.tokenizer)
     plan = _plan(args, files, tokenizer)
     progress = _begin_again(args.out, plan) if args.overwrite else _go_on(args.out, plan)
@@ -305,6 +307,10 @@ def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, pr
             for encoded in encoder.run(documents, replaced, args.workers):
                 work.take(encoded)
                 state.done = max(state.done, encoded.batch.read_so_far)
+        if changed := _changed_inputs(plan["inputs"], {"inputs": [_input(path) for path in files if path.exists()]}):
+            raise UserError(
+                f"{changed} has changed while it was read; when it is left alone, --overwrite prepares everything anew"
+            )
         work.save(closing=True)
     finally:
         work.abandon()
@@ -312,6 +318,11 @@ def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, pr
     account = Account(**{key: value for key, value in progress.account.items() if key not in ("replaced", "skipped")})
     account.skipped = documents.account.skipped
     print(account.describe())
+    if args.separator and all(format_of(path) in TEXT for path in files) and account.documents + account.refused <= len(files):
+        print(
+            f"WARNING: --separator {args.separator!r} divides no file: it is in none, or at their ends only (where lines end "
+            r"in \r\n, '\r\n' has to stand in it)"
+        )
     if account.documents + account.refused == 0:
         raise UserError("the input holds no documents")
     for split, writer in work.writers.items():

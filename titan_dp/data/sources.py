@@ -82,6 +82,8 @@ def find_files(inputs: list[str], account: Account | None = None, out: Path | No
     files: list[Path] = []
     for name in inputs:
         path = Path(name)
+        if not name:  # which would be the current folder
+            raise UserError("the name of an input is empty; name a file or a folder ('.' is the current one)")
         if path.is_dir():
             found = [p for p in _walk(path, account, out) if _is_taken(p, account)]
             if not found:
@@ -98,7 +100,7 @@ def find_files(inputs: list[str], account: Account | None = None, out: Path | No
     first_that_needs = {package: path for path in reversed(files) for package in packages_for(path)}
     for package, path in first_that_needs.items():  # not per file: `require` looks through the folders of packages
         require(str(path), package)
-    by_content: dict[Path, Path] = {}
+    by_content: dict[Path | tuple[int, int], Path] = {}
     for path in files:
         if not os.access(path, os.R_OK):
             raise UserError(f"{path} may not be read; change its permissions, or leave it out with --files-from")
@@ -106,8 +108,10 @@ def find_files(inputs: list[str], account: Account | None = None, out: Path | No
             raise UserError(f"the name {shown(str(path))} is not UTF-8, and names are written down; rename it")
         real = Path(os.path.realpath(path))
         plain = real.with_suffix("") if compression_of(real) else real
-        if (twin := by_content.setdefault(plain, path)) is not path:
-            raise UserError(f"{twin} and {path} are one file twice, or look like it; name one of them")
+        inode = os.stat(real)
+        for key in (plain, (inode.st_dev, inode.st_ino)):  # two hard links are of one file as well
+            if (twin := by_content.setdefault(key, path)) is not path:
+                raise UserError(f"{twin} and {path} are one file twice, or look like it; name one of them")
     return files
 
 
