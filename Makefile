@@ -28,10 +28,10 @@ data/corpus/train/manifest.json: $(INSTALLED) $(wildcard corpus/*.jsonl)
 train: data/corpus/train/manifest.json
 	exec $(BIN)/titan-dp train --config debug.toml $(if $(NPROC),--nproc $(NPROC))
 	@printf '%s\n' "" "What next (README.md and docs/guides/ have more):" \
-	    "  source $(VENV)/bin/activate                                    # once per shell: the commands are in there" \
-	    '  titan-dp generate outputs/debug --prompt "The whale "          # let the model write' \
-	    "  titan-dp state-tracking train --group S3 --num-householder 2   # a task for two Householder steps: 3 minutes" \
-	    "  titan-dp prepare FILES --out data/mine --tokenizer bytes       # then train on your own text"
+	    "  source $(VENV)/bin/activate    # once per shell" \
+	    '  titan-dp generate outputs/debug --prompt "The whale "' \
+	    "  titan-dp state-tracking train --group S3 --num-householder 2    # 3 minutes" \
+	    "  titan-dp prepare FILES --out data/mine --tokenizer bytes    # your own text"
 
 study: data/corpus/train/manifest.json
 	$(BIN)/titan-dp sweep cpu_study --launch local --at-once 2

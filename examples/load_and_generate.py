@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from titan_dp.errors import UserError, run_main
 from titan_dp.inference.pretrained import load_pretrained
 from titan_dp.inference.sampling import Sampling, continue_text
 from titan_dp.model.transformer import Transformer
@@ -29,9 +30,9 @@ def likeliest(model: Transformer, ids: list[int], count: int, device: torch.devi
         logits, cache = model.step(torch.tensor([chosen[-1:]], device=device), cache)
 
 
-def main() -> None:
+def main() -> int:
     if len(sys.argv) != 3:
-        sys.exit('usage: python examples/load_and_generate.py MODEL "The whale "')
+        raise UserError('usage: python examples/load_and_generate.py MODEL "The whale "')
     path, prompt = Path(sys.argv[1]), sys.argv[2]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_pretrained(path, device)
@@ -45,7 +46,8 @@ def main() -> None:
     if tokenizer.bos_id is not None:
         ids = [tokenizer.bos_id, *ids]  # as every training document begins
     print("likeliest:", tokenizer.decode(likeliest(model, ids, 40, device)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))  # a wrong path is one sentence and exit code 2

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from titan_dp.config.load import load_config
 from titan_dp.distributed import distributed
+from titan_dp.errors import UserError, run_main
 from titan_dp.train.trainer import Trainer
 
 
@@ -49,15 +50,16 @@ def train(data: Path, outputs: Path) -> Path:
     return trainer.run_folder
 
 
-def main() -> None:
+def main() -> int:
     if len(sys.argv) != 3:
-        sys.exit("usage: python examples/train_from_python.py DATA OUTPUTS")
+        raise UserError("usage: python examples/train_from_python.py DATA OUTPUTS")
     folder = train(Path(sys.argv[1]), Path(sys.argv[2]))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         if "loss" in record:
             print(f"step {record['step']}: loss {record['loss']:.3f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))  # a wrong path is one sentence and exit code 2

@@ -12,7 +12,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from titan_dp.config.arguments import parse
+from titan_dp.config.arguments import Parser, parse
 from titan_dp.errors import run_main
 
 Commands = dict[str, tuple[Any, str]]
@@ -76,7 +76,7 @@ def dispatch(argv: list[str]) -> int:
     """Parse `argv` and run the command it names. argparse itself leaves with code 2 on a wrong argument."""
     if argv[:1] == ["train"]:  # its arguments are the configuration's own, whose --help lists them all
         return import_module(COMMANDS["train"][0]).run(argv[1:])
-    parser = argparse.ArgumentParser(prog="titan-dp", description="Pretraining for DeltaProduct language models.")
+    parser = Parser(prog="titan-dp", description="Pretraining for DeltaProduct language models.")
     if argv[:1] == ["--version"]:  # looked up only where it is asked for
         from importlib.metadata import version
 

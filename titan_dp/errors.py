@@ -15,8 +15,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import NoReturn
 
@@ -99,6 +100,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' with the nearest of what is `known`; empty if none is near."""
+    near = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def say_once(sentence: str) -> None:
     """To stderr, once for all ranks."""
     if is_main_rank():
@@ -135,7 +142,7 @@ def report(error: Exception | KeyboardInterrupt) -> int:
             open(path, "w").close()
         return EXIT_STOPPED
     if isinstance(error, KeyboardInterrupt):
-        _say("interrupted")
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr, flush=True)
         return 130
     if isinstance(error, BrokenPipeError):  # `... | head`: the reader has seen enough, and flushing at exit must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -44,3 +44,14 @@ def test_a_run_folder_is_loaded_and_goes_on(root: Path, trained: tuple[Path, str
     assert "tokenizer bytes" in lines[0]
     assert any(line.startswith("sampled: ") for line in lines)
     assert any(line.startswith("likeliest: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("load_and_generate.py", ["nowhere", "The"]), ("train_from_python.py", ["nowhere", "out"])]
+)
+def test_a_wrong_path_is_one_sentence(root: Path, tmp_path: Path, name: str, arguments: list[str]) -> None:
+    process = run_script(root / "examples" / name, *arguments, cwd=tmp_path)
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.startswith("error: ")
+    assert "nowhere" in process.stderr
+    assert "Traceback" not in process.stderr

@@ -42,7 +42,7 @@ def test_an_option_that_is_no_setting_is_refused_by_the_command(command: list[st
     with pytest.raises(SystemExit) as end:
         dispatch([*command, "--nprocs", "3"])
     assert end.value.code == 2
-    assert "unrecognized arguments: --nprocs 3" in capsys.readouterr().err
+    assert "there is no option --nprocs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,47 @@ def test_a_wrong_number_is_told_what_is_expected(kind: str, text: str, expected:
 def test_numbers_are_read_as_people_write_them() -> None:
     written = {"positive": "1_000", "natural": "0", "fraction": ".5", "count": "5G", "percent": "0.25%"}
     assert [getattr(arguments, kind)(text) for kind, text in written.items()] == [1000, 0, 0.5, 5_000_000_000, 0.0025]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("sweeep", "did you mean sweep?"),
+        ("evaluate perplexty", "did you mean perplexity?"),
+        ("prepare --tokeniser x", "there is no option --tokeniser; did you mean --tokenizer?"),
+        ("prepare --zzz", "there is no option --zzz; `titan-dp prepare --help` lists them"),
+    ],
+)
+def test_a_mistyped_command_or_option_is_told_the_nearest(command: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        dispatch(command.split())
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("--confg debug.toml", "there is no option --confg; did you mean --config?"),
+        ("--config debg.toml", "there is no config 'debg.toml'; did you mean debug.toml?"),
+        (
+            "--config cpu_study.toml",
+            "describes a sweep and not one run; `titan-dp sweep cpu_study` lists its runs",
+        ),
+    ],
+)
+def test_a_mistyped_training_command_is_told_the_nearest(command: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(command.split())
+    assert said in str(error.value)
+
+
+def test_a_file_of_one_run_is_told_from_a_sweep_file() -> None:
+    with pytest.raises(UserError, match="describes one run and no sweep; `titan-dp train --config debug.toml` starts it"):
+        dispatch(["sweep", "debug.toml"])
+
+
+def test_the_help_of_train_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        load_config(["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

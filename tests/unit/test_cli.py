@@ -85,7 +85,7 @@ WRAPPED.__cause__ = FULL
     ("error", "code", "said"),
     [
         (UserError("training.steps = 0: give a positive number"), 2, "error: training.steps = 0: give a positive number\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (FULL, 1, FULL_SAID),
         (WRAPPED, 1, FULL_SAID),
         (FileNotFoundError("lost"), 1, "Traceback"),

@@ -131,7 +131,7 @@ def test_a_finished_evaluation_is_shown_again_without_computing(
     assert all(name in shown for name in found), "every file is named"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == found
     assert [path.stat().st_mtime_ns for path in own] == written
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="holds results of other dtype; give --out another folder"):
         measure(kind, folder, "--dtype", "bfloat16")
 
 
@@ -265,7 +265,7 @@ def test_a_result_is_known_again_by_another_path_and_after_moving_the_run(
 @pytest.mark.parametrize("change", [{"backend": "recurrent"}, {"dtype": "bfloat16"}, {"sha256": "2"}])
 def test_results_of_other_settings_are_not_overwritten_unless_asked(open_result: Callable[..., Result], change: dict) -> None:
     open_result().finish({"loss": 1.5})
-    with pytest.raises(UserError, match="holds results of other settings or weights; choose another --out, or --overwrite"):
+    with pytest.raises(UserError, match=r"holds results of other \w+; give --out another folder to keep both, or --overwrite"):
         open_result(**change)
     assert open_result(**change, overwrite=True).results == {}
 

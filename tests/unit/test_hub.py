@@ -153,3 +153,13 @@ def test_a_connection_that_breaks_anywhere_else_is_one_sentence_too(capfd: pytes
         "error: ConnectionResetError: [Errno 104] Connection reset by peer; a connection or the server at its other end "
         "failed: try the same command again\n"
     )
+
+
+def test_a_tokenizer_of_the_hub_without_a_network_is_a_short_sentence_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as error:
+        NAMES["a tokenizer of the Hub"]()
+    assert str(error.value) == (
+        "tokenizer 'nobody/has-this' is no file, folder or tiktoken encoding here, and the Hugging Face Hub is not asked "
+        "(HF_HUB_OFFLINE); use 'bytes' (built in), a local .tiktoken rank file or the folder of a Hugging Face tokenizer"
+    )

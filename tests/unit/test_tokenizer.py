@@ -331,7 +331,7 @@ def test_a_lone_surrogate_is_read_as_the_replacement_character(rank_file: Path, 
     ("name", "message"),
     [
         ("missing.tiktoken", "there is no such rank file"),
-        ("no such tokenizer", "is no tiktoken encoding .* no folder with a tokenizer.json"),
+        ("no such tokenizer", "is no file, folder or tiktoken encoding here, and the Hugging Face Hub "),
         ("gpt2", r"'gpt2' has to be downloaded and cannot be .*no route.* use 'bytes' .* \.tiktoken"),
     ],
 )

@@ -7,14 +7,16 @@ arguments for `load_config`, which refuses what is wrong there in its own words.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from titan_dp.config.describe import describe
 from titan_dp.config.schema import from_home, parse_count
+from titan_dp.errors import did_you_mean
 from titan_dp.files import shown
 
 T = TypeVar("T")
@@ -29,6 +31,7 @@ def take_settings(parser: argparse.ArgumentParser, about: str) -> None:
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """`parser.parse_args`, except that a command which takes settings gets as such what the parser does not know."""
     own, settings = _settings_apart(argv)
+    _check_options(parser, own)
     args, unknown = parser.parse_known_args(own)
     takes_settings = hasattr(args, "settings")
     if unknown or (settings and not takes_settings):
@@ -38,6 +41,31 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     for name, value in vars(args).items():
         setattr(args, name, _from_home(value))
     return args
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with the nearest command for one that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message):
+            message += did_you_mean(found[1], re.findall(r"[\w-]+", found[2]))
+        super().error(message)
+
+
+def _check_options(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    """Refuse an option that the command in `words` does not have, before argparse speaks of others that are missing."""
+    rest = words[: words.index("--")] if "--" in words else words
+    for word in rest:
+        kinds = next((action for action in parser._actions if isinstance(action, argparse._SubParsersAction)), None)
+        if kinds is not None and word in kinds.choices:
+            parser = kinds.choices[word]
+    known = parser._option_string_actions
+    for word in rest:
+        name = word.partition("=")[0]
+        abbreviated = parser.allow_abbrev and any(option.startswith(name) for option in known)
+        if name.startswith("--") and " " not in name and name not in known and not abbreviated:
+            hint = did_you_mean(name, known) or f"; `{parser.prog} --help` lists them"
+            parser.error(f"there is no option {name}{hint}")
 
 
 def _from_home(value: Any) -> Any:

@@ -7,7 +7,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import os
+import shutil
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,28 +124,35 @@ def default_text(key: Key) -> str:
 
 
 USAGE = """\
-usage: titan-dp train --config NAME [--nproc N] [--section.key VALUE ...] [--print-config | --dry-run]
-       torchrun --nproc_per_node=N train.py --config NAME [--section.key VALUE ...]
+usage: titan-dp train --config NAME [--nproc N] [--section.key VALUE ...]
+                      [--print-config | --dry-run]
+       torchrun --nproc_per_node=N train.py --config NAME [...]
 
   --config NAME         a shipped configuration by name, or any file by path
-  --nproc N             processes (titan-dp train; default: one per GPU, two on CPUs)
-  --section.key VALUE   override one setting (a flag needs no VALUE); --section.key=VALUE works too
-  --print-config        print every setting and where it comes from, as TOML, and exit
-  --dry-run             print parameters, FLOPs, tokens and memory of the run, and exit
+  --nproc N             processes (default: one per GPU, two on CPUs)
+  --section.key VALUE   override one setting (a flag needs no VALUE);
+                        --section.key=VALUE works too
+  --print-config        print every setting and where it comes from, and exit
+  --dry-run             print parameters, FLOPs and memory of the run, and exit
   --help                print this and exit
 
-The command line wins over the file, the file over the one it extends, that over the defaults below.
+The command line wins over the file, the file over the one it extends, that over
+the defaults below.
 """
+
+
+_WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def help_text() -> str:
     """What `titan-dp train --help` and `train.py --help` print."""
-    width = min(110, int(os.environ.get("COLUMNS", 100)))
+    width = min(110, shutil.get_terminal_size((100, 24)).columns)
     parts = [USAGE]
     for section, members in sections().items():
         parts.append(f"[{section}]")
         for key in members:
-            parts.append(f"  --{key.dotted}  ({key.expected}; default: {default_text(key)})")
+            head = f"--{key.dotted}  ({key.expected}; default: {default_text(key)})"
+            parts.append(textwrap.fill(head, width, initial_indent="  ", subsequent_indent=" " * 10, **_WHOLE))
             parts.append(textwrap.fill(key.doc, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
         parts.append("")
     return "\n".join(parts)

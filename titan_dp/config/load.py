@@ -22,15 +22,16 @@ from typing import Any, TypeVar
 import tomli
 from pydantic import ValidationError
 
-from titan_dp.config.advice import explain_unknown, ineffective_settings
+from titan_dp.config.advice import HINTS, explain_unknown, ineffective_settings
 from titan_dp.config.describe import Key, all_keys, help_text, sections, to_toml, walk
 from titan_dp.config.schema import Config, Section
-from titan_dp.errors import UserError, is_main_rank
+from titan_dp.errors import UserError, did_you_mean, is_main_rank
 from titan_dp.files import as_unicode, shorten, shown
 
 # Two spellings of one quantity: setting one undoes the other if that came from a lower source.
 _ALTERNATIVES = {"training.steps": "training.tokens", "training.tokens": "training.steps"}
 
+_OPTIONS = {name: f"--{name}" for name in ("config", "nproc", "print-config", "dry-run", "help")}
 _DEEPEST = 8  # parts of a key; no known key has half as many
 _MISSING = object()
 
@@ -151,8 +152,13 @@ def load_config(argv: list[str]) -> Loaded:
     line = parse_command_line(argv)
     path = resolve_config_path(line.config) if line.config else None
     if path is None:  # what the file would set is unknown, so settings cannot be judged
-        missing = "--config is missing" if line.config is None else f"there is no config {line.config!r}"
-        raise _refused([*line.problems, f"command line: {missing}; {_choices()}"])
+        if line.config is None:
+            raise _refused([*line.problems, f"command line: --config is missing; {_choices()}"])
+        stem = Path(line.config).stem
+        if "/" not in line.config and (SHIPPED / "sweeps" / f"{stem}.toml").is_file():
+            raise UserError(f"{line.config} describes a sweep and not one run; `titan-dp sweep {stem}` lists its runs")
+        near = did_you_mean(line.config, (path.name for path in SHIPPED.glob("*.toml"))) or f"; {_choices()}"
+        raise _refused([*line.problems, f"command line: there is no config {line.config!r}{near}"])
     from_files = [s for s in read_files(path) if (s.key, s.value) != ("job.run_name", "")]
     if of_many := next((s for s in from_files if s.key.startswith("sweep.")), None):
         raise UserError(f"{of_many.source} describes a sweep and not one run; `titan-dp sweep {path}` lists its runs")
@@ -196,6 +202,9 @@ def parse_command_line(argv: list[str]) -> CommandLine:
             continue
         if not has_value and rest and not rest[0].startswith("--"):
             has_value, text = "=", rest.pop(0)
+        if "." not in name and name not in (*_OPTIONS, *HINTS) and (near := did_you_mean(f"--{name}", _OPTIONS.values())):
+            line.problems.append(f"command line: there is no option --{shorten(name)}{near}")
+            continue
         if name in ("config", "job.config_file"):
             if line.config is not None:
                 line.problems.append(f"command line: --config is given twice ({line.config} and {text})")

@@ -25,7 +25,7 @@ from titan_dp.data.formats import (
     read_documents,
     text_of,
 )
-from titan_dp.errors import RunError, UserError, passing_fault, require
+from titan_dp.errors import RunError, UserError, counted, passing_fault, require
 from titan_dp.files import Replaced, as_unicode, shorten, shown
 
 
@@ -61,7 +61,7 @@ class Account:
 
     def describe(self) -> str:
         """What a person should know of the input, in one line or two."""
-        parts = [f"read {self.files:,} files"] if self.files else []
+        parts = [f"read {counted(self.files, 'file')}"] if self.files else []
         parts += [f"{self.empty:,} documents are empty"] if self.empty else []
         parts += [named(self.skipped)] if self.skipped else []
         refused = f"\nWARNING: {self.refused:,} documents were refused, the first: {self.first_refused}"

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from titan_dp.data.encodings import ALTERNATIVES, reason, tiktoken_encoding
-from titan_dp.errors import UserError, require, say_once
+from titan_dp.errors import UserError, did_you_mean, passing_fault, require, say_once
 from titan_dp.files import as_unicode, shorten
 
 if TYPE_CHECKING:
@@ -255,11 +255,28 @@ def hugging_face_folder(name: str) -> Path:
             )
     except Exception as error:
         raise UserError(
-            f"tokenizer {name!r} is no tiktoken encoding ({', '.join(tiktoken.list_encoding_names())}), no folder with a "
-            f"tokenizer.json, and cannot be had from the Hugging Face Hub ({type(error).__name__}: "
-            f"{shorten(str(error).partition(chr(10))[0], 200)}); {ALTERNATIVES}"
+            f"tokenizer {name!r} is no file, folder or tiktoken encoding here, and the Hugging Face Hub "
+            f"{_hub_said(error)}{did_you_mean(name, ['bytes', *tiktoken.list_encoding_names()])}; {ALTERNATIVES}"
         ) from error
     return folder
+
+
+def _hub_said(error: Exception) -> str:
+    """Why the Hub gave no tokenizer, in a few words."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    if isinstance(error, FileNotFoundError) and str(error).startswith("it has no"):
+        return f"has it without one ({error})"
+    if constants.HF_HUB_OFFLINE:
+        return "is not asked (HF_HUB_OFFLINE)"
+    if passing_fault(error) is not None:
+        return "cannot be reached"
+    if isinstance(error, GatedRepoError):
+        return "gives it to those only who accepted its terms and logged in (hf auth login)"
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        return "has no such name"
+    return f"does not give it ({reason(error)})"
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -195,7 +195,11 @@ class Result:
         if self._session.args.overwrite:
             return {}
         if not same:
-            raise UserError(f"{self.path} holds results of other settings or weights; choose another --out, or --overwrite")
+            mine, its = wanted["settings"], found["settings"] if isinstance(found["settings"], dict) else {}
+            other = [name for name in mine if mine[name] != _without_paths(its.get(name))] or ["weights"]
+            raise UserError(
+                f"{self.path} holds results of other {', '.join(other)}; give --out another folder to keep both, or --overwrite"
+            )
         return results
 
     def resume(self) -> Arrays:

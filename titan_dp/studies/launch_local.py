@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan_dp.errors import EXIT_STOPPED, RUNS_AT_ONCE, RunError, UserError
+from titan_dp.errors import EXIT_STOPPED, RUNS_AT_ONCE, RunError, UserError, counted
 from titan_dp.files import short
 from titan_dp.hardware import visible_gpus
 from titan_dp.output import NEXT_SIGN
@@ -78,10 +78,10 @@ def launch_local(cells: Sequence[Cell], *, at_once: int, nproc: int, retries: in
         for future in futures:
             future.result()
     if ended.told:
-        print(f"{launcher.count('finished')} of {len(cells)} cells are finished; the same command goes on from here")
-        raise KeyboardInterrupt
+        done = f"{launcher.count('finished')} of {counted(len(cells), 'cell')} finished"
+        raise KeyboardInterrupt(f"{done}; what the others saved is kept, and the same command goes on from there")
     if failed := [f"{run.cell.name}: {run.reason}" for run in launcher.runs if run.state == "failed"]:
-        raise RunError("\n  ".join([f"{len(failed)} cells failed; start again to retry them:", *failed]))
+        raise RunError("\n  ".join([f"{counted(len(failed), 'cell')} failed; start again to retry them:", *failed]))
 
 
 @dataclass
@@ -233,7 +233,7 @@ class _Launcher:
         columns = [Column(name, overflow="fold") for name in ("cell", "state")]  # it cannot be wider than the terminal
         columns += [Column(name, justify="right", no_wrap=True) for name in ("step", "loss", "validation", "tokens/s")]
         look: dict[str, Any] = {"box": box.SIMPLE, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
-        table = Table(*columns, title=f"{len(self.runs)} cells: {counts}", title_justify="left", **look)
+        table = Table(*columns, title=f"{counted(len(self.runs), 'cell')}: {counts}", title_justify="left", **look)
         room = max(3, shutil.get_terminal_size().lines - 7)
         for run in sorted(self.runs, key=lambda run: _STATES.index(run.state))[:room]:
             table.add_row(run.cell.name, run.describe(), *_how_far(run.cell))

@@ -21,7 +21,7 @@ from typing import Any
 
 from titan_dp.config.arguments import above_zero, fraction, natural, positive
 from titan_dp.config.load import config_from_toml
-from titan_dp.errors import RunError, UserError, require
+from titan_dp.errors import RunError, UserError, counted, require
 from titan_dp.files import short, stays_inside, write_json
 from titan_dp.output import number_table, print_next, print_table, print_text
 from titan_dp.studies.sweep_file import Cell, Sweep, load_sweep
@@ -294,7 +294,7 @@ def _print_costs(sweep: Sweep, mfu: float, peak_tflops: float) -> None:
     tokens, finished = sum(cell.tokens for cell in sweep.cells), f"{states.count('finished')} finished"
     sums = ["all", finished, "", "layers x width, heads x dim, MLP", "", short(tokens), short(total), hours(total)]
     shown = len(columns) if total >= _LEAST_HOURS * flops_per_hour else len(columns) - 1
-    title = f"{sweep.name}: {len(sweep.cells)} cells. {sweep.description}".rstrip()
+    title = f"{sweep.name}: {counted(len(sweep.cells), 'cell')}. {sweep.description}".rstrip()
     table = number_table(title, columns[:shown], [row[:shown] for row in rows], left=columns[:4], show_footer=True)
     for column, footer in zip(table.columns, sums, strict=False):
         column.footer = footer

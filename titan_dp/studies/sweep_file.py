@@ -25,8 +25,8 @@ from titan_dp import config
 from titan_dp.config import Config, Positive, Section
 from titan_dp.config.advice import HINTS, explain_unknown
 from titan_dp.config.describe import all_keys, to_toml
-from titan_dp.config.load import SHIPPED, Loaded, Setting, build_config, build_section, read_files
-from titan_dp.errors import UserError
+from titan_dp.config.load import SHIPPED, Loaded, Setting, build_config, build_section, read_files, resolve_config_path
+from titan_dp.errors import UserError, did_you_mean
 from titan_dp.files import shorten, shown
 from titan_dp.model.size import model_size
 from titan_dp.studies.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
@@ -191,8 +191,11 @@ def load_sweep(path: Path) -> Sweep:
     if not path.is_file() and (named := shipped / path.with_suffix(".toml")).is_file():
         path = named
     if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in shipped.glob("*.toml")))
-        raise UserError(f"there is no sweep file {path}; those of {shipped} are {names}")
+        if resolve_config_path(str(path)) is not None:
+            raise UserError(f"{path} describes one run and no sweep; `titan-dp train --config {path}` starts it")
+        names = sorted(file.stem for file in shipped.glob("*.toml"))
+        near = did_you_mean(path.stem, names) or f"; those that ship are {', '.join(names)}"
+        raise UserError(f"there is no sweep file {path}{near}")
     section, base = _read(path)
     try:
         _check_axes(section)

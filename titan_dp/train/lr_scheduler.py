@@ -87,4 +87,4 @@ def rate_jump(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
     ):
         held = saved_value(before, "lr_scheduler.total_steps") or old_steps
         ways.insert(0, f"--lr_scheduler.total_steps {held} keeps the schedule it had, whose last rate then stays")
-    return f"the learning rate jumps with step {step + 1}: {told}; {'; '.join(ways) or 'see'} (docs/checkpoints.md, Extending)"
+    return f"the learning rate jumps with step {step + 1}: {told}; {'; '.join(ways) or 'see lr_scheduler'}"

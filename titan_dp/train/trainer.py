@@ -207,8 +207,8 @@ class Trainer:
         self._announce()
         if self._is_done():
             self.console.print(
-                f"nothing to do: all {self.step:,} steps are done; to go on, raise training.steps or training.tokens "
-                "(docs/guides/more-tokens.md says how to do it well), or choose another job.run_name"
+                f"nothing to do: all {self.step:,} steps are done; to go on, raise training.steps or training.tokens, "
+                "or choose another job.run_name"
             )
         metrics = together(self._open_run_folder)
 
@@ -360,7 +360,7 @@ class Trainer:
             held_out = f"--shards {shlex.quote(c.validation.paths[0])} --concatenate" if c.validation.enable else "--text ..."
             measure = f"titan-dp evaluate perplexity {run} {held_out}"
             print_next("let it write, and measure it", f"titan-dp generate {run}", measure)
-        print_text("to train it further: docs/guides/more-tokens.md")
+        print_text("to train it further, give the same command with more training.steps or training.tokens")
 
     def _show_result(self, metrics: Metrics, newest: Path | None, shown: tuple[str, str] | None) -> None:
         """What the model can do now, and where everything is."""
