@@ -568,6 +568,16 @@ def test_a_report_is_written_over_but_nothing_of_somebody_elses_is(written: Path
     assert sorted(run.iterdir()) == before
 
 
+def test_fits_that_were_not_made_are_one_sentence_on_the_console(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_run(tmp_path / "runs/a")
+    assert dispatch(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0
+    shown = capsys.readouterr().out
+    assert "1 run (1 finished) of 1 configuration.\n" in shown
+    assert "not fitted: L(N, D), time per step, L(C); report.html says what each of them lacks\n" in shown
+    assert "bootstrap" not in shown
+    assert (tmp_path / "report/report.html").read_text().count("Not fitted: ") == 3
+
+
 def test_a_sweeps_report_lies_in_its_folder_and_bears_its_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     sweep = write_sweep(tmp_path / "widths", {"a": {}, "b": {"debug.seed": 7}}, description="wide & narrow")
     write_run(sweep / "a")

@@ -124,12 +124,18 @@ def _check_out(out: Path) -> set[str]:
 
 
 def _print(results: Results) -> None:
-    from titan_dp.studies.report.tables import show, summary, tables
+    from titan_dp.studies.report.tables import NOT_FITTED, show, summary, tables
 
     print_text(*summary(results), *(f"warning: {line}" for line in results.warnings), "")
+    without = []
     for section in tables(results).values():
         for title, table in section:
-            show(title, table, last=table is section[-1][1])
+            if "note" in table and len(table) and table["note"].str.startswith(NOT_FITTED).all():
+                without.append(title.partition(" = ")[0])
+            else:
+                show(title, table, last=table is section[-1][1])
+    if without:
+        print_text(f"not fitted: {', '.join(without)}; report.html says what each of them lacks")
 
 
 def _write(results: Results, out: Path, earlier: set[str], ending: str, typed: str) -> list[Path]:

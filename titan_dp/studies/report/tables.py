@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame
 
+from titan_dp.errors import counted
 from titan_dp.files import short
 from titan_dp.output import duration, number_table, print_table
 from titan_dp.studies.report.compare import CONFIDENCE_TEXT, INSIDE, LOSSES, SEEDS
@@ -26,6 +27,8 @@ from titan_dp.studies.report.tune import AROUND, Tuning
 
 _NAMED = 5  # runs in a sentence; the tables name all
 _STEPS = ["step", "steps"]
+NOT_FITTED = "Not fitted: "
+"""How the note on a fit begins that was not made."""
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
@@ -52,8 +55,7 @@ def summary(results: Results) -> list[str]:
     runs = results.runs
     by_state = {state: runs[runs["state"] == state] for state in STATES}
     counts = ", ".join(f"{len(those):,} {state}" for state, those in by_state.items() if len(those))
-    total = "1 run" if len(runs) == 1 else f"{len(runs):,} runs"
-    lines = [f"{total} ({counts}) of {len(results.configurations):,} configurations."]
+    lines = [f"{counted(len(runs), 'run')} ({counts}) of {counted(len(results.configurations), 'configuration')}."]
     for state in ("diverged", "unfinished", "not started"):
         those = by_state[state]
         if len(those):
@@ -79,7 +81,7 @@ def _verdicts(results: Results) -> Iterator[str]:
 def _note(fit: Fit) -> str:
     """What a reader must know about a fit beside its numbers."""
     if fit.law is None:
-        return f"Not fitted: {fit.lacks}."
+        return f"{NOT_FITTED}{fit.lacks}."
     notes = []
     at = [name for name in fit.law.undetermined if fit.law.estimates[name].bound == "value"]
     reaching = [name for name in fit.law.undetermined if name not in at]
@@ -259,7 +261,7 @@ def _speed_table(results: Results) -> DataFrame:
     for speed in results.speeds:
         row = {"family": speed.family, "sizes": ", ".join(speed.points["parameters"].map(short).unique())}
         if speed.law is None:
-            rows.append(row | {"note": f"Not fitted: {speed.lacks}."})
+            rows.append(row | {"note": f"{NOT_FITTED}{speed.lacks}."})
             continue
         largest = speed.points["parameters"].max()
         fixed, slope = (1e3 * speed.tokens_per_step * term for term in (speed.law.fixed, speed.law.per_parameter * 1e6))
