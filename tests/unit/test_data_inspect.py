@@ -347,6 +347,8 @@ def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path: Path, capsys: pytes
     folder = write(tmp_path / "x", [of("abc")] * 200)
     for arguments, sentence in (
         ([], "name a FOLDER of token shards"),
+        ([write(tmp_path / "empty", [])], "empty holds no documents; prepare the data again"),
+        ([tmp_path / "empty", "--config", "debug.toml"], "has 0 tokens, fewer than one sample of training.seq_len + 1"),
         ([tmp_path / "nowhere"], "there are no token shards in"),
         ([folder / "shard-00000.npy"], f"there are some in '{folder}'"),
         ([folder, "--training.seq_len", 8], "--training.seq_len is a setting of a run: add --config NAME"),

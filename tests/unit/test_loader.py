@@ -20,7 +20,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from titan_dp import config
 from titan_dp.data.batch import Place
 from titan_dp.data.loader import ShardLoader, ValidationLoader, build_dataloader, build_validation_loader
-from titan_dp.data.shards import TokenShards
+from titan_dp.data.shards import ShardWriter, TokenShards
+from titan_dp.data.tokenizer import load_tokenizer
 from titan_dp.data.workers import read_in_workers
 from titan_dp.errors import RunError, UserError, run_main
 
@@ -108,6 +109,15 @@ def validation(
 ) -> ValidationLoader:
     data, place = config.Data(path=str(trained), document_boundaries="reset"), Place(T, L, L * world_size, rank, world_size)
     return build_validation_loader(config.Validation(path=str(held_out)), data, place, 300, [TokenShards(trained)], most)
+
+
+def test_folders_without_tokens_are_refused_for_training_and_for_validation(shards: Path, tmp_path: Path) -> None:
+    around = {"split": "validation", "validation_fraction": 0.1, "adds_bos": True, "adds_eos": True}
+    ShardWriter(tmp_path, np.dtype(np.uint16), 100, []).finish(load_tokenizer("bytes"), around)
+    with pytest.raises(UserError, match="has 0 tokens, fewer than one sample"):
+        loader(tmp_path)
+    with pytest.raises(UserError, match="holds no token to predict; name other shards"):
+        validation(shards / "train", tmp_path)
 
 
 @pytest.mark.parametrize("most", [None, 5])

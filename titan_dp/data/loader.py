@@ -167,7 +167,13 @@ def build_validation_loader(
     for training in trained:
         for held_out in sources:
             _refuse_overlap(training, held_out)
-    return ValidationLoader(sources, place, data.document_boundaries == "reset", most)
+    loader = ValidationLoader(sources, place, data.document_boundaries == "reset", most)
+    if not loader.rows:
+        raise UserError(
+            f"validation.path {str(sources[0].folder)!r} holds no token to predict; name other shards, or set "
+            "validation.enable to false"
+        )
+    return loader
 
 
 def _refuse_overlap(trained: TokenShards, held_out: TokenShards) -> None:

@@ -49,8 +49,9 @@ def find_shards(paths: Sequence[Path]) -> tuple[list[TokenShards], list[str]]:
 
 def check_countable(sources: Sequence[TokenShards]) -> None:
     """Raises UserError if there is nothing to count, or more than fits in memory."""
-    if empty := next((source for source in sources if not source.manifest["documents"] or not len(source)), None):
-        raise UserError(f"{empty.folder} holds no documents; {AGAIN}")
+    for source in sources:
+        if not source.manifest["documents"] or not len(source):
+            raise UserError(f"{source.folder} holds no documents; {AGAIN}")
     if large := next((source for source in sources if source.vocab_size > measure.LARGEST_VOCABULARY), None):
         raise UserError(
             f"{large.folder / MANIFEST} has tokenizer.vocab_size = {large.vocab_size:,}, more than the "
