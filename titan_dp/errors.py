@@ -254,4 +254,5 @@ def _say(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(2)
+    message = re.sub(r"\[Errno -?\d+\] ", "", message)  # the number says nothing that the words beside it do not
     print(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr, flush=True)

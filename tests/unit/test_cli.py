@@ -76,7 +76,7 @@ def failing(error: BaseException) -> int:
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "outputs/x")
-FULL_SAID = "error: [Errno 28] No space left on device: 'outputs/x'; free some space or choose another folder; "
+FULL_SAID = "error: No space left on device: 'outputs/x'; free some space or choose another folder; "
 WRAPPED = RuntimeError("could not save")
 WRAPPED.__cause__ = FULL
 
@@ -125,7 +125,7 @@ def test_a_file_that_a_failing_disk_keeps_from_being_read_is_worth_another_try(c
 
     assert run_main(lambda: read(errno.EIO)) == 1
     assert capfd.readouterr().err == (
-        "error: token shard shard-00000.npy cannot be read; prepare it again; OSError: [Errno 5] Input/output error: "
+        "error: token shard shard-00000.npy cannot be read; prepare it again; OSError: Input/output error: "
         "'shard-00000.npy'; this may pass: try the same command again\n"
     )
     assert run_main(lambda: read(errno.ENOENT)) == 2

@@ -150,7 +150,7 @@ def test_a_connection_that_breaks_anywhere_else_is_one_sentence_too(capfd: pytes
 
     assert run_main(command) == 1
     assert capfd.readouterr().err == (
-        "error: ConnectionResetError: [Errno 104] Connection reset by peer; a connection or the server at its other end "
+        "error: ConnectionResetError: Connection reset by peer; a connection or the server at its other end "
         "failed: try the same command again\n"
     )
 

@@ -496,7 +496,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
     monkeypatch.setattr(shards._Appended, "append", full)
     capsys.readouterr()
     assert run_main(lambda: dispatch(["prepare", *map(str, arguments), str(tmp_path / "out")])) == 1
-    assert capsys.readouterr().err.startswith("error: [Errno 28] No space left on device: '")
+    assert capsys.readouterr().err.startswith("error: No space left on device: '")
     monkeypatch.undo()
     prepare(*arguments, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
