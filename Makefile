@@ -30,7 +30,7 @@ train: data/corpus/train/manifest.json
 	@printf '%s\n' "" "What next (README.md and docs/guides/ have more):" \
 	    "  source $(VENV)/bin/activate    # once per shell" \
 	    '  titan-dp generate outputs/debug --prompt "The whale "' \
-	    "  titan-dp state-tracking train --group S3 --num-householder 2    # 3 minutes" \
+	    "  titan-dp state-tracking train --group S3 --num-householder 2    # 2 minutes" \
 	    "  titan-dp prepare FILES --out data/mine --tokenizer bytes    # your own text"
 
 study: data/corpus/train/manifest.json
@@ -51,7 +51,7 @@ test: lint
 	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python -m pytest tests/kernels; fi
 
 bench: $(INSTALLED)
-	for script in op op_costs loader prepare checkpoint trainer kernel_costs export generation length_extrapolation scaling report state_tracking estimate; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in op op_costs step loader prepare checkpoint trainer kernel_costs export generation length_extrapolation scaling report state_tracking estimate; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 # What was installed and built. Not data/ and outputs/: they hold what took hours, and perhaps files of your own.
 clean:

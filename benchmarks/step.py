@@ -5,7 +5,8 @@
 OlmoHybrid has the same layers as ours (n_h = 1, forget gate, output gate, negative eigenvalues; the last layer is softmax
 attention, without which its configuration is refused) on the fallback in torch that it takes without a GPU. The Transformer is
 transformers' Llama with an MLP that makes the parameters equal. All take forward, loss, backward, clipping and AdamW for the
-same tokens in float32. The three take turns in one process, and a ratio is the median over the turns.
+same tokens in float32. The last row is one square product again and again until the FLOPs of our matrix products are done: no
+model of this size can be faster in float32. The four take turns in one process, and a ratio is the median over the turns.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ def main() -> None:
         linear |= {f"linear_{name}_head_dim": head for name in ("key", "value")}
         kinds = ["linear_attention"] * (layers - 1) + ["full_attention"]
         peer = OlmoHybridForCausalLM(OlmoHybridConfig(intermediate_size=mlp, layer_types=kinds, **linear, **common))
-        with tempfile.TemporaryDirectory() as folder, ours(Path(folder), size, tokens) as (model, step):
-            wanted = parameters(model)
+        with tempfile.TemporaryDirectory() as folder, ours(Path(folder), size, tokens) as (trainer, step):
+            wanted = parameters(trainer.model)
             steps = {"Gated DeltaNet": (wanted, step), "OlmoHybrid": (parameters(peer), step_of(peer, tokens))}
             llama = LlamaForCausalLM(LlamaConfig(intermediate_size=llama_mlp(wanted, width, layers, vocabulary), **common))
             steps["Llama"] = (parameters(llama), step_of(llama, tokens))
+            steps["matrix products alone"] = (0, products(trainer.facts.size.matmul * B * T))
             seconds = timed({name: each for name, (_, each) in steps.items()})
         for name, (count, _) in steps.items():
             ratio = statistics.median(other / own for own, other in zip(seconds["Gated DeltaNet"], seconds[name], strict=True))
@@ -71,7 +73,7 @@ def main() -> None:
                 {
                     "size": size,
                     "model": name,
-                    "parameters": f"{count:,}",
+                    "parameters": f"{count:,}" if count else "",
                     "tokens": B * T,
                     "ms per step": statistics.median(seconds[name]) * 1e3,
                     "times ours": ratio,
@@ -126,7 +128,18 @@ def ours(folder: Path, size: str, tokens: torch.Tensor) -> Any:
     with distributed(loaded.config.comm):
         trainer = Trainer(loaded, current_world())
         batch: Batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "cu_seqlens": None}
-        yield trainer.model, lambda: trainer._train_step([batch])
+        yield trainer, lambda: trainer._train_step([batch])
+
+
+def products(flops: float) -> Callable[[], object]:
+    """Square products of `flops` in all, of a size that stays in the cache."""
+    a, out = torch.randn(512, 512), torch.empty(512, 512)
+
+    def step() -> None:
+        for _ in range(round(flops / (2 * 512**3))):
+            torch.mm(a, a, out=out)
+
+    return step
 
 
 def step_of(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], object]:
