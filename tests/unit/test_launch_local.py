@@ -163,6 +163,7 @@ def test_a_cell_of_a_killed_launch_is_waited_for_on_the_devices_it_has(
 
 def test_a_cell_whose_other_process_dies_is_started(launch: Launch, tmp_path: Path) -> None:
     lock = RunLock(tmp_path / "a")
+    (tmp_path / "a/config.toml").touch()
     thread = when(lambda: True, lock.close)
     launch(retries=0, a=FINISH)
     thread.join()

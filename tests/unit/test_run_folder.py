@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +117,27 @@ def test_asking_for_the_lock_neither_takes_nor_makes_it(tmp_path: Path) -> None:
     RunLock(folder).close()
 
 
+def test_a_folder_with_nothing_but_the_lock_goes_with_it(tmp_path: Path) -> None:
+    RunLock(tmp_path / "refused").close()
+    assert not (tmp_path / "refused").exists()
+    lock = RunLock(tmp_path / "begun")
+    (tmp_path / "begun/config.toml").touch()
+    lock.close()
+    assert {path.name for path in (tmp_path / "begun").iterdir()} == {".lock", "config.toml"}
+
+
+def test_who_waits_for_a_lock_that_is_removed_gets_the_one_that_counts(tmp_path: Path) -> None:
+    first, folder = RunLock(tmp_path / "run"), tmp_path / "run"
+    closing = threading.Timer(0.2, first.close)
+    closing.start()
+    second = RunLock(folder, patience=60)
+    closing.join()
+    assert is_locked(folder)
+    with pytest.raises(RunError, match="another process is at work"):
+        RunLock(folder, patience=0)
+    second.close()
+
+
 def test_the_lock_is_not_inherited_by_programs_the_run_starts(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
@@ -144,6 +166,7 @@ def test_a_second_run_is_refused_before_anything_is_built(tmp_path: Path, monkey
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_run_of_somebody_else_can_be_asked_about(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
     RunLock(tmp_path).close()
     (tmp_path / ".lock").chmod(0o444)
     assert not is_locked(tmp_path)

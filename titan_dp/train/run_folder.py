@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -133,6 +134,8 @@ def is_finished(folder: Path) -> bool:
 class RunLock:
     """The lock of a folder, held from construction to `close()` or the end of the process; makes the folder.
 
+    A folder that holds nothing else at `close()` is removed: what was to be written there was refused.
+
     Args:
         patience: seconds to wait for whoever holds it.
 
@@ -142,12 +145,10 @@ class RunLock:
     """
 
     def __init__(self, folder: Path, patience: float = 1.0) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / ".lock").open("w")
+        self._path = folder / ".lock"
         deadline, told = time.monotonic() + patience, False
-        while not _try_lock(self._file, fcntl.LOCK_EX):
+        while not self._taken():
             if time.monotonic() > deadline:
-                self._file.close()
                 raise RunError(f"another process is at work in {folder}; wait until it ends, or choose another run folder")
             if not told:
                 print(
@@ -158,7 +159,21 @@ class RunLock:
                 told = True
             time.sleep(0.1)
 
+    def _taken(self) -> bool:
+        """Whether the lock could be had, and still is the folder's: whoever held it may have removed both."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            self._file = self._path.open("w")
+            if _try_lock(self._file, fcntl.LOCK_EX) and os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                return True
+            self._file.close()
+        return False
+
     def close(self) -> None:
+        with suppress(OSError):
+            if os.listdir(self._path.parent) == [self._path.name]:
+                self._path.unlink()
+                self._path.parent.rmdir()
         self._file.close()
 
 
