@@ -9,6 +9,7 @@ and only the process group is made anew for each call. What a function sets in m
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 import tempfile
@@ -82,6 +83,7 @@ def _work(pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported: a collection then takes milliseconds
     while True:
         rank, world_size, rendezvous, function, arguments = pipe.recv()
         settings = [(module, dict(vars(module))) for name, module in sys.modules.items() if name.startswith("titan_dp.")]
@@ -96,4 +98,5 @@ def _work(pipe: Connection) -> None:
             vars(module).update(names)
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # models hold groups in cycles, and every group has threads that wake up a hundred times a second
         pipe.send(outcome)
