@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from deltaproduct_kernels import gated_delta_product
+from deltaproduct_kernels.check import NAMES, error, make
 from deltaproduct_kernels.triton_backend import cost, launch
 from deltaproduct_kernels.triton_backend.layout import Size
-from gpu_check import DEVICE, NAMES, error, make
+from gpu_check import DEVICE
 from torch import Tensor
 
 
@@ -53,7 +54,7 @@ def time_op(shape: Shape, smoke: bool) -> dict[str, Any]:
     """Nanoseconds a token and head, forward and backward, and milliseconds of each kernel."""
     bandwidth, flops = roofline(smoke)
     gate = 0.05 if shape.gated else None
-    made = make(shape.B, shape.T, shape.H, shape.n, shape.d, shape.d, gate=gate)
+    made = make(shape.B, shape.T, shape.H, shape.n, shape.d, shape.d, device=DEVICE, gate=gate)
     x = {name: y.requires_grad_() for name, y in made.items()}
     unit = shape.B * shape.T * shape.H / 1e6  # ms -> ns a token and head
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deltaproduct_kernels.check import Case, error, inputs, step, upstream
 from deltaproduct_kernels.triton_backend import configs, launch
 from deltaproduct_kernels.triton_backend.aot import Compiler
 from deltaproduct_kernels.triton_backend.configs import Config
-from gpu_check import Case, error, inputs, step, upstream
 from gpu_op import Shape, Timed, ahead_of_the_gpu, table_name
 
 REPEATS = 5
@@ -136,8 +136,8 @@ def tune(case: Tuned, smoke: bool) -> dict[str, Any]:
     """The fastest candidates of one kernel, the table's among them, and the table's line for the best."""
     shape, default = case.shape, launch.runner(torch.device("cuda"))
     check = Case(case.d, case.d, case.n, "bfloat16", T=shape.T, gate=0.05 if case.gated else None, B=shape.B, H=shape.H)
-    x = inputs(check)
-    do, dfinal = upstream(check, x)
+    x = inputs(check, "cuda")
+    do, dfinal = upstream(x)
     expected = step(check, x, do, dfinal)
     times: dict[Config, float] = {}
     notes: dict[Config, dict[str, Any]] = {}

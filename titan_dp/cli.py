@@ -54,6 +54,7 @@ COMMANDS: Commands = {
     "sweep": ("titan_dp.studies.sweep", "expand a sweep file into runs, and launch them"),
     "state-tracking": (STATE_TRACKING, "word problems and formal languages: train, compare, inspect, prove"),
     "estimate": ("titan_dp.estimate.command", "memory, communication and speed of a run, before there is a machine for it"),
+    "check-kernels": ("titan_dp.model.check_kernels", "do the Triton kernels compute the right numbers on this GPU?"),
     "forecast": ("titan_dp.studies.report.forecast_command", "what a larger run will come out as, by the laws of smaller ones"),
     "report": ("titan_dp.studies.report.command", "tables, fits and plots of many runs"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.harness import run_ranks
+from titan_dp import distributed
 from titan_dp.checkpoint.folder import resolve_checkpoint
 from titan_dp.checkpoint.manifest import read_manifest
+from titan_dp.config.load import load_config
 from titan_dp.errors import UserError
 from titan_dp.output import Progress
 from titan_dp.train import trainer
@@ -21,11 +24,7 @@ from titan_dp.train import trainer
 
 def train(config: Path, *overrides: str) -> None:
     """One rank of a run; what `torchrun train.py --config ...` does in each process."""
-    from titan_dp.config.load import load_config
-    from titan_dp.distributed import current_world
-    from titan_dp.train.trainer import Trainer
-
-    Trainer(load_config(["--config", str(config), *overrides]), current_world()).train()
+    trainer.Trainer(load_config(["--config", str(config), *overrides]), distributed.current_world()).train()
 
 
 def losses_of(config: Path, world_size: int, name: str, *overrides: str) -> dict[int, float]:
@@ -148,3 +147,60 @@ def test_a_run_from_weights_that_computed_something_else_is_refused_or_says_so(t
     allow = ("--checkpoint.allow_changed", '["model.norm_eps"]')
     (said,) = run_ranks(1, said_by, tiny_config, "--job.run_name", "c", *start, *eps, *allow)
     assert "changed since it was saved, as allowed: model.norm_eps (was 1e-06, now 0.001)" in said
+
+
+# -- kernels that compute wrong numbers ----------------------------------------------------------------------------------
+
+ONE_HEAD = ("--model.backend", "triton", "--model.num_householder", "1", "--model.num_heads", "1")
+
+
+def refused_by_rank_1(config: Path, *overrides: str) -> str:
+    """What each rank says where the check finds wrong kernels on rank 1 alone."""
+
+    def check_run(c: object, device: object) -> str:
+        if distributed.current_world().rank == 1:
+            raise UserError("dq is off by 0.01")
+        return "right"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "check_run", check_run)
+        return refused(config, *overrides)
+
+
+def test_kernels_that_are_wrong_on_one_rank_end_all_as_what_no_retry_mends(tiny_config: Path) -> None:
+    """A UserError, which is exit code 2."""
+    assert run_ranks(2, refused_by_rank_1, tiny_config, *ONE_HEAD) == ["rank 1: dq is off by 0.01", "dq is off by 0.01"]
+    assert not (tiny_config.parent / "outputs/tiny/metrics.jsonl").exists()
+
+
+def head_of(config: Path, result: str | None, *overrides: str) -> str:
+    """The first lines of a run; the check says `result`, or refuses."""
+
+    def check_run(c: object, device: object) -> str:
+        if result is None:
+            raise UserError("wrong")
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(trainer, "check_run", check_run)
+        made = trainer.Trainer(load_config(["--config", str(config), *overrides]), distributed.current_world())
+        made._announce()
+        assert made.lock is not None
+        made.lock.close()
+    return said.getvalue()
+
+
+def test_the_head_of_a_run_says_that_its_kernels_are_right(tiny_config: Path) -> None:
+    (said,) = run_ranks(1, head_of, tiny_config, "right in all ways", *ONE_HEAD)
+    assert re.search(r"^kernels +right in all ways$", said, re.MULTILINE)
+
+
+def test_the_check_of_the_kernels_can_be_switched_off(tiny_config: Path) -> None:
+    (said,) = run_ranks(1, head_of, tiny_config, None, *ONE_HEAD, "--debug.check_kernels=false")
+    assert re.search(r"^kernels +not checked \(debug.check_kernels = false\)$", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize("other", [("--model.backend", "torch"), ("--model.mixer", "rwkv7", *ONE_HEAD[:4])])
+def test_a_run_without_these_kernels_checks_none(tiny_config: Path, other: tuple[str, ...]) -> None:
+    (said,) = run_ranks(1, head_of, tiny_config, None, "--model.use_forget_gate=false", *other)
+    assert "kernels" not in said

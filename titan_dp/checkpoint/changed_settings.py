@@ -30,6 +30,7 @@ _STREAM = ("data.hf_dataset", "data.hf_name", "data.hf_split", "data.hf_column",
 _NO_MATTER = ("job.", "checkpoint.", "validation.", "metrics.", "profiling.", "comm.", "generate.", "training.dataloader.")
 _NO_MATTER_EITHER = {"training.gc_freq", "training.max_nonfinite_steps", "data.verify", "data.path", "data.tokenizer"}
 _NO_MATTER_EITHER |= {"training.global_batch_size", "state_tracking.test_length", "state_tracking.test_samples"}
+_NO_MATTER_EITHER |= {"debug.check_kernels"}
 
 
 def check_changes(

@@ -518,6 +518,9 @@ class Debug(Section):
     """Seed of initialisation and of every random number but the data order."""
     deterministic: bool = False
     """Deterministic algorithms only (slower on GPUs; on CPU runs are bit-equal anyway)."""
+    check_kernels: bool = True
+    """Before the first step, compare the Triton kernels that the run uses with the recurrence in float64, and refuse to train
+    where they are wrong."""
 
 
 Rule = tuple[bool, str, str]

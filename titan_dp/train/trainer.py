@@ -37,6 +37,7 @@ from titan_dp.faults.profiling import Profiler
 from titan_dp.faults.step_times import StepTimes
 from titan_dp.faults.watchdog import Watchdog
 from titan_dp.files import write_atomically
+from titan_dp.model.check_kernels import check_run, uses_operator
 from titan_dp.model.cpu import lacks_kernels, use_threads
 from titan_dp.model.parallelize import sharded_model
 from titan_dp.model.parametrization import scales
@@ -74,6 +75,7 @@ class Trainer:
         equal, by_rank = settings_of(c)
         try:
             self.differing = agree(equal | code(), self._prepare, by_rank=by_rank, folder=self.run_folder)
+            self.kernels = self._check_kernels()
         except BaseException:
             if self.lock is not None:
                 self.lock.close()
@@ -127,6 +129,18 @@ class Trainer:
             "the fingerprint of the validation data": held_out.fingerprint if held_out else None,
         }
 
+    def _check_kernels(self) -> str:
+        """What the head of the run says of its kernels. Raises UserError on all ranks if they are wrong on one.
+
+        Before the model is built: what is wrong is then known in seconds, and kernels are compiled while nothing else waits.
+        """
+        c = self.config
+        if self.backend != "triton" or not uses_operator(c):
+            return ""
+        if not c.debug.check_kernels:
+            return "not checked (debug.check_kernels = false)"
+        return together(lambda: check_run(c, self.world.device))
+
     def _resume(self) -> None:
         """Take up the run folder's newest healthy checkpoint (or the one of checkpoint.load_step), or another run's weights, or
         start afresh.
@@ -177,6 +191,7 @@ class Trainer:
             "device": distributed.describe(self.world, c.parallelism),
             "model": self.model.describe(),
             "recurrence": f"{self.backend} backend{slow}",
+            **({"kernels": self.kernels} if self.kernels else {}),
             **planned(c, self.batch, self.world.size),
             "data": self.loader.describe(self.batch.tokens),
             "optimizer": self.optimizers.describe(),
