@@ -185,6 +185,7 @@ def test_settings_that_do_not_change_the_course_of_a_run_are_not_named() -> None
         "checkpoint": {"interval": "7"},
         "job": {"run_name": "'x'"},
         "data": {"verify": "false"},
+        "debug": {"check_kernels": "false"},
     }
     assert changed_since(entries(), entries(now)) == {}
 
