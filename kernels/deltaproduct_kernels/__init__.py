@@ -7,6 +7,7 @@ what processes that share a sequence tell each other (`segments.py`).
 
 import torch
 
+from deltaproduct_kernels.fla_layers import accelerate_fla
 from deltaproduct_kernels.front_end import front_end
 from deltaproduct_kernels.interface import gated_delta_product, resolve_backend
 from deltaproduct_kernels.ops import executed_flops
@@ -18,6 +19,7 @@ CHUNK_OPS = frozenset({torch.ops.deltaproduct.chunk.default, torch.ops.deltaprod
 
 __all__ = [
     "CHUNK_OPS",
+    "accelerate_fla",
     "executed_flops",
     "front_end",
     "gated_delta_product",

@@ -7,9 +7,6 @@ installs only with a GPU.
 
 from __future__ import annotations
 
-import importlib
-import warnings
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -51,29 +48,11 @@ IN_CHUNKS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _fla() -> Iterator[None]:
-    """fla registers its models with transformers, and launches its kernels on what there is.
-
-    The interpreter cannot time configurations, so the first is taken; and its loop counters must have `.to`, as compiled.
-    """
-    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-        warnings.simplefilter("ignore")
-        importlib.import_module("fla")
-        if not torch.cuda.is_available():
-            run: Callable[..., Any] = lambda self, *args, **how: self.fn.run(*args, **how, **self.configs[0].all_kwargs())  # noqa: E731
-            patch.setattr("triton.runtime.autotuner.Autotuner.run", run)
-            for module in ("fla.ops.gated_delta_product.chunk_deltaproduct_h", "fla.ops.common.chunk_delta_h"):
-                patch.setattr(f"{module}.range", lambda *bounds: map(_Counter, range(*bounds)), raising=False)
-        patch.setattr("fla.layers.gated_deltaproduct.chunk_gated_delta_product", chunk_gated_delta_product)
-        patch.setattr("fla.layers.delta_net.chunk_delta_rule", chunk_delta_rule)
-        patch.setattr("fla.layers.attn.flash_attn_func", flash_attn_func, raising=False)
-        patch.setattr("fla.layers.attn.flash_attn_varlen_func", flash_attn_varlen_func, raising=False)
-        yield
-
-
-class _Counter(int):
-    def to(self, dtype: object) -> _Counter:
-        return self
+def _functions(fla: pytest.MonkeyPatch) -> None:
+    fla.setattr("fla.layers.gated_deltaproduct.chunk_gated_delta_product", chunk_gated_delta_product)
+    fla.setattr("fla.layers.delta_net.chunk_delta_rule", chunk_delta_rule)
+    fla.setattr("fla.layers.attn.flash_attn_func", flash_attn_func, raising=False)
+    fla.setattr("fla.layers.attn.flash_attn_varlen_func", flash_attn_varlen_func, raising=False)
 
 
 def chunk_gated_delta_product(
