@@ -14,7 +14,7 @@ from deltaproduct_kernels.ops import executed_flops
 from deltaproduct_kernels.rows import rms_norm
 from deltaproduct_kernels.segments import segment_adjoint, segment_flops, segment_summary
 
-CHUNK_OPS = frozenset({torch.ops.deltaproduct.chunk.default, torch.ops.deltaproduct.triton_chunk.default})
+CHUNK_OPS = frozenset(getattr(torch.ops.deltaproduct, name).default for name in ("chunk", "triton_chunk", "fla_chunk"))
 """The operators whose outputs a checkpointing policy keeps so that the recurrence is not run twice."""
 
 __all__ = [

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaproduct_kernels import rows
-from deltaproduct_kernels.interface import resolve_backend
+from deltaproduct_kernels.interface import beside, resolve_backend
 from deltaproduct_kernels.transforms import refuse_forward_mode
 from deltaproduct_kernels.triton_backend import front_end_ops
 from deltaproduct_kernels.triton_backend.ops import check_one_dtype
@@ -74,7 +74,7 @@ def front_end(
     B, T, n, H, dk, dv = size
     if before and backend == "auto":
         backend = "torch"
-    chosen = resolve_backend(backend, q.device, q.dtype, dk, dv)
+    chosen = resolve_backend(beside(backend), q.device, q.dtype, dk, dv)
     if chosen == "triton":
         _check_triton(q, k, v, b, a, weights, A_log, dt_bias, before)
         refuse_forward_mode("front_end's backend 'triton'", q, k, v, b, a, *weights, A_log, dt_bias)

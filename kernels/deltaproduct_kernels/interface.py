@@ -7,14 +7,14 @@ import os
 import torch
 from torch import Tensor
 
-from deltaproduct_kernels import ops
+from deltaproduct_kernels import fla_backend, ops
 from deltaproduct_kernels.recurrent import read_offsets, recurrent_forward
 from deltaproduct_kernels.transforms import refuse_forward_mode
 from deltaproduct_kernels.triton_backend import assembler
 from deltaproduct_kernels.triton_backend import ops as triton_ops
 from deltaproduct_kernels.triton_backend.ops import why_not
 
-BACKENDS = ("recurrent", "torch", "triton")
+BACKENDS = ("recurrent", "torch", "triton", "fla")
 DECODE_TOKENS = 4
 """Up to so many tokens without gradients are decoded step by step: chunks would be nearly empty."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -28,8 +28,8 @@ def resolve_backend(
     'auto' is 'triton' on a GPU that it supports, and 'torch' elsewhere.
 
     Raises:
-        ValueError: for a name that is unknown, or 'triton' where it cannot run; on a Hopper without an assembler that is right
-            for 'auto' too, because 'torch' would be many times slower and a package is all that is missing.
+        ValueError: for a name that is unknown, or 'triton' or 'fla' where it cannot run; on a Hopper without an assembler that
+            is right for 'auto' too, because 'torch' would be many times slower and a package is all that is missing.
     """
     if name in ("auto", "triton"):
         reason = why_not(device, dtype, dk, dv)
@@ -39,9 +39,17 @@ def resolve_backend(
             return "triton" if device.type == "cuda" and reason is None else "torch"
         if reason:
             raise ValueError(f"backend = 'triton' cannot run: {reason}; choose 'torch' or 'auto'")
+    elif name == "fla":
+        if reason := fla_backend.why_not(device, dtype):
+            raise ValueError(f"backend = 'fla' cannot run: {reason}; choose 'auto'")
     elif name not in BACKENDS:
         raise ValueError(f"backend = {name!r} is not available; choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
     return name
+
+
+def beside(backend: str) -> str:
+    """The backend of what fla has no operator for, in a model whose recurrence has `backend`."""
+    return "auto" if backend == "fla" else backend
 
 
 def gated_delta_product(
@@ -81,7 +89,8 @@ def gated_delta_product(
             are legal: their final state is their initial one.
         erase: False drops S^T k, which makes it gated linear attention.
         backend: 'recurrent' (the definition), 'torch' (chunks: a kernel in C on a CPU, matrix products elsewhere), 'triton'
-            (kernels for NVIDIA GPUs from Ampere on; q, k and v of one dtype, dk and dv from 16 to 256), or 'auto'. Without
+            (kernels for NVIDIA GPUs from Ampere on; q, k and v of one dtype, dk and dv from 16 to 256), 'fla' (the operator
+            of flash-linear-attention 0.6, which must be installed; bfloat16 or float16 on a GPU), or 'auto'. Without
             gradients, 'auto' and 'triton' decode up to 4 tokens step by step.
         validate: look at the values of cu_seqlens, k, beta and g too, which waits for a GPU; default: whether the environment
             variable DELTAPRODUCT_VALIDATE is 1.
@@ -108,6 +117,10 @@ def gated_delta_product(
             o, state = triton_ops.triton_decode(q, k, v, beta, g, initial_state, scale, erase)
         else:
             o, state, *_ = triton_ops.triton_chunk(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase, trained)
+    elif chosen == "fla":
+        if not erase:
+            raise ValueError("erase = False is not in flash-linear-attention's gated delta product; choose backend 'auto'")
+        o, state, *_ = fla_backend.fla_chunk(q, k, v, beta, g, initial_state, cu_seqlens, scale)
     elif chosen == "recurrent" or (decode and backend == "auto"):
         o, state = recurrent_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase)
         o = o.to(q.dtype)

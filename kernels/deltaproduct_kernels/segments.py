@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deltaproduct_kernels.chunked import chunk_tokens, chunked_adjoint, chunked_summary
-from deltaproduct_kernels.interface import check_shapes, resolve_backend
+from deltaproduct_kernels.interface import beside, check_shapes, resolve_backend
 from deltaproduct_kernels.recurrent import compute_dtype, recurrent_forward
 from deltaproduct_kernels.triton_backend import ops as triton_ops
 
@@ -39,7 +39,7 @@ def segment_summary(
     if k.dim() != 5:
         raise ValueError(f"k has shape {tuple(k.shape)}; expected [B, T, n, H, dk]")
     check_shapes(k[:, :, 0], k, v, beta, g, None, None)
-    chosen = resolve_backend(backend, k.device, k.dtype, k.shape[-1], v.shape[-1])
+    chosen = resolve_backend(beside(backend), k.device, k.dtype, k.shape[-1], v.shape[-1])
     M: Tensor | None
     if chosen == "triton":
         triton_ops.check_one_dtype(k, k, v)
@@ -84,7 +84,7 @@ def segment_adjoint(
     if do.shape[:-1] != q.shape[:-1]:
         raise ValueError(f"do has shape {tuple(do.shape)}; expected {(*q.shape[:-1], 'dv')} to fit q {tuple(q.shape)}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    chosen = resolve_backend(backend, q.device, q.dtype, q.shape[-1], do.shape[-1])
+    chosen = resolve_backend(beside(backend), q.device, q.dtype, q.shape[-1], do.shape[-1])
     if chosen == "triton":
         triton_ops.check_one_dtype(q, k, do)
         return triton_ops.segment_adjoint(do, q, k, beta, g, scale, erase)

@@ -183,6 +183,14 @@ REFUSALS = [
     ("[data]\npath = []", "data.path = []: expected non-empty string or non-empty list of strings"),
     ('[data]\npath = [""]', "data.path = ['']: expected non-empty string or non-empty list of strings"),
     # rules between values
+    (
+        "[model]\nbackend = 'fla'\nmixer = 'gla'\nnum_householder = 1",
+        "model.backend = 'fla' with model.mixer = 'gla', which it does not compute; set backend = 'auto'",
+    ),
+    (
+        "model.backend = 'fla'\ntraining.mixed_precision_param = 'float32'",
+        "model.backend = 'fla' with training.mixed_precision_param = 'float32', which it does not take; set 'bfloat16'",
+    ),
     ("training.tokens = 9", "training: give exactly one of steps and tokens (steps = 10 and tokens = 9)"),
     ('[data]\npath = ["a", "b"]\n[validation]\npath = "b"', "data.path and validation.path both name 'b': validation must"),
     ('[model]\nmixer = "rwkv7"\n[compile]\nenable = true', "compile.enable = true with model.mixer = 'rwkv7'"),

@@ -162,8 +162,9 @@ class Model(Section):
     """Sliding window of the softmax layers in tokens, the token itself included; default: all earlier tokens."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary embedding of the softmax layers."""
-    backend: Literal["auto", "recurrent", "torch", "triton"] = "auto"
-    """Implementation of the recurrence and its front end; auto picks triton on a GPU that can run it, else torch."""
+    backend: Literal["auto", "recurrent", "torch", "triton", "fla"] = "auto"
+    """Implementation of the recurrence and its front end; auto picks triton on a GPU that can run it, else torch; fla is
+    flash-linear-attention's recurrence, which must be installed, behind auto's front end."""
 
     @property
     def head_v_dim(self) -> int:
@@ -558,6 +559,10 @@ class Config(Section):
         )
         yield m.adaptive_householder and t.householder_cost is None, "model training", text
         is_loop = MIXERS[m.mixer].is_loop
+        text = f"model.backend = 'fla' with model.mixer = {m.mixer!r}, which it does not compute; set backend = 'auto'"
+        yield m.backend == "fla" and m.mixer in ("gla", "rwkv7"), "model", text
+        text = "model.backend = 'fla' with training.mixed_precision_param = 'float32', which it does not take; set 'bfloat16'"
+        yield m.backend == "fla" and t.mixed_precision_param == "float32", "model training", text
         text = f"optimizer.parametrization = 'mup' with model.mixer = {m.mixer!r}, which has no rules; set it to 'standard'"
         yield self.optimizer.parametrization == "mup" and m.mixer == "rwkv7", "optimizer model", text
         text = (

@@ -165,6 +165,8 @@ def backend_on(c: config.Config, gpu: GPU | None) -> str:
             return resolve_backend(wanted, _CPU, dk=model.head_dim, dv=model.head_v_dim)
         except ValueError as error:
             raise UserError(f"model.{error}") from error
+    if wanted == "fla":
+        raise UserError("model.backend = 'fla' is not estimated: what its kernels keep and take is not known; choose 'auto'")
     if wanted not in ("auto", "triton"):
         return wanted
     reason = _why_not(c, gpu)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -219,9 +220,11 @@ class Transformer(nn.Module):
 
 
 def chosen_backend(model: config.Model, device: torch.device) -> str:
-    """The implementation of the recurrence on `device`. Raises UserError for one that is not available."""
+    """The implementation of the recurrence on `device`, in words. Raises UserError for one that is not available."""
     try:
         chosen = resolve_backend(model.backend, device, dk=model.head_dim, dv=model.head_v_dim)
     except ValueError as error:
         raise UserError(f"model.{error}") from error
+    if chosen == "fla":
+        return f"fla {version('fla-core')}"
     return f"torch loop ({chosen} front end)" if MIXERS[model.mixer].is_loop else chosen
