@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -300,3 +302,13 @@ def test_fla_s_model_trains_on_our_operator_as_our_model_does(name: str, export_
     errors = {name: error(gradients[name], wanted[name]) for name in wanted}
     assert errors.keys() == gradients.keys()
     assert max(errors.values()) < 1e-4, errors
+
+
+def test_the_readme_s_example_trains(root: Path) -> None:
+    """On the device at hand, in float32."""
+    _, example = re.findall(r"```python\n(.*?)```", (root / "kernels/README.md").read_text(), re.DOTALL)
+    scope: dict[str, Any] = {}
+    with accelerate_fla(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        exec(example.replace('.to("cuda", torch.bfloat16)', "").replace(', device="cuda"', ""), scope)
+    assert all(p.grad.isfinite().all() for p in scope["model"].parameters())

@@ -84,7 +84,7 @@ def test_an_installed_package_prepares_trains_sweeps_and_exports_in_an_empty_fol
 
 
 def test_the_kernels_alone_run_the_layer_of_their_readme(root: Path, tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (root / "kernels" / "README.md").read_text(), re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", (root / "kernels" / "README.md").read_text(), re.DOTALL)
     kernels = Installed(root / "kernels", tmp_path)
     kernels.run("python", "-c", SOURCE_IS_THERE)
     check = "\nassert all(p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())\nimport sys\n"

@@ -58,7 +58,10 @@ def test_mistakes_are_refused_before_anything_is_saved(tiny_config: Path) -> Non
             ["--model.backend", "triton"],
             "model.backend = 'triton' cannot run: it needs a CUDA device, not 'cpu'; choose 'torch'",
         ),
-        (["--model.backend", "fla"], "model.backend = 'fla' cannot run: it needs a CUDA device, not 'cpu'; choose 'auto'"),
+        (
+            ["--model.backend", "fla", "--training.mixed_precision_param", "bfloat16"],
+            "model.backend = 'fla' cannot run: it needs a CUDA device, not 'cpu'; choose 'auto'",
+        ),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(tiny_config: Path, root: Path, arguments: list[str], message: str) -> None:

@@ -238,7 +238,8 @@ def test_mistakes_are_one_sentence_with_the_way_out(monkeypatch: pytest.MonkeyPa
 
     assert "RTX 4090" in refused("--gpu", "H900")
     assert "ib-400" in refused("--network", "string")
-    assert "'fla' is not estimated" in refused("--gpu", "H200", "--model.backend", "fla")
+    fla = ("--model.backend", "fla", "--training.mixed_precision_param", "bfloat16")
+    assert "model.backend = 'fla' is not estimated" in refused("--gpu", "H200", *fla)
     assert "number of ranks, which is 4" in refused("--parallelism.data_parallel_replicate_degree", "3")
     monkeypatch.setitem(GPUS, "T4", replace(GPUS["A10"], name="T4", arch=75))
     assert "it is of compute capability 7.5; the kernels need 8.0" in refused("--gpu", "T4", "--model.backend", "triton")
