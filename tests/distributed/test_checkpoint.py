@@ -82,9 +82,9 @@ def load(folder: Path, replicate: int, name: str):  # type: ignore[no-untyped-de
     """Load into a model of other first values; returns state, moments and the state a step later."""
     model = sharded_model(replicate, seed=99)
     optimizers = optimizer_of(model, name=name, lr=3e-4)
-    manifest = Checkpointer(config.Checkpoint(), folder).load(model, optimizers, META)
-    assert manifest is not None
-    assert manifest["step"] == 2
+    found = Checkpointer(config.Checkpoint(), folder).load(model, optimizers, META)
+    assert found is not None
+    assert found[1]["step"] == 2
     assert [g["peak_lr"] for o in optimizers for g in o.param_groups] == [3e-4] * sum(len(o.param_groups) for o in optimizers)
     loaded = full_state(model), full_moments(optimizers)
     take_step(model, optimizers, 2)
@@ -170,9 +170,9 @@ def test_what_cannot_be_resumed_says_so(tmp_path: Path) -> None:
 
 def resume_from_damaged(folder: Path) -> int:
     model, optimizers = trained(1)
-    manifest = Checkpointer(config.Checkpoint(), folder).load(model, optimizers, META)
-    assert manifest is not None
-    return manifest["step"]
+    found = Checkpointer(config.Checkpoint(), folder).load(model, optimizers, META)
+    assert found is not None
+    return found[1]["step"]
 
 
 def flip_a_bit(path: Path) -> None:
@@ -210,12 +210,12 @@ def go_back(folder: Path, load_step: int, save: tuple[int, ...], healthy: bool =
     model, optimizers = trained(1)
     c = config.Checkpoint(load_step=load_step, keep_latest_k=2)
     checkpointer = Checkpointer(c, folder)
-    manifest = checkpointer.load(model, optimizers, META)
+    found = checkpointer.load(model, optimizers, META)
     meta = META | {"config": f"[model]\n[checkpoint]\nload_step = {load_step}\n"}
     for step in save:
         checkpointer.save(step, model, optimizers, meta=meta, healthy=healthy, blocking=True)
-    assert manifest is not None
-    return manifest["step"]
+    assert found is not None
+    return found[1]["step"]
 
 
 def test_going_back_to_a_step_leaves_the_abandoned_ones_aside_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_going_back_to_a_step_leaves_the_abandoned_ones_aside_and_the_same_comma
 def a_save_whose_retention_fails(folder: Path) -> None:
     from titan_dp.checkpoint import saver as module
 
-    def fails(folder: Path, keep_latest_k: int) -> None:
+    def fails(folder: Path, keep_latest_k: int, keep_steps: list[int]) -> None:
         raise OSError(116, "Stale file handle")
 
     module.apply_retention, original = fails, module.apply_retention
@@ -360,8 +360,8 @@ def another_optimizer(folder: Path) -> None:
     optimizers = optimizer_of(model, name="Muon")
     with pytest.raises(UserError, match=r"another optimizer.name .*--checkpoint.allow_changed '\[\"optimizer.name\"\]'"):
         Checkpointer(config.Checkpoint(), folder).load(model, optimizers, now)
-    manifest = Checkpointer(config.Checkpoint(allow_changed=["optimizer.name"]), folder).load(model, optimizers, now)
-    assert manifest is not None
+    found = Checkpointer(config.Checkpoint(allow_changed=["optimizer.name"]), folder).load(model, optimizers, now)
+    assert found is not None
     expected = sharded_model(seed=98)
     load_model_weights(folder, expected)
     assert all(torch.equal(full_state(model)[name], tensor) for name, tensor in full_state(expected).items())
@@ -532,7 +532,7 @@ def load_where_rank_1_looks_elsewhere(folder: Path, shown_after: float | None, s
             threading.Timer(shown_after, view.symlink_to, [folder]).start()
         folder = view
     checkpointer = Checkpointer(config.Checkpoint(**settings), folder)
-    return end_of(lambda: checkpointer.load(model, optimizers, META)["step"])  # type: ignore[index]
+    return end_of(lambda: checkpointer.load(model, optimizers, META)[1]["step"])  # type: ignore[index]
 
 
 @pytest.mark.parametrize("settings", [{}, {"load_step": 2}], ids=["the newest", "load_step"])

@@ -9,17 +9,20 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.distributed.harness import run_ranks
 from titan_dp import distributed
 from titan_dp.checkpoint.folder import resolve_checkpoint
-from titan_dp.checkpoint.manifest import read_manifest
+from titan_dp.checkpoint.manifest import committed_steps, read_manifest
 from titan_dp.config.load import load_config
 from titan_dp.errors import UserError
 from titan_dp.output import Progress
+from titan_dp.studies.sweep_file import load_sweep
 from titan_dp.train import trainer
+from titan_dp.train.run_folder import read_records
 
 
 def train(config: Path, *overrides: str) -> None:
@@ -204,3 +207,76 @@ def test_the_check_of_the_kernels_can_be_switched_off(tiny_config: Path) -> None
 def test_a_run_without_these_kernels_checks_none(tiny_config: Path, other: tuple[str, ...]) -> None:
     (said,) = run_ranks(1, head_of, tiny_config, None, "--model.use_forget_gate=false", *other)
     assert "kernels" not in said
+
+
+# -- branches ----------------------------------------------------------------------------------------------------------
+
+
+def cells_of_a_sweep_of_branches(tiny_config: Path) -> list[Path]:
+    """Configs of a run of 10 steps that branches from step 6 of one of 20, and of that one, as a sweep expands them."""
+    path = tiny_config.parent / "lengths.toml"
+    axes = '[sweep]\nbranch = true\n[sweep.axes]\n"training.steps" = [10, 20]\n'
+    settings = "[lr_scheduler]\ndecay_ratio = 0.4\n[checkpoint]\nkeep_latest_k = 2\n"
+    settings += "[validation]\nenable = false\n[generate]\nenable = false\n"
+    path.write_text(f'extends = "{tiny_config.name}"\n{axes}{settings}')
+    configs = []
+    for cell in load_sweep(path).cells:
+        configs.append(tiny_config.parent / f"{cell.name}.toml")
+        configs[-1].write_text(cell.toml())
+    return configs
+
+
+def train_each(runs: list[tuple[Any, ...]]) -> None:
+    """In one process, one after the other."""
+    for run in runs:
+        train(*run)
+
+
+def records_of(folder: Path) -> dict[int, tuple[float, float]]:
+    """Loss and learning rate by step."""
+    return {record["step"]: (record["loss"], record["lr"]) for record in read_records(folder) if "loss" in record}
+
+
+def test_a_branch_equals_the_run_of_its_length_trained_alone_bit_for_bit(tiny_config: Path) -> None:
+    branch, trunk = cells_of_a_sweep_of_branches(tiny_config)
+    runs = tiny_config.parent / "outputs/lengths"
+    part = (branch, "--training.steps", "8", "--lr_scheduler.total_steps", "10")  # is stopped, and goes on
+    alone = (branch, "--job.run_name", "alone", "--checkpoint.branch_from=")
+    run_ranks(1, train_each, [(trunk,), part, (branch,), alone])
+    assert committed_steps(runs / "steps20/checkpoint") == [6, 15, 20], "the branch point outlives retention"
+    whole, own = records_of(runs / "alone"), records_of(runs / "steps10")
+    assert own == {step: whole[step] for step in range(7, 11)}
+    assert len({rate for _, rate in own.values()}) == 4, "it decays"
+    name = "lengths/steps10"
+    same = saved_tensors(tiny_config, name) == saved_tensors(tiny_config, "lengths/alone")
+    assert same, "weights, moments and generator states"
+    facts = facts_of(tiny_config, name)
+    assert (facts["branched_at"], facts["shared_tokens"], facts["tokens"]) == (6, 6 * 256, 10 * 256)
+    assert facts["branched_from"] == str(runs / "steps20/checkpoint/step-00000006")
+    assert "branched_from" not in facts_of(tiny_config, "lengths/alone")
+
+
+def refusals(config: Path, cases: list[tuple[str, ...]]) -> list[str]:
+    return [refused(config, *overrides) for overrides in cases]
+
+
+def test_a_branch_is_checked_as_a_resume_is(tiny_config: Path) -> None:
+    run_ranks(1, train, tiny_config, "--training.steps", "2", "--validation.enable=false", "--generate.enable=false")
+    saved = tiny_config.parent / "outputs/tiny/checkpoint/step-00000002"
+    absent = saved.with_name("step-00000003")
+    branch = ("--checkpoint.branch_from", str(saved), "--job.run_name")
+    cases = [
+        (*branch, "a", "--data.seed", "9"),
+        (*branch, "b", "--model.norm_eps", "1e-3"),
+        (*branch, "c", "--training.steps", "1"),
+        ("--checkpoint.branch_from", str(absent), "--job.run_name", "d"),
+    ]
+    (said,) = run_ranks(1, refusals, tiny_config, cases)
+    expected = [
+        "another data.seed (was ",
+        "another model.norm_eps (was 1e-06, now 0.001)",
+        "training.steps = 1",
+        f"checkpoint.branch_from: checkpoint {absent} does not exist; committed steps there: 2; the run to branch from",
+    ]
+    for words, message in zip(expected, said, strict=True):
+        assert words in message

@@ -81,6 +81,13 @@ def test_retention_keeps_the_newest_k_and_the_newest_healthy_one(tmp_path: Path,
     assert all_steps(tmp_path) == left
 
 
+def test_retention_keeps_the_steps_that_others_branch_from(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        make(tmp_path, step)
+    apply_retention(tmp_path, 2, keep_steps=[2, 3, 99])
+    assert all_steps(tmp_path) == [2, 3, 5, 6]
+
+
 def test_a_folder_without_a_manifest_is_not_a_checkpoint(tmp_path: Path) -> None:
     make(tmp_path, 10)
     make(tmp_path, 20, committed=False)

@@ -161,7 +161,7 @@ REFUSALS = [
     # unknown keys, with the nearest valid one
     ("[optimizer]\nlrr = 1", "unknown key optimizer.lrr; did you mean optimizer.lr?"),
     ("[modell]\nhidden_size = 1", "unknown key modell.hidden_size; did you mean model.hidden_size?"),
-    ("[checkpont]\nkeep = 1", "unknown key checkpont.keep; did you mean the section [checkpoint]?"),
+    ("[checkpont]\nwhen = 1", "unknown key checkpont.when; did you mean the section [checkpoint]?"),
     ("[model]\nseq_len = 1", "unknown key model.seq_len; did you mean training.seq_len?"),
     ("[optimizer]\nsteps = 1", "unknown key optimizer.steps; did you mean training.steps or validation.steps?"),
     ("compile = true", "unknown key compile; it is a section; its keys are enable"),

@@ -11,8 +11,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,17 +26,36 @@ UNTIL_THIRD = f"""[ -e attempt-3.log ] && {{ {FINISH}; exit 0; }}; """
 Launch = Callable[..., None]
 
 
+@dataclass
+class _Cell:
+    folder: Path
+    trunk: str = ""
+    branch_step: int = 0
+    steps = 9
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def awaits_trunk(self) -> bool:
+        return bool(self.trunk) and not (self.folder.parent / self.trunk / f"saved-{self.branch_step}").exists()
+
+
 @pytest.fixture
 def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
-    """launch(name=script, ...): run a cell per script, each in the folder of its name."""
+    """launch(name=script, ...): run a cell per script, each in the folder of its name; `branches` have a trunk and a step."""
     monkeypatch.setattr(module, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(module, "_PAUSE_SECONDS", (0,))
     monkeypatch.setattr(module, "visible_gpus", list)
 
-    def run(at_once: int = 1, nproc: int = 1, retries: int = 2, **scripts: str) -> None:
+    def run(
+        at_once: int = 1, nproc: int = 1, retries: int = 2, branches: dict[str, tuple[str, int]] | None = None, **scripts: str
+    ) -> None:
+        branches = branches or {}
         for name in scripts:
             (tmp_path / name).mkdir(exist_ok=True)
-        cells: Any = [SimpleNamespace(name=name, folder=tmp_path / name, steps=9) for name in scripts]
+        cells: Any = [_Cell(tmp_path / name, *branches.get(name, ())) for name in scripts]
         start = lambda cell, nproc: ["sh", "-c", f"cd {cell.folder}; {scripts[cell.name]}"]  # noqa: E731
         monkeypatch.setattr(module, "command", start)
         module.launch_local(cells, at_once=at_once, nproc=nproc, retries=retries)
@@ -205,3 +224,49 @@ def test_a_signal_that_is_ignored_stays_ignored(launch: Launch, tmp_path: Path, 
         launch(a=f"kill -HUP {os.getpid()}; {FINISH}")
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+# -- branches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_branch_begins_once_its_trunk_has_saved_what_it_needs(at_once: int, launch: Launch, tmp_path: Path) -> None:
+    branch = f"[ -e ../trunk/saved-4 ] || exit 2; {FINISH}"
+    other = {"others": ("other", 7)}
+    launch(
+        at_once=at_once,
+        branches={"branch": ("trunk", 4), **other},
+        branch=branch,
+        others=FINISH,
+        trunk="sleep 0.1; echo > saved-4; " + FINISH,
+        other="sleep 0.1; echo > saved-7; " + FINISH,
+    )
+    assert {attempts(tmp_path / name) for name in ("branch", "trunk", "others", "other")} == {1}
+
+
+def test_a_branch_does_not_wait_for_the_end_of_its_trunk(launch: Launch, tmp_path: Path) -> None:
+    trunk = "echo > saved-4; while [ ! -e ../branch/run.json ]; do sleep 0.02; done; " + FINISH
+    launch(at_once=2, branches={"branch": ("trunk", 4)}, branch=FINISH, trunk=trunk)
+    assert attempts(tmp_path / "branch") == 1
+
+
+def test_a_branch_whose_trunk_failed_is_not_started_and_says_why_until_the_trunk_has_come_so_far(
+    launch: Launch, tmp_path: Path
+) -> None:
+    scripts = {"branch": FINISH, "trunk": "echo 'error: broken'; exit 2"}
+    with pytest.raises(RunError) as caught:
+        launch(branches={"branch": ("trunk", 4)}, **scripts)
+    first, *failed = str(caught.value).splitlines()
+    assert first.startswith("2 cells failed")
+    assert failed[0] == "  branch: not started: its trunk trunk failed before step 4"
+    assert attempts(tmp_path / "branch") == 0
+    launch(branches={"branch": ("trunk", 4)}, **scripts | {"trunk": "echo > saved-4; " + FINISH})
+    assert attempts(tmp_path / "branch") == 1
+
+
+def test_a_branch_that_another_process_holds_does_not_keep_its_trunk_from_being_started(launch: Launch, tmp_path: Path) -> None:
+    lock = RunLock(tmp_path / "branch")
+    thread = when((tmp_path / "trunk/attempt-1.log").exists, lock.close)
+    launch(branches={"branch": ("trunk", 4)}, branch=FINISH, trunk="echo > saved-4; " + FINISH)
+    thread.join()
+    assert attempts(tmp_path / "branch") == 1

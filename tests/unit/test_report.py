@@ -124,6 +124,23 @@ def test_tokens_are_those_that_were_consumed_if_steps_changed_their_size(tmp_pat
     assert run["curve_tokens"].tolist() == [record["tokens"] for record in records[:-1]]
 
 
+def test_a_branchs_tokens_are_its_own_and_its_trunks_and_its_time_is_its_own(tmp_path: Path) -> None:
+    records = [step_record(step, 2.0, step_seconds=0.5) for step in range(81, 101)]
+    records.append({"step": 100, "validation_loss": 2.0, "validation_tokens": 10})
+    facts = {"branched_from": "sweep/long/checkpoint/step-00000080", "branched_at": 80, "shared_tokens": 80 * 128}
+    write_run(tmp_path / "sweep/branch", facts=facts, records=records)
+    write_run(tmp_path / "sweep/long", {"training.steps": 200})
+    runs = read_runs(find_runs([tmp_path / "sweep"]))
+    branch, trunk = runs.to_dict("records")
+    assert (branch["tokens"], branch["shared_tokens"], branch["seconds"]) == (100 * 128, 80 * 128, pytest.approx(20 * 0.5))
+    assert (trunk["shared_tokens"], trunk["branched_from"]) == (0, None)
+    said = summary(results_of(runs, "nats", "study"))
+    assert "1 run began as a branch: 10.2k of 12.8k tokens are those of the runs they branch from. A run's tokens" in " ".join(
+        said
+    )
+    assert "branch" not in " ".join(summary(results_of(runs[1:].reset_index(drop=True), "nats", "study")))
+
+
 def test_a_run_killed_before_its_first_record_is_unfinished_at_step_0(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", until=60)
     assert (read_run(folder, None)["state"], read_run(folder, None)["step"]) == ("unfinished", 60)

@@ -306,3 +306,39 @@ def test_printed_commands_start_several_processes_by_torchrun_and_survive_the_sh
     answer = sweep(AXES + '[job]\ndump_folder = "my outputs"\n', "--launch", "print", "--nproc", "4")
     torchrun = ["titan-dp", "train", "--nproc", "4", "--config"]
     assert commands(answer) == [[*torchrun, f"my outputs/study/{cell}/config.toml"] for cell in CELLS]
+
+
+# -- branches ----------------------------------------------------------------------------------------------------------
+
+LENGTHS = '{}[sweep.axes]\n"training.steps" = [50, 100]\n[lr_scheduler]\ndecay_ratio = 0.2\n'
+BRANCHES = LENGTHS.format("[sweep]\nbranch = true\n")
+
+
+def test_the_table_counts_what_branches_share_once_and_says_what_that_saves(sweep: Run) -> None:
+    answer = sweep(BRANCHES)
+    assert answer.code == 0, answer.err
+    cells = json.loads((STUDY / "sweep.json").read_text())["cells"]
+    short_one, long_one = cells
+    assert (short_one["tokens"], short_one["own_tokens"]) == (50 * 512, 10 * 512)
+    assert long_one["own_tokens"] == long_one["tokens"] == 100 * 512
+    per_token = long_one["flops_per_token"]
+    found = rows(answer)
+    assert [found[cell][-1] for cell in ("steps50", "steps100", "all")] == [short(n * 512 * per_token) for n in (10, 100, 110)]
+    assert f"{short(110 * 512 * per_token)} FLOPs instead of {short(150 * 512 * per_token)}: 27% saved" in answer.out
+    assert "branches: 1 cell from 1 trunk" in answer.out
+
+
+def test_commands_of_trunks_are_printed_before_those_of_their_branches(sweep: Run) -> None:
+    printed = [command[-1] for command in commands(sweep(BRANCHES, "--launch", "print"))]
+    assert printed == [str(STUDY / cell / "config.toml") for cell in ("steps100", "steps50")]
+
+
+def test_a_sweep_is_given_branches_after_it_was_written_and_what_is_trained_stays(sweep: Run) -> None:
+    sweep(LENGTHS.format(""))
+    train("steps100", "finished")
+    answer = sweep(BRANCHES)
+    assert answer.code == 0, answer.err
+    branch = load_config(["--config", str(STUDY / "steps50/config.toml")]).config.checkpoint
+    assert branch.branch_from == str(STUDY / "steps100/checkpoint/step-00000040")
+    assert rows(answer)["steps100"][0] == "finished"
+    assert load_config(["--config", str(STUDY / "steps100/config.toml")]).config.checkpoint.keep_steps == [40]

@@ -210,6 +210,39 @@ def test_all_sizes_of_a_budget_cost_that_budget_to_within_a_step(expand: Expand)
         assert abs(per_token * cell.tokens - budget) <= per_token * TOKENS_PER_STEP
 
 
+# -- branches ----------------------------------------------------------------------------------------------------------
+
+LENGTHS: dict[str, list[Any]] = {"training.steps": [40, 100, 20], "seed": [1, 2], "lr_scheduler.decay_ratio": [0.25]}
+
+
+def test_cells_that_differ_only_in_their_length_branch_where_they_decay_from_the_longest(expand: Expand) -> None:
+    found = {cell.name: cell for cell in expand("branch = true", **LENGTHS).cells}
+    for seed in (1, 2):
+        of = {steps: found[f"steps{steps}-s{seed}-decay_ratio0.25"] for steps in (20, 40, 100)}
+        assert (of[100].trunk, of[100].config.checkpoint.keep_steps) == ("", [15, 30])
+        for steps, at in ((20, 15), (40, 30)):
+            assert (of[steps].trunk, of[steps].branch_step) == (of[100].name, at)
+            saved = of[100].folder / f"checkpoint/step-{at:08}"
+            assert of[steps].config.checkpoint.branch_from == str(saved)
+            assert of[steps].own_tokens == (steps - at) * TOKENS_PER_STEP
+            assert of[steps].flops == of[steps].flops_per_token * steps * TOKENS_PER_STEP, "the run's, whoever trained it"
+
+
+def test_a_branch_is_the_cell_that_it_is_without_branches(expand: Expand) -> None:
+    """So cells that are trained stay so if a sweep is given branches, or another longest run."""
+    alone, branches = (expand(rule, **LENGTHS).cells for rule in ("", "branch = true"))
+    assert [(cell.name, cell.identity) for cell in alone] == [(cell.name, cell.identity) for cell in branches]
+
+
+def test_a_cell_that_is_added_to_a_sweep_of_branches_branches_from_the_longest_of_its_own_kind(expand: Expand) -> None:
+    sweep = expand('branch = true\ntune = "lr"', lr=[1e-3, 2e-3], **LENGTHS)
+    sweep.add([cell.beyond({"lr": 4e-3}) for cell in sweep.cells if cell.axes["lr"] == 2e-3 and cell.axes["seed"] == 1])
+    added = {cell.steps: cell for cell in sweep.cells if cell.added}
+    assert added[20].trunk == added[40].trunk == added[100].name
+    assert added[100].config.checkpoint.keep_steps == [15, 30]
+    assert added[100].name == "lr0.004-steps100-s1-decay_ratio0.25"
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 MATCH = 'match = "heads"\nmultiple = 4'
@@ -223,6 +256,9 @@ WRONG_VALUES: dict[str, list[object]] = {
 }
 NEAREST = [("num_househodler", "num_householder"), ("tokens_per_param", "tokens_per_parameter"), ("sizes", "size")]
 NEAREST += [("gated", "use_forget_gate"), ("optimizer.lrr", "optimizer.lr")]
+RATIO = "lr_scheduler.decay_ratio"
+DECAY: dict[str, list[Any]] = {RATIO: [0.25]}
+LONG: dict[str, list[Any]] = {"training.steps": [50, 90]}
 # rules of [sweep], axes, and what is said
 REFUSALS: list[tuple[str, dict[str, list[Any]], str]] = [
     ("", {"num_householder": [1, 1]}, "cells (num_householder = 1) and (num_householder = 1) have the same configuration"),
@@ -260,6 +296,16 @@ REFUSALS: list[tuple[str, dict[str, list[Any]], str]] = [
         for name in ("", "..", "sweep.json", "x" * 300)
     ),
     ('match = "heads"', {"size": ["10K"]}, "10,000 parameters cannot be reached"),
+    ("branch = true", {"tokens": ["1M", "2M"]}, "constant between warmup and decay; set lr_scheduler.decay_ratio"),
+    ("branch = true", {"tokens": ["1M"], "seed": [1, 2], **DECAY}, "no cells differ only in their length"),
+    ("branch = true", {"training.steps": [12, 90], **DECAY}, "(training.steps = 12, lr_scheduler.decay_ratio = 0.25) has 12 "),
+    ("branch = true", {"training.steps": [12, 90], **DECAY}, "10 of warmup and 3 of decay: no branch of a longer run; lower"),
+    ("branch = true", LONG | {RATIO: [1.0]}, "10 of warmup and 50 of decay: no branch"),
+    ("branch = true", LONG | {RATIO: [1.5]}, "lr_scheduler.decay_ratio = 1.5: expected number > 0 and <= 1"),
+    ("branch = true", LONG | {RATIO: [0.001]}, "and 0 of decay: no branch of a longer run; raise lr_scheduler.decay_ratio"),
+    ("branch = true", LONG | {"lr_scheduler.total_steps": [90], **DECAY}, "total_steps = 90; remove it"),
+    ("branch = true", LONG | {"lr_scheduler.start_step": [9], **DECAY}, "start_step = 9; remove it"),
+    ("branch = true", LONG | {"checkpoint.enable": [False], **DECAY}, "set checkpoint.enable = true"),
 ]
 
 

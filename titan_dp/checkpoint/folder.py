@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -169,8 +170,8 @@ def make_empty(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)  # it stays if it holds what no save wrote
 
 
-def apply_retention(folder: Path, keep_latest_k: int) -> None:
-    """Keep the newest `keep_latest_k` committed checkpoints (0: all) and the newest healthy one; delete older ones.
+def apply_retention(folder: Path, keep_latest_k: int, keep_steps: Iterable[int] = ()) -> None:
+    """Keep the newest `keep_latest_k` committed checkpoints (0: all), the newest healthy one, `keep_steps`; delete older ones.
 
     Older folders that were cut off go as well.
     """
@@ -178,7 +179,7 @@ def apply_retention(folder: Path, keep_latest_k: int) -> None:
     if keep_latest_k == 0 or not committed:
         return
     healthy = [step for step in committed if _is_healthy(step_folder(folder, step))]
-    kept = {*committed[-keep_latest_k:], *healthy[-1:]}
+    kept = {*committed[-keep_latest_k:], *healthy[-1:], *keep_steps} & {*committed}
     for step in all_steps(folder):
         if step not in kept and step < committed[-1]:
             delete_checkpoint(step_folder(folder, step))

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what becomes of newer ones. All ranks go by what rank 0 finds.
+"""Which checkpoint a run goes on from, its own or another's, and what becomes of newer ones. All ranks go by what rank 0 finds.
 
 Newer checkpoints that are not taken are set aside, loudly: left in place they would be the newest, by which retention and the
 next start go.
@@ -6,6 +6,7 @@ next start go.
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from titan_dp import config
-from titan_dp.checkpoint.folder import delete_checkpoint, set_aside
+from titan_dp.checkpoint.folder import delete_checkpoint, resolve_checkpoint, set_aside
 from titan_dp.checkpoint.manifest import (
     DamagedError,
     committed_steps,
@@ -32,10 +33,31 @@ Found = tuple[Path, dict[str, Any]]
 
 
 def checkpoint_to_resume(c: config.Checkpoint, folder: Path, group: dist.ProcessGroup) -> Found | None:
-    """The checkpoint of step `load_step` (-1: the newest healthy) in `folder`; None if there is none. Every rank calls it.
+    """The checkpoint of step `load_step` (-1: the newest healthy) in `folder`, else the one at `branch_from`; None if there is
+    none. Every rank calls it.
 
-    Raises UserError if none can be taken, or if `resume` is off and there is one.
+    Raises UserError if none can be taken, or if `resume` is off and there is one in `folder`.
     """
+    return _own(c, folder, group) or (_branch(Path(c.branch_from), group) if c.branch_from else None)
+
+
+def _branch(path: Path, group: dist.ProcessGroup) -> Found:
+    """The checkpoint of another run that this one branches from. Raises UserError if it is not there, or is damaged."""
+    try:
+        # Rank 0 says which one is the newest, for all.
+        checkpoint = path / on_main(lambda: os.path.relpath(resolve_checkpoint(path), path), group)
+        manifest = on_main(lambda: read_manifest(checkpoint), group)
+    except UserError as error:
+        raise UserError(
+            f"checkpoint.branch_from: {error}; the run to branch from saves a step that its checkpoint.keep_steps names"
+        ) from error
+    if problems := verify_together(checkpoint, manifest, group):
+        raise UserError(f"checkpoint.branch_from: {checkpoint} is damaged: {problems[0]}; train that run again")
+    return checkpoint, manifest
+
+
+def _own(c: config.Checkpoint, folder: Path, group: dist.ProcessGroup) -> Found | None:
+    """The checkpoint in `folder` to resume from."""
     # Rank 0's list for all: a network file system may show a new folder to some ranks later.
     steps = on_main(lambda: committed_steps(folder), group)
     if not c.resume and steps:

@@ -31,7 +31,7 @@ from titan_dp.checkpoint.changed_settings import check_changes, check_moments, k
 from titan_dp.checkpoint.dcp_files import Writer, os_error
 from titan_dp.checkpoint.folder import apply_retention, delete_checkpoint, make_empty, set_aside_folders
 from titan_dp.checkpoint.manifest import MANIFEST, committed_steps, now, step_folder, write_manifest
-from titan_dp.checkpoint.resume import checkpoint_to_resume
+from titan_dp.checkpoint.resume import Found, checkpoint_to_resume
 from titan_dp.checkpoint.seen import unseen
 from titan_dp.checkpoint.state import (
     OPTIONS,
@@ -162,7 +162,7 @@ class Checkpointer:
                 )
             write_manifest(folder, meta, [entry for _, entries in ranks for entry in entries])
             try:
-                apply_retention(self.folder, self.c.keep_latest_k)
+                apply_retention(self.folder, self.c.keep_latest_k, self.c.keep_steps)
             except OSError as error:  # the new one is committed; an old one too many is no reason to stop
                 print(f"WARNING: old checkpoints could not be deleted ({error})", file=sys.stderr, flush=True)
 
@@ -181,8 +181,9 @@ class Checkpointer:
         newest = f"the newest committed checkpoint is step {steps[-1]}" if steps else "there is no earlier checkpoint"
         return OSError(cause.errno, f"checkpoint {folder} could not be written: {cause.strerror or cause}; {newest}")
 
-    def load(self, model: nn.Module, optimizers: Iterable[Optimizer], current: dict[str, Any]) -> dict[str, Any] | None:
-        """Restore everything from step `load_step` (-1: the newest healthy) and return its manifest; None if there is none.
+    def load(self, model: nn.Module, optimizers: Iterable[Optimizer], current: dict[str, Any]) -> Found | None:
+        """Restore everything from step `load_step` (-1: the newest healthy), or for a new run from the checkpoint at
+        `branch_from`; returns it with its manifest, None if there is none.
 
         Args:
             model, optimizers: to write into.
@@ -225,7 +226,7 @@ class Checkpointer:
         if aside := on_main(lambda: [path.name for path in set_aside_folders(self.folder)], self.group):
             kept = f"{counted(len(aside), 'checkpoint')} set aside and kept: {shorten(', '.join(aside))}"
             say_once(f"{kept}; `titan-dp checkpoint list {self.folder}` says how to delete them")
-        return manifest
+        return found
 
     def newest(self) -> Path:
         return step_folder(self.folder, committed_steps(self.folder)[-1])

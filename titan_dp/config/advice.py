@@ -192,10 +192,10 @@ def rules(c: Config) -> Iterator[Rule]:
     mode = c.activation_checkpoint.mode
     yield mode != "selective", "activation_checkpoint", "selective_ac_option", f'activation_checkpoint.mode = "{mode}"'
 
-    yield not c.checkpoint.enable, "checkpoint", "interval async_mode keep_latest_k", "checkpoint.enable is false"
+    yield not c.checkpoint.enable, "checkpoint", "interval async_mode keep_latest_k keep_steps", "checkpoint.enable is false"
     yield not c.checkpoint.resume, "checkpoint", "load_step", "checkpoint.resume is false"
-    nothing = not c.checkpoint.resume and not c.checkpoint.initial_load_path
-    yield nothing, "checkpoint", "allow_changed", "checkpoint.resume is false and there is no initial_load_path"
+    nothing = not c.checkpoint.resume and not c.checkpoint.initial_load_path and not c.checkpoint.branch_from
+    yield nothing, "checkpoint", "allow_changed", "checkpoint.resume is false, and nothing else is loaded"
     yield not c.validation.enable, "validation", "path freq steps local_batch_size", "validation.enable is false"
     wandb = "wandb_project wandb_entity wandb_group wandb_tags"
     yield not c.metrics.enable_wandb, "metrics", wandb, "metrics.enable_wandb is false"

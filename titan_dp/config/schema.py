@@ -434,6 +434,11 @@ class Checkpoint(Section):
     initial_load_path: UserPath = ""
     """Checkpoint folder whose model weights a new run starts from (optimizer, step and data start afresh); its [model] and its
     tokenizer must be this run's."""
+    branch_from: UserPath = ""
+    """Checkpoint of another run that a new run goes on from as if it had trained those steps itself: weights, optimizer, step,
+    place in the data."""
+    keep_steps: list[Positive] = []
+    """Steps after which a checkpoint is saved as well, and kept whatever keep_latest_k says: other runs branch from it."""
     allow_changed: list[str] = []
     """Keys allowed to differ from the checkpoint's (on resume, or of initial_load_path) although they change what its weights
     compute or which data the run sees. What changes the tensors themselves is refused all the same."""

@@ -47,7 +47,8 @@ SECONDS_TO_SEE_PROBE = 10.0
 """The same for the probe of the run folder, whose name nobody has looked up before."""
 
 # Paths and the number of reading processes may differ by node: what the files hold is compared instead.
-_BY_RANK = ("job.dump_folder", "data.path", "data.tokenizer", "validation.path", "checkpoint.initial_load_path")
+_BY_RANK = {"job.dump_folder", "data.path", "data.tokenizer", "validation.path"}
+_BY_RANK |= {"checkpoint.initial_load_path", "checkpoint.branch_from"}
 _BY_RANK_SECTION = "training.dataloader"
 _PROBE = ".probe-"
 _CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Many runs on this machine: at most K at once, unfinished ones resumed, failed ones tried again.
+"""Many runs on this machine: at most K at once, unfinished ones resumed, failed ones tried again, trunks before branches.
 
 K threads take the cells in order, and each does the same for every cell: wait while another process trains it, skip it if it
 is finished, else start `titan-dp train` and, if that may help, start it again after a pause. What a cell prints goes to
@@ -63,8 +63,9 @@ def launch_local(cells: Sequence[Cell], *, at_once: int, nproc: int, retries: in
 
     launcher = _Launcher(cells, at_once, nproc, retries, console := Console(highlight=False, soft_wrap=True))
     live = Live(get_renderable=launcher.table, console=console, refresh_per_second=2) if console.is_terminal else nullcontext()
-    # Cells that another process trains come first and get their shares of the machine before anything new is started.
-    runs = sorted(launcher.runs, key=lambda run: not is_locked(run.cell.folder))
+    # Cells that another process trains come first and get their shares of the machine before anything new is started. Those
+    # that wait for their trunk come last: when a thread takes one, another has its trunk, or has had it.
+    runs = sorted(launcher.runs, key=lambda run: (run.cell.awaits_trunk, not is_locked(run.cell.folder)))
     for run in runs[:at_once]:
         run.share = launcher.take_share(run.cell.folder)
     with _told_to_end() as ended, live, ThreadPoolExecutor(at_once) as pool:
@@ -125,6 +126,7 @@ class _Launcher:
             asked = f"--at-once times --nproc asks for {at_once * nproc} GPUs"
             raise UserError(f"{asked}, and there are {len(self.devices)}; lower one of them")
         self.runs = [_Run(cell) for cell in cells]
+        self.by_name = {run.cell.name: run for run in self.runs}
         self.nproc, self.retries, self.console = nproc, retries, console
         self.free = list(range(at_once))
         """Shares of the machine that no thread has: share i is GPUs i * nproc to (i + 1) * nproc - 1."""
@@ -151,6 +153,12 @@ class _Launcher:
             while not ended.told and not is_finished(run.cell.folder):
                 if is_locked(run.cell.folder):
                     self._show(run, "elsewhere")
+                    time.sleep(_POLL_SECONDS)
+                elif run.cell.awaits_trunk and (trunk := self.by_name[run.cell.trunk]).state != "finished":
+                    if trunk.state == "failed":
+                        run.reason = f"not started: its trunk {run.cell.trunk} failed before step {run.cell.branch_step:,}"
+                        self._show(run, "failed")
+                        break
                     time.sleep(_POLL_SECONDS)
                 elif run.code == 2 or run.attempts > self.retries:  # 2 is a user's mistake: trying again cannot help
                     self._show(run, "failed")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from titan_dp.errors import RunError, UserError
+from titan_dp.errors import RunError, UserError, counted
 from titan_dp.files import first_mistake, write_json
 from titan_dp.launch import FOLDER
 from titan_dp.studies.sweep_file import Sweep
@@ -52,25 +52,35 @@ def launch_slurm(sweep: Sweep, *, at_once: int, nproc: int | None, retries: int,
     jobs = _read_jobs(path)
     queued = _queued(jobs)
     cells = [c for c in sweep.cells if c.name not in queued and not is_finished(c.folder) and not is_locked(c.folder)]
-    if not cells:
+    # A branch runs once its trunk is over, in an array of its own.
+    first = [cell for cell in cells if not cell.awaits_trunk]
+    trunks = {cell.name for cell in first} | queued.keys()
+    later = [cell for cell in cells if cell.awaits_trunk and cell.trunk in trunks]
+    if left := len(cells) - len(first) - len(later):
+        print(f"{counted(left, 'cell')} not submitted: what they branch from is not there, and no job of SLURM trains it")
+    if not first and not later:
         print(f"nothing to submit: {len(queued)} cells are with SLURM, the rest is finished")
         return
     if not str(sweep.folder).isprintable():  # the listing has one cell per line
         raise UserError(
             f"--launch slurm: the name of {str(sweep.folder)!r} has control characters; choose another job.dump_folder"
         )
-    listing = sweep.folder / f"cells-{time.time_ns()}.txt"  # a new one each time: an earlier array may still read its own
-    listing.write_text("".join(f"{cell.folder / 'config.toml'}\n" for cell in cells))
-    array = f"--array=0-{len(cells) - 1}%{at_once}"
     environment = {"VENV": sys.prefix} | os.environ | {"RETRIES": str(retries)} | ({"NPROC": str(nproc)} if nproc else {})
-    command = ["sbatch", "--parsable", array, *options, str(ARRAY_SCRIPT), str(listing)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if result.returncode:
-        raise UserError(f"sbatch refuses the array: {result.stderr.strip()}; see --sbatch for options your site needs")
-    job = result.stdout.strip().partition(";")[0]
-    jobs.append(_Job(id=job, cells=[cell.name for cell in cells]))
-    write_json(path, [each.model_dump() for each in jobs])
-    print(f"array {job}: {len(cells)} cells, {at_once} at once; this command without --launch shows how far they are")
+    for these in filter(None, (first, later)):
+        awaited = sorted({queued[cell.trunk] for cell in these} if these is later else ())
+        listing = sweep.folder / f"cells-{time.time_ns()}.txt"  # a new one each time: an earlier array may still read its own
+        listing.write_text("".join(f"{cell.folder / 'config.toml'}\n" for cell in these))
+        array = [f"--array=0-{len(these) - 1}%{at_once}", *([f"--dependency=afterany:{':'.join(awaited)}"] if awaited else [])]
+        command = ["sbatch", "--parsable", *array, *options, str(ARRAY_SCRIPT), str(listing)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if result.returncode:
+            raise UserError(f"sbatch refuses the array: {result.stderr.strip()}; see --sbatch for options your site needs")
+        job = result.stdout.strip().partition(";")[0]
+        jobs.append(_Job(id=job, cells=[cell.name for cell in these]))
+        write_json(path, [each.model_dump() for each in jobs])
+        queued |= dict.fromkeys(jobs[-1].cells, job)
+        after = f" after {', '.join(awaited)}" if awaited else ""
+        print(f"array {job}: {len(these)} cells, {at_once} at once{after}; the command without --launch shows how far they are")
 
 
 def _read_jobs(path: Path) -> list[_Job]:
@@ -84,11 +94,11 @@ def _read_jobs(path: Path) -> list[_Job]:
         ) from error
 
 
-def _queued(jobs: list[_Job]) -> set[str]:
-    """Names of the cells whose array elements are pending or running."""
+def _queued(jobs: list[_Job]) -> dict[str, str]:
+    """The array of each cell whose element is pending or running, by the cell's name."""
     squeue = ["squeue", "--noheader", "--array", "--me", "--format=%F %K"]
     result = subprocess.run(squeue, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RunError(f"squeue fails: {result.stderr.strip()}; nothing was submitted")
     active = {tuple(line.split()) for line in result.stdout.splitlines()}
-    return {name for job in jobs for i, name in enumerate(job.cells) if (job.id, str(i)) in active}
+    return {name: job.id for job in jobs for i, name in enumerate(job.cells) if (job.id, str(i)) in active}

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
         check_slurm()
     sweep = load_sweep(args.file)
-    sweep.cells.extend(_added(sweep))
+    sweep.add(_added(sweep))
     if args.extend_edges:
         if not sweep.tune:
             raise UserError(f'--extend-edges extends tuned axes, and {args.file} tunes none; give [sweep] tune = "lr", say')
@@ -123,7 +123,7 @@ def launch(cells: Sequence[Cell], how: str, *, at_once: int, nproc: int, retries
     if how == "local":
         launch_local(cells, at_once=at_once, nproc=nproc, retries=retries)
         return
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: bool(cell.trunk)):  # a branch needs what its trunk saves
         if not is_finished(cell.folder) and not is_locked(cell.folder):
             print(shlex.join(command(cell, nproc, program=["titan-dp"])))
 
@@ -170,7 +170,7 @@ def _write(sweep: Sweep) -> None:
             folder.rmdir()
     for cell in new:
         write_config(cell.folder, cell.toml())
-    keys = ("name", "axes", "identity", "parameters", "flops_per_token", "tokens", "flops", "added")
+    keys = ("name", "axes", "identity", "parameters", "flops_per_token", "tokens", "own_tokens", "flops", "added")
     cells = [{key: getattr(cell, key) for key in keys} for cell in sweep.cells]
     facts = {"name": sweep.name, "description": sweep.description, "file": str(sweep.file), "tune": sweep.tune, "cells": cells}
     write_json(sweep.folder / "sweep.json", facts)
@@ -230,7 +230,7 @@ def _extend(sweep: Sweep) -> list[Cell]:
     if not new:
         print_text("no value is added" if any(found.lacks for found in tunings) else "no best value is at an edge")
         return []
-    sweep.cells.extend(new.values())
+    sweep.add(list(new.values()))
     _write(sweep)
     print_text(f"added: {', '.join(new)}")
     return list(new.values())
@@ -277,8 +277,8 @@ def _state_of(cell: Cell) -> str:
 def _print_costs(sweep: Sweep, mfu: float, peak_tflops: float) -> None:
     """The table of what the cells are, how far they are and what they cost, and what its last column is."""
     states, flops_per_hour = [_state_of(cell) for cell in sweep.cells], mfu * peak_tflops * 1e12 * 3600
-    total = sum(cell.flops for cell in sweep.cells)
-    left = sum(cell.flops for cell, state in zip(sweep.cells, states, strict=True) if state != "finished")
+    total = sum(cell.own_flops for cell in sweep.cells)
+    left = sum(cell.own_flops for cell, state in zip(sweep.cells, states, strict=True) if state != "finished")
 
     def hours(flops: int) -> str:
         found = flops / flops_per_hour
@@ -289,9 +289,9 @@ def _print_costs(sweep: Sweep, mfu: float, peak_tflops: float) -> None:
     for cell, state in zip(sweep.cells, states, strict=True):
         m = cell.config.model
         shape = f"{m.num_hidden_layers} x {m.hidden_size}, {m.num_heads} x {m.head_dim}, {m.mlp_size}"
-        sizes = map(short, (cell.parameters, cell.tokens, cell.flops))
-        rows.append([cell.name, state, m.family, shape, *sizes, hours(cell.flops)])
-    tokens, finished = sum(cell.tokens for cell in sweep.cells), f"{states.count('finished')} finished"
+        sizes = map(short, (cell.parameters, cell.tokens, cell.own_flops))
+        rows.append([cell.name, state, m.family, shape, *sizes, hours(cell.own_flops)])
+    tokens, finished = sum(cell.own_tokens for cell in sweep.cells), f"{states.count('finished')} finished"
     sums = ["all", finished, "", "layers x width, heads x dim, MLP", "", short(tokens), short(total), hours(total)]
     shown = len(columns) if total >= _LEAST_HOURS * flops_per_hour else len(columns) - 1
     title = f"{sweep.name}: {counted(len(sweep.cells), 'cell')}. {sweep.description}".rstrip()
@@ -299,6 +299,12 @@ def _print_costs(sweep: Sweep, mfu: float, peak_tflops: float) -> None:
     for column, footer in zip(table.columns, sums, strict=False):
         column.footer = footer
     print_table(table, details=["shape", "FLOPs", "model"])
+    if branches := [cell for cell in sweep.cells if cell.trunk]:
+        whole, trunks = sum(cell.flops for cell in sweep.cells), {cell.trunk for cell in branches}
+        print_text(
+            f"branches: {counted(len(branches), 'cell')} from {counted(len(trunks), 'trunk')}; FLOPs and sums are what each "
+            f"trains itself, {short(total)} FLOPs instead of {short(whole)}: {1 - total / whole:.0%} saved"
+        )
     if shown == len(columns):
         speed = f"{mfu * peak_tflops:.4g} TFLOP/s, an MFU of {mfu:.0%} of {peak_tflops:g} (--mfu, --peak-tflops)"
         print_text(f"GPU-hours at {speed}; {hours(left)} are left")

@@ -22,15 +22,17 @@ import tomli
 from pydantic import Field, WithJsonSchema
 
 from titan_dp import config
+from titan_dp.checkpoint.manifest import MANIFEST, step_folder
 from titan_dp.config import Config, Positive, Section
 from titan_dp.config.advice import HINTS, explain_unknown
 from titan_dp.config.describe import all_keys, to_toml
 from titan_dp.config.load import SHIPPED, Loaded, Setting, build_config, build_section, read_files, resolve_config_path
-from titan_dp.errors import UserError, did_you_mean
+from titan_dp.errors import UserError, counted, did_you_mean
 from titan_dp.files import shorten, shown
 from titan_dp.model.size import model_size
 from titan_dp.studies.shapes import KNOBS, SHAPE_KEYS, Proportions, Rule, Variant, choose_depth, match_shapes
 from titan_dp.train.batch_plan import plan_batches
+from titan_dp.train.lr_scheduler import decay_steps
 from titan_dp.train.run_folder import identity
 
 _SweepName = Annotated[
@@ -59,6 +61,9 @@ class SweepSection(Section):
     """Width over depth of the solved shapes; default: every size has the base's number of layers."""
     tune: Annotated[str | list[str], WithJsonSchema({"title": "name of an axis, or list of them"})] = Field(default=[])
     """Axes of which the report takes the best value for each family, size and length, such as "lr"."""
+    branch: bool = False
+    """Train what cells that differ only in their length have in common once: shorter ones begin with their decay, from a
+    checkpoint of the longest."""
     axes: Annotated[dict[str, list[Any]], WithJsonSchema({"title": "table of lists of values"})] = Field(default={})
     """Values by axis; every combination is a cell."""
     cells: Annotated[list[dict[str, Any]], WithJsonSchema({"title": "list of tables"})] = Field(default=[])
@@ -109,6 +114,10 @@ class Cell:
     steps: int
     added: bool = False
     """Not named by the file, but added beyond the edge of a tuned axis."""
+    trunk: str = ""
+    """The cell from whose checkpoint this one branches; empty if it begins with step 0."""
+    branch_step: int = 0
+    """The step of that checkpoint."""
 
     @staticmethod
     def of(folder: Path, name: str, axes: dict[str, Any], c: Config) -> Cell:
@@ -146,6 +155,20 @@ class Cell:
         return self.flops_per_token * self.tokens
 
     @property
+    def own_tokens(self) -> int:
+        """Without those that its trunk trains for it."""
+        return self.tokens // self.steps * (self.steps - self.branch_step)
+
+    @property
+    def own_flops(self) -> int:
+        return self.flops_per_token * self.own_tokens
+
+    @property
+    def awaits_trunk(self) -> bool:
+        """Whether the checkpoint it begins from is not there yet."""
+        return bool(self.trunk) and not (Path(self.config.checkpoint.branch_from) / MANIFEST).exists()
+
+    @property
     def folder(self) -> Path:
         return Path(self.config.job.dump_folder) / self.name
 
@@ -166,6 +189,13 @@ class Sweep:
     cells: list[Cell]
     tune: dict[str, str]
     """The key of each tuned axis."""
+    branch: bool
+
+    def add(self, cells: list[Cell]) -> None:
+        """Raises UserError if a cell cannot be a branch in a sweep of branches."""
+        self.cells.extend(cells)
+        if self.branch:
+            self.cells[:] = _branched(self.cells)
 
 
 @dataclass(frozen=True)
@@ -206,9 +236,10 @@ def load_sweep(path: Path) -> Sweep:
         cells = [Cell.of(folder, _checked_name(p.name), p.axes, c) for p, c in zip(points, configs, strict=True)]
         _refuse_twins(cells)
         tune = _tuned(section, cells)
+        cells = _branched(cells) if section.branch else cells
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return Sweep(name, section.description, path, folder, cells, tune)
+    return Sweep(name, section.description, path, folder, cells, tune, section.branch)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -426,6 +457,67 @@ def _with_length(c: Config, axes: dict[str, Any]) -> Config:
     else:
         return c
     return c.model_copy(update={"training": c.training.model_copy(update={"tokens": tokens, "steps": None})})
+
+
+# -- branches ----------------------------------------------------------------------------------------------------------
+
+
+def _branched(cells: list[Cell]) -> list[Cell]:
+    """The cells, of which those that differ only in their length share a trunk: the longest of them.
+
+    It keeps checkpoints where the others begin their decay, and they go on from there. Raises UserError if none share one, or
+    if their schedules do not.
+    """
+    alike: dict[str, list[Cell]] = {}
+    for cell in cells:
+        training = cell.config.training.model_copy(update={"steps": 1, "tokens": None})
+        alike.setdefault(identity(cell.config.model_copy(update={"training": training})), []).append(cell)
+    found: dict[str, Cell] = {}
+    for group in alike.values():
+        steps = {} if len(group) == 1 else {cell.name: _branch_step(cell) for cell in group}
+        trunk = max(group, key=lambda cell: cell.steps)
+        at = Path(trunk.config.job.dump_folder) / trunk.name / trunk.config.checkpoint.folder
+        for cell in group:
+            if cell is trunk:
+                kept = sorted({step for name, step in steps.items() if name != trunk.name})
+                found[cell.name] = _kept(cell, kept)
+            else:
+                step = steps[cell.name]
+                found[cell.name] = _kept(cell, [], str(step_folder(at, step)), trunk.name, step)
+    if not any(cell.trunk for cell in found.values()):
+        raise UserError("sweep.branch = true, but no cells differ only in their length; give tokens = [...] in [sweep.axes]")
+    return [found[cell.name] for cell in cells]
+
+
+def _kept(cell: Cell, keep_steps: list[int], branch_from: str = "", trunk: str = "", branch_step: int = 0) -> Cell:
+    keys = {"keep_steps": keep_steps, "branch_from": branch_from}
+    c = cell.config.model_copy(update={"checkpoint": cell.config.checkpoint.model_copy(update=keys)})
+    return replace(cell, config=c, trunk=trunk, branch_step=branch_step)
+
+
+def _branch_step(cell: Cell) -> int:
+    """The step before the first of its decay. Raises UserError if the cell's schedule has none after its warmup."""
+    c, schedule = cell.config, cell.config.lr_scheduler
+    if not c.checkpoint.enable:
+        raise UserError("sweep.branch = true needs checkpoints; set checkpoint.enable = true")
+    if schedule.decay_ratio is None:
+        raise UserError(
+            "sweep.branch = true needs a learning rate that is constant between warmup and decay; set lr_scheduler.decay_ratio "
+            "to the fraction of a run that decays, 0.2 say"
+        )
+    for key, value in (("total_steps", schedule.total_steps), ("start_step", schedule.start_step)):
+        if value:
+            raise UserError(
+                f"sweep.branch = true, and lr_scheduler.{key} = {value}; remove it: lengths have schedules of their own"
+            )
+    decay, warmup = decay_steps(schedule.decay_ratio, cell.steps), schedule.warmup_steps
+    if not decay or warmup + decay > cell.steps:
+        ways = "lower lr_scheduler.warmup_steps or lr_scheduler.decay_ratio" if decay else "raise lr_scheduler.decay_ratio"
+        raise UserError(
+            f"{cell} has {counted(cell.steps, 'step')}, {warmup} of warmup and {decay} of decay: no branch of a longer run; "
+            f"{ways}, or train longer"
+        )
+    return cell.steps - decay
 
 
 def _refuse_twins(cells: list[Cell]) -> None:

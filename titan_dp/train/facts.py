@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,9 @@ class RunFacts:
     """Of what is left, once the run is resumed."""
     loader: Loader
     held_out: ValidationLoader | SyntheticSet | None
+    branch: dict[str, Any] = field(default_factory=dict)
+    """Of a run that branches from another's checkpoint: `branched_from`, its path, `branched_at`, its step, `shared_tokens`,
+    those of that run up to there, which are this run's as well. Empty for others."""
 
     def _shared(self) -> dict[str, Any]:
         return {
@@ -49,6 +52,7 @@ class RunFacts:
             "adds_bos": self.loader.adds_bos,
             "steps": self.batch.steps,
             "tokens_per_step": self.batch.tokens_per_step,
+            **self.branch,
         }
 
     @property

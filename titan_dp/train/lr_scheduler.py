@@ -39,7 +39,7 @@ def build_lr_scheduler(c: config.LRScheduler, steps: int) -> Callable[[int], flo
             "lower it, or raise lr_scheduler.total_steps or the run's length"
         )
     warmup = min(c.warmup_steps, total)
-    start = warmup if c.decay_ratio is None else max(warmup, total - round(c.decay_ratio * total))
+    start = warmup if c.decay_ratio is None else max(warmup, total - decay_steps(c.decay_ratio, total))
     shape, floor = _SHAPES[c.decay_type], c.min_lr_factor
 
     def factor(step: int) -> float:
@@ -52,6 +52,11 @@ def build_lr_scheduler(c: config.LRScheduler, steps: int) -> Callable[[int], flo
         return floor + (1 - floor) * shape(done)
 
     return factor
+
+
+def decay_steps(ratio: float, total: int) -> int:
+    """Steps of the decay at the end of a schedule of `total` steps."""
+    return round(ratio * total)
 
 
 _RATES = {"AdamW": ("optimizer.lr",), "Muon": ("optimizer.lr", "optimizer.muon_lr")}

@@ -32,9 +32,11 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # file systems witho
 def identity(config: Config) -> str:
     """sha256 of everything a run computes with: all that is not default in the configuration, [job] left out.
 
-    Keys that later versions add do not change it.
+    Keys that later versions add do not change it. Nor does who has trained the first steps (a branch computes what the run
+    would alone), and which checkpoints are kept.
     """
-    values = config.model_dump(exclude={"job"}, exclude_defaults=True)
+    checkpoint = config.checkpoint.model_copy(update={"branch_from": "", "keep_steps": []})
+    values = config.model_copy(update={"checkpoint": checkpoint}).model_dump(exclude={"job"}, exclude_defaults=True)
     return hashlib.sha256(to_json(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -80,8 +82,8 @@ def holds_config(folder: Path, wanted: Config, text: str, remedy: str) -> bool:
     check_config_is_ours(folder, remedy)
     try:
         found = config_from_toml(path.read_text(encoding="utf-8"), str(path))
-        if identity(found) == identity(wanted):  # a folder that was moved has another [job]
-            return found.job == wanted.job
+        if identity(found) == identity(wanted):  # a folder that was moved has another [job], a branch that grew another trunk
+            return found == wanted
         changed = _first_difference(found.model_dump(exclude={"job"}), wanted.model_dump(exclude={"job"}))
     except FileNotFoundError:
         changed = "it has no config.toml"

@@ -142,12 +142,16 @@ class Trainer:
         return together(lambda: check_run(c, self.world.device))
 
     def _resume(self) -> None:
-        """Take up the run folder's newest healthy checkpoint (or the one of checkpoint.load_step), or another run's weights, or
-        start afresh.
+        """Take up the run folder's newest healthy checkpoint (or the one of checkpoint.load_step), or another run's checkpoint,
+        or another run's weights, or start afresh.
         """
         c = self.config.checkpoint
-        manifest = self.checkpointer.load(self.model, self.optimizers, current=self.facts.manifest())
-        if manifest is not None:
+        found = self.checkpointer.load(self.model, self.optimizers, current=self.facts.manifest())
+        if found is not None:
+            checkpoint, manifest = found
+            is_own = checkpoint.parent == self.checkpointer.folder
+            begun = {"branched_from": str(checkpoint), "branched_at": manifest["step"], "shared_tokens": manifest["tokens"]}
+            self.facts.branch = {key: manifest[key] for key in begun if key in manifest} if is_own else begun
             self.step, self.reached = manifest["step"], self.task.may_end_early and manifest.get("reached", False)
             self.validation_due = self.task.held_out is not None and manifest.get("validation_due", False)
             position = manifest["loader"]
@@ -159,13 +163,14 @@ class Trainer:
             self.facts.batch = plan_rest(self.batch, self.config.training, self.step, manifest["tokens"], last_step_tokens)
             unused = f"; checkpoint.initial_load_path = {c.initial_load_path!r} is for a new job.run_name and not used"
             self.console.print(
-                f"resumed at step {self.step} from {self.checkpointer.folder}{unused if c.initial_load_path else ''}"
+                f"{'resumed' if is_own else 'branches'} at step {self.step} from "
+                f"{self.checkpointer.folder if is_own else checkpoint}{unused if c.initial_load_path else ''}"
                 f"{'; the task is solved, and the run ends here' if self.reached else ''}"
             )
             now = self.facts.manifest()
             if changes := changed_since(manifest, now):
                 self.console.print(f"changed since step {self.step}: {describe_changes(changes)}", style="yellow")
-            if jump := rate_jump(manifest, now):
+            if is_own and (jump := rate_jump(manifest, now)):  # a branch may decay from its first step
                 self.console.print(f"WARNING: {jump}", style="bold yellow")
         elif c.initial_load_path:
             manifest = load_model_weights(Path(c.initial_load_path), self.model, self.facts.manifest(), c.allow_changed)
@@ -252,7 +257,8 @@ class Trainer:
                         self._validate(metrics)
                         last = self._is_done()
                     last = last or self.stop_for is not None
-                    if c.checkpoint.enable and (self.step % c.checkpoint.interval == 0 or last):
+                    due = self.step % c.checkpoint.interval == 0 or self.step in c.checkpoint.keep_steps
+                    if c.checkpoint.enable and (due or last):
                         with self.times.paused("checkpoint"), self.watchdog.patience(SAVE_TIMEOUT.total_seconds()):
                             self._save(last, result.loss, metrics.validation_loss)
                     if self.step % c.training.gc_freq == 0:

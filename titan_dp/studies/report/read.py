@@ -58,6 +58,12 @@ class _Facts(JsonObject):
     tokens_per_step: Natural
     planned_tokens: Natural | None = None
     """Of the whole run; None in runs from before this was written, whose steps all had one size."""
+    branched_from: str | None = None
+    """The checkpoint of another run with which it began."""
+    branched_at: Natural = 0
+    """Its step."""
+    shared_tokens: Natural = 0
+    """Those of that run up to there, which are this run's as well."""
     parameters: Natural
     embedding_parameters: Natural
     flops_per_token: Natural
@@ -217,7 +223,7 @@ def read_run(folder: Path, promised: str | None) -> dict[str, Any]:
     steps, validations, unreadable = _whole_columns(data) or _columns(data)
     if b"\n" in data and not len(steps) and not validations:  # without a newline it is the run's first record that is cut off
         raise UserError(f"{path} holds no record; train the run again, or leave {folder} out")
-    totals = _totals(steps, validations)
+    totals = _totals(steps, validations, facts.branched_at if facts else 0)
     if facts is not None and facts.state == "finished":
         validated = not c.validation.enable or totals["validation_step"] == facts.steps
         if totals["step"] != facts.steps or not validated:
@@ -294,12 +300,12 @@ def _whole_columns(data: bytes) -> tuple[pd.DataFrame, list[dict[str, Any]], int
     return steps.reindex(columns=[*_STEP_KEYS, "mfu"]), validations, 0
 
 
-def _totals(steps: pd.DataFrame, validations: list[dict[str, Any]]) -> dict[str, Any]:
+def _totals(steps: pd.DataFrame, validations: list[dict[str, Any]], first_step: int = 0) -> dict[str, Any]:
     """What metrics.jsonl amounts to; None if nothing of the kind was recorded.
 
-    "seconds" are those of training, without validations and checkpoints. "tokens_per_second" and "mfu" are medians over at
-    most CURVE_POINTS evenly spaced records. "validation_noise" is the standard deviation of the last validation losses around
-    their straight line. The curve has means over blocks of records, at most CURVE_POINTS of them; its
+    "seconds" are those of training after `first_step`, without validations and checkpoints. "tokens_per_second" and "mfu" are
+    medians over at most CURVE_POINTS evenly spaced records. "validation_noise" is the standard deviation of the last validation
+    losses around their straight line. The curve has means over blocks of records, at most CURVE_POINTS of them; its
     loss is NaN if none in a block is finite.
     """
     step, loss, seconds, tokens = (steps[key].to_numpy(float) for key in ("step", "loss", "step_seconds", "tokens"))
@@ -314,7 +320,7 @@ def _totals(steps: pd.DataFrame, validations: list[dict[str, Any]]) -> dict[str,
         "validation_noise": _noise([record["validation_loss"] for record in validations[-NOISE_OF:]]),
         "validation_tokens": _whole(validation.get("validation_tokens")),
         **{key: None if math.isnan(value) else value for key, value in medians.items()},
-        "seconds": float(np.diff(step, prepend=0) @ seconds),
+        "seconds": float(np.diff(step, prepend=first_step) @ seconds),
         "skipped_steps": 0 if last is None else _whole(last["skipped_steps"]),
         "curve_tokens": _block_means(tokens, block),
         "curve_loss": _block_means(loss, block),

@@ -63,6 +63,13 @@ def summary(results: Results) -> list[str]:
             names = ", ".join(map("".join, zip(those["run"][:_NAMED], at, strict=False)))
             more = f" and {len(those) - _NAMED:,} more" if len(those) > _NAMED else ""
             lines.append(f"{state.capitalize()}, so in no mean and no fit: {names}{more}.")
+    branches = runs[runs["branched_from"].notna()]
+    if len(branches):
+        tokens, shared = (short(int(branches[key].sum())) for key in ("tokens", "shared_tokens"))
+        lines.append(
+            f"{counted(len(branches), 'run')} began as a branch: {shared} of {tokens} tokens are those of the runs they branch "
+            "from. A run's tokens and FLOPs are of both, its time is its own."
+        )
     return [*lines, *_verdicts(results), *_forecast_lines(results)]
 
 
@@ -367,7 +374,7 @@ _RUN = {name: name for name in ("run", "folder", "state", "step", "steps")} | _M
 _RUN |= {"vocab_size": "model.vocab_size", "seed": "debug.seed", "data_seed": "data.seed"} | _TRAINING_LOSS
 _RUN |= {"validation_loss_nats_per_token": "validation_loss", "validation_bits_per_byte": "validation_bits_per_byte"} | _SPEED
 _RUN |= {name: name for name in ("skipped_steps", "tokenizer", "fingerprint", "validation_fingerprint", "device")}
-_RUN |= {name: name for name in ("world_size", "git_commit")}
+_RUN |= {name: name for name in ("world_size", "git_commit", "branched_from", "shared_tokens")}
 """Names of columns of runs.csv, and those of the frame. SI units."""
 
 
