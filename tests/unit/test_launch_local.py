@@ -266,6 +266,7 @@ def test_a_branch_whose_trunk_failed_is_not_started_and_says_why_until_the_trunk
 
 def test_a_branch_that_another_process_holds_does_not_keep_its_trunk_from_being_started(launch: Launch, tmp_path: Path) -> None:
     lock = RunLock(tmp_path / "branch")
+    (tmp_path / "branch/config.toml").touch()
     thread = when((tmp_path / "trunk/attempt-1.log").exists, lock.close)
     launch(branches={"branch": ("trunk", 4)}, branch=FINISH, trunk="echo > saved-4; " + FINISH)
     thread.join()
