@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -13,6 +14,8 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+
+from titan_dp import output
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,6 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="of every random number drawn in a test; without it a new one each time")
+
+
+@pytest.fixture(autouse=True)
+def no_signs_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes 5 s says how far it is, and on a busy machine anything does; tests compare what else was said."""
+    monkeypatch.setattr(output, "FIRST_SIGN", math.inf)
 
 
 @pytest.hookimpl(tryfirst=True)
