@@ -342,6 +342,7 @@ def test_a_file_that_is_no_sweep_is_refused(text: str | None, said: str, tmp_pat
     with pytest.raises(UserError) as caught:
         load_sweep(tmp_path / "study.toml")
     assert said in str(caught.value)
+    assert all(line.count("study.toml") < 2 for line in str(caught.value).splitlines())
 
 
 # -- the shipped files -------------------------------------------------------------------------------------------------
@@ -352,6 +353,7 @@ SWEEPS = {
     "figure10": (6, "nh1-d128", "nh1-d256", "c16f1b9b6081c82e"),
     "householder_head_dim": (9, "392.2M-nh1-d64", "392.2M-nh3-d256", "66521fc277918025"),
     "isoflop": (90, "c1e+19-60M-nh1-ungated", "c1e+20-800M-nh3-gated", "d5f8bd0878c83ffe"),
+    "lr_transfer": (60, "w64-h2-mlp192-nh1-parametrizationstandard-lr0.001", "w256-h8-mlp768-nh2-parametrizationmup-lr0.032", "971fc4aeef5d5906"),
     "paper": (9, "213m_nh1", "800m_nh3", "d73700e2b21a1b11"),
 }
 
@@ -369,7 +371,9 @@ def test_a_shipped_sweep_keeps_its_cells_which_are_equally_large_and_set_nothing
     assert held == SWEEPS[name]
     by_size: dict[str, list[int]] = {}
     for cell in sweep.cells:
-        assert ineffective_settings(cell.config, dict.fromkeys(all_keys(), "sweep")) == []
+        in_vain = ineffective_settings(cell.config, dict.fromkeys(all_keys(), "sweep"))
+        base = "optimizer.mup_base" if "optimizer.parametrization" in cell.axes else " "  # the other half of the cells use it
+        assert [said for said in in_vain if not said.startswith(base)] == []
         training = cell.config.training
         assert cell.config.lr_scheduler.warmup_steps < cell.tokens / (training.global_batch_size * training.seq_len)
         by_size.setdefault(cell.axes.get("size", cell.name), []).append(cell.parameters)

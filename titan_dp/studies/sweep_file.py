@@ -238,7 +238,7 @@ def load_sweep(path: Path) -> Sweep:
         tune = _tuned(section, cells)
         cells = _branched(cells) if section.branch else cells
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
     return Sweep(name, section.description, path, folder, cells, tune, section.branch)
 
 
