@@ -353,7 +353,12 @@ SWEEPS = {
     "figure10": (6, "nh1-d128", "nh1-d256", "c16f1b9b6081c82e"),
     "householder_head_dim": (9, "392.2M-nh1-d64", "392.2M-nh3-d256", "66521fc277918025"),
     "isoflop": (90, "c1e+19-60M-nh1-ungated", "c1e+20-800M-nh3-gated", "d5f8bd0878c83ffe"),
-    "lr_transfer": (60, "w64-h2-mlp192-nh1-parametrizationstandard-lr0.001", "w256-h8-mlp768-nh2-parametrizationmup-lr0.032", "971fc4aeef5d5906"),
+    "lr_transfer": (
+        60,
+        "w64-h2-mlp192-nh1-parametrizationstandard-lr0.001",
+        "w256-h8-mlp768-nh2-parametrizationmup-lr0.032",
+        "971fc4aeef5d5906",
+    ),
     "paper": (9, "213m_nh1", "800m_nh3", "d73700e2b21a1b11"),
 }
 
