@@ -29,6 +29,13 @@ def test_what_a_parser_does_not_know_is_handed_on_as_it_was_written() -> None:
     assert load_config(["--config", "debug.toml", *args.settings]).config.model.attention_layers == [0]
 
 
+def test_a_value_may_look_like_options() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sbatch")
+    for value in ("--mem=8G --time=1:00", "--exclusive --mem 8G"):
+        assert parse(parser, ["--sbatch", value]).sbatch == value
+
+
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_every_command_that_takes_settings_refuses_a_wrong_one_as_train_py_does(command: list[str]) -> None:
     with pytest.raises(UserError) as error:

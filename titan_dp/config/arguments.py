@@ -63,7 +63,8 @@ def _check_options(parser: argparse.ArgumentParser, words: list[str]) -> None:
     for word in rest:
         name = word.partition("=")[0]
         abbreviated = parser.allow_abbrev and any(option.startswith(name) for option in known)
-        if name.startswith("--") and " " not in name and name not in known and not abbreviated:
+        # What has a space is a value, as --sbatch "--mem=8G --time=1:00" has; argparse sees it so.
+        if name.startswith("--") and " " not in word and name not in known and not abbreviated:
             hint = did_you_mean(name, known) or f"; `{parser.prog} --help` lists them"
             parser.error(f"there is no option {name}{hint}")
 
