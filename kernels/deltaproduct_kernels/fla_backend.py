@@ -41,25 +41,18 @@ def fla_chunk(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, the final state, and what the backward pass needs: gates summed in chunks (empty without) and the inverses A."""
-    return _forward(q, k, v, beta, g, initial_state, cu_seqlens, scale)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    context, n = SimpleNamespace(), k.shape[2]
-    context.save_for_backward = lambda *saved: setattr(context, "saved", saved)
+    n = k.shape[2]
     k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
-    o, final = _function().forward(context, q, k, v, g, beta, scale, n, initial_state, True, False, cu_seqlens)
-    _, _, _, _, _, gates, _, A, *_ = context.saved
+    o, final, saved = _forward(q, k, v, g, beta, scale, n, initial_state, True, False, cu_seqlens)
+    _, _, _, _, _, gates, _, A, *_ = saved
     return o, final, q.new_empty(0, dtype=torch.float32) if gates is None else gates, A
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, tuple]:
+    """o and the final state of fla's forward, and what it saved."""
+    context = SimpleNamespace()
+    context.save_for_backward = lambda *saved: setattr(context, "saved", saved)
+    return *_function().forward(context, *arguments), context.saved
 
 
 @fla_chunk.register_fake

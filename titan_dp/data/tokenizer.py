@@ -76,9 +76,12 @@ class Tokenizer:
         """Whether this is the tokenizer of that hash; yes if `expected` is empty, because then nobody knows."""
         return expected in ("", self.hash, self.earlier_hash)
 
+    def beginning(self, bos: bool | None = None) -> list[int]:
+        """The ids before a text that goes on, such as a prompt: those before a document that no EOS ends (`separators`)."""
+        return self.separators(bos, eos=False)[0]
+
     def separators(self, bos: bool | None = None, eos: bool | None = None) -> tuple[list[int], list[int]]:
-        """The ids before and after every document: BOS and EOS if there are any, as far as they are wanted. A prompt is the
-        beginning of a document.
+        """The ids before and after every document: BOS and EOS if there are any, as far as they are wanted.
 
         If both are one token, it comes after the document, so that two never meet; before it if only BOS is wanted.
 

@@ -103,7 +103,7 @@ class TitanDPLM(TemplateLM):
         self.stock_bos = stock_bos
         if stock_bos:
             add_bos_token = adds_bos_itself(self.text)
-        self.add_bos = bool(self.text.separators(eos=False)[0]) if add_bos_token is None else add_bos_token
+        self.add_bos = bool(self.text.beginning()) if add_bos_token is None else add_bos_token
         if self.add_bos and self.text.bos_id is None:
             raise UserError(f"tokenizer {self.text.name!r} has no BOS to add; leave it out with --no-add-bos")
         self.truncated: Counter[str] = Counter()

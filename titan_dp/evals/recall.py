@@ -135,7 +135,7 @@ def _check_sizes(args: argparse.Namespace, tokenizer: Tokenizer, vocabulary: Voc
 
 def _first_id(tokenizer: Tokenizer) -> int | None:
     """BOS, if documents began with it at the training."""
-    return next(iter(tokenizer.separators(eos=False)[0]), None)
+    return next(iter(tokenizer.beginning()), None)
 
 
 def _shortest(pairs: int, queries: int | None, bos_id: int | None) -> int:

@@ -112,7 +112,7 @@ def _from_text(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
     from titan_dp.data.formats import Reading
     from titan_dp.files import Replaced, file_sha256
 
-    prefix, _ = tokenizer.separators(args.bos, eos=False)
+    prefix = tokenizer.beginning(args.bos)
     if args.hf_dataset:
         dataset = (args.hf_dataset, args.hf_name, args.hf_split, args.column)
         sources.load_hugging_face(*dataset, True)  # fail now, not later

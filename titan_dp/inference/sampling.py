@@ -79,7 +79,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, bos: bool | None = None, r
     longest_first = sorted(special, key=len, reverse=True)
     pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if special else [text]
     ids = [i for piece in pieces for i in ([special[piece]] if piece in special else tokenizer.encode(piece))]
-    before, _ = tokenizer.separators(bos, eos=False)
+    before = tokenizer.beginning(bos)
     if ids[:1] != before:
         ids = before + ids
     if not ids:
