@@ -35,12 +35,11 @@ class Run:
 def cases(smoke: bool) -> list[Run]:
     if smoke:
         return [Run("debug.toml", 2, compiled=False)]
-    wide = ("--model.hidden_size=1472",)
     return [
         Run("800m.toml"),
         Run("800m_nh1.toml"),
         Run("800m.toml", 8, "selective"),
-        Run("800m.toml", settings=wide),
+        Run("paper/800m.toml"),
         Run("800m.toml", compiled=False),
     ]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import signal
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def no_signs_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes 5 s says how far it is, and on a busy machine anything does; tests compare what else was said."""
-    monkeypatch.setattr(output, "FIRST_SIGN", math.inf)
+    monkeypatch.setattr(output, "FIRST_SIGN", threading.TIMEOUT_MAX)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -391,7 +391,9 @@ def test_the_papers_sweep_is_the_papers_nine_configs() -> None:
     shapes = {(m.hidden_size, m.num_heads, m.num_householder, m.mlp_size) for m in (cell.config.model for cell in cells)}
     assert shapes == set(PAPER_SHAPES.values())
     for cell in cells:
-        config = load_config(["--config", next(name for name, count in PAPER.items() if count == cell.parameters)]).config
+        config = load_config(
+            ["--config", next(f"paper/{name}" for name, count in PAPER.items() if count == cell.parameters)]
+        ).config
         ours, theirs = (c.model_dump(exclude={"job"}) for c in (cell.config, config))
         ours["model"]["intermediate_size"] = theirs["model"]["intermediate_size"] = cell.config.model.mlp_size
         assert ours == theirs

@@ -1,11 +1,13 @@
-"""The shipped configs: every one loads without a warning, and the paper's sizes and lengths are the paper's."""
+"""The shipped configs: every one loads without a warning, sizes match, and the paper's are the paper's."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
+from titan_dp.cli import dispatch
 from titan_dp.config.load import SHIPPED, Loaded, load_config
 from titan_dp.data.synthetic.loader import problem_that_fits
 from titan_dp.model.size import model_size
@@ -24,11 +26,14 @@ PAPER = {
     "800m": 806_410_236 - 1 * 12 * 128 * 4 * 24,
     "800m_nh3": 805_974_528 - 2 * 8 * 128 * 4 * 24,
 }
+TARGETS = {"213m": 213_000_000, "392m": 392_200_000, "800m": 805_000_000}
 STEPS = {"213m": 36_240, "392m": 66_758, "800m": 104_905}
 
 
 def shipped() -> list[str]:
-    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+    return sorted(path.stem for path in SHIPPED.glob("*.toml")) + sorted(
+        f"paper/{path.stem}" for path in SHIPPED.glob("paper/*.toml")
+    )
 
 
 def load(name: str) -> Loaded:
@@ -40,39 +45,58 @@ def parameters(loaded: Loaded) -> int:
 
 
 def test_the_folder_holds_the_debug_config_and_each_size_with_its_partners_gated_and_ungated() -> None:
-    assert set(shipped()) == {"debug", *PAPER, *(f"{name}_gated" for name in PAPER)}
+    assert set(shipped()) == {"debug", *PAPER, *(f"{name}_gated" for name in PAPER), *(f"paper/{name}" for name in PAPER)}
 
 
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_config_loads_and_sets_nothing_in_vain(name: str) -> None:
     loaded = load(name)
-    assert loaded.run_name == name
+    assert loaded.run_name == Path(name).name
     assert loaded.warnings() == []
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_paper_config_has_the_papers_parameters_and_its_gate_adds_little(name: str) -> None:
-    """The gate: one projection to heads and two numbers per head in each of 24 layers."""
-    assert parameters(load(name)) == PAPER[name]
-    model = load(f"{name}_gated").config.model
-    assert parameters(load(f"{name}_gated")) == PAPER[name] + 24 * (model.num_heads * model.hidden_size + 2 * model.num_heads)
+def test_a_paper_config_has_the_papers_parameters(name: str) -> None:
+    assert parameters(load(f"paper/{name}")) == PAPER[name]
 
 
-@pytest.mark.parametrize("size", STEPS)
-def test_partners_of_a_size_match_in_parameters_and_in_nothing_else_differ_but_shape(size: str) -> None:
-    partners = [load(name) for name in PAPER if name.startswith(size)]
-    counts = [parameters(partner) for partner in partners]
-    assert max(counts) / min(counts) < 1.002
+@pytest.mark.parametrize("size", TARGETS)
+def test_partners_of_a_size_match_in_parameters_and_differ_in_heads_n_h_and_gate_alone(size: str) -> None:
+    partners = [load(size + partner + gate) for partner in ("_nh1", "", "_nh3") for gate in ("", "_gated")]
+    assert all(abs(parameters(partner) / TARGETS[size] - 1) < 0.0025 for partner in partners)
+    changed = [(p.config.model.num_householder, p.config.model.use_forget_gate) for p in partners]
+    assert changed == [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
 
-    def without_shape(loaded: Loaded) -> dict[str, object]:
+    def the_rest(loaded: Loaded) -> dict[str, object]:
         sections = loaded.config.model_dump()
         del sections["job"]["run_name"]
-        for key in ("hidden_size", "num_heads", "num_householder"):
+        for key in ("num_heads", "num_householder", "use_forget_gate"):
             del sections["model"][key]
         return sections
 
-    assert [p.config.model.num_householder for p in partners] == [1, 2, 3]
-    assert all(without_shape(partner) == without_shape(partners[0]) for partner in partners)
+    assert all(the_rest(partner) == the_rest(partners[0]) for partner in partners)
+
+
+@pytest.mark.parametrize("size", TARGETS)
+def test_the_shapes_are_those_that_match_finds(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["match", "--params", str(TARGETS[size]), "--gated", "both", "--config", size]) == 0
+    found = [
+        line.split("--config ... ")[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("    --model.")
+    ]
+    settings = [dict(zip(words[::2], words[1::2], strict=True)) for words in map(shlex.split, found)]
+    heads = [int(each["--model.num_heads"]) for each in settings]
+    assert heads == [
+        load(size + partner).config.model.num_heads for partner in ("_nh1", "_nh1_gated", "", "_gated", "_nh3", "_nh3_gated")
+    ]
+    model = load(size).config.model
+    shape = {(int(each["--model.hidden_size"]), int(each["--model.intermediate_size"])) for each in settings}
+    assert shape == {(model.hidden_size, model.intermediate_size)}
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith(tuple(STEPS))])
+def test_every_matrix_of_a_config_for_gpus_has_dimensions_that_are_multiples_of_64(name: str) -> None:
+    m = load(name).config.model
+    assert [d % 64 for d in (m.hidden_size, m.mlp_size, m.num_heads * m.head_dim, m.vocab_size)] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name", STEPS)  # its partners differ in nothing but shape

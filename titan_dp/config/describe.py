@@ -168,7 +168,8 @@ A run is described by one TOML file; any setting can be overridden on the comman
     source .venv/bin/activate    # once per shell: the environment that `make install` made
     titan-dp train --config 800m.toml --optimizer.lr 1e-3 --compile.enable=false
 
-* `--config NAME` takes a shipped configuration (`train_configs/`) by its bare name, or any file by its path (with a `/`).
+* `--config NAME` takes a shipped configuration (`train_configs/`) by its name (`800m`, `paper/800m`), or any file by its path
+  (with a `/`).
   `--job.config_file`, torchtitan's spelling, means the same.
 * `extends = "base.toml"` at the top of a file inherits from another, found relative to the file itself, else among the
   shipped ones: `extends = "800m.toml"` works in any folder.

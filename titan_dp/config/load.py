@@ -239,8 +239,8 @@ def command_line_value(key: Key | None, text: str) -> object:
 
 
 def resolve_config_path(name: str) -> Path | None:
-    """A bare name means a shipped configuration first; anything with a slash is a path. The .toml may be left out."""
-    folders = [Path()] if "/" in name else [SHIPPED, Path()]
+    """A bare name means a shipped configuration first, one with a slash (paper/800m) a path. The .toml may be left out."""
+    folders = [Path(), SHIPPED] if "/" in name else [SHIPPED, Path()]
     candidates = (folder / (name + suffix) for folder in folders for suffix in ("", ".toml"))
     return next((path for path in candidates if name and _is_file(path)), None)
 

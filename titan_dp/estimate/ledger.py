@@ -45,7 +45,7 @@ class Work:
     """What one operator asks of the chip."""
 
     phase: str
-    kind: str  # matmul, recurrence, other
+    kind: str  # matmul, recurrence, front end, other
     flops: int
     bytes: int
     micro: int
@@ -158,7 +158,7 @@ class Ledger(TorchDispatchMode):
             self._parts[known[0]] = part
 
     def _part_of(self, func: Any) -> str:
-        if func.namespace in _OURS and "front_end" not in func._opname:
+        if _is_recurrence(func):
             return RECURRENCE
         if self.phase == "backward":  # gradients are computed without grad mode, recomputed activations with it
             return ACTIVATIONS if torch.is_grad_enabled() else OTHER
@@ -201,7 +201,8 @@ class Ledger(TorchDispatchMode):
             flops = _attention_flops(func, args)
         else:
             flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
-        kind = "recurrence" if func.namespace in _OURS else "matmul" if flops else "other"
+        kernel = "recurrence" if _is_recurrence(func) else "front end" if "front_end" in func._opname else None
+        kind = kernel or ("matmul" if flops else "other")
         moved = sum(t.numel() * t.element_size() for t in touched)
         self.work.append(Work(self.phase, kind, flops, moved, self.micro))
 
@@ -235,6 +236,11 @@ def _attention_flops(func: Any, args: Any) -> int:
     named = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
     pairs = query.shape[-2] * key.shape[-2] // (2 if named.get("is_causal") else 1)
     return products * 2 * query.shape[0] * query.shape[1] * pairs * query.shape[-1]  # type: ignore[no-any-return]
+
+
+def _is_recurrence(func: Any) -> bool:
+    """Or what ranks exchange for it; not the norm and the convolution, which are operators of their own on a CPU."""
+    return func.namespace == "titan_dp" or (func.namespace == "deltaproduct" and "chunk" in func._opname)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

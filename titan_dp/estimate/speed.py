@@ -1,7 +1,7 @@
 """How long a step should take on a named GPU and network: a roofline under assumptions that are printed with every result.
 
 An operator takes the longer of two times: its FLOPs at a fraction of the peak, and its bytes at a fraction of the memory's
-bandwidth. A collective takes the time of its bytes in a ring over the links it crosses, and the latencies of its hops.
+bandwidth (a smaller one for the recurrence, whose kernels are bound by neither). A collective takes the time of its bytes in a ring over the links it crosses, and the latencies of its hops.
 Collectives of the forward and the backward pass hide behind that pass's compute, except each micro-batch's first gather, the
 step's last reduction and what the context group exchanges within layers; those of the optimizer hide behind nothing. No number
 here is measured.
@@ -26,6 +26,9 @@ class Assumptions:
 
     matmul: float = 0.6
     bandwidth: float = 0.8
+    recurrence: float = 0.25
+    """The bytes of the recurrence's operators: what the modelled times of its kernels at dk = dv = 128 and n_h = 2 come to on an
+    H200 (docs/kernels.md); earlier ones were measured at 0.15."""
     link: float = 0.8
     fusion: float = 3.0
     """torch.compile divides the bytes by this, of operators that are neither matrix products nor ours."""
@@ -35,8 +38,8 @@ class Assumptions:
         """What the predicted time rests on, for people."""
         return [
             f"matrix products reach {self.matmul:.0%} of {gpu.name}'s {gpu.tflops:g} TFLOP/s (dense bfloat16, data sheet)",
-            f"all else, the recurrence's kernels included, moves its tensors at {self.bandwidth:.0%} of "
-            f"{gpu.bandwidth / 1e12:g} TB/s"
+            f"all else moves its tensors at {self.bandwidth:.0%} of {gpu.bandwidth / 1e12:g} TB/s, the recurrence's kernels at "
+            f"{self.recurrence:.0%} (a model of them)"
             + (f"; torch.compile divides those of pointwise operators by {self.fusion:g}" if compiled else ""),
             f"links reach {self.link:.0%} of {gpu.link / 1e9:g} GB/s per GPU inside a node of {self.gpus_per_node}, and of "
             f"{network.bandwidth / 1e9:g} GB/s per GPU between nodes ({network.name}); hops take {_HOP * 1e6:g} and "
@@ -88,7 +91,8 @@ def seconds_of_work(work: Iterable[Work], gpu: GPU, compiled: bool, a: Assumptio
     total = 0.0
     for w in work:
         moved = w.bytes / a.fusion if compiled and w.kind == "other" and w.phase != "optimizer" else w.bytes
-        total += max(w.flops / (gpu.tflops * 1e12 * a.matmul), moved / (gpu.bandwidth * a.bandwidth))
+        fraction = a.recurrence if w.kind == "recurrence" else a.bandwidth
+        total += max(w.flops / (gpu.tflops * 1e12 * a.matmul), moved / (gpu.bandwidth * fraction))
     return total
 
 

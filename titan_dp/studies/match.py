@@ -71,12 +71,16 @@ def run(args: argparse.Namespace) -> int:
         others |= dict.fromkeys((f"--{key}" for key in keys_of(args.settings)), True)
         if given := [option for option, is_given in others.items() if is_given]:
             raise UserError(f"--preset paper shows the models as they are, so {given[0]} has no effect; remove it")
-        loaded = [load_config(["--config", name + "_gated" * gate]) for name in PAPER for gate in gates]
+        loaded = [
+            load_config(["--config", f"paper/{name}.toml", f"--model.use_forget_gate={str(gate).lower()}"])
+            for name in PAPER
+            for gate in gates
+        ]
         models = [each.config.model for each in loaded]
         smallest = [models[i // (3 * len(gates)) * 3 * len(gates)] for i in range(len(models))]
         targets = [model_size(model, 4096).parameters for model in smallest]
         _print_table("the paper's language models", models, targets, "parameters", loaded[0].config.training.seq_len)
-        print_text("train one with titan-dp train --config 800m.toml, or 213m, 392m; _nh1, _nh3, _gated name the others")
+        print_text("train one with titan-dp train --config paper/800m.toml, or 213m, 392m; _nh1 and _nh3 name the others")
         return 0
     models, seq_len = solve(args, gates)
     quantity = "parameters" if args.params else "flops"
