@@ -1,10 +1,10 @@
 """How long a step should take on a named GPU and network: a roofline under assumptions that are printed with every result.
 
 An operator takes the longer of two times: its FLOPs at a fraction of the peak, and its bytes at a fraction of the memory's
-bandwidth (a smaller one for the recurrence, whose kernels are bound by neither). A collective takes the time of its bytes in a ring over the links it crosses, and the latencies of its hops.
-Collectives of the forward and the backward pass hide behind that pass's compute, except each micro-batch's first gather, the
-step's last reduction and what the context group exchanges within layers; those of the optimizer hide behind nothing. No number
-here is measured.
+bandwidth, a smaller one for the recurrence, whose kernels neither of the two binds. A collective takes the time of its bytes
+in a ring over the links it crosses, and the latencies of its hops. Collectives of the forward and the backward pass hide
+behind that pass's compute, except each micro-batch's first gather, the step's last reduction and what the context group
+exchanges within layers; those of the optimizer hide behind nothing. No number here is measured.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Assumptions:
     matmul: float = 0.6
     bandwidth: float = 0.8
     recurrence: float = 0.25
-    """The bytes of the recurrence's operators: what the modelled times of its kernels at dk = dv = 128 and n_h = 2 come to on an
-    H200 (docs/kernels.md); earlier ones were measured at 0.15."""
+    """For the bytes of the recurrence's operators: what the modelled times of its kernels come to at dk = dv = 128 and n_h = 2
+    on an H200 (docs/kernels.md); earlier kernels were measured at 0.15."""
     link: float = 0.8
     fusion: float = 3.0
     """torch.compile divides the bytes by this, of operators that are neither matrix products nor ours."""
