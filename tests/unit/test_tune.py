@@ -210,6 +210,14 @@ def test_what_cannot_be_tuned_is_refused(sweep: Run, text: str, said: str) -> No
     check_refused(sweep(text), said)
 
 
+def test_an_axis_is_tuned_for_each_of_several_sizes_and_lengths(sweep: Run) -> None:  # noqa: F811
+    sizes = (
+        GRID.replace("[sweep]", '[sweep]\nmatch = "heads"\nmultiple = 4') + 'size = ["100K", "200K"]\ntokens = ["8K", "16K"]\n'
+    )
+    assert sweep(sizes).code == 0
+    assert len(names()) == 2 * 2 * 2 * 2 * 2
+
+
 def of_axes(axes: dict[str, Any]) -> float:
     return bowl(axes["num_householder"], axes["lr"], axes["seed"])
 

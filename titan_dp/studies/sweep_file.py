@@ -323,7 +323,7 @@ def _tuned(section: SweepSection, cells: list[Cell]) -> dict[str, str]:
         found[axis] = keys[0]
     arms: dict[str, list[Cell]] = {}
     for cell in cells:
-        fixed = {a: v for a, v in cell.axes.items() if a not in found and not set(_keys_of(a)) <= SEED_KEYS}
+        fixed = {a: v for a, v in cell.axes.items() if a not in found and not SEED_KEYS.issuperset(_keys_of(a) or [a])}
         arms.setdefault(repr(fixed), []).append(cell)
     for axis, arm in itertools.product(found, arms.values()):
         values = [cell.axes[axis] for cell in arm]
