@@ -18,7 +18,7 @@ N, D, V = 300, 16, 1000
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "_CHUNK", 37 * V)
+    monkeypatch.setattr(loss_module, "CHUNK", {"cpu": 37 * V})
 
 
 def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,6 +41,25 @@ def test_loss_and_gradients_are_those_of_cross_entropy(dtype: torch.dtype, toler
         assert x.grad is not None
         assert y.grad is not None
         assert float((x.grad.double() - y.grad).norm() / y.grad.norm()) < tolerance
+
+
+def test_compiled_chunks_give_the_same_loss_and_gradients() -> None:
+    """As on a GPU, for a chunk and a shorter last one."""
+    hidden, weight, labels = inputs(torch.bfloat16)
+    results = []
+    for compiled in (False, True):
+        hidden.grad = weight.grad = None
+        loss = summed_cross_entropy(hidden, weight, labels, compiled)
+        loss.backward()
+        results.append([loss.detach(), hidden.grad, weight.grad])
+    for eager, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=2e-2, atol=2e-2)
+
+
+def test_many_rows_at_once_are_whole_tiles_of_128(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK", {"cpu": 200 * V})
+    hidden, weight, _ = inputs(torch.float32)
+    assert list(loss_module._chunks(hidden, weight)) == [slice(0, 128), slice(128, 256), slice(256, 384)]
 
 
 def test_labels_all_ignored_give_zero_loss_and_zero_gradients() -> None:

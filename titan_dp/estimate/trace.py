@@ -29,6 +29,7 @@ from titan_dp.estimate import ledger
 from titan_dp.estimate.collectives import Collective
 from titan_dp.estimate.ledger import Ledger, Peak, Work
 from titan_dp.hardware import GPU, GPUS
+from titan_dp.model import loss
 from titan_dp.model.parallelize import sharded_model
 from titan_dp.model.parametrization import scales
 from titan_dp.train.optim import NonFiniteGuard, build_optimizer
@@ -196,6 +197,7 @@ def _kernels_of(gpu: GPU, backend: str) -> Iterator[None]:
         for name in ("interface", "front_end"):
             module = importlib.import_module(f"deltaproduct_kernels.{name}")
             stack.enter_context(_replaced(module, "resolve_backend", lambda *_, **__: backend))
+        stack.enter_context(_replaced(loss, "CHUNK", {"cpu": loss.CHUNK["cuda"]}))
         if backend == "triton" and find_spec("triton") is not None:
             from deltaproduct_kernels.triton_backend import configs, front_end, launch
 

@@ -136,7 +136,8 @@ class Transformer(nn.Module):
         x = self.norm.apply_to(x)
         if labels is not None:
             with clock or nullcontext():
-                loss = summed_cross_entropy(x.flatten(0, 1), self.output_weight, labels.flatten())
+                compiled = self.compiled and x.is_cuda
+                loss = summed_cross_entropy(x.flatten(0, 1), self.output_weight, labels.flatten(), compiled)
             return Losses(loss, taken)
         return upcast(F.linear(x, self.output_weight)).view(*tokens.shape, -1)
 
