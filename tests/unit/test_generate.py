@@ -95,8 +95,7 @@ PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 def drawn(sampling: Sampling, count: int = 4000) -> torch.Tensor:
     """Relative frequencies of `count` draws from PROBABILITIES."""
     logits = PROBABILITIES.log().expand(count, -1)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
-    return torch.bincount(sampling.choose(logits, generators), minlength=5) / count
+    return torch.bincount(sampling.choose(logits, torch.rand(count)), minlength=5) / count
 
 
 @pytest.mark.parametrize(
@@ -114,6 +113,22 @@ def test_ids_are_drawn_by_the_probability_that_the_settings_leave_them(sampling:
     found = drawn(sampling)
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
     assert torch.equal(found > 0, expected > 0)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_interval_draw_ids_that_may_be_drawn(uniform: float) -> None:
+    """Sums of rounded probabilities may stay below 1, and ids of probability 0 may come first and last."""
+    logits = torch.rand(200, 1000).log()
+    logits[:, ::2] = logits[:, -300:] = -torch.inf
+    chosen = Sampling(1.0).choose(logits, torch.full((200,), uniform))
+    assert bool(logits.gather(1, chosen[:, None]).isfinite().all())
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1.0), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.5)])
+def test_a_row_of_logits_that_are_not_finite_has_no_id_and_the_others_do(sampling: Sampling) -> None:
+    logits = torch.randn(3, 9)
+    logits[1, 4] = torch.nan
+    assert (sampling.choose(logits, torch.rand(3)) >= 0).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1e-40, 5e-324])

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from titan_dp.data.tokenizer import Tokenizer
 from titan_dp.errors import UserError
-from titan_dp.model.loss import check_finite
+from titan_dp.model.loss import not_finite
 from titan_dp.model.transformer import Transformer
 
+_BLOCK = 64  # tokens that random numbers are drawn for at once
 _SEGMENT = 2048  # tokens of a prompt per forward: a longer prompt takes no more memory for activations
 _LOOKS_SPECIAL = re.compile(r"<\|[^<>|\s][^<>|]*\|>")
 _UNFINISHED = "\ufffd"
@@ -40,18 +41,17 @@ class Sampling:
     top_p: float = 1.0
     """The fewest tokens whose probabilities reach this sum are kept (Holtzman et al. 2020)."""
 
-    def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """One id per row of `logits` [B, V], drawn with the row's generator: [B] int64.
+    def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """One id per row of `logits` [B, V], [B] int64: where the row's number of `uniform` [B], from [0, 1), falls.
 
-        Raises RunError if the logits are not finite.
+        -1 for a row whose logits are not finite. Nothing here waits for the device.
         """
         if self.temperature == 0:
-            check_finite(logits, "the model's logits")
-            return logits.argmax(-1)
+            return logits.argmax(-1).where(logits.isfinite().all(-1), -1)
         # The largest logit becomes 0, so that any temperature above 0 works: quotients can only overflow to probability 0.
         logits = logits.float() - logits.amax(-1, keepdim=True).float()
         probabilities = torch.softmax(logits / max(self.temperature, 1e-30), -1)
-        check_finite(probabilities, "the model's logits")
+        finite = probabilities.isfinite().all(-1)
         ids = None
         if self.top_k or self.top_p < 1:
             # Likeliest ids first; with top_k, sorting only the first k is enough.
@@ -59,8 +59,12 @@ class Sampling:
             probabilities, ids = probabilities.topk(count, -1)
             before, total = probabilities.cumsum(-1) - probabilities, probabilities.sum(-1, keepdim=True)
             probabilities = torch.where(before < self.top_p * total, probabilities, 0)
-        drawn = torch.stack([torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators, strict=True)])
-        return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
+        below = probabilities.cumsum(-1)
+        total = below[:, -1:]
+        # The first id below which there is more than this; below the total, so that it is an id that may be drawn.
+        reached = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+        drawn = torch.searchsorted(below, reached, right=True).clamp_max(probabilities.shape[-1] - 1)
+        return (drawn if ids is None else ids.gather(-1, drawn))[:, 0].where(finite, -1)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, bos: bool | None = None, raw: bool = False) -> list[int]:
@@ -97,6 +101,13 @@ def read_prompt(model: Transformer, prompt: list[int], device: torch.device) -> 
     return logits, cache
 
 
+def _uniform(seeds: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+    """Numbers from [0, 1) for one token of each row [B], without end. They are drawn in blocks: one copy for many tokens."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    while True:
+        yield from torch.stack([torch.rand(_BLOCK, generator=generator) for generator in generators], 1).to(device)
+
+
 @torch.inference_mode()
 def generate_ids(
     model: Transformer, prompts: list[list[int]], *, sampling: Sampling, seeds: Sequence[int], vocab_size: int
@@ -111,14 +122,17 @@ def generate_ids(
         vocab_size: number of ids that have a token; the model may have more, which are never chosen.
     """
     device = next(model.parameters()).device
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    uniform = _uniform(seeds, device)
     parts = [read_prompt(model, prompt, device) for prompt in prompts]
     logits = torch.cat([logits for logits, _ in parts])
     cache = Transformer.join_caches([cache for _, cache in parts])
     del parts
     while True:
-        chosen = sampling.choose(logits[:, :vocab_size], generators)
-        yield chosen.tolist()
+        chosen = sampling.choose(logits[:, :vocab_size], next(uniform))
+        ids = chosen.tolist()
+        if min(ids) < 0:
+            raise not_finite("the model's logits")
+        yield ids
         logits, cache = model.step(chosen[:, None], cache)
 
 

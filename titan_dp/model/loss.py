@@ -24,10 +24,14 @@ def check_finite(values: Tensor, what: str) -> None:
     To be called before an argmax, a rank or a comparison, which would make a token or an accuracy of them.
     """
     if not bool(values.isfinite().all()):
-        raise RunError(
-            f"{what} are not finite, so whatever is computed from them means nothing; take an earlier, healthy checkpoint "
-            "(`titan-dp checkpoint list RUN` shows which are)"
-        )
+        raise not_finite(what)
+
+
+def not_finite(what: str) -> RunError:
+    return RunError(
+        f"{what} are not finite, so whatever is computed from them means nothing; take an earlier, healthy checkpoint "
+        "(`titan-dp checkpoint list RUN` shows which are)"
+    )
 
 
 CHUNK = {"cpu": 2**24, "cuda": 2**26}
