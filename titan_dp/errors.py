@@ -116,6 +116,8 @@ def run_main(command: Callable[[], int]) -> int:
     """Run `command` and return the process's exit code, printing what went wrong to stderr."""
     # torch's threads wait by spinning unless told before its import, and take the cores from whoever else computes there.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Packed batches and validation change shapes: the GPU's allocator then grows segments and leaves no holes of odd sizes.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if path := os.environ.get(STOPPED_FILE):  # of an earlier life of this rank
         with suppress(OSError):
             os.unlink(path)
