@@ -106,7 +106,10 @@ class Attention(TokenMixer):
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        if self.grouped and mask is not None:  # no fused kernel takes both; the one without would store all pairs of tokens
+            k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
+        grouped = self.grouped and mask is None
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
     def describe(self) -> str:
