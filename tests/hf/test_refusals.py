@@ -50,6 +50,13 @@ INEXPRESSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({**GATED, "num_householder": 2}, "gated_deltanet", "num_householder = 2.*gated_deltaproduct"),
     ({**ONE_STEP, **GATED}, "delta_net", "use_forget_gate = true.*gated_deltanet"),
     ({"num_householder": 2}, "delta_net", "num_householder = 2"),
+    (
+        {"num_householder": 2},
+        "olmo_hybrid",
+        "num_householder = 2 and use_output_gate = false and norm_eps .*--format fla or --form",
+    ),
+    ({**ONE_STEP, "mixer": "gla"}, "olmo_hybrid", "mixer = 'gla' and .*; use --format remote-code$"),
+    ({**ONE_STEP, "attention_layers": [1]}, "olmo_hybrid", "attention_layers and use_output_gate"),
     ({"mixer": "rwkv7"}, "titan_dp", "^mixer = 'rwkv7' cannot be exported: no Hugging Face format has it"),
     ({"adaptive_householder": True}, "titan_dp", "^adaptive_householder = true cannot be exported: no Hugging Face format"),
 ]

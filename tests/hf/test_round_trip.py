@@ -34,7 +34,8 @@ WINDOWED = {"attention_num_kv_heads": 1, "attention_window": 9}
 UNTIED = {"expand_v": 0.5, "tie_word_embeddings": False, "norm_eps": 1e-5, "allow_neg_eigval": False}
 SHARDS = {"max_shard_bytes": 10_000}
 GATED_DELTANET, DELTA_NET = {"model_type": "gated_deltanet"}, {"model_type": "delta_net"}
-REMOTE_CODE = {"target": "remote-code"}
+REMOTE_CODE, OLMO_HYBRID = {"target": "remote-code"}, {"target": "olmo-hybrid"}
+OLMO: dict[str, Any] = {"num_householder": 1, "use_output_gate": True, "norm_eps": 1e-5}
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"use_forget_gate": True, "num_householder": 3}),
     ({}, {**UNTIED, "use_output_gate": True}),
@@ -47,6 +48,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (DELTA_NET, {"num_householder": 1, "hidden_size": 70, "head_dim": 25}),  # a width of 7/5 of the keys
     (REMOTE_CODE, {"use_forget_gate": True, "use_output_gate": True}),
     (REMOTE_CODE, {**GATED, "mixer": "gla"}),
+    (OLMO_HYBRID, {**OLMO, "use_forget_gate": True, "expand_v": 2.0}),
+    (OLMO_HYBRID, {**OLMO, "use_short_conv": False, "allow_neg_eigval": False, "tie_word_embeddings": False}),
     (REMOTE_CODE, {**WINDOWED, "attention_layers": [0], "tie_word_embeddings": False}),
 ]
 
@@ -116,13 +119,14 @@ def test_bfloat16_rounds_matrices_and_leaves_norms_and_gates_as_they_were(
 def test_an_exported_folder_is_a_source_like_a_checkpoint(
     target: str, export_of: Make, checkpoint_of: Make, tmp_path: Path
 ) -> None:
-    folder = export_of({"use_forget_gate": True}, target=target)
+    changes = {**OLMO, "use_forget_gate": True}
+    folder = export_of(changes, target=target)
     loaded, ids = load_pretrained(folder, CPU), tokens(2, 40)
-    assert torch.equal(loaded.model(ids), random_model(use_forget_gate=True)[1](ids))
+    assert torch.equal(loaded.model(ids), random_model(**changes)[1](ids))
     assert loaded.tokenizer.encode("whale") == list(b"whale")
     export(open_source(folder), tmp_path / "again", target=next(other for other in FORMATS if other != target))
     imported = import_folder(FolderSource(tmp_path / "again"), tmp_path / "imported")
-    assert_same_checkpoint(imported, checkpoint_of(use_forget_gate=True))
+    assert_same_checkpoint(imported, checkpoint_of(**changes))
 
 
 def test_a_run_from_imported_weights_is_the_run_from_the_original_ones(

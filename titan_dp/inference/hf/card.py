@@ -33,6 +33,15 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ```
 """,
+    "olmo-hybrid": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer  # or: vllm serve {name}
+
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="bfloat16")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+The last layer, of softmax attention, does nothing: OlmoHybrid wants one.
+""",
 }
 
 
@@ -42,7 +51,7 @@ def model_card(name: str, source: Source, target: str, dtype: str, tokenizer: To
     Args:
         name: of the folder.
         source: of the weights; if it is a run's checkpoint, the card says how the run validated at its step.
-        target: "fla" or "remote-code".
+        target: "fla", "remote-code" or "olmo-hybrid".
         dtype: of the matrices as stored.
         tokenizer: as written into the folder.
 

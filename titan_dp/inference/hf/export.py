@@ -7,8 +7,9 @@
     modeling_titan_dp.py                      with --format remote-code only
 
 `fla` folders load in flash-linear-attention without code of ours; `remote-code` folders load with torch and transformers
-alone and express every model. Weights go tensor by tensor from checkpoint to file, so memory holds a few of them at a time.
-The folder is written under another name and renamed: it is there whole or not at all.
+alone and express every model; `olmo-hybrid` folders are models of transformers' own, which vLLM serves, and have n_h = 1.
+Weights go tensor by tensor from checkpoint to file, so memory holds a few of them at a time. The folder is written under
+another name and renamed: it is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from titan_dp.data.tokenizer import Tokenizer
     from titan_dp.inference.sources import Source
 
-FORMATS = ("fla", "remote-code")
+FORMATS = ("fla", "remote-code", "olmo-hybrid")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -44,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="fla",
-        help="fla: for flash-linear-attention (default); remote-code: any model, torch and transformers suffice",
+        help="fla: for flash-linear-attention (default); remote-code: any model, torch and transformers suffice; olmo-hybrid: "
+        "n_h = 1 with an output gate, for transformers and vLLM",
     )
     add(
         "--model-type",
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{decimal(file.stat().st_size):>10}  {file}")
     remote = ", trust_remote_code=True" if args.format == "remote-code" else ""
     load = f"AutoModelForCausalLM.from_pretrained({str(args.out)!r}{remote})"
-    needs = "transformers" if args.format == "remote-code" else "transformers and flash-linear-attention (import fla)"
+    needs = "transformers and flash-linear-attention (import fla)" if args.format == "fla" else "transformers"
     print_text(f"load it with {needs}:", f"  {load}")
     print_next("or write with it", f"titan-dp generate {shlex.quote(str(args.out))} --prompt ...")
     return 0
@@ -112,7 +114,7 @@ def export(
     Args:
         source: of the weights.
         out: must not exist, or be empty.
-        target: "fla" or "remote-code".
+        target: "fla", "remote-code" or "olmo-hybrid".
         model_type: of the fla target; None for gated_deltaproduct.
         dtype: of the matrices, convolutions and embeddings; None for float32. Norms, A_log and dt_bias are float32.
         max_shard_bytes: a file of weights holds at most so much (or one tensor).
@@ -124,7 +126,7 @@ def export(
     """
     import torch
 
-    from titan_dp.inference.hf import layout
+    from titan_dp.inference.hf import layout, olmo_hybrid
     from titan_dp.inference.hf.card import model_card
     from titan_dp.inference.hf.folder import TRAINING, write_weights
 
@@ -133,7 +135,8 @@ def export(
         raise UserError(f"{out} exists already; choose another folder")
     if model_type is not None and target != "fla":
         raise UserError(f"--model-type {model_type} belongs to --format fla; leave it out with --format {target}")
-    kind = layout.REMOTE_CODE if target == "remote-code" else model_type or "gated_deltaproduct"
+    kinds = {"remote-code": layout.REMOTE_CODE, "olmo-hybrid": olmo_hybrid.MODEL_TYPE}
+    kind = kinds.get(target) or model_type or "gated_deltaproduct"
     settings = layout.to_hf(source.config, kind, source.seq_len)
     dtype = dtype or torch.float32
     named = str(dtype).removeprefix("torch.")
@@ -146,7 +149,10 @@ def export(
     try:
         saved = _write_texts(source, scratch, tokenizer, settings, named)
         (scratch / "README.md").write_text(model_card(out.name, source, target, named, saved))
-        write_weights(source, scratch, dtype, max_shard_bytes, written)
+        if target == "olmo-hybrid":
+            write_weights(olmo_hybrid.exported(source), scratch, dtype, max_shard_bytes, written, hf_name=str)
+        else:
+            write_weights(source, scratch, dtype, max_shard_bytes, written)
         known = {"tokenizer_hash": saved.hash} | ({"tokenizer": tokenizer} if tokenizer else {})
         write_json(scratch / TRAINING, source.training | known)
         if target == "remote-code":

@@ -21,7 +21,7 @@ from torch import Tensor
 from titan_dp.data.tokenizer import ORIGIN, read_settings
 from titan_dp.errors import UserError
 from titan_dp.files import JsonObject, Natural, file_sha256, inside, parse_json, shorten, to_json, write_json
-from titan_dp.inference.hf import layout
+from titan_dp.inference.hf import layout, olmo_hybrid
 from titan_dp.inference.sources import Source, in_the_models_order, narrowed, within
 
 CONFIG = "config.json"
@@ -60,7 +60,9 @@ class FolderSource(Source):
         self.training = _read_training(path / TRAINING)
         self._files = _weight_files(path)
         self._stored = {name: stored for file in self._files for name, stored in _tensors_of(file).items()}
-        parts = self._parts = layout.our_names(self._stored)
+        if olmo := self.model_type == olmo_hybrid.MODEL_TYPE:
+            self._check_idle_layer()
+        parts = self._parts = olmo_hybrid.our_names(self.config, self._stored) if olmo else layout.our_names(self._stored)
         if self.config.tie_word_embeddings and "lm_head.weight" in parts:  # some folders hold the tied matrix twice
             own, tied = (self._load(parts[name][0]) for name in ("lm_head.weight", "embeddings.weight"))
             if not torch.equal(own, tied):
@@ -76,6 +78,14 @@ class FolderSource(Source):
             shapes[name] = torch.Size([first[0] + sum(other[0] for other in others), *first[1:]])
         self.shapes = in_the_models_order(self.config, shapes, str(path))
         self.dtypes = {name: self._stored[of[0]].dtype for name, of in parts.items()}
+
+    def _check_idle_layer(self) -> None:
+        for name in olmo_hybrid.idle_norms(self.config):
+            if name not in self._stored or bool(self._load(name).any()):
+                raise UserError(
+                    f"{self.path} has a last softmax layer with an effect ({name} is not 0), which titan_dp's model does not "
+                    "have; import what `titan-dp export --format olmo-hybrid` wrote"
+                )
 
     @property
     def tokenizer(self) -> str:
@@ -192,7 +202,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def write_weights(
-    source: Source, folder: Path, dtype: torch.dtype, max_shard_bytes: int, written: Callable[[], object]
+    source: Source,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    written: Callable[[], object],
+    hf_name: Callable[[str], str] = layout.hf_name,
 ) -> None:
     """The weights of `source` as safetensors files in `folder`, with an index if there are several.
 
@@ -205,6 +220,7 @@ def write_weights(
         dtype: of the matrices; norms, A_log and dt_bias are float32, as in training.
         max_shard_bytes: a file holds at most so much (or one tensor).
         written: called after each tensor.
+        hf_name: the name in the folder of a tensor of `source`.
 
     Raises UserError if a weight is not finite or more than its dtype can hold.
     """
@@ -218,7 +234,7 @@ def write_weights(
         for name in names:
             start, end = end, end + sizes[name]
             entry = {"dtype": _NAMES[dtypes[name]], "shape": list(source.shapes[name]), "data_offsets": [start, end]}
-            header[layout.hf_name(name)] = entry
+            header[hf_name(name)] = entry
         text = to_json(header).encode()
         text += b" " * (-len(text) % 8)
         with (folder / file).open("wb") as out:
@@ -229,5 +245,5 @@ def write_weights(
                         out.write(narrowed(part, dtypes[name], name, source.path).view(torch.uint8).numpy().data)
                     written()
     if len(shards) > 1:
-        index = {layout.hf_name(name): file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {hf_name(name): file for file, names in zip(files, shards, strict=True) for name in names}
         write_json(folder / f"{_WEIGHTS}.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index})
