@@ -16,6 +16,8 @@ def plan(world_size: int, **settings: object) -> BatchPlan:
 def test_accumulation_fills_the_global_batch_from_what_the_ranks_do_not() -> None:
     batch = plan(4, local_batch_size=2, global_batch_size=32, seq_len=10, steps=7)
     assert (batch.accumulation, batch.tokens_per_step, batch.tokens) == (4, 320, 2240)
+    shared = plan(4, local_batch_size=-1, global_batch_size=32, seq_len=10, steps=7)
+    assert (shared.local_batch_size, shared.accumulation, shared.tokens_per_step) == (8, 1, 320)
     assert plan(4, local_batch_size=2, steps=1).global_batch_size == 8, "without one there is no accumulation"
     assert plan(1, local_batch_size=1, seq_len=1000, tokens=1001).steps == 2, "tokens become whole steps"
 
@@ -24,6 +26,15 @@ def test_accumulation_fills_the_global_batch_from_what_the_ranks_do_not() -> Non
 def test_a_batch_that_does_not_divide_names_both_keys_and_sizes_that_would(total: int) -> None:
     with pytest.raises(UserError, match=r"training.global_batch_size = \d+ .* training.local_batch_size = 2 times 4 rank"):
         plan(4, local_batch_size=2, global_batch_size=total, steps=1)
+
+
+def test_a_share_of_the_global_batch_must_be_whole_and_of_a_size_that_is_known() -> None:
+    with pytest.raises(UserError, match="training.global_batch_size = 32 is not a multiple of the 3 ranks; 30 or 33 would be$"):
+        plan(3, local_batch_size=-1, global_batch_size=32, steps=1)
+    with pytest.raises(
+        UserError, match="training.local_batch_size = -1 is a share of training.global_batch_size, which is -1 too"
+    ):
+        plan(3, local_batch_size=-1, steps=1)
 
 
 # -- a run that is resumed ---------------------------------------------------------------------------------------------

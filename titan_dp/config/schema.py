@@ -297,8 +297,8 @@ class Dataloader(Section):
 
 
 class Training(Section):
-    local_batch_size: Positive = 8
-    """Sequences per rank and micro-batch."""
+    local_batch_size: PositiveOrAll = 8
+    """Sequences per rank and micro-batch; -1: a rank's whole share of global_batch_size (no accumulation)."""
     global_batch_size: PositiveOrAll = -1
     """Sequences per optimizer step, over all ranks and accumulation; -1: local_batch_size times ranks (no accumulation)."""
     seq_len: Positive = 2048

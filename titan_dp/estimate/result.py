@@ -149,7 +149,7 @@ def _batch(c: config.Config, rows: int) -> tuple[BatchPlan, list[str]]:
     try:
         return plan_batches(c.training, rows), []
     except UserError as error:
-        plain = c.training.model_copy(update={"global_batch_size": -1})
+        plain = c.training.model_copy(update={"global_batch_size": -1, "local_batch_size": max(1, c.training.local_batch_size)})
         note = f"training would refuse this: {error}. Counted here: one micro-batch per rank"
         return plan_batches(plain, rows), [note]
 

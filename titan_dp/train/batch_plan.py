@@ -36,22 +36,26 @@ class BatchPlan:
 
 
 def plan_batches(training: config.Training, world_size: int) -> BatchPlan:
-    """Resolve global_batch_size = -1, gradient accumulation, and steps from tokens (rounded up).
+    """Resolve a batch size of -1, gradient accumulation, and steps from tokens (rounded up).
 
     Raises UserError if the global batch is not a whole number of micro-batches.
     """
-    per_pass = training.local_batch_size * world_size
-    total = per_pass if training.global_batch_size == -1 else training.global_batch_size
+    local, total = training.local_batch_size, training.global_batch_size
+    if local == total == -1:
+        raise UserError("training.local_batch_size = -1 is a share of training.global_batch_size, which is -1 too; set one")
+    per_pass = world_size * max(1, local)
+    total = per_pass if total == -1 else total
     if total < per_pass or total % per_pass:
         below = max(1, total // per_pass) * per_pass
+        several = f"training.local_batch_size = {local} times " if local > 0 else "the "
         raise UserError(
-            f"training.global_batch_size = {training.global_batch_size} is not a multiple of training.local_batch_size = "
-            f"{training.local_batch_size} times {counted(world_size, 'rank')}; {below} or {below + per_pass} would be, "
-            "or choose another local_batch_size"
+            f"training.global_batch_size = {total} is not a multiple of {several}{counted(world_size, 'rank')}; {below} or "
+            f"{below + per_pass} would be" + (", or choose another local_batch_size" if local > 0 else "")
         )
+    local = local if local > 0 else total // world_size
     tokens_per_step = total * training.seq_len
     steps = training.steps or -(-training.tokens // tokens_per_step)  # type: ignore[operator]  # one of the two is set
-    return BatchPlan(training.local_batch_size, total, total // per_pass, training.seq_len, steps)
+    return BatchPlan(local, total, total // (local * world_size), training.seq_len, steps)
 
 
 def plan_rest(plan: BatchPlan, training: config.Training, step: int, tokens: int, last_step_tokens: int) -> BatchPlan:

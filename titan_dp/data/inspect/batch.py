@@ -28,7 +28,7 @@ def loader_of(c: config.Config) -> ShardLoader:
             f"data.source = {c.data.source!r} makes its tokens while training, so there is nothing to look at before; inspect "
             "reads data.source = 'shards'"
         )
-    L = c.training.local_batch_size
+    L = c.training.local_batch_size if c.training.local_batch_size > 0 else c.training.global_batch_size
     loader = build_dataloader(c.data, config.Dataloader(), Place(c.training.seq_len, L, L, 0, 1), c.model.vocab_size)
     assert isinstance(loader, ShardLoader)
     return loader
