@@ -54,16 +54,19 @@ class Case(NamedTuple):
     gated: bool = True
     packed: bool = False
     part: bool = False
+    grouped: bool = False
 
     @property
     def options(self) -> str:
         """As the report calls them."""
-        return " ".join(["ungated"] * (not self.gated) + ["packed"] * self.packed + ["cut"] * self.part) or "-"
+        named = {"ungated": not self.gated, "packed": self.packed, "cut": self.part, "grouped": self.grouped}
+        return " ".join(name for name, is_so in named.items() if is_so) or "-"
 
 
 def cases(quick: bool) -> list[Case]:
     """For sm_90 every size with n = 2, every option, and square heads of all n; for the other chips square heads of 1 and 2
-    steps (sm_100: of all); and for each what else it takes to reach every line of the table."""
+    steps (sm_100: of all); for each heads of 128 x 64 with n = 3, grouped and not, as the largest model trained with n > 1 has
+    them, and what else it takes to reach every line of the table."""
     if quick:
         return [*(Case(arch, 128, 128, 2, "bfloat16") for arch in (80, 86, 90, 100)), Case(90, 64, 64, 2, "float32")]
     chosen: list[Case] = []
@@ -75,6 +78,7 @@ def cases(quick: bool) -> list[Case]:
             wanted = not case.part and (case.n == 2 or square)
         else:
             wanted = square and case.options == "-" and (case.n <= 2 or case.arch == 100)
+        wanted = wanted or case[1:4] == (128, 64, 3)
         if (wanted and case.dtype == "bfloat16") or lines - reached:
             chosen.append(case)
             reached |= lines
@@ -94,6 +98,8 @@ def possible() -> Iterator[Case]:
             for gated, packed, part in itertools.product((False, True), (False, True), (False, True)):
                 yield Case(arch, dk, dk, n, "bfloat16", gated=gated, packed=packed, part=part)
         yield Case(arch, 128, 128, n, "float16")
+        if n == 3:
+            yield Case(arch, 128, 64, n, "bfloat16", grouped=True)
 
 
 def lines_of(case: Case) -> list[tuple[Any, ...]]:
@@ -107,9 +113,14 @@ def lines_of(case: Case) -> list[tuple[Any, ...]]:
         "gradients",
         *(["states_cut", "adjoint_cut", "scan"] if case.part else ["states", "adjoint"]),
     ]
-    used += ["decode"] if n == 2 and not case.part else []
+    used += ["decode"] if _decodes(case) else []
     sizes: dict[str, Any] = {"dk": dk, "dv": dv, "n": n, "bits": bits, "arch": arch, "gated": gated}
     return [(arch, bits, kernel, configs.line(kernel, **sizes)[0]) for kernel in used]
+
+
+def _decodes(case: Case) -> bool:
+    """Whether kernels that are the same for every n, the front end's too, are compiled for this case."""
+    return (case.n == 2 or case.grouped) and not case.part
 
 
 def compile_case(case: Case) -> list[dict[str, Any]]:
@@ -125,7 +136,8 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
     arch, dk, dv, n = case[:4]
     B, T, H, W = 1 if case.packed else 8, 4096, 16, 4
     single, bits = torch.float32, 32 if case.dtype == "float32" else 16
-    q, k, v, beta = empty(B, T, H, dk), empty(B, T, n, H, dk), empty(B, T, n, H, dv), empty(B, T, n, H, dtype=single)
+    G = H // 4 if case.grouped else H
+    q, k, v, beta = empty(B, T, G, dk), empty(B, T, n, G, dk), empty(B, T, n, H, dv), empty(B, T, n, H, dtype=single)
     g = empty(B, T, H, dtype=single) if case.gated else None
     cu_seqlens = empty(9, dtype=torch.int32) if case.packed else None
     state = empty(8 if case.packed else B, H, dk, dv, dtype=single) if case.part else None
@@ -135,14 +147,14 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
     dfinal = final if case.part else None
     launch.backward(o, dfinal, q, k, v, beta, g, saved, cu_seqlens, 1.0, True, bits, part=part, run=run)
     first = len(run.compiled)
-    if n == 2 and not case.part:  # these are the same for every n
+    if _decodes(case):
         launch.decode(q, k, v, beta, g, state, 1.0, True, bits, run=run)
         projections = [x.flatten(2) for x in (q, k, v, empty(B, T, n, H))] + [empty(B, T, H) if case.gated else None]
         weights = [empty(x.shape[-1], 1, W) for x in projections[:3] if x is not None]
         gate = [empty(H, dtype=single) if case.gated else None] * 2
         position = empty(T, dtype=torch.int32) if case.packed else None
         for taps in (weights, [None] * 3):  # with and without a convolution
-            arguments: Any = (*projections, *taps, *gate, position, H, 2.0)
+            arguments: Any = (*projections, *taps, *gate, position, H, G, 2.0)
             grads = front_end.forward(*arguments, run=run)
             front_end.backward(grads, *arguments, run=run)
     rows, seen = [], dict[str, int]()

@@ -44,6 +44,8 @@ class Case:
     spans: int | None = None
     """Programs that a row is cut among; each takes as many units of launch.Shape as it can."""
     H: int = 2
+    groups: int | None = None
+    """Of heads that share q and k; None: as many as heads."""
     state: bool = True
     """Whether there are an initial state and a gradient of the final one; in runs only where ranks share a sequence."""
 
@@ -81,8 +83,9 @@ def short_row(case: Case, packed: bool, device: torch.device) -> Case:
     chip, width = launch.runner(device), getattr(torch, case.dtype).itemsize * 8
     B, T = (1, case.B * case.T) if packed else (case.B, case.T)
     shape = launch.Shape(
-        B=B, T=T, n=case.n, H=case.H, dk=case.dk, dv=case.dv, bits=width, gated=case.gate is not None, erase=case.erase,
-        sequences=case.B if packed else None, arch=chip.arch, processors=chip.processors,
+        B=B, T=T, n=case.n, H=case.H, groups=case.groups, dk=case.dk, dv=case.dv, bits=width,
+        gated=case.gate is not None, erase=case.erase, sequences=case.B if packed else None, arch=chip.arch,
+        processors=chip.processors,
     )  # fmt: skip
     T = 5 * shape.chunk + shape.chunk // 2 + 1
     offsets = (0, 0, shape.chunk // 4 + 1, T) if packed else None
@@ -103,12 +106,14 @@ def make(
     beta: tuple[float, float] = (0.0, 2.0),
     correlation: float = 0.0,
     states: int | None = None,
+    groups: int | None = None,
 ) -> dict[str, Any]:
     """Fresh random inputs; beta and g in float32, as the front end gives them."""
     common = torch.randn(dk, device=device)
-    k = (1 - correlation) * torch.randn(B, T, n, H, dk, device=device) + correlation * common
+    G = groups or H
+    k = (1 - correlation) * torch.randn(B, T, n, G, dk, device=device) + correlation * common
     x = {
-        "q": torch.randn(B, T, H, dk, device=device, dtype=dtype),
+        "q": torch.randn(B, T, G, dk, device=device, dtype=dtype),
         "k": torch.nn.functional.normalize(k, dim=-1).to(dtype),
         "v": torch.randn(B, T, n, H, dv, device=device, dtype=dtype),
         "beta": beta[0] + (beta[1] - beta[0]) * torch.rand(B, T, n, H, device=device),
@@ -124,9 +129,9 @@ def inputs(case: Case, device: torch.device | str) -> dict[str, Any]:
     """The same each time; sets torch's random numbers."""
     torch.manual_seed(0)
     states = (len(case.offsets) - 1 if case.offsets else case.B) if case.state else None
-    ranges: dict[str, Any] = {"gate": case.gate, "beta": case.beta, "correlation": case.correlation, "states": states}
-    dtype = getattr(torch, case.dtype)
-    return make(case.B, case.T, case.H, case.n, case.dk, case.dv, device=device, dtype=dtype, **ranges)
+    options: dict[str, Any] = {name: getattr(case, name) for name in ("gate", "beta", "correlation", "groups")}
+    options |= {"dtype": getattr(torch, case.dtype), "states": states}
+    return make(case.B, case.T, case.H, case.n, case.dk, case.dv, device=device, **options)
 
 
 def upstream(x: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -157,16 +162,18 @@ def check(case: Case, device: torch.device | str) -> Checked:
     """Errors of one call, and what is wrong with it; torch's random numbers stay as they were.
 
     The recurrence runs on the CPU: it is half a million operations on small tensors, which a GPU would only launch. Heads have
-    nothing to do with each other, so it does for the first and the last of them.
+    nothing to do with each other but within a group, so it does for the first and the last group of them.
     """
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         x = inputs(case, device)
         do, dfinal = upstream(x)
     got, again = step(case, x, do, dfinal), step(case, x, do, dfinal)
-    some = sorted({0, case.H - 1})
+    G = case.groups or case.H
+    some = torch.tensor(sorted({0, G - 1}))
 
     def wide(name: str, y: Tensor) -> Tensor:
-        return y.detach().cpu().double().index_select(HEADS[name], torch.tensor(some))
+        by_group = y.detach().cpu().double().unflatten(HEADS[name], (G, -1))
+        return by_group.index_select(HEADS[name], some).flatten(HEADS[name], HEADS[name] + 1)
 
     leaves: dict[str, Any] = {name: wide(name, y).requires_grad_() for name, y in x.items()}
     cu_seqlens = None if case.offsets is None else torch.tensor(case.offsets, dtype=torch.int32)

@@ -201,15 +201,15 @@ static double dot(idx width, const real *x, const real *y) {
 /* -- a chunk ------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    idx sequences, n, heads, dk, dv, tokens; /* tokens: of a chunk */
+    idx sequences, n, heads, groups, dk, dv, tokens; /* groups: of heads that share q and k; tokens: of a chunk */
     idx erase, threads;
     double scale;
     const int64_t *offsets, *chunks; /* [sequences + 1] the first token of each sequence and its first chunk */
-    /* [all tokens, heads, dk], [all tokens, n, heads, dk], [.., dv], [all tokens, n, heads], [all tokens, heads]. Null: no
-       outputs are wanted (q), of a backward pass dS alone (v), there is no gate (g) */
+    /* [all tokens, groups, dk], [all tokens, n, groups, dk], [.., heads, dv], [all tokens, n, heads], [all tokens, heads].
+       Null: no outputs are wanted (q), of a backward pass dS alone (v), there is no gate (g) */
     const real *q, *k, *v, *beta, *g;
     real *o, *S, *states; /* S: [sequences, heads, dk, dv], initial, then final; states: before every chunk, or null */
-    /* of a backward pass; null in a forward pass. dS: of the final states, then of the initial ones */
+    /* of a backward pass; null in a forward pass. dS: of the final states, then of the initial ones; d_q, d_k: of every head */
     const real *d_o;
     real *dS, *d_q, *d_k, *d_v, *d_beta, *d_g;
 } Problem;
@@ -286,10 +286,10 @@ static void decay(const Problem *p, Work *w, Chunk c, idx read, real *F) {
 
 /* Y, K^T, D, e, b and F (1). */
 static void prepare(const Problem *p, Work *w, Chunk c) {
-    const idx H = p->heads, dk = p->dk, ldk = w->ldk, ldr = w->ldr;
+    const idx H = p->heads, G = p->groups, group = c.head / (H / G), dk = p->dk, ldk = w->ldk, ldr = w->ldr;
     real *K = w->Y + c.m * ldk;
-    if (p->q) load(c.m, dk, p->q + query(p, c, dk), H * dk, (real)p->scale, w->Y, ldk);
-    load(c.R, dk, p->k + row(p, c, dk), H * dk, 1, K, ldk);
+    if (p->q) load(c.m, dk, p->q + (c.token * G + group) * dk, G * dk, (real)p->scale, w->Y, ldk);
+    load(c.R, dk, p->k + (c.token * p->n * G + group) * dk, G * dk, 1, K, ldk);
     for (idx r = 0; r < c.R; r++) w->b[r] = p->beta[row(p, c, 1) + r * H];
     decays(p, w, c);
     transpose(c.R, dk, K, ldk, w->KT, ldr);

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from deltaproduct_kernels import native
-from deltaproduct_kernels.recurrent import compute_dtype, read_offsets
+from deltaproduct_kernels.recurrent import by_group, by_head, compute_dtype, read_offsets
 
 
 def chunk_tokens(n: int, dk: int) -> int:
@@ -73,7 +73,7 @@ class Inputs(NamedTuple):
     def state(self, state: Tensor | None, sequences: int, dv: int) -> Tensor:
         """A working copy of [N, H, dk, dv]."""
         if state is None:
-            return self.k.new_zeros(sequences, self.k.shape[3], self.k.shape[4], dv)
+            return self.k.new_zeros(sequences, self.beta.shape[3], self.k.shape[4], dv)
         return state.to(self.k.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
@@ -127,7 +127,7 @@ def chunked_forward(
 
     The last is what the backward pass needs besides the inputs: 4 dk dv / C bytes a token and head in float32.
     """
-    (B, T, n, H, dk), dv = k.shape, v.shape[-1]
+    (B, T, n, H, dv), dk = v.shape, k.shape[-1]
     x, lay = Inputs.of(q, k, v, beta, g, scale, erase), Layout.of(k, cu_seqlens)
     S = x.state(initial_state, len(lay.offsets) - 1, dv)
     o = S.new_empty(B, T, H, dv)
@@ -153,10 +153,13 @@ def chunked_backward(
     """Gradients of q, k, v, beta, g (None without a gate) and the initial state [N,H,dk,dv], in their inputs' dtypes."""
     x, lay = Inputs.of(q, k, v, beta, g, scale, erase), Layout.of(k, cu_seqlens)
     dS = x.state(dfinal, len(lay.offsets) - 1, v.shape[-1])
-    wanted = [None if y is None else torch.empty_like(y) for y in (x.q, x.k, x.v, x.beta, x.g)]
-    _backward(x, lay, do.to(dS.dtype).contiguous(), dS, states, wanted)
+    G, H = k.shape[3], v.shape[3]
+    each = [y.new_empty(*y.shape[:-2], H, y.shape[-1]) for y in (x.q, x.k) if y is not None]
+    rest = [None if y is None else torch.empty_like(y) for y in (x.v, x.beta, x.g)]
+    _backward(x, lay, do.to(dS.dtype).contiguous(), dS, states, [*each, *rest])
+    grads = [*(by_group(d, G) for d in each), *rest]
     dq, dk, dv, dbeta, dg = (
-        None if d is None or y is None else d.to(y.dtype) for d, y in zip(wanted, (q, k, v, beta, g), strict=True)
+        None if d is None or y is None else d.to(y.dtype) for d, y in zip(grads, (q, k, v, beta, g), strict=True)
     )
     return dq, dk, dv, dbeta, dg, dS  # type: ignore[return-value]
 
@@ -226,8 +229,9 @@ def _backward(x: Inputs, lay: Layout, do: Tensor, dS: Tensor, states: Tensor | N
 
 
 def _run(x: Inputs, lay: Layout, dv: int, **tensors: Tensor | None) -> None:
-    _, _, n, H, dk = x.k.shape
-    sizes = {"sequences": len(lay.offsets) - 1, "n": n, "heads": H, "dk": dk, "dv": dv, "tokens": lay.C, "erase": int(x.erase)}
+    _, _, n, G, dk = x.k.shape
+    sizes = {"sequences": len(lay.offsets) - 1, "n": n, "heads": x.beta.shape[3], "groups": G, "dk": dk, "dv": dv}
+    sizes |= {"tokens": lay.C, "erase": int(x.erase)}
     tensors |= {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "g": x.g}
     places = {"offsets": torch.tensor(lay.offsets), "chunks": torch.tensor(lay.chunks)}
     native.run("solve_all", x.k.dtype, scale=x.scale, **sizes, **places, **tensors)
@@ -248,15 +252,15 @@ class _Chunk(NamedTuple):
 
     @staticmethod
     def of(x: Inputs, tokens: slice) -> _Chunk:
-        n, C = x.k.shape[2], tokens.stop - tokens.start
-        K, b = _rows(x.k, tokens), _rows(x.beta, tokens)[..., None]
+        (n, H), C = x.beta.shape[2:], tokens.stop - tokens.start
+        K, b = by_head(x.k[:, tokens], H).flatten(1, 2).transpose(1, 2), _rows(x.beta, tokens)[..., None]
         a = x.k.new_ones(1, 1, C) if x.g is None else x.g[:, tokens].transpose(1, 2).exp()
         later = torch.ones(C, C, dtype=torch.bool, device=a.device).tril(-1)
         D = torch.where(later, a[..., None], 1).cumprod(-2).tril().repeat_interleave(n, -1)  # [B, H, C, R]
         e, rev = a.cumprod(-1)[..., None], D[..., -1, :, None]
         reads, decays, es = [], [], []
         if x.q is not None:
-            reads, decays, es = [x.q[:, tokens].transpose(1, 2) * x.scale], [D], [e]
+            reads, decays, es = [by_head(x.q[:, tokens], H).transpose(1, 2) * x.scale], [D], [e]
         if x.erase:
             reads.append(K)
             decays.append(D.repeat_interleave(n, -2).tril(-1))

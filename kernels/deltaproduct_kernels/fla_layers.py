@@ -188,8 +188,6 @@ def chunk_gated_delta_rule(
         beta = beta.float().sigmoid() * (2 if allow_neg_eigval else 1)
     if use_qk_l2norm_in_kernel:
         q, k = _unit(q), _unit(k)
-    if (groups := v.shape[2] // q.shape[2]) > 1:
-        q, k = (x.repeat_interleave(groups, 2) for x in (q, k))
     if state_v_first and initial_state is not None:
         initial_state = initial_state.mT
     o, state = chunk_gated_delta_product(q, k, v, g, beta, 1, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens)

@@ -36,6 +36,7 @@ def front_end(
     dt_bias: Tensor | None,
     *,
     heads: int,
+    groups: int | None = None,
     max_beta: float,
     position: Tensor | None = None,
     tails: Sequence[Tensor] | None = None,
@@ -47,14 +48,15 @@ def front_end(
         q, k = y / sqrt(|y|^2 + 1e-6);  v = y;  beta = max_beta sigmoid(b);  g = -exp(A_log) softplus(a + dt_bias)
 
     Args:
-        q: [B, T, H dk]; any float dtype, as all others.
-        k: [B, T, n H dk], laid out (n, heads, dim).
+        q: [B, T, G dk]; any float dtype, as all others.
+        k: [B, T, n G dk], laid out (n, groups, dim).
         v: [B, T, n H dv], likewise.
         b: [B, T, n H].
         a: [B, T, H]; None: no decay.
         conv_weights: of q, k and v, [channels, 1, W] each with W from 2 to 8, as in nn.Conv1d; None or empty: no convolution.
         A_log, dt_bias: [H] (Gated DeltaNet, arXiv 2412.06464); None exactly if `a` is.
         heads: H.
+        groups: G, the heads of q and k, of which H is a multiple; None: H.
         max_beta: 1, or 2 for transitions with negative eigenvalues.
         position: [T] int32 or int64, index of each token in its document, for packed rows (B must be 1); None: one document
             a row.
@@ -63,15 +65,15 @@ def front_end(
             dtype for q, k and v; with tails, 'auto' is 'torch'.
 
     Returns:
-        q [B, T, H, dk], k [B, T, n, H, dk], v [B, T, n, H, dv] in their projections' dtypes; beta [B, T, n, H] and
+        q [B, T, G, dk], k [B, T, n, G, dk], v [B, T, n, H, dv] in their projections' dtypes; beta [B, T, n, H] and
         g [B, T, H] or None in float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: for shapes, dtypes, devices or a backend that do not fit; names the argument.
     """
     weights, before = tuple(conv_weights or ()), tuple(tails or ())
-    size = _check(q, k, v, b, a, weights, A_log, dt_bias, heads, max_beta, position, before)
-    B, T, n, H, dk, dv = size
+    G = heads if groups is None else groups
+    B, T, n, H, dk, dv = _check(q, k, v, b, a, weights, A_log, dt_bias, heads, G, max_beta, position, before)
     if before and backend == "auto":
         backend = "torch"
     chosen = resolve_backend(beside(backend), q.device, q.dtype, dk, dv)
@@ -79,7 +81,7 @@ def front_end(
         _check_triton(q, k, v, b, a, weights, A_log, dt_bias, before)
         refuse_forward_mode("front_end's backend 'triton'", q, k, v, b, a, *weights, A_log, dt_bias)
         taps = weights or (None, None, None)
-        *out, g = front_end_ops.front_end(q, k, v, b, a, *taps, A_log, dt_bias, position, heads, max_beta)
+        *out, g = front_end_ops.front_end(q, k, v, b, a, *taps, A_log, dt_bias, position, heads, G, max_beta)
         q, k, v, beta = out
         return q, k, v, beta, None if a is None else g
     convolve = rows.convolution if chosen == "torch" else rows.torch_convolution
@@ -92,8 +94,8 @@ def front_end(
     if a is not None and A_log is not None and dt_bias is not None:
         g = -_upcast(A_log).exp() * F.softplus(_upcast(a) + dt_bias)
     return (
-        q_out.view(B, T, H, dk),
-        k_out.view(B, T, n, H, dk),
+        q_out.view(B, T, G, dk),
+        k_out.view(B, T, n, G, dk),
         v_out.view(B, T, n, H, dv),
         beta.view(B, T, n, H),
         g,
@@ -123,6 +125,7 @@ def _check(
     A_log: Tensor | None,
     dt_bias: Tensor | None,
     heads: int,
+    groups: int,
     max_beta: float,
     position: Tensor | None,
     tails: tuple[Tensor, ...],
@@ -130,10 +133,13 @@ def _check(
     """What every backend asks for. Raises ValueError naming the argument."""
     if heads < 1:
         raise ValueError(f"heads = {heads}; at least 1 is needed")
+    if groups < 1 or heads % groups:
+        raise ValueError(f"groups = {groups}; expected a divisor of heads = {heads}")
     if not 0 < max_beta <= 2:
         raise ValueError(f"max_beta = {max_beta}; above 0 and up to 2 is allowed")
-    if q.dim() != 3 or not q.shape[-1] or q.shape[-1] % heads:
-        raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, T, channels], channels a multiple of heads = {heads}")
+    if q.dim() != 3 or not q.shape[-1] or q.shape[-1] % groups:
+        name = "heads" if groups == heads else "groups"
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, T, channels], channels a multiple of {name} = {groups}")
     B, T, channels = q.shape
     if k.dim() != 3 or k.shape[:2] != (B, T) or k.shape[-1] % channels or not 1 <= k.shape[-1] // channels <= 8:
         raise ValueError(f"k has shape {tuple(k.shape)}; expected [{B}, {T}, n * {channels}] with n from 1 to 8 to fit q")
@@ -173,7 +179,7 @@ def _check(
             raise ValueError(f"{name} has dtype {x.dtype}; expected one of {', '.join(map(str, allowed))}")
         if x is not None and x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, but q is on {q.device}")
-    return _Sizes(B, T, n, heads, channels // heads, v.shape[-1] // (n * heads))
+    return _Sizes(B, T, n, heads, channels // groups, v.shape[-1] // (n * heads))
 
 
 def _check_triton(

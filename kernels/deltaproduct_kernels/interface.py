@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deltaproduct_kernels import fla_backend, ops
-from deltaproduct_kernels.recurrent import read_offsets, recurrent_forward
+from deltaproduct_kernels.recurrent import by_head, read_offsets, recurrent_forward
 from deltaproduct_kernels.transforms import refuse_forward_mode
 from deltaproduct_kernels.triton_backend import assembler
 from deltaproduct_kernels.triton_backend import ops as triton_ops
@@ -77,8 +77,9 @@ def gated_delta_product(
     lengthens a state.
 
     Args:
-        q: queries [B, T, H, dk]; any float dtype. Arithmetic is float32, or float64 for float64 queries.
-        k: keys [B, T, n, H, dk].
+        q: queries [B, T, G, dk]; any float dtype. Arithmetic is float32, or float64 for float64 queries. H is a multiple of G
+            (mostly G = H), and head h reads the queries and keys of group h // (H // G).
+        k: keys [B, T, n, G, dk].
         v: values [B, T, n, H, dv].
         beta: step sizes [B, T, n, H].
         g: log decay <= 0, [B, T, H]; None: no decay.
@@ -120,6 +121,7 @@ def gated_delta_product(
     elif chosen == "fla":
         if not erase:
             raise ValueError("erase = False is not in flash-linear-attention's gated delta product; choose backend 'auto'")
+        q, k = by_head(q, v.shape[-2]), by_head(k, v.shape[-2])  # it has as many of both
         o, state, *_ = fla_backend.fla_chunk(q, k, v, beta, g, initial_state, cu_seqlens, scale)
     elif chosen == "recurrent" or (decode and backend == "auto"):
         o, state = recurrent_forward(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase)
@@ -154,11 +156,15 @@ def check_shapes(
 ) -> None:
     """Shapes, dtypes and devices. Raises ValueError naming the argument."""
     if q.dim() != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, T, H, dk]")
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, T, G, dk]")
     if k.dim() != 5:
-        raise ValueError(f"k has shape {tuple(k.shape)}; expected [B, T, n, H, dk]")
-    B, T, H, dk = q.shape
-    n, dv = k.shape[2], v.shape[-1]
+        raise ValueError(f"k has shape {tuple(k.shape)}; expected [B, T, n, G, dk]")
+    if v.dim() != 5:
+        raise ValueError(f"v has shape {tuple(v.shape)}; expected [B, T, n, H, dv]")
+    B, T, G, dk = q.shape
+    n, (H, dv) = k.shape[2], v.shape[3:]
+    if G != H and (not G or not H or H % G):
+        raise ValueError(f"v has H = {H} heads, but q has G = {G}: H must be a multiple of G")
     N = B
     if q.shape[-1] == 0:
         raise ValueError("q has dk = 0: a key needs a number at least")
@@ -175,7 +181,7 @@ def check_shapes(
             raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, but q is on {q.device}")
         N = len(cu_seqlens) - 1
     expected = {
-        "k": (k, (B, T, n, H, dk)),
+        "k": (k, (B, T, n, G, dk)),
         "v": (v, (B, T, n, H, dv)),
         "beta": (beta, (B, T, n, H)),
         "g": (g, (B, T, H)),

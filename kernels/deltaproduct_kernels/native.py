@@ -38,7 +38,7 @@ def _structure(integers: str, real: str, pointers: str) -> type[ctypes.Structure
 # What each function takes: the structures Problem, Convolution and Norm of their files.
 _PROBLEMS = {
     "solve_all": _structure(
-        "sequences n heads dk dv tokens erase threads",
+        "sequences n heads groups dk dv tokens erase threads",
         "scale",
         "offsets chunks q k v beta g o S states d_o dS d_q d_k d_v d_beta d_g",
     ),

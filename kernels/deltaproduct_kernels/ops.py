@@ -35,7 +35,7 @@ def chunk(
 
 @chunk.register_fake
 def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase):  # type: ignore[no-untyped-def]
-    (B, T, n, H, dk), dv = k.shape, v.shape[-1]
+    (B, T, n, H, dv), dk = v.shape, k.shape[-1]
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = compute_dtype(q.dtype)
     o = q.new_empty(B, T, H, dv)
@@ -140,13 +140,13 @@ def executed_flops(k: torch.Size, v: torch.Size, chunks: int, *, erase: bool, ba
     a product that hold pairs that see each other.
 
     Args:
-        k, v: shapes [B,T,n,H,dk] and [B,T,n,H,dv].
+        k, v: shapes [B,T,n,G,dk] and [B,T,n,H,dv].
         chunks: how many chunks there are (`max_chunks`); one that is not full counts whole.
         erase: False for gated linear attention.
         backward: the backward operator, which computes the updates again, instead of the forward.
     """
-    n, H, dk = k[2:]
-    parts = products(chunk_tokens(n, dk), n, dk, v[-1], erase=erase, backward=backward)
+    (n, H, dv), dk = v[2:], k[-1]
+    parts = products(chunk_tokens(n, dk), n, dk, dv, erase=erase, backward=backward)
     return sum(product.flops for product in parts) * H * chunks
 
 

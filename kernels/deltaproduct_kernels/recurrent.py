@@ -32,6 +32,16 @@ def read_offsets(cu_seqlens: Tensor, T: int) -> list[int]:
     return offsets
 
 
+def by_head(x: Tensor, H: int) -> Tensor:
+    """Queries or keys [..., G, dk] of G groups as [..., H, dk]: head h reads those of group h // (H // G)."""
+    return x if x.shape[-2] == H else x.repeat_interleave(H // x.shape[-2], -2)
+
+
+def by_group(d: Tensor, G: int) -> Tensor:
+    """The gradient of `by_head`: [..., H, dk] summed over the heads of each group, in one order, in float32 at least."""
+    return d if d.shape[-2] == G else d.unflatten(-2, (G, -1)).sum(-2)
+
+
 def recurrent_forward(
     q: Tensor,
     k: Tensor,
@@ -76,8 +86,9 @@ def _one_length(
     erase: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(q.dtype)
-    (B, T, n, H, dk), dv = k.shape, v.shape[-1]
-    q, k, v, beta = q.to(dtype) * scale, k.to(dtype), v.to(dtype), beta.to(dtype)
+    (B, T, n, H, dv), dk = v.shape, k.shape[-1]
+    q, k = by_head(q.to(dtype) * scale, H), by_head(k.to(dtype), H)
+    v, beta = v.to(dtype), beta.to(dtype)
     S = q.new_zeros(B, H, dk, dv) if initial_state is None else initial_state.to(dtype)
     outputs = []
     for t in range(T):

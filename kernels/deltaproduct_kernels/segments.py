@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltaproduct_kernels.chunked import chunk_tokens, chunked_adjoint, chunked_summary
 from deltaproduct_kernels.interface import beside, check_shapes, resolve_backend
-from deltaproduct_kernels.recurrent import compute_dtype, recurrent_forward
+from deltaproduct_kernels.recurrent import by_head, compute_dtype, recurrent_forward
 from deltaproduct_kernels.triton_backend import ops as triton_ops
 
 
@@ -37,7 +37,7 @@ def segment_summary(
         ValueError: for shapes, dtypes, devices or a backend that do not fit; names the argument.
     """
     if k.dim() != 5:
-        raise ValueError(f"k has shape {tuple(k.shape)}; expected [B, T, n, H, dk]")
+        raise ValueError(f"k has shape {tuple(k.shape)}; expected [B, T, n, G, dk]")
     check_shapes(k[:, :, 0], k, v, beta, g, None, None)
     chosen = resolve_backend(beside(backend), k.device, k.dtype, k.shape[-1], v.shape[-1])
     M: Tensor | None
@@ -49,7 +49,7 @@ def segment_summary(
     else:
         M, N = _recurrent_summary(k, v, beta, g, erase)
     if not erase or M is None:
-        decay = N.new_zeros(k.shape[0], k.shape[3]) if g is None else g.to(N.dtype).sum(1)
+        decay = N.new_zeros(N.shape[:2]) if g is None else g.to(N.dtype).sum(1)
         M = decay.exp()[..., None, None]
     return M, N
 
@@ -80,9 +80,9 @@ def segment_adjoint(
     Raises:
         ValueError: for shapes, dtypes, devices or a backend that do not fit; names the argument.
     """
-    check_shapes(q, k, k.new_empty(1).expand(*k.shape[:-1], do.shape[-1]), beta, g, None, None)
-    if do.shape[:-1] != q.shape[:-1]:
-        raise ValueError(f"do has shape {tuple(do.shape)}; expected {(*q.shape[:-1], 'dv')} to fit q {tuple(q.shape)}")
+    if do.dim() != 4 or do.shape[:2] != q.shape[:2]:
+        raise ValueError(f"do has shape {tuple(do.shape)}; expected {(*q.shape[:2], 'H', 'dv')} to fit q {tuple(q.shape)}")
+    check_shapes(q, k, k.new_empty(1).expand(*k.shape[:3], *do.shape[2:]), beta, g, None, None)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = resolve_backend(beside(backend), q.device, q.dtype, q.shape[-1], do.shape[-1])
     if chosen == "triton":
@@ -97,10 +97,10 @@ def segment_flops(k: torch.Size, v: torch.Size, *, erase: bool) -> tuple[int, in
     """FLOPs of the matrix products of `segment_summary` and of `segment_adjoint`, backend 'torch' (2 a multiply-add).
 
     Args:
-        k, v: shapes [B,T,n,H,dk] and [B,T,n,H,dv].
+        k, v: shapes [B,T,n,G,dk] and [B,T,n,H,dv].
         erase: False for gated linear attention.
     """
-    (B, T, n, H, dk), dv = k, v[-1]
+    (B, T, n, H, dv), dk = v, k[-1]
     C = chunk_tokens(n, dk)
     R, chunks = C * n, B * H * -(-T // C)
     reads = C + R if erase else C
@@ -111,7 +111,7 @@ def segment_flops(k: torch.Size, v: torch.Size, *, erase: bool) -> tuple[int, in
 
 def _recurrent_summary(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, erase: bool) -> tuple[Tensor, Tensor]:
     """By the definition: from [I | 0], values [0 | v]."""
-    B, _, _, H, dk = k.shape
+    (B, _, _, H, _), dk = v.shape, k.shape[-1]
     identity = torch.eye(dk, dtype=compute_dtype(k.dtype), device=k.device).expand(B, H, dk, dk)
     state = torch.nn.functional.pad(identity, (0, v.shape[-1]))
     values = torch.nn.functional.pad(v, (dk, 0))
@@ -122,7 +122,8 @@ def _recurrent_summary(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, era
 def _recurrent_adjoint(do: Tensor, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, scale: float, erase: bool) -> Tensor:
     """By the definition, the last token first; the transition I - beta k k^T is its own transpose."""
     dtype = compute_dtype(q.dtype)
-    q, k, beta, do = q.to(dtype) * scale, k.to(dtype), beta.to(dtype), do.to(dtype)
+    H, beta, do = beta.shape[-1], beta.to(dtype), do.to(dtype)
+    q, k = by_head(q.to(dtype) * scale, H), by_head(k.to(dtype), H)
     dS = q.new_zeros(*k.shape[:1], *k.shape[3:], do.shape[-1])
     for t in reversed(range(q.shape[1])):
         dS = dS + q[:, t, :, :, None] * do[:, t, :, None]

@@ -38,13 +38,14 @@ def make(
     correlation: float = 0.0,
     dtype: torch.dtype = torch.float64,
     states: int | None = None,
+    groups: int | None = None,
 ) -> dict[str, Tensor]:
-    """Fresh random inputs; `gate` is the mean of -g, `correlation` how nearly parallel all keys are."""
-    common = torch.randn(dk, dtype=torch.float64)
-    k = torch.nn.functional.normalize((1 - correlation) * torch.randn(B, T, n, H, dk).double() + correlation * common, dim=-1)
+    """Fresh random inputs; `gate` is the mean of -g, `correlation` how nearly parallel all keys are, `groups` G."""
+    common, G = torch.randn(dk, dtype=torch.float64), groups or H
+    k = torch.nn.functional.normalize((1 - correlation) * torch.randn(B, T, n, G, dk).double() + correlation * common, dim=-1)
     low, high = beta if isinstance(beta, tuple) else (beta, beta)
     tensors = {
-        "q": torch.randn(B, T, H, dk),
+        "q": torch.randn(B, T, G, dk),
         "k": k,
         "v": torch.randn(B, T, n, H, dv),
         "beta": low + (high - low) * torch.rand(B, T, n, H),

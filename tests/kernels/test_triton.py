@@ -315,19 +315,20 @@ def test_a_span_that_two_programs_would_share_a_chunk_of_is_refused(part: int) -
 
 
 @pytest.mark.parametrize(("n", "bits"), [(1, 32), (2, 32), (2, 16)])
-@pytest.mark.parametrize(("gate", "erase"), [(0.1, True), (None, True), (0.1, False)])
+@pytest.mark.parametrize(("gate", "erase", "H"), [(0.1, True, 1), (None, True, 1), (0.1, False, 1), (0.1, True, 2)])
 def test_the_cost_model_counts_what_the_kernels_move_and_multiply(
-    monkeypatch: pytest.MonkeyPatch, gate: float | None, erase: bool, n: int, bits: int
+    monkeypatch: pytest.MonkeyPatch, gate: float | None, erase: bool, H: int, n: int, bits: int
 ) -> None:
+    """Two heads share one query and its keys."""
     T = 8 * 64 // n
     dtype = torch.float32 if bits == 32 else torch.float16
-    x = {name: y.detach() for name, y in inputs(T, n=n, gate=gate, H=1, dk=64, dtype=dtype).items()}
+    x = {name: y.detach() for name, y in inputs(T, n=n, gate=gate, H=H, groups=1, dk=64, dtype=dtype).items()}
     x |= {name: x[name].float() for name in ("beta", "g") if name in x}
     q, k, v, beta, g = (x.get(name) for name in ("q", "k", "v", "beta", "g"))
     counter = Counter(monkeypatch)
     o, _, saved = launch.forward(q, k, v, beta, g, None, None, 1.0, erase, True, bits, part=T, run=counter)  # type: ignore[arg-type]
     launch.backward(o, None, q, k, v, beta, g, saved, None, 1.0, erase, bits, part=T, run=counter)  # type: ignore[arg-type]
-    size = Size(1, T, n, 1, 64, 32, bits=bits, gated=gate is not None, erase=erase)
+    size = Size(1, T, n, H, 64, 32, bits=bits, gated=gate is not None, erase=erase, groups=1)
     for kernel, moved, flops in [*cost.forward(size), *cost.backward(size)]:
         if kernel in counter.__dict__["totals"]:
             assert flops == counter.__dict__["totals"][kernel][1], kernel

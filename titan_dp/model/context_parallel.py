@@ -179,7 +179,7 @@ def state_before(
 @state_before.register_fake
 def _(k, v, beta, g, document, position, rows, sequences, erase, backend, group):  # type: ignore[no-untyped-def]
     rank, size = _place(group)
-    (H, dk), dv = k.shape[-2:], v.shape[-1]
+    (H, dv), dk = v.shape[-2:], k.shape[-1]
     dtype = torch.promote_types(k.dtype, torch.float32)
     square = (dk, dk) if erase else (1, 1)
     return k.new_empty(sequences, H, dk, dv, dtype=dtype), k.new_empty(size - 1 - rank, rows, H, *square, dtype=dtype)
@@ -220,7 +220,7 @@ def adjoint_after(
 
 @adjoint_after.register_fake
 def _(do, q, k, beta, g, maps, document, position, rows, sequences, erase, backend, group):  # type: ignore[no-untyped-def]
-    return do.new_empty(sequences, *k.shape[-2:], do.shape[-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    return do.new_empty(sequences, do.shape[-2], k.shape[-1], do.shape[-1], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("titan_dp::continued", mutates_args=())

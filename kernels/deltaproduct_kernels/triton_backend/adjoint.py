@@ -44,6 +44,7 @@ def adjoint_kernel(
     sequences,
     span,
     H: tl.constexpr,
+    GROUPS: tl.constexpr,
     N: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -64,6 +65,7 @@ def adjoint_kernel(
     pid = tl.program_id(0)
     value = (pid % BLOCKS) * BV
     head = (pid // BLOCKS) % H
+    key_head = head // (H // GROUPS)
     slot = pid // (BLOCKS * H)
     sequence, part, start, length = locate(slot, cu_seqlens, T, sequences, span, PACKED)
     begin = part * span
@@ -88,8 +90,8 @@ def adjoint_kernel(
         tokens = tl.minimum(length - chunk * CHUNK, CHUNK).to(tl.int32)
         rows = tokens * N
         here = (chunk_slot + chunk) * H + head
-        keys = load_rows(k + (token * N * H + head) * DK, rows, H * DK, 0, DK, ROWS, BK)
-        queries = load_rows(q + (token * H + head) * DK, tokens, H * DK, 0, DK, TOKENS, BK)
+        keys = load_rows(k + (token * N * GROUPS + key_head) * DK, rows, GROUPS * DK, 0, DK, ROWS, BK)
+        queries = load_rows(q + (token * GROUPS + key_head) * DK, tokens, GROUPS * DK, 0, DK, TOKENS, BK)
         dO = tl.trans(load_rows(do + (token * H + head) * DV, tokens, H * DV, value, DV, TOKENS, BV))
         if not SUMMARY:
             store_state(adjoints + here * DV * DK, dS, value, DK, 1, DK, DV, BK, BV)

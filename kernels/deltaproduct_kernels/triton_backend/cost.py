@@ -18,8 +18,11 @@ class Cost(NamedTuple):
     flops: int
 
 
-def _token_heads(s: Size) -> int:
-    return s.B * s.T * s.H
+def _sizes(s: Size) -> tuple[int, int, int, int, int]:
+    """Bytes an element; tokens and steps of all heads; bytes of Q and of K, which heads of a group share."""
+    w, tokens = s.bits // 8, s.B * s.T
+    Q = tokens * s.key_heads * s.dk * w
+    return w, tokens * s.H, tokens * s.H * s.n, Q, Q * s.n
 
 
 def _chunks(s: Size) -> int:
@@ -29,18 +32,18 @@ def _chunks(s: Size) -> int:
 
 def forward(s: Size, *, save: bool = True) -> list[Cost]:
     """`launch.forward` for sequences that are not split."""
-    w, th, rows = s.bits // 8, _token_heads(s), _token_heads(s) * s.n
+    w, th, rows, Q, K = _sizes(s)
     R, C = s.rows, s.tile_tokens
     y, gates = _chunks(s) * R * R * w * s.erase, _chunks(s) * R * 4 * s.gated
     out = [
         Cost(
             "solve",
-            (rows * (s.dk * w + 4) * s.erase + th * 4 * s.gated) + y + gates,
+            ((K + rows * 4) * s.erase + th * 4 * s.gated) + y + gates,
             2 * _chunks(s) * (R * R * s.dk + 6 * R * 16**2 + (4 * R**3 if R == 64 else 0)) * s.erase,
         )
     ]
     sparse = _chunks(s) // EVERY * s.dk * s.dv * w * save
-    read = rows * ((s.dk + s.dv) * w + 4) + th * s.dk * w + y + gates
+    read = Q + K + rows * (s.dv * w + 4) + y + gates
     macs = R * s.dk * s.dv * (1 + s.erase) + R * R * s.dv * s.erase  # K S and U^T K; Y E
     macs += C * s.dk * s.dv + R * C * (s.dk + s.dv)  # the read-out
     return [*out, Cost("states", read + th * s.dv * w + sparse, 2 * _chunks(s) * macs)]
@@ -48,12 +51,12 @@ def forward(s: Size, *, save: bool = True) -> list[Cost]:
 
 def backward(s: Size) -> list[Cost]:
     """`launch.backward` for sequences that are not split."""
-    w, th, rows = s.bits // 8, _token_heads(s), _token_heads(s) * s.n
+    w, th, rows, Q, K = _sizes(s)
     R, C = s.rows, s.tile_tokens
     y, gates, states = _chunks(s) * R * R * w * s.erase, _chunks(s) * R * 4 * s.gated, _chunks(s) * s.dk * s.dv * w
     adjoint = Cost(
         "adjoint",
-        rows * ((s.dk + s.dv) * w + 4) + th * (s.dk + s.dv) * w + y + gates + states,
+        Q + K + rows * (s.dv * w + 4) + th * s.dv * w + y + gates + states,
         2 * _chunks(s) * (R * s.dk * s.dv * (1 + s.erase) + C * s.dk * s.dv + R * C * (s.dk + s.dv) + R * R * s.dv * s.erase),
     )
     between = 2 * states // EVERY  # two tiles a group for the states between its chunks
@@ -61,11 +64,13 @@ def backward(s: Size) -> list[Cost]:
     macs += R * C * 3 * s.dk + R * C * s.dv + C * s.dk * s.dv + R * R * (s.dv + 3 * s.dk) * s.erase
     gradients = Cost(
         "gradients",
-        rows * ((2 * s.dk + s.dv + s.dv * s.erase) * w + 8) + th * ((2 * s.dk + s.dv) * w + 4 * s.gated)
+        Q + K + rows * ((s.dk + s.dv + s.dv * s.erase) * w + 8) + th * ((s.dk + s.dv) * w + 4 * s.gated)
         + y + gates + states // EVERY + between + states,
         2 * _chunks(s) * macs,
     )  # fmt: skip
-    return [adjoint, gradients]
+    if s.key_heads == s.H:
+        return [adjoint, gradients]
+    return [adjoint, gradients, Cost("sums of groups", (th + rows) * s.dk * w + Q + K, 0)]  # of every head's dQ and dK
 
 
 def saved(s: Size) -> int:
@@ -75,8 +80,8 @@ def saved(s: Size) -> int:
 
 def ideal(s: Size) -> tuple[int, int]:
     """Bytes that no implementation can avoid, forward and backward: inputs read once, outputs written once."""
-    w, th, rows = s.bits // 8, _token_heads(s), _token_heads(s) * s.n
-    inputs = th * s.dk * w + rows * ((s.dk + s.dv) * w + 4) + th * 4 * s.gated
+    w, th, rows, Q, K = _sizes(s)
+    inputs = Q + K + rows * (s.dv * w + 4) + th * 4 * s.gated
     return inputs + th * s.dv * w, 2 * inputs + th * s.dv * w
 
 

@@ -21,6 +21,7 @@ def decode_kernel(
     scale,
     T,
     H: tl.constexpr,
+    GROUPS: tl.constexpr,
     N: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -35,6 +36,7 @@ def decode_kernel(
     pid = tl.program_id(0)
     c = (pid % BLOCKS) * BV + tl.arange(0, BV)
     head = (pid // BLOCKS) % H
+    key_head = head // (H // GROUPS)
     row = (pid // (BLOCKS * H)).to(tl.int64)
     d = tl.arange(0, BK)
     inside = (d < DK)[:, None] & (c < DV)[None, :]
@@ -48,13 +50,13 @@ def decode_kernel(
             S *= tl.exp(tl.load(g + token * H + head).to(tl.float32))
         for step in tl.static_range(N):
             i = (token * N + step) * H + head
-            key = tl.load(k + i * DK + d, mask=d < DK, other=0.0).to(tl.float32)
+            key = tl.load(k + ((token * N + step) * GROUPS + key_head) * DK + d, mask=d < DK, other=0.0).to(tl.float32)
             value = tl.load(v + i * DV + c, mask=c < DV, other=0.0).to(tl.float32)
             if ERASE:
                 value -= tl.sum(S * key[:, None], axis=0)
             value *= tl.load(beta + i).to(tl.float32)
             S += key[:, None] * value[None, :]
-        query = tl.load(q + (token * H + head) * DK + d, mask=d < DK, other=0.0).to(tl.float32)
+        query = tl.load(q + (token * GROUPS + key_head) * DK + d, mask=d < DK, other=0.0).to(tl.float32)
         out = tl.sum(S * query[:, None], axis=0) * scale
         tl.store(o + (token * H + head) * DV + c, out.to(o.dtype.element_ty), mask=c < DV)
     tl.store(after + at, S, mask=inside)

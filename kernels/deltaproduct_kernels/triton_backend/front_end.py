@@ -38,19 +38,20 @@ def _head(
     wk,
     wv,
     H: tl.constexpr,
+    GROUPS: tl.constexpr,
     N: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
 ):
     """Of a head's slot: its tensor and weights, channels a token, first channel and width."""
     x, w = q, wq
-    channels, first, width = H * DK, slot * DK, DK
-    if slot >= H:
+    channels, first, width = GROUPS * DK, slot * DK, DK
+    if slot >= GROUPS:
         x, w = k, wk
-        channels, first = N * H * DK, (slot - H) * DK
-    if slot >= H * (N + 1):
+        channels, first = N * GROUPS * DK, (slot - GROUPS) * DK
+    if slot >= GROUPS * (N + 1):
         x, w = v, wv
-        channels, first, width = N * H * DV, (slot - H * (N + 1)) * DV, DV
+        channels, first, width = N * H * DV, (slot - GROUPS * (N + 1)) * DV, DV
     return x, w, channels, first, width
 
 
@@ -155,6 +156,7 @@ def front_end_kernel(
     T,
     blocks,
     H: tl.constexpr,
+    GROUPS: tl.constexpr,
     N: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -166,7 +168,7 @@ def front_end_kernel(
     GATED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    SLOTS: tl.constexpr = H * (1 + 2 * N) + 1
+    SLOTS: tl.constexpr = GROUPS * (1 + N) + N * H + 1
     pid = tl.program_id(0)
     slot = pid % SLOTS
     row = (pid // SLOTS // blocks).to(tl.int64)
@@ -174,13 +176,13 @@ def front_end_kernel(
     if slot == SLOTS - 1:
         _scalars(b, a, A_log, dt_bias, beta, g, max_beta, row, t, T, H, N, STEPS, GATED)
     else:
-        x, w, channels, first, width = _head(slot, q, k, v, wq, wk, wv, H, N, DK, DV)
-        y, _, channels, first, width = _head(slot, q_out, k_out, v_out, wq, wk, wv, H, N, DK, DV)
+        x, w, channels, first, width = _head(slot, q, k, v, wq, wk, wv, H, GROUPS, N, DK, DV)
+        y, _, channels, first, width = _head(slot, q_out, k_out, v_out, wq, wk, wv, H, GROUPS, N, DK, DV)
         d = tl.arange(0, D)
         inside = d < width
         z = _convolved(x, w, row, t, T, position, channels, first + d, inside, W, CONV, PACKED)
         z = z / (1 + tl.exp(-z))
-        if slot < H * (N + 1):
+        if slot < GROUPS * (N + 1):
             z *= tl.rsqrt(tl.sum(z * z, axis=1) + 1e-6)[:, None]
         pointers = y + (row * T + t)[:, None] * channels + (first + d)[None, :]
         tl.store(pointers, z.to(y.dtype.element_ty), mask=(t < T)[:, None] & inside[None, :])
@@ -218,6 +220,7 @@ def front_end_backward_kernel(
     T,
     blocks,
     H: tl.constexpr,
+    GROUPS: tl.constexpr,
     N: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -229,7 +232,7 @@ def front_end_backward_kernel(
     GATED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    SLOTS: tl.constexpr = H * (1 + 2 * N) + 1
+    SLOTS: tl.constexpr = GROUPS * (1 + N) + N * H + 1
     OWN: tl.constexpr = ROWS - W + 1
     pid = tl.program_id(0)
     slot = pid % SLOTS
@@ -244,9 +247,9 @@ def front_end_backward_kernel(
             H, N, STEPS, GATED,
         )  # fmt: skip
     else:
-        x, w, channels, first, width = _head(slot, q, k, v, wq, wk, wv, H, N, DK, DV)
-        dy, dw, channels, first, width = _head(slot, dq_out, dk_out, dv_out, dwq, dwk, dwv, H, N, DK, DV)
-        dx, dw, channels, first, width = _head(slot, dq, dk, dv, dwq, dwk, dwv, H, N, DK, DV)
+        x, w, channels, first, width = _head(slot, q, k, v, wq, wk, wv, H, GROUPS, N, DK, DV)
+        dy, dw, channels, first, width = _head(slot, dq_out, dk_out, dv_out, dwq, dwk, dwv, H, GROUPS, N, DK, DV)
+        dx, dw, channels, first, width = _head(slot, dq, dk, dv, dwq, dwk, dwv, H, GROUPS, N, DK, DV)
         i = tl.arange(0, D)
         inside = i < width
         c = first + i
@@ -255,7 +258,7 @@ def front_end_backward_kernel(
         s = 1 / (1 + tl.exp(-u))
         pointers = (row * T + t)[:, None] * channels + c[None, :]
         d = tl.load(dy + pointers, mask=(t < T)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        if slot < H * (N + 1):
+        if slot < GROUPS * (N + 1):
             z = u * s
             scale = tl.rsqrt(tl.sum(z * z, axis=1) + 1e-6)[:, None]
             d = scale * (d - z * (scale * scale * tl.sum(d * z, axis=1)[:, None]))
@@ -292,22 +295,23 @@ def forward(
     dt_bias: Tensor | None,
     position: Tensor | None,
     heads: int,
+    groups: int,
     max_beta: float,
     *,
     run: Runner | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Contiguous inputs as in `deltaproduct_kernels.front_end`; returns what it does, g None without `a`."""
     run = run or runner(q.device)
-    sizes = _sizes(q, k, v, wq, heads)
+    sizes = _sizes(q, k, v, wq, heads, groups)
     B, T, n, dk, dv = q.shape[0], q.shape[1], sizes["N"], sizes["DK"], sizes["DV"]
-    q_out, k_out, v_out = q.new_empty(B, T, heads, dk), k.new_empty(B, T, n, heads, dk), v.new_empty(B, T, n, heads, dv)
+    q_out, k_out, v_out = q.new_empty(B, T, groups, dk), k.new_empty(B, T, n, groups, dk), v.new_empty(B, T, n, heads, dv)
     beta = q.new_empty(B, T, n, heads, dtype=torch.float32)
     g = None if a is None else q.new_empty(B, T, heads, dtype=torch.float32)
     blocks = triton.cdiv(T, sizes["ROWS"])
     conv = wq is not None
     wq, wk, wv = _or_unread(q, wq, wk, wv)
     run(
-        front_end_kernel, B * blocks * (heads * (1 + 2 * n) + 1), config(sizes["D"]),
+        front_end_kernel, B * blocks * (groups * (1 + n) + n * heads + 1), config(sizes["D"]),
         q=q, k=k, v=v, b=b, a=a, wq=wq, wk=wk, wv=wv, A_log=A_log, dt_bias=dt_bias, position=position, q_out=q_out,
         k_out=k_out, v_out=v_out, beta=beta, g=g, max_beta=max_beta, T=T, blocks=blocks, CONV=conv,
         GATED=a is not None, PACKED=position is not None, **sizes,
@@ -329,13 +333,14 @@ def backward(
     dt_bias: Tensor | None,
     position: Tensor | None,
     heads: int,
+    groups: int,
     max_beta: float,
     *,
     run: Runner | None = None,
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, b, a, the three weights, A_log and dt_bias, from those of `forward`'s results."""
     run = run or runner(q.device)
-    sizes = _sizes(q, k, v, wq, heads)
+    sizes = _sizes(q, k, v, wq, heads, groups)
     (B, T, _), n, W = q.shape, sizes["N"], sizes["W"]
     blocks = triton.cdiv(T, sizes["ROWS"] - W + 1)
     dx = [torch.empty_like(x) for x in (q, k, v, b)]
@@ -348,7 +353,7 @@ def backward(
     sums |= dict(zip(("drate", "dbias"), partials[3:], strict=True))
     taps = dict(zip(("wq", "wk", "wv"), _or_unread(q, wq, wk, wv), strict=True))
     run(
-        front_end_backward_kernel, B * blocks * (heads * (1 + 2 * n) + 1), config(sizes["D"]),
+        front_end_backward_kernel, B * blocks * (groups * (1 + n) + n * heads + 1), config(sizes["D"]),
         q=q, k=k, v=v, b=b, a=a, A_log=A_log, dt_bias=dt_bias, position=position,
         dq=dx[0], dk=dx[1], dv=dx[2], db=dx[3], da=da, max_beta=max_beta, T=T, blocks=blocks, CONV=wq is not None,
         GATED=a is not None, PACKED=position is not None, **outputs, **sums, **taps, **sizes,
@@ -365,12 +370,13 @@ def _or_unread(instead: Tensor, *weights: Tensor | None) -> list[Tensor]:
     return [instead if w is None else w for w in weights]
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, heads: int) -> dict[str, int]:
+def _sizes(q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, heads: int, groups: int) -> dict[str, int]:
     n = k.shape[-1] // q.shape[-1]
-    dk, dv = q.shape[-1] // heads, v.shape[-1] // (n * heads)
+    dk, dv = q.shape[-1] // groups, v.shape[-1] // (n * heads)
     width = triton.next_power_of_2(max(dk, dv))
     return {
         "H": heads,
+        "GROUPS": groups,
         "N": n,
         "DK": dk,
         "DV": dv,

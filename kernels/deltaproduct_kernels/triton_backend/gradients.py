@@ -54,7 +54,7 @@ def gradients_kernel(
     states,  # S^T before every EVERY-th chunk [slots, H, DV, DK]
     scratch,  # for the states between, two a group [2, slots, H, DV, DK]
     adjoints,  # dS'^T after every chunk [slots, H, DV, DK]
-    dq,
+    dq,  # of every head, also where heads share q and k
     dk,
     dbeta,
     dg,
@@ -63,6 +63,7 @@ def gradients_kernel(
     T,
     sequences,
     H: tl.constexpr,
+    GROUPS: tl.constexpr,
     N: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -81,6 +82,7 @@ def gradients_kernel(
     pid = tl.program_id(0)
     group = pid // H
     head = pid % H
+    key_head = head // (H // GROUPS)
     sequence, part, start, length = locate(group, cu_seqlens, T, sequences, CHUNK * EVERY, PACKED)
     first = (part * EVERY).to(tl.int32)
     stop = tl.minimum(first + EVERY, tl.cdiv(length, CHUNK)).to(tl.int32)
@@ -102,8 +104,8 @@ def gradients_kernel(
         tokens = tl.minimum(length - chunk * CHUNK, CHUNK).to(tl.int32)
         rows = tokens * N
         here = (slot + chunk) * H + head
-        keys_at = k + (token * N * H + head) * DK
-        queries_at = q + (token * H + head) * DK
+        keys_at = k + (token * N * GROUPS + key_head) * DK
+        queries_at = q + (token * GROUPS + key_head) * DK
         b = load_beta(beta + head, token * N, rows, H, ROWS)
         after = b
         kept = tl.where(chunk + 1 < stop, DV, 0)  # the state after the last chunk is not: a branch would cost registers
@@ -119,7 +121,7 @@ def gradients_kernel(
             if ERASE:
                 X = tl.zeros([BV, ROWS], tl.float32)
                 for column in tl.range(0, DK, BK, loop_unroll_factor=UNROLL):
-                    keys = load_rows(keys_at, rows, H * DK, column, DK, ROWS, BK)
+                    keys = load_rows(keys_at, rows, GROUPS * DK, column, DK, ROWS, BK)
                     S = load_tile(source, j * BV, column, DV, DK, BV, BK)
                     X = tl.dot(S, tl.trans(keys), X, input_precision=PRECISION)
                 if GATED:
@@ -129,7 +131,7 @@ def gradients_kernel(
             E += (V.to(dtype),)  # type: ignore[assignment]
             U = (V * after[None, :]).to(dtype)
             for column in tl.range(0, DK, BK, loop_unroll_factor=UNROLL):
-                keys = load_rows(keys_at, rows, H * DK, column, DK, ROWS, BK)
+                keys = load_rows(keys_at, rows, GROUPS * DK, column, DK, ROWS, BK)
                 moved = load_tile(source, j * BV, column, DV, DK, BV, BK).to(tl.float32)
                 if GATED:
                     moved *= tl.exp2(last)
@@ -149,8 +151,8 @@ def gradients_kernel(
         KQ = tl.zeros([ROWS, TOKENS], tl.float32)
         KK = tl.zeros([ROWS, ROWS], tl.float32)
         for column in tl.range(0, DK, BK, loop_unroll_factor=UNROLL):
-            keys = load_rows(keys_at, rows, H * DK, column, DK, ROWS, BK)
-            queries = load_rows(queries_at, tokens, H * DK, column, DK, TOKENS, BK)
+            keys = load_rows(keys_at, rows, GROUPS * DK, column, DK, ROWS, BK)
+            queries = load_rows(queries_at, tokens, GROUPS * DK, column, DK, TOKENS, BK)
             KQ = tl.dot(keys, tl.trans(queries), KQ, input_precision=PRECISION)
             if ERASE:
                 KK = tl.dot(keys, tl.trans(keys), KK, input_precision=PRECISION)
@@ -188,7 +190,7 @@ def gradients_kernel(
             EdS = tl.zeros([ROWS, BK], tl.float32)
             dVS = tl.zeros([ROWS, BK], tl.float32)
             dQ = tl.zeros([BK, TOKENS], tl.float32)
-            keys = load_rows(keys_at, rows, H * DK, column, DK, ROWS, BK)
+            keys = load_rows(keys_at, rows, GROUPS * DK, column, DK, ROWS, BK)
             for j in tl.static_range(NV):
                 dS = load_tile(adjoints + here * DV * DK, j * BV, column, DV, DK, BV, BK)
                 S = load_tile(source, j * BV, column, DV, DK, BV, BK)
@@ -200,7 +202,7 @@ def gradients_kernel(
                     dVS = tl.dot(dV, S, dVS, input_precision=PRECISION)
                 if GATED:
                     carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
-            queries = load_rows(queries_at, tokens, H * DK, column, DK, TOKENS, BK)
+            queries = load_rows(queries_at, tokens, GROUPS * DK, column, DK, TOKENS, BK)
             dQ *= scale
             if GATED:
                 dQ *= tl.exp2(Gt)[None, :]

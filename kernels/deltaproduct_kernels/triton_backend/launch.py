@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from deltaproduct_kernels.recurrent import by_group
 from deltaproduct_kernels.triton_backend import assembler, configs
 from deltaproduct_kernels.triton_backend.adjoint import adjoint_kernel
 from deltaproduct_kernels.triton_backend.configs import Config
@@ -64,12 +65,13 @@ class Shape(Size):
 
     @staticmethod
     def of(k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, erase: bool, bits: int, run: Runner) -> Shape:
-        B, T, n, H, dk = k.shape
+        B, T, n, G, dk = k.shape
         return Shape(
             B=B,
             T=T,
             n=n,
-            H=H,
+            H=v.shape[-2],
+            groups=G,
             dk=dk,
             dv=v.shape[-1],
             bits=bits,
@@ -118,6 +120,7 @@ class Shape(Size):
             "T": self.T,
             "sequences": self.states,
             "H": self.H,
+            "GROUPS": self.key_heads,
             "N": self.n,
             "DK": self.dk,
             "CHUNK": self.chunk,
@@ -175,7 +178,7 @@ def forward(
     if part < shape.whole:
         maps = summarise(shape, k, v, beta, gates, y, cu_seqlens, part, run)
         initial, kind = scan(shape, maps, None, initial_state, cu_seqlens, part, run), 2
-    o = q.new_empty(*q.shape[:3], shape.dv)
+    o = q.new_empty(*q.shape[:2], shape.H, shape.dv)
     final = k.new_empty(shape.states, shape.H, shape.dk, shape.dv, dtype=torch.float32)
     states = k.new_empty(shape.slots(shape.chunk * EVERY) if save else 0, shape.H, shape.dv, shape.dk)
     run_states(
@@ -202,7 +205,10 @@ def backward(
     part: int | None = None,
     run: Runner | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of q, k, v, beta, g and the initial state [N, H, dk, dv] (float32); `saved` by `forward`."""
+    """Gradients of q, k, v, beta, g and the initial state [N, H, dk, dv] (float32); `saved` by `forward`.
+
+    Where heads share q and k, those of every head are written in the inputs' dtype, and then summed in float32.
+    """
     y, gates, states = saved
     run = run or runner(k.device)
     shape = Shape.of(k, v, g, cu_seqlens, erase, bits, run)
@@ -230,7 +236,8 @@ def backward(
     dinitial = k.new_empty(shape.states, shape.H, shape.dk, shape.dv, dtype=torch.float32)
     run_adjoint(part, final, kind, dinitial, False, dv=dv, adjoints=adjoints)
 
-    dq, dk, dbeta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(beta)
+    dq, dk = (x.new_empty(*x.shape[:-2], shape.H, shape.dk) for x in (q, k))
+    dbeta = torch.empty_like(beta)
     dg = None if g is None else torch.empty_like(g)
     c = shape.config("gradients")
     run(
@@ -239,7 +246,7 @@ def backward(
         adjoints=adjoints, dq=dq, dk=dk, dbeta=dbeta, dg=dg, scale=scale, EVERY=EVERY, BK=c.block_k, BV=c.block_v,
         **shape.common(cu_seqlens),
     )  # fmt: skip
-    return dq, dk, dv, dbeta, dg, dinitial
+    return by_group(dq, shape.key_heads), by_group(dk, shape.key_heads), dv, dbeta, dg, dinitial
 
 
 def solve(
@@ -354,12 +361,12 @@ def decode(
     shape = Shape.of(k, v, g, None, erase, bits, run)
     c = shape.config("decode")
     blocks = triton.cdiv(shape.dv, c.block_v)
-    o = q.new_empty(*q.shape[:3], shape.dv)
+    o = q.new_empty(*q.shape[:2], shape.H, shape.dv)
     after = k.new_empty(shape.B, shape.H, shape.dk, shape.dv, dtype=torch.float32)
     run(
         decode_kernel, shape.B * shape.H * blocks, c,
-        q=q, k=k, v=v, beta=beta, g=g, before=state, o=o, after=after, scale=scale, T=shape.T, H=shape.H, N=shape.n,
-        DK=shape.dk, DV=shape.dv, BK=configs.padded(shape.dk), BV=c.block_v, BLOCKS=blocks, GATED=shape.gated,
-        ERASE=erase, GIVEN=state is not None,
+        q=q, k=k, v=v, beta=beta, g=g, before=state, o=o, after=after, scale=scale, T=shape.T, H=shape.H,
+        GROUPS=shape.key_heads, N=shape.n, DK=shape.dk, DV=shape.dv, BK=configs.padded(shape.dk), BV=c.block_v,
+        BLOCKS=blocks, GATED=shape.gated, ERASE=erase, GIVEN=state is not None,
     )  # fmt: skip
     return o, after

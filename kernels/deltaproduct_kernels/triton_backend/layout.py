@@ -27,6 +27,12 @@ class Size:
     gated: bool = True
     erase: bool = True
     sequences: int | None = None  # packed sequences; None: B rows
+    groups: int | None = None  # of heads that share q and k; None: as many as heads
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of q and k."""
+        return self.H if self.groups is None else self.groups
 
     @property
     def rows(self) -> int:

@@ -62,7 +62,7 @@ def triton_chunk(
 def _(q, k, v, beta, g, initial_state, cu_seqlens, scale, erase, save):  # type: ignore[no-untyped-def]
     size = _size(k, v, g, cu_seqlens, erase)
     H, dk, dv, single = size.H, size.dk, size.dv, torch.float32
-    o = q.new_empty(*q.shape[:3], dv)
+    o = q.new_empty(*q.shape[:2], H, dv)
     final = q.new_empty(size.states, H, dk, dv, dtype=single)
     if not save:
         return o, final, k.new_empty(0), k.new_empty(0, dtype=single), k.new_empty(0)
@@ -101,7 +101,7 @@ def triton_chunk_backward(
 @triton_chunk_backward.register_fake
 def _(do, dfinal, q, k, v, beta, g, y, gates, states, cu_seqlens, scale, erase):  # type: ignore[no-untyped-def]
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dinitial = q.new_empty(sequences, q.shape[2], q.shape[3], v.shape[-1], dtype=torch.float32)
+    dinitial = q.new_empty(sequences, v.shape[3], q.shape[3], v.shape[4], dtype=torch.float32)
     return (*(x.new_empty(x.shape) for x in (q, k, v, beta)), q.new_empty(0) if g is None else g.new_empty(g.shape), dinitial)
 
 
@@ -116,7 +116,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> tuple:
     q, k, v, beta, g, y, gates, states, cu_seqlens = ctx.saved_tensors
     if do is None:
-        do = q.new_zeros(*q.shape[:3], v.shape[-1])
+        do = q.new_zeros(*q.shape[:2], *v.shape[3:])
     *grads, dg, dstate = triton_chunk_backward(do, dfinal, q, k, v, beta, g, y, gates, states, cu_seqlens, ctx.scale, ctx.erase)
     dstate = None if ctx.state_dtype is None else dstate.to(ctx.state_dtype)
     return *grads, None if g is None else dg, dstate, None, None, None, None
@@ -142,8 +142,8 @@ refuse_vmap(triton_decode, "gated_delta_product")
 
 @triton_decode.register_fake
 def _(q, k, v, beta, g, state, scale, erase):  # type: ignore[no-untyped-def]
-    B, _, H, dk = q.shape
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(B, H, dk, v.shape[-1], dtype=torch.float32)
+    (B, T, _, dk), (H, dv) = q.shape, v.shape[3:]
+    return q.new_empty(B, T, H, dv), q.new_empty(B, H, dk, dv, dtype=torch.float32)
 
 
 def segment_summary(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, erase: bool) -> tuple[Tensor, Tensor]:
@@ -215,8 +215,8 @@ def _why_not_on(device: torch.device) -> str | None:
 
 def _size(k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, erase: bool) -> Size:
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    B, T, n, H, dk = k.shape
-    return Size(B, T, n, H, dk, v.shape[-1], bits=bits(k), gated=g is not None, erase=erase, sequences=sequences)
+    (B, T, n, H, dv), (G, dk) = v.shape, k.shape[3:]
+    return Size(B, T, n, H, dk, dv, bits=bits(k), gated=g is not None, erase=erase, sequences=sequences, groups=G)
 
 
 # get_raw: the tensors themselves, not their shapes alone, as the dtype decides how long chunks are.

@@ -63,6 +63,7 @@ def solve_kernel(
     T,
     sequences,
     H: tl.constexpr,
+    GROUPS: tl.constexpr,
     N: tl.constexpr,
     DK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -77,6 +78,7 @@ def solve_kernel(
     pid = tl.program_id(0)
     slot = pid // H
     head = pid % H
+    key_head = head // (H // GROUPS)
     _, part, start, length = locate(slot, cu_seqlens, T, sequences, CHUNK, PACKED)
     if part * CHUNK >= length:
         return
@@ -91,10 +93,10 @@ def solve_kernel(
         G = tl.cumsum(tl.maximum(steps * 1.4426950408889634, -126.0), 0)
         tl.store(gates + out * ROWS + r, G)
     if ERASE:
-        keys = k + (token * N * H + head) * DK
+        keys = k + (token * N * GROUPS + key_head) * DK
         products = tl.zeros([ROWS, ROWS], tl.float32)
         for column in tl.static_range(0, DK, BK):
-            tile = load_rows(keys, rows, H * DK, column, DK, ROWS, BK)
+            tile = load_rows(keys, rows, GROUPS * DK, column, DK, ROWS, BK)
             products = tl.dot(tile, tl.trans(tile), products, input_precision=PRECISION)
         b = load_beta(beta + head, token * N, rows, H, ROWS)
         below = r[:, None] > r[None, :]

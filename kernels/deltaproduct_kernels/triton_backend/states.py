@@ -50,6 +50,7 @@ def states_kernel(
     span,  # tokens a program; a multiple of CHUNK * EVERY
     first_block,  # with SUMMARY: DV blocks of BV first, for N, then those of M
     H: tl.constexpr,
+    GROUPS: tl.constexpr,
     N: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -74,6 +75,7 @@ def states_kernel(
     pid = tl.program_id(0)
     block = pid % BLOCKS + first_block
     head = (pid // BLOCKS) % H
+    key_head = head // (H // GROUPS)
     slot = pid // (BLOCKS * H)
     sequence, part, start, length = locate(slot, cu_seqlens, T, sequences, span, PACKED)
     begin = part * span
@@ -103,11 +105,11 @@ def states_kernel(
         tokens = tl.minimum(length - chunk * CHUNK, CHUNK).to(tl.int32)
         rows = tokens * N
         here = (chunk_slot + chunk) * H + head
-        keys = load_rows(k + (token * N * H + head) * DK, rows, H * DK, 0, DK, ROWS, BK)
+        keys = load_rows(k + (token * N * GROUPS + key_head) * DK, rows, GROUPS * DK, 0, DK, ROWS, BK)
         # Both products with S come first, so that its rounded copy need not live on; gates are read where they are used.
         Sd = S.to(dtype)
         if READ:
-            queries = load_rows(q + (token * H + head) * DK, tokens, H * DK, 0, DK, TOKENS, BK)
+            queries = load_rows(q + (token * GROUPS + key_head) * DK, tokens, GROUPS * DK, 0, DK, TOKENS, BK)
             out = tl.dot(Sd, tl.trans(queries), input_precision=PRECISION) * scale
         if ERASE:
             X = tl.dot(Sd, tl.trans(keys), input_precision=PRECISION)
