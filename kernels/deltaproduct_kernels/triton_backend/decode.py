@@ -7,6 +7,8 @@ so time is that of reading and writing the state: 8 dk dv bytes a head.
 import triton
 import triton.language as tl
 
+from deltaproduct_kernels.triton_backend.tiles import head_of_keys
+
 
 @triton.jit(do_not_specialize=["T"])
 def decode_kernel(
@@ -36,7 +38,7 @@ def decode_kernel(
     pid = tl.program_id(0)
     c = (pid % BLOCKS) * BV + tl.arange(0, BV)
     head = (pid // BLOCKS) % H
-    key_head = head // (H // GROUPS)
+    key_head = head_of_keys(head, H, GROUPS)
     row = (pid // (BLOCKS * H)).to(tl.int64)
     d = tl.arange(0, BK)
     inside = (d < DK)[:, None] & (c < DV)[None, :]

@@ -28,6 +28,7 @@ import triton.language as tl
 
 from deltaproduct_kernels.triton_backend.tiles import (
     first_slot,
+    head_of_keys,
     load_beta,
     load_rows,
     load_tile,
@@ -82,7 +83,7 @@ def gradients_kernel(
     pid = tl.program_id(0)
     group = pid // H
     head = pid % H
-    key_head = head // (H // GROUPS)
+    key_head = head_of_keys(head, H, GROUPS)
     sequence, part, start, length = locate(group, cu_seqlens, T, sequences, CHUNK * EVERY, PACKED)
     first = (part * EVERY).to(tl.int32)
     stop = tl.minimum(first + EVERY, tl.cdiv(length, CHUNK)).to(tl.int32)

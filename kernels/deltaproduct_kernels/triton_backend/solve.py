@@ -15,7 +15,7 @@ multiprocessor (by their registers 3 of 4 warps).
 import triton
 import triton.language as tl
 
-from deltaproduct_kernels.triton_backend.tiles import load_beta, load_rows, locate
+from deltaproduct_kernels.triton_backend.tiles import head_of_keys, load_beta, load_rows, locate
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def solve_kernel(
     pid = tl.program_id(0)
     slot = pid // H
     head = pid % H
-    key_head = head // (H // GROUPS)
+    key_head = head_of_keys(head, H, GROUPS)
     _, part, start, length = locate(slot, cu_seqlens, T, sequences, CHUNK, PACKED)
     if part * CHUNK >= length:
         return

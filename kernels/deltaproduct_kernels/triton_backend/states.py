@@ -19,6 +19,7 @@ import triton.language as tl
 
 from deltaproduct_kernels.triton_backend.tiles import (
     first_slot,
+    head_of_keys,
     load_beta,
     load_rows,
     load_state,
@@ -75,7 +76,7 @@ def states_kernel(
     pid = tl.program_id(0)
     block = pid % BLOCKS + first_block
     head = (pid // BLOCKS) % H
-    key_head = head // (H // GROUPS)
+    key_head = head_of_keys(head, H, GROUPS)
     slot = pid // (BLOCKS * H)
     sequence, part, start, length = locate(slot, cu_seqlens, T, sequences, span, PACKED)
     begin = part * span

@@ -41,6 +41,12 @@ def locate(slot, cu_seqlens, T, sequences, span, PACKED: tl.constexpr):
 
 
 @triton.jit
+def head_of_keys(head, H: tl.constexpr, GROUPS: tl.constexpr):
+    """The head of q and k that a head of v reads."""
+    return head if H == GROUPS else head // (H // GROUPS)
+
+
+@triton.jit
 def load_rows(base, rows, stride, column, WIDTH: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """Tile [R, C] of `rows` rows from `base`, columns from `column`; zero outside `rows` and WIDTH."""
     r = tl.arange(0, R)
