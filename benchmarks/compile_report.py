@@ -65,8 +65,8 @@ class Case(NamedTuple):
 
 def cases(quick: bool) -> list[Case]:
     """For sm_90 every size with n = 2, every option, and square heads of all n; for the other chips square heads of 1 and 2
-    steps (sm_100: of all); for each heads of 128 x 64 with n = 3, grouped and not, as the largest model trained with n > 1 has
-    them, and what else it takes to reach every line of the table."""
+    steps (sm_100: of all); for each grouped heads of 128 x 64 with n = 3, as the largest model trained with n > 1 has them,
+    and what else it takes to reach every line of the table."""
     if quick:
         return [*(Case(arch, 128, 128, 2, "bfloat16") for arch in (80, 86, 90, 100)), Case(90, 64, 64, 2, "float32")]
     chosen: list[Case] = []
@@ -75,10 +75,10 @@ def cases(quick: bool) -> list[Case]:
         lines = set(lines_of(case))
         square = case.dk == case.dv
         if case.arch == 90:
-            wanted = not case.part and (case.n == 2 or square)
+            wanted = not case.part and (case.n == 2 or square or case[1:4] == (128, 64, 3))
         else:
             wanted = square and case.options == "-" and (case.n <= 2 or case.arch == 100)
-        wanted = wanted or case[1:4] == (128, 64, 3)
+        wanted = wanted or case.grouped
         if (wanted and case.dtype == "bfloat16") or lines - reached:
             chosen.append(case)
             reached |= lines

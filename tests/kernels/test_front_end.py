@@ -319,12 +319,12 @@ def test_compiles_into_one_full_graph_with_equal_gradients(backend: str, gated: 
 def test_the_operators_pass_torchs_own_checks(whole: bool, dtype: torch.dtype) -> None:
     x = to(inputs(5, B=1, H=1, n=1, W=4 if whole else 0, gated=whole), dtype)
     tensors = [x[name].requires_grad_() if name in x else None for name in NAMES]
-    arguments = (*tensors, positions([2, 3]) if whole else None, 1, 2.0)
+    arguments = (*tensors, positions([2, 3]) if whole else None, 1, 1, 2.0)
     torch.library.opcheck(torch.ops.deltaproduct.front_end, arguments)
     grads = [torch.randn_like(y) for y in call(x, "triton").values()]
     plain = [None if y is None else y.detach() for y in arguments[:11]]
     gradients = (*grads, *[None] * (5 - len(grads)))
-    torch.library.opcheck(torch.ops.deltaproduct.front_end_backward, (*gradients, *plain, 1, 2.0))
+    torch.library.opcheck(torch.ops.deltaproduct.front_end_backward, (*gradients, *plain, 1, 1, 2.0))
 
 
 # -- errors, and what is imported ------------------------------------------------------------------------------------

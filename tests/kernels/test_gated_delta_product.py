@@ -253,9 +253,9 @@ def test_chunks_hold_at_most_64_rows_and_32_for_small_heads() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.randn(2, 5, 2)}, r"q has shape \(2, 5, 2\); expected \[B, T, H, dk\]"),
+        ({"q": torch.randn(2, 5, 2)}, r"q has shape \(2, 5, 2\); expected \[B, T, G, dk\]"),
         ({"q": torch.randn(2, 5, 2, 0)}, "q has dk = 0"),
-        ({"k": torch.randn(2, 5, 2, 8)}, r"k has shape .* expected \[B, T, n, H, dk\]"),
+        ({"k": torch.randn(2, 5, 2, 8)}, r"k has shape .* expected \[B, T, n, G, dk\]"),
         ({"k": torch.randn(2, 5, 9, 2, 8)}, "n = 9 steps a token; from 1 to 8"),
         ({"v": torch.randn(2, 4, 2, 2, 6)}, r"v has shape .* expected \(2, 5, 2, 2, 6\)"),
         ({"beta": torch.randn(2, 5, 2)}, "beta has shape"),
