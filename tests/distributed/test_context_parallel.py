@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no convolution": {"num_householder": 2, "use_short_conv": False, "use_output_gate": True, "allow_neg_eigval": False},
     "the definition": {"num_householder": 2, "use_forget_gate": True, "backend": "recurrent", "documents": DOCUMENTS},
     "a router": {"num_householder": 2, "adaptive_householder": True},
+    "grouped heads, documents": {"num_heads": 4, "num_key_heads": 2, "use_forget_gate": True, "documents": DOCUMENTS},
     "linear attention": LINEAR,
     "gated linear attention, documents": {**LINEAR, "use_forget_gate": True, "documents": DOCUMENTS},
     "hybrid": {"num_householder": 1, "attention_layers": [1]},

@@ -17,6 +17,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Gated DeltaProduct_3, output gate, expand_v 2, untied": {"num_householder": 3, "use_forget_gate": True, **UNTIED},
     "DeltaProduct_3, beta in [0, 1]": {"num_householder": 3, "allow_neg_eigval": False, "use_short_conv": False},
     "narrow values, short convolution": {"use_output_gate": True, "expand_v": 0.5, "conv_size": 2, "norm_eps": 1e-2},
+    "grouped heads": {"num_heads": 4, "num_key_heads": 2, "num_householder": 3, "use_forget_gate": True, "expand_v": 0.5},
     "gated linear attention": {"mixer": "gla", "num_householder": 1, "use_forget_gate": True},
     "Transformer": {"mixer": "attention"},
     "Transformer, windowed": {"mixer": "attention", "attention_num_heads": 4, "attention_window": 9},

@@ -31,10 +31,11 @@ HYBRID = {"num_hidden_layers": 2, "use_short_conv": False, "tie_word_embeddings"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     name: ("gated_deltaproduct", changes if "attention_layers" in changes else ONE | changes)
     for name, changes in VARIANTS.items()
-    if changes.get("mixer") != "gla"
+    if changes.get("mixer") != "gla" and "num_key_heads" not in changes
 }
 MODELS |= {
     "gated_deltanet": ("gated_deltanet", GATED | OUTPUT_GATE),
+    "gated_deltanet, grouped": ("gated_deltanet", {**GATED, **OUTPUT_GATE, "num_heads": 4, "num_key_heads": 2}),
     "gated_deltanet, hybrid": ("gated_deltanet", {**GATED, **HYBRID, "attention_layers": [1]}),
     "delta_net": ("delta_net", {**UNGATED, **OUTPUT_GATE, "num_heads": 3}),
     "delta_net, hybrid": ("delta_net", {**UNGATED, **HYBRID, "attention_layers": [0]}),
@@ -43,6 +44,7 @@ IN_CHUNKS = [
     "Gated DeltaProduct_3, output gate, expand_v 2, untied",
     "hybrid, windowed, grouped",
     "gated_deltanet",
+    "gated_deltanet, grouped",
     "delta_net",
 ]
 

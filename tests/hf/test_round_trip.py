@@ -30,6 +30,7 @@ from titan_dp.model.transformer import build_model
 
 CPU = torch.device("cpu")
 GATED = {"num_householder": 1, "use_forget_gate": True}
+GROUPED = {"num_heads": 4, "num_key_heads": 2}
 WINDOWED = {"attention_num_kv_heads": 1, "attention_window": 9}
 UNTIED = {"expand_v": 0.5, "tie_word_embeddings": False, "norm_eps": 1e-5, "allow_neg_eigval": False}
 SHARDS = {"max_shard_bytes": 10_000}
@@ -44,12 +45,14 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"mixer": "attention", "attention_num_heads": None}),
     (SHARDS, {"use_forget_gate": True}),
     (GATED_DELTANET, {**GATED, "use_output_gate": True, "expand_v": 2.0, "attention_layers": [0]}),
+    (GATED_DELTANET, {**GATED, **GROUPED}),
     (DELTA_NET, {"num_householder": 1, "num_heads": 3, "expand_v": 2.0, "use_output_gate": True}),
     (DELTA_NET, {"num_householder": 1, "hidden_size": 70, "head_dim": 25}),  # a width of 7/5 of the keys
     (REMOTE_CODE, {"use_forget_gate": True, "use_output_gate": True}),
-    (REMOTE_CODE, {**GATED, "mixer": "gla"}),
     (OLMO_HYBRID, {**OLMO, "use_forget_gate": True, "expand_v": 2.0}),
     (OLMO_HYBRID, {**OLMO, "use_short_conv": False, "allow_neg_eigval": False, "tie_word_embeddings": False}),
+    (REMOTE_CODE, {**GATED, **GROUPED, "mixer": "gla"}),
+    (REMOTE_CODE, {"num_householder": 3, **GROUPED}),
     (REMOTE_CODE, {**WINDOWED, "attention_layers": [0], "tie_word_embeddings": False}),
 ]
 

@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "n_h 3, no convolution": {"num_householder": 3, "use_short_conv": False},
     "n_h 3, gated, wide values": {**GATED, "num_householder": 3, "expand_v": 1.5},
     "hybrid": {**GATED, "num_hidden_layers": 3, "attention_layers": [1]},
+    "grouped heads": {**GATED, "num_heads": 4, "num_key_heads": 2},
     "linear attention": {**GATED, "mixer": "gla", "num_householder": 1},
 }
 

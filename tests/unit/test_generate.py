@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict] = {
     "no convolution": {"use_short_conv": False, "use_forget_gate": True},
     "adaptive DeltaProduct_2": {"adaptive_householder": True},
     "RWKV-7 product_2": {"mixer": "rwkv7"},
+    "grouped heads": {"num_heads": 4, "num_key_heads": 2, "use_forget_gate": True},
     "hybrid": {"attention_layers": [1], "use_forget_gate": True},
     "windowed, grouped softmax": {"mixer": "attention", "attention_window": 6, "attention_num_kv_heads": 1},
 }

@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict] = {
         "tie_word_embeddings": False,
     },
     "adaptive Gated DeltaProduct_2": {"adaptive_householder": True, "use_forget_gate": True},
+    "grouped heads": {"num_heads": 4, "num_key_heads": 2, "use_forget_gate": True, "use_output_gate": True, "expand_v": 0.5},
     "linear attention": {"mixer": "gla", "num_householder": 1, "use_forget_gate": True},
     "RWKV-7 product_2": {"mixer": "rwkv7", "use_output_gate": True, "expand_v": 2.0},
     "windowed, grouped softmax": {"mixer": "attention", "attention_window": 7, "attention_num_kv_heads": 1},
@@ -186,7 +187,7 @@ def test_the_mixer_follows_the_papers_definition(name: str) -> None:
     mixer.init_weights(Initializer(0, torch.device("cpu"), 0.3))
     nn.init.uniform_(mixer.o_norm.weight)
     x = torch.randn(1, 13, 24, dtype=torch.float64)
-    n, H, dk, dv = c.num_householder, 2, 8, c.head_v_dim
+    n, H, G, dk, dv = c.num_householder, c.num_heads, c.key_heads, 8, c.head_v_dim
 
     def activated(projection: nn.Linear, conv: ShortConv | None) -> Tensor:
         y = projection(x)
@@ -197,8 +198,8 @@ def test_the_mixer_follows_the_papers_definition(name: str) -> None:
     def unit(y: Tensor) -> Tensor:
         return y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
-    q = unit(activated(mixer.q_proj, mixer.q_conv1d).view(13, H, dk))
-    k = unit(activated(mixer.k_proj, mixer.k_conv1d).view(13, n, H, dk))
+    q = unit(activated(mixer.q_proj, mixer.q_conv1d).view(13, G, dk)).repeat_interleave(H // G, 1)
+    k = unit(activated(mixer.k_proj, mixer.k_conv1d).view(13, n, G, dk)).repeat_interleave(H // G, 2)
     v = activated(mixer.v_proj, mixer.v_conv1d).view(13, n, H, dv)
     beta = mixer.b_proj(x)[0].sigmoid().view(13, n, H) * (2 if c.allow_neg_eigval else 1)
     outputs = []

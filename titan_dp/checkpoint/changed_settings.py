@@ -151,6 +151,7 @@ def _function(section: dict[str, Any]) -> dict[str, Any]:
     kv_heads = c.attention_num_kv_heads or c.softmax_heads
     values = c.model_dump(exclude={"backend", "initializer_range"}) | {
         "intermediate_size": c.mlp_size,
+        "num_key_heads": c.key_heads,
         "attention_num_heads": c.softmax_heads,
         "attention_num_kv_heads": kv_heads,
     }

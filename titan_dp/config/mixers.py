@@ -102,7 +102,7 @@ class MatrixState(Mixer):
         raise NotImplementedError
 
     def counts(self, c: Model, seq_len: int) -> Counts:
-        D, n, keys, values = c.hidden_size, c.num_householder, c.num_heads * c.head_dim, c.num_heads * c.head_v_dim
+        D, n, keys, values = c.hidden_size, c.num_householder, c.key_heads * c.head_dim, c.num_heads * c.head_v_dim
         columns, others, recurrence = self.transition(c)
         taps = c.conv_size * (keys + n * keys + n * values) if c.use_short_conv else 0
         projected = keys + n * keys + n * values + columns + values * (2 if c.use_output_gate else 1)
@@ -116,7 +116,7 @@ class MatrixState(Mixer):
 class DeltaProduct(MatrixState):
     """n_h Householder steps per token; n_h = 1 is DeltaNet, gated or not. With a router, all steps count as taken."""
 
-    uses = f"{MatrixState.uses} use_forget_gate adaptive_householder"
+    uses = f"{MatrixState.uses} num_key_heads use_forget_gate adaptive_householder"
     in_fla = True
     names: ClassVar = {
         "deltanet": {"num_householder": 1},
@@ -132,6 +132,10 @@ class DeltaProduct(MatrixState):
         name = "DeltaNet" if c.num_householder == 1 else f"DeltaProduct_{c.num_householder}"
         return ("adaptive " if c.adaptive_householder else "") + ("Gated " if c.use_forget_gate else "") + name
 
+    def problems(self, c: Model) -> Iterator[str]:
+        if c.num_heads % c.key_heads:
+            yield f"num_heads = {c.num_heads} is not a multiple of num_key_heads = {c.key_heads}"
+
     def transition(self, c: Model) -> tuple[int, int, int]:
         n, H = c.num_householder, c.num_heads
         gate, router = H * c.use_forget_gate, n * c.adaptive_householder
@@ -146,7 +150,7 @@ class DeltaProduct(MatrixState):
 class LinearAttention(DeltaProduct):
     """The same operator with the erase term off."""
 
-    uses = f"{MatrixState.uses} use_forget_gate"
+    uses = f"{MatrixState.uses} num_key_heads use_forget_gate"
     in_fla = False
     names: ClassVar = {"gla": {"num_householder": 1, "use_forget_gate": True}}
     ranges: ClassVar = {}
@@ -156,6 +160,7 @@ class LinearAttention(DeltaProduct):
         return ("gated " if c.use_forget_gate else "") + "linear attention"
 
     def problems(self, c: Model) -> Iterator[str]:
+        yield from super().problems(c)
         if c.num_householder != 1:
             yield f"mixer = {c.mixer!r} takes one step per token, so num_householder = {c.num_householder} must be 1"
 

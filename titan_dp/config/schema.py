@@ -124,6 +124,8 @@ class Model(Section):
     """Number of blocks."""
     num_heads: Positive = 8
     """Heads of the mixer; `num_heads * head_dim` need not equal `hidden_size` for the recurrent mixers."""
+    num_key_heads: Positive | None = None
+    """Heads of q and k, each of which num_heads / num_key_heads heads of v, beta, gate and output share; default: num_heads."""
     head_dim: Positive = 128
     """Key and query dimension of a head (dk)."""
     expand_v: Annotated[float, Field(gt=0)] = 1.0
@@ -169,6 +171,12 @@ class Model(Section):
     @property
     def head_v_dim(self) -> int:
         return int(self.head_dim * self.expand_v)
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of q and k in the recurrent layers."""
+        shared = "num_key_heads" in MIXERS[self.mixer].uses.split()
+        return self.num_key_heads if shared and self.num_key_heads else self.num_heads
 
     @property
     def mlp_size(self) -> int:

@@ -84,11 +84,13 @@ def check_run(c: config.Config, device: torch.device) -> str:
     packed = c.data.source != "state_tracking" and c.data.document_boundaries == "reset"
     segments = c.parallelism.context_parallel_degree
     options: dict[str, Any] = {"gate": 0.05 if m.use_forget_gate else None, "beta": (0.0, 2.0 if m.allow_neg_eigval else 1.0)}
-    options |= {"B": max(1, t.local_batch_size), "T": t.seq_len // segments, "H": m.num_heads, "erase": m.mixer != "gla"}
+    options |= {"B": max(1, t.local_batch_size), "T": t.seq_len // segments, "H": m.num_heads}
+    options |= {"erase": m.mixer != "gla", "groups": m.key_heads if m.key_heads != m.num_heads else None}
     whole = Case(m.head_dim, m.head_v_dim, m.num_householder, t.mixed_precision_param, **options, state=segments > 1)
     case = short_row(whole, packed, device)
     checked = check(case, device)
-    words = ["gate"] * (case.gate is not None) + ["packed"] * packed + ["cut"] * (case.spans is not None)
+    said = {"grouped": case.groups is not None, "gate": case.gate is not None, "packed": packed, "cut": case.spans is not None}
+    words = [word for word, is_so in said.items() if is_so]
     sizes = ", ".join([f"dk {case.dk}, dv {case.dv}, n_h {case.n}, {case.dtype}", *words])
     if checked.faults:
         raise UserError(

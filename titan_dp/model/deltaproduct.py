@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from deltaproduct_kernels import front_end, gated_delta_product
+from deltaproduct_kernels.recurrent import by_head
 from torch import Tensor, nn
 
 from titan_dp import config
@@ -40,8 +41,8 @@ class MixerCache(NamedTuple):
 class RecurrenceInputs(NamedTuple):
     """What the recurrence of a layer reads; `gated_delta_product`'s first arguments."""
 
-    q: Tensor  # [B, T, H, dk]
-    k: Tensor  # [B, T, n, H, dk]
+    q: Tensor  # [B, T, G, dk], G key heads; mostly G = H
+    k: Tensor  # [B, T, n, G, dk]
     v: Tensor  # [B, T, n, H, dv]
     beta: Tensor  # [B, T, n, H]
     g: Tensor | None  # [B, T, H]
@@ -102,9 +103,10 @@ class MatrixStateMixer(TokenMixer):
         self, c: config.Model, before: dict[str, nn.Module], after: Mapping[str, nn.Module | None] = MappingProxyType({})
     ) -> None:
         super().__init__()
-        self.heads, self.dk, self.dv, self.n = c.num_heads, c.head_dim, c.head_v_dim, c.num_householder
+        self.heads, self.key_heads, self.n = c.num_heads, c.key_heads, c.num_householder
+        self.dk, self.dv = c.head_dim, c.head_v_dim
         self.backend, self.family = c.backend, c.family
-        D, keys, values = c.hidden_size, self.heads * self.dk, self.heads * self.dv
+        D, keys, values = c.hidden_size, self.key_heads * self.dk, self.heads * self.dv
         self.q_proj = nn.Linear(D, keys, bias=False)
         self.k_proj = nn.Linear(D, self.n * keys, bias=False)
         self.v_proj = nn.Linear(D, self.n * values, bias=False)
@@ -120,7 +122,7 @@ class MatrixStateMixer(TokenMixer):
         self.o_proj = nn.Linear(values, D, bias=False)
 
     def stacks(self) -> dict[str, tuple[int, int]]:
-        return {"q_proj": (1, self.heads), "k_proj": (self.n, self.heads), "v_proj": (self.n, self.heads)}
+        return {"q_proj": (1, self.key_heads), "k_proj": (self.n, self.key_heads), "v_proj": (self.n, self.heads)}
 
     def mix(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor | None]:
         inputs, _, taken = self._project(x, packing, None) if self.context is None else self._project_segment(x, packing)
@@ -182,6 +184,7 @@ class MatrixStateMixer(TokenMixer):
             gate.A_log if gate else None,
             gate.dt_bias if gate else None,
             heads=self.heads,
+            groups=self.key_heads,
             max_beta=max_beta,
             position=packing.position if packing else None,
             tails=cache.tails if cache else (),
@@ -196,7 +199,8 @@ class MatrixStateMixer(TokenMixer):
         return self.o_proj(o)
 
     def describe(self) -> str:
-        return f"{self.family}, {self.heads} heads, dk {self.dk}, dv {self.dv}"
+        shared = f" on {self.key_heads} of q and k" if self.key_heads != self.heads else ""
+        return f"{self.family}, {self.heads} heads{shared}, dk {self.dk}, dv {self.dv}"
 
 
 class DeltaProduct(MatrixStateMixer):
@@ -218,8 +222,9 @@ class DeltaProduct(MatrixStateMixer):
         self.erase, self.max_beta = c.mixer != "gla", 2.0 if c.allow_neg_eigval else 1.0
 
     def recurrence_inputs(self, x: Tensor, cache: MixerCache | None) -> RecurrenceInputs:
-        """What the recurrence reads for the tokens x [B, T, D] after those in `cache`; to look inside, not to train."""
-        return self._project(x, None, cache)[0]
+        """What each head reads for the tokens x [B, T, D] after those in `cache`, G = H; to look inside, not to train."""
+        inputs = self._project(x, None, cache)[0]
+        return inputs._replace(q=by_head(inputs.q, self.heads), k=by_head(inputs.k, self.heads))
 
     def _project(
         self, x: Tensor, packing: Packing | None, cache: MixerCache | None

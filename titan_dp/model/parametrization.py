@@ -101,6 +101,8 @@ def base_model(model: config.Model, base: config.MupBase) -> config.Model:
     """`model` with the widths of the base and its own depth, so that each parameter has its counterpart."""
     mlp = model.intermediate_size and round(model.intermediate_size * base.of("hidden_size") / model.hidden_size)
     widths = {key: base.of(key) for key in ("hidden_size", "head_dim", "num_heads", "num_householder")}
+    if model.num_key_heads:  # heads to a group as they are
+        widths["num_key_heads"] = max(1, widths["num_heads"] * model.num_key_heads // model.num_heads)
     return model.model_copy(update=widths | {"intermediate_size": base.intermediate_size or mlp})
 
 

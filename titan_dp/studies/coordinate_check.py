@@ -109,10 +109,12 @@ def at(base: config.Config, axis: str, value: int) -> config.Config:
     ratio = value / m.hidden_size if axis == "width" else 1.0
     change: dict[str, Any] = {"depth": {"num_hidden_layers": value}, "n_h": {"num_householder": value}}.get(axis, {})
     if axis == "width":
-        heads = m.num_heads * ratio
-        if heads != int(heads) or heads < 1:
-            raise UserError(f"--widths {value}: {m.num_heads} heads at width {m.hidden_size} leave {heads:g}; choose another")
-        change = {"hidden_size": value, "num_heads": int(heads), "intermediate_size": round(m.mlp_size * ratio)}
+        change = {"hidden_size": value, "intermediate_size": round(m.mlp_size * ratio)}
+        for key, kind in (("num_heads", "heads"), ("num_key_heads", "key heads")):
+            had = getattr(m, key) or 0
+            if (heads := had * ratio) != int(heads):
+                raise UserError(f"--widths {value}: {had} {kind} at width {m.hidden_size} leave {heads:g}; choose another")
+            change[key] = int(heads) or None
     try:
         model = config.Model.model_validate(m.model_dump() | change)
     except ValueError as error:

@@ -157,7 +157,8 @@ class _Search:
     def natural_heads(self, width: int, model: config.Model) -> float:
         """Heads of `model` at a width; in fours if the head dimension is the knob, so that its multiples of 16 fit."""
         if self.rule.by == "head_dim":
-            return max(4, 4 * round(self.like.heads * width / 4))
+            step = math.lcm(4, model.num_key_heads or 1)
+            return max(step, step * round(self.like.heads * width / step))
         return self.like.mixer * width / (model.head_dim * (1 + model.num_householder))
 
     def ideal(self, variant: Variant) -> Shape:
@@ -206,9 +207,11 @@ class _Search:
     def _heads(self, variant: Variant, ideal: Shape, natural: float) -> Iterator[tuple[int, int]]:
         """(heads, head_dim) to try if `natural` heads are in proportion."""
         model, multiple = variant.model, self.rule.multiple
+        groups = model.num_key_heads or 1  # of q and k, which stay as many: heads are a multiple
 
         def whole(heads: int, dim: int) -> bool:
-            return heads * dim % multiple == 0 and heads * int(dim * model.expand_v) % multiple == 0
+            fits = heads * int(dim * model.expand_v) % multiple == 0
+            return fits and heads % groups == 0 and (model.num_key_heads or heads) * dim % multiple == 0
 
         if model.mixer == "attention" or (self.rule.by != "head_dim" and "num_heads" in variant.pinned):
             yield model.num_heads, model.head_dim

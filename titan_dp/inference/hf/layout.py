@@ -45,7 +45,7 @@ _FLA_RUNTIME = {
 # The values of a key that describe our model; the first is what we write, any other value is refused.
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "": {"hidden_act": ("swish", "silu"), "attnres_block_size": (None,)},
-    "gated_deltanet": {"num_v_heads": (None,), "output_gate_activation": ("swish", "silu")},
+    "gated_deltanet": {"output_gate_activation": ("swish", "silu")},
     "delta_net": {"qk_activation": ("silu",), "qk_norm": ("l2",), "use_beta": (True,), "use_output_norm": (True,)},
 }
 # What flash-linear-attention 0.6 takes for a key that config.json lacks, as files of older versions do.
@@ -114,14 +114,15 @@ def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
     if model_type == REMOTE_CODE:
         auto = {"AutoConfig": "TitanDPConfig", "AutoModel": "TitanDPModel", "AutoModelForCausalLM": "TitanDPForCausalLM"}
         auto_map = {name: f"{_MODELING_FILE}.{target}" for name, target in auto.items()}
-        return {**common, **product, "mixer": c.mixer, "auto_map": auto_map}
+        return {**common, **product, "num_key_heads": c.num_key_heads, "mixer": c.mixer, "auto_map": auto_map}
     fixed = {key: values[0] for key, values in {**_FIXED[""], **_FIXED.get(model_type, {})}.items()}
     common |= {**_FLA_RUNTIME, **fixed, "hidden_ratio": 4}
     expand_v = c.head_v_dim / c.head_dim  # fla computes the value dimension as int(head_dim * expand_v)
     if model_type == "gated_deltaproduct":
         return {**common, **product, "expand_v": expand_v}
     if model_type == "gated_deltanet":
-        return {**common, "head_dim": c.head_dim, "expand_v": expand_v, "use_gate": c.use_output_gate}
+        heads = {"num_heads": c.key_heads, "num_v_heads": None if c.key_heads == c.num_heads else c.num_heads}
+        return {**common, **heads, "head_dim": c.head_dim, "expand_v": expand_v, "use_gate": c.use_output_gate}
     keys, values = c.num_heads * c.head_dim, c.num_heads * c.head_v_dim
     return {**common, "expand_k": keys / c.hidden_size, "expand_v": values / c.hidden_size, "use_gate": c.use_output_gate}
 
@@ -139,6 +140,7 @@ def _inexpressible(c: config.Model, model_type: str) -> list[str]:
         f"num_householder = {c.num_householder}": model_type != "gated_deltaproduct" and c.num_householder != 1,
         "use_forget_gate = false": model_type == "gated_deltanet" and not c.use_forget_gate,
         "use_forget_gate = true": model_type == "delta_net" and c.use_forget_gate,
+        f"num_key_heads = {c.key_heads}": model_type != "gated_deltanet" and c.key_heads != c.num_heads,
     }
     return [reason for reason, applies in reasons.items() if applies]
 
@@ -211,8 +213,11 @@ def _mixer_keys(v: dict[str, Any], kind: str) -> dict[str, Any]:
         return {"head_dim": head_dim, "expand_v": expand_v, "num_householder": 1, "use_output_gate": v["use_gate"]}
     common = {"head_dim": v["head_dim"], "expand_v": float(v["expand_v"])}
     if kind == "gated_deltanet":
-        return {**common, "num_householder": 1, "use_forget_gate": True, "use_output_gate": v["use_gate"]}
-    return {**common, **{key: v[key] for key in _PRODUCT}, "mixer": v.get("mixer", "deltaproduct")}
+        values = v.get("num_v_heads")
+        heads = {"num_heads": values or v["num_heads"], "num_key_heads": values and v["num_heads"]}
+        return {**common, **heads, "num_householder": 1, "use_forget_gate": True, "use_output_gate": v["use_gate"]}
+    ours = {"mixer": v.get("mixer", "deltaproduct"), "num_key_heads": v.get("num_key_heads")}
+    return {**common, **{key: v[key] for key in _PRODUCT}, **ours}
 
 
 def _attention_keys(v: dict[str, Any], where: str) -> dict[str, Any]:

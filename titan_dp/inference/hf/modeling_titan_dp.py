@@ -39,6 +39,7 @@ DEFAULTS = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
     "num_heads": 8,
+    "num_key_heads": None,
     "head_dim": 128,
     "expand_v": 1.0,
     "num_householder": 2,
@@ -324,7 +325,8 @@ class DeltaProduct(nn.Module):
         super().__init__()
         self.heads, self.n, self.dk, self.dv = c.num_heads, c.num_householder, c.head_dim, int(c.head_dim * c.expand_v)
         self.erase, self.max_beta = c.mixer != "gla", 2.0 if c.allow_neg_eigval else 1.0
-        keys, values, D = self.heads * self.dk, self.heads * self.dv, c.hidden_size
+        self.key_heads = c.num_key_heads or c.num_heads
+        keys, values, D = self.key_heads * self.dk, self.heads * self.dv, c.hidden_size
         self.q_proj = nn.Linear(D, keys, bias=False)
         self.k_proj = nn.Linear(D, self.n * keys, bias=False)
         self.v_proj = nn.Linear(D, self.n * values, bias=False)
@@ -359,8 +361,9 @@ class DeltaProduct(nn.Module):
             ]
             activated, tails = zip(*both, strict=True)
         q, k, v = (upcast(F.silu(y).to(x.dtype)) for y in activated)
-        q, k = q.view(B, T, self.heads, self.dk), k.view(B, T, self.n, self.heads, self.dk)
+        q, k = q.view(B, T, self.key_heads, self.dk), k.view(B, T, self.n, self.key_heads, self.dk)
         q, k = (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + L2_EPS) for y in (q, k))
+        q, k = (y.repeat_interleave(self.heads // self.key_heads, -2) for y in (q, k))
         v, beta = v.view(B, T, self.n, self.heads, self.dv), beta.view(B, T, self.n, self.heads)
         o, state = delta_product(q, k, v, beta, g, rows.document, state, self.erase)
         o = self.o_norm(o.to(x.dtype)).flatten(2)

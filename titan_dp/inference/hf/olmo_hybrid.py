@@ -39,6 +39,7 @@ def inexpressible(c: config.Model) -> list[str]:
         f"mixer = {c.mixer!r}": c.mixer != "deltaproduct",
         "attention_layers": any(c.mixer_of(i) == "attention" for i in range(c.num_hidden_layers)),
         f"num_householder = {c.num_householder}": c.num_householder != 1,
+        f"num_key_heads = {c.key_heads}": c.key_heads != c.num_heads,
         "use_output_gate = false": not c.use_output_gate,
         f"norm_eps = {c.norm_eps:g} (only {_EPS:g})": c.norm_eps != _EPS,
     }
