@@ -167,7 +167,7 @@ def test_changes_keep_their_size_under_mup(axis: str, values: list[int]) -> None
 
 @pytest.mark.parametrize(("axis", "values"), [("width", [64, 256]), ("depth", [2, 8])])
 def test_and_grow_without_it(axis: str, values: list[int]) -> None:
-    assert grown("standard", axis, values)["change of mixer"] > 0.6
+    assert grown("standard", axis, values)["change of mixer"] > 0.45
 
 
 def test_growth_is_the_exponent() -> None:

@@ -113,7 +113,7 @@ def test_a_paper_config_follows_the_papers_recipe(name: str) -> None:
 
 
 def test_the_debug_batch_divides_over_the_ranks_of_a_laptop_and_of_a_node() -> None:
-    assert {plan_batches(load("debug").config.training, ranks).global_batch_size for ranks in (1, 2, 4, 8)} == {32}
+    assert {plan_batches(load("debug").config.training, ranks).global_batch_size for ranks in (1, 2, 4, 8)} == {8}
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("state_tracking/*.toml")), ids=lambda path: path.stem)
