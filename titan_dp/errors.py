@@ -69,6 +69,10 @@ class RunError(RuntimeError):
     """A run that cannot go on, by nobody's mistake; the message says what happened and what to do. Exit code 1."""
 
 
+class UnwritableError(OSError):
+    """A path that cannot be written, for a reason that `_MACHINE_FAULTS` has no words for; the message says all."""
+
+
 class StoppedError(RuntimeError):
     """A signal asked the run to stop and everything is saved. Exit code 75, on which a scheduler starts the same again."""
 
@@ -95,9 +99,9 @@ def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def counted(number: int, noun: str) -> str:
-    """1 shard, 2 shards, 1,000 shards."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """1 shard, 2 shards, 1,000 shards; `plural` is for other endings."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -194,6 +198,8 @@ def leave(error: BaseException) -> NoReturn:
 def machine_fault(error: BaseException | None) -> str | None:
     """One sentence if `error`, or one it was raised from, is the machine's or the network's fault, such as a full disk."""
     for cause in _chain(error):
+        if isinstance(cause, UnwritableError):
+            return str(cause)
         if isinstance(cause, OSError) and cause.errno in _MACHINE_FAULTS:
             return f"{cause}; {_MACHINE_FAULTS[cause.errno]}"
         if isinstance(cause, RuntimeError) and (found := _LOST_WORKER.search(str(cause))):

@@ -12,14 +12,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any, TypeVar
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from titan_dp.errors import UserError, counted, say_once
+from titan_dp.errors import UnwritableError, UserError, counted, explained, say_once
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -29,7 +30,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """
     temporary = temporary_of(path)
     try:
-        with temporary.open("wb") as file:
+        with _explaining(path):
+            file = temporary.open("wb")
+        with file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -37,6 +40,25 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that a user may have named, and those above it.
+
+    Raises OSError: a full disk, or, with a message of its own, what no other message explains, such as a folder in /proc.
+    """
+    with _explaining(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if explained(error) is not None:
+            raise
+        raise UnwritableError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
 
 
 def temporary_of(path: Path) -> Path:
@@ -199,11 +221,12 @@ class Replaced:
     """Replaces lone surrogates and counts them.
 
     Args:
-        what: the texts are, in the plural: "documents", "prompts".
+        what: a text is: "document", "prompt".
+        of: which of them, for the message.
     """
 
-    def __init__(self, what: str = "texts") -> None:
-        self.what = what
+    def __init__(self, what: str = "text", of: str = "") -> None:
+        self.what, self.of = what, of
         self.characters = self.texts = 0
         self.first = ""
         """Where the first one was."""
@@ -228,5 +251,5 @@ class Replaced:
         """One sentence on stderr, from the main rank, if anything was replaced."""
         if self.characters:
             first = f", the first in {self.first}" if self.first else ""
-            found = f"{counted(self.characters, 'lone surrogate')} in {self.texts:,} {self.what}{first}"
+            found = f"{counted(self.characters, 'lone surrogate')} in {counted(self.texts, self.what)}{self.of}{first}"
             say_once(f"warning: {found}: not Unicode, replaced by U+FFFD")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from titan_dp.errors import is_main_rank, require
-from titan_dp.files import write_atomically
+from titan_dp.files import make_folder, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +83,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     content = figure_bytes(figure, path.suffix[1:])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, lambda file: file.write(content))
     plt.close(figure)
 
@@ -116,7 +116,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]
         if packed is not file:
             packed.close()
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, write)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -74,13 +75,15 @@ def test_a_mistake_is_one_message_and_exit_code_2(tiny_config: Path, root: Path,
 def test_changed_architecture_or_data_is_refused_on_resume_and_harms_nothing(tiny_config: Path) -> None:
     run_ranks(1, train_here, tiny_config, "--training.steps", "2")
     (said,) = run_ranks(1, refusals, tiny_config, [["--model.num_heads", "1"], ["--data.seed", "7"]])
+    assert re.match(r"\S+ holds another run \(step 2\); choose another job\.run_name\. It was", said[0])
     assert "was started with another model.num_heads" in said[0]
     assert "was started with another data.seed" in said[1]
     (again,) = run_ranks(1, said_by, tiny_config, "--training.steps", "3")
     assert "resumed at step 2" in again
     assert "nothing to do" not in again
     (finished,) = run_ranks(1, said_by, tiny_config, "--training.steps", "3")
-    assert "nothing to do: all 3 steps are done; to go on, raise training.steps" in finished
+    assert "nothing to do: all steps (3) are done; to start anew, choose another job.run_name" in finished
+    assert "with --lr_scheduler.total_steps 3" in finished, "more steps alone would make the rate jump"
 
 
 # -- what a run does ---------------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def test_a_sweep_is_an_array_that_retries_failed_cells_and_leaves_mistakes_and_f
     found = re.search(r"array (\d+): 3 cells, 4 at once", submitted.stdout)
     assert found is not None, submitted.stdout
     array = found[1]
-    assert "nothing to submit: 3 cells are with SLURM" in titan_dp_sweep(cluster, project, *launch).stdout
+    assert "nothing to submit: 3 cells with SLURM already" in titan_dp_sweep(cluster, project, *launch).stdout
 
     journal = project / f"slurm-{array}.log"
     wait_for(journal.exists, f"log of array {array}", 600, cluster.logs)

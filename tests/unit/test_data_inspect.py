@@ -130,7 +130,7 @@ def test_duplicates_are_found_across_shards_and_folders_with_the_first_and_how_m
     assert list(found["also_in_another_folder"].values()) == [2, 1]
     said = "\n".join(say(tmp_path)["findings"])
     assert "42.86% of the documents compared repeat an earlier one, with 46.34% of the tokens" in said
-    assert f"1 held-out documents of {tmp_path / 'b' / 'validation'} are also in another of these folders" in said
+    assert f"1 held-out document of {tmp_path / 'b' / 'validation'}: also in another of these folders" in said
 
 
 def test_of_too_many_documents_all_copies_are_kept_or_none(monkeypatch: pytest.MonkeyPatch) -> None:

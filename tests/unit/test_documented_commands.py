@@ -135,6 +135,16 @@ def test_the_environment_is_the_one_that_make_makes() -> None:
     assert [ACTIVATE.split()] == [command for command in found("README.md") if command[0] == "source"]
 
 
+def test_no_file_that_a_guide_says_to_save_gives_its_run_the_name_of_another_guides_run() -> None:
+    """A file's runs bear its name, and a run folder takes one model only."""
+    text = "".join((ROOT / page).read_text() for page in PAGES)
+    named = set(re.findall(r"--job\.run_name (\S+)", text))
+    saved = set(re.findall(r"^```toml\n# (\w+)\.toml$", text, re.MULTILINE))
+    assert {"48m", "study", "tuned"} <= saved
+    assert {"mine", "finetuned"} <= named
+    assert saved & named == set()
+
+
 LINKED = [*PAGES, "CHANGELOG.md", "docs/cpu_study/README.md"]
 
 

@@ -19,7 +19,7 @@ from titan_dp.config.load import load_config
 from titan_dp.errors import UserError
 from titan_dp.estimate import ledger, trace
 from titan_dp.estimate.collectives import Collective
-from titan_dp.estimate.command import amount, dry_run, unit_of
+from titan_dp.estimate.command import _print_memory, amount, dry_run, unit_of
 from titan_dp.estimate.ledger import Ledger, Work
 from titan_dp.estimate.result import ALLOWANCE, ALLOWANCE_SHARE, estimate
 from titan_dp.estimate.speed import Assumptions, links, predict, seconds_of
@@ -121,10 +121,20 @@ def test_the_largest_batch_fits_and_the_next_one_does_not() -> None:
     assert needed(found) <= available < needed(found + 1)
 
 
-def test_a_global_batch_that_is_given_stays() -> None:
-    training = config.Training(steps=1, seq_len=128, local_batch_size=1, global_batch_size=24)
-    found = estimate(run_of(training=training), 4, H200, IB, available=2**40).largest_batch
-    assert found == 6, "of 24 sequences over 4 ranks"
+@pytest.mark.parametrize(
+    ("local", "gib", "said"),
+    [
+        (6, 1024, "local batch 6: the largest that global_batch_size 24 on 4 ranks allows; memory has room for more"),
+        (1, 1024, "local batch 1: the largest that global_batch_size 24 on 4 ranks allows is 6; memory has room for more"),
+        (1, 2.012, "local batch 1: the largest that fits is 1"),
+    ],
+)
+def test_a_global_batch_that_is_given_stays_and_is_named_if_it_and_not_memory_limits_the_local_batch(
+    local: int, gib: float, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = config.Training(steps=1, seq_len=128, local_batch_size=local, global_batch_size=24)
+    _print_memory(estimate(run_of(training=training), 4, H200, IB, available=int(gib * 2**30)))
+    assert capsys.readouterr().out.rstrip().endswith(said)
 
 
 # -- communication and speed -------------------------------------------------------------------------------------------

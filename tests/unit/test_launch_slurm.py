@@ -44,7 +44,7 @@ def test_branches_are_an_array_that_waits_for_the_array_of_their_trunks(submit: 
         (["--array=0-0%1"], ["steps100"]),
         (["--array=0-0%1", "--dependency=afterany:101"], ["steps50"]),
     ]
-    assert "array 102: 1 cells, 1 at once after 101" in Path("said").read_text()
+    assert "array 102: 1 cell, 1 at once after 101" in Path("said").read_text()
     assert submit("101 0", "102 0") == []
     assert submit("101 0") == [(["--array=0-0%1", "--dependency=afterany:101"], ["steps50"])], "somebody has cancelled 102"
 

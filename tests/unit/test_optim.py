@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -44,6 +45,13 @@ def test_only_matrices_decay_and_embeddings_by_choice() -> None:
     assert found["embeddings"][2] == {"embeddings.weight", "lm_head.weight"}
     assert {"layers.0.attn.forget_gate.A_log", "layers.1.attn.forget_gate.dt_bias", "norm.weight"} < found["norms and gates"][2]
     assert groups(decay_embeddings=True)["embeddings"][1] == 0.1
+
+
+def test_the_head_of_a_run_counts_each_role_in_the_right_number() -> None:
+    optimizers = build_optimizer(make(torch.float32, num_hidden_layers=1), config.Optimizer(weight_decay=0.1))
+    shown = optimizers.describe()
+    assert ", 1 embedding (" in shown
+    assert re.match(r"AdamW lr \S+: \d+ matrices \([\d,]+, decay 0.1\)", shown)
 
 
 def test_adamw_takes_everything_without_muon() -> None:

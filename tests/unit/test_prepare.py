@@ -519,8 +519,8 @@ def test_bad_documents_are_counted_if_that_is_asked_for(tmp_path: Path, capsys: 
     prepare(tmp_path / "x.jsonl", "--out", tmp_path / "out", "--on-bad-document", "skip", "--validation-fraction", "0")
     assert documents(tmp_path / "out/train") == [b"good", b"", "\ufffd".encode()]
     said = capsys.readouterr().out
-    assert "1 documents are empty" in said
-    assert "WARNING: 4 documents were refused, the first: " in said
+    assert "1 empty document" in said
+    assert "WARNING: 4 documents refused, the first: " in said
     assert "x.jsonl:1 holds int under 'text', not text" in said
     counts = {"files": 1, "files_skipped": {}, "documents_empty": 1, "documents_refused": 4, "characters_replaced": 1}
     assert TokenShards(tmp_path / "out/train").manifest["account"] == counts
@@ -656,7 +656,7 @@ def test_one_utf_16_file_among_others_is_counted_if_that_is_asked_for(
     (tmp_path / "b.txt").write_text("the whale")
     prepare(tmp_path, "--out", tmp_path / "out", "--on-bad-document", "skip", "--validation-fraction", "0")
     assert documents(tmp_path / "out" / "train") == [b"the whale"]
-    assert "1 documents were refused, the first: " in capsys.readouterr().out
+    assert "1 document refused, the first: " in capsys.readouterr().out
 
 
 def test_a_separator_that_divides_nothing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -741,7 +741,7 @@ def test_a_column_that_is_not_there_leaves_nothing_in_the_way_of_the_right_one(t
 def test_documents_too_few_to_hold_any_out_are_said_to_be_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "x.txt").write_text("a text")
     prepare(tmp_path / "x.txt", "--out", tmp_path / "out", "--workers", "1")
-    assert "WARNING: none of 1 documents was held out at --validation-fraction 0.01" in capsys.readouterr().out
+    assert "WARNING: none of 1 document was held out at --validation-fraction 0.01" in capsys.readouterr().out
 
 
 def test_out_is_a_folder_and_its_sign_of_the_home_folder_is_read(
@@ -802,8 +802,8 @@ def test_verify_compares_the_account_with_the_input_while_that_is_there(tmp_path
     assert "account: good, the input has 1 file, 4 documents, 3,004 bytes of text" in capsys.readouterr().out
     record = json.loads((out / "progress.json").read_text())
     for key, other, said in (
-        ("documents", 5, "the input has 1 file, 4 documents and 1 replaced characters, its account 1, 6 and 1"),
-        ("text_bytes", 9, "1 empty documents and 3,004 bytes of text, its account 1 and 9"),
+        ("documents", 5, "the input has 1 file, 4 documents and 1 replaced character, its account 1, 6 and 1"),
+        ("text_bytes", 9, "1 empty document and 3,004 bytes of text, its account 1 and 9"),
         ("without_tokens", 2, "the shards hold 3 documents, the account has 2 with tokens"),
     ):
         changed = record | {"account": record["account"] | {key: other}}

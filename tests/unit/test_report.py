@@ -276,7 +276,7 @@ def test_unfinished_diverged_and_repeated_runs_are_in_no_mean_and_named(tmp_path
 def test_runs_that_never_started_make_no_report(tmp_path: Path) -> None:
     (write_run(tmp_path / "run") / "run.json").unlink()
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match="none of the 1 runs has started"):
+    with pytest.raises(UserError, match="none of 1 run has started"):
         results(tmp_path)
 
 
@@ -427,6 +427,14 @@ def test_a_difference_of_single_seeds_is_measured_against_their_validations(
     (rows,) = compare(configurations(tmp_path))
     assert rows["noise_of_difference"].iloc[1] == pytest.approx(0.04)
     assert rows["verdict"].iloc[1] == verdict
+
+
+@pytest.mark.parametrize(("seeds", "interval"), [([1], ""), ([1, 2], "; by its 95 % interval lower in 0, higher in 0")])
+def test_a_report_speaks_of_intervals_only_if_there_is_one(tmp_path: Path, seeds: list[int], interval: str) -> None:
+    study = write_study(tmp_path / "s", law(0.1), sizes=((64, 2),), steps=(100,), n_h=(1, 2), seeds=seeds)
+    (said,) = [line for line in summary(results(study)) if line.startswith("At equal size")]
+    assert said.partition("nats per token")[2].removesuffix(".").partition("; inside")[0] == interval
+    assert " in 1 of 1 comparison, mean difference -0.0200 " in said
 
 
 def test_seeds_that_scatter_more_than_validations_are_the_noise_and_more_of_them_lower_it(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_prepare_replaces_them_from_every_kind_of_file_and_says_where(write, tmp
     assert WHOLE.encode() in bytes(tokens[tokens < 256].tolist())
     assert shards.manifest["text_bytes"] == len(WHOLE.encode()) + 4 * (write is as_parquet)
     said = capsys.readouterr().err
-    assert "warning: 1 lone surrogate in 1 documents, the first in " in said
+    assert "warning: 1 lone surrogate in 1 document, the first in " in said
     assert source.name in said
 
 
@@ -85,13 +85,13 @@ def test_a_stream_replaces_them_and_says_so(monkeypatch: pytest.MonkeyPatch, cap
     loader = hf_stream.StreamLoader(data, config.Dataloader(num_workers=0), Place(9, 1, 1, 0, 1), 320)
     (ids,) = next(iter(loader))[0]["input_ids"].tolist()
     assert ids == [256, *WHOLE.encode(), 257][:9]
-    assert "1 lone surrogate in 1 documents streamed so far, the first in row 0 of x" in capsys.readouterr().err
+    assert "1 lone surrogate in 1 document streamed so far, the first in row 0 of x" in capsys.readouterr().err
 
 
 def test_an_evaluation_reads_them_as_replaced(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     command = ["evaluate", "perplexity", str(checkpoint), "--text", str(as_json_lines(tmp_path)), "--out", str(tmp_path / "o")]
     assert dispatch(command) == 0
-    assert capsys.readouterr().err.count("1 lone surrogate in 1 documents, the first in ") == 1
+    assert capsys.readouterr().err.count("1 lone surrogate in 1 document, the first in ") == 1
 
 
 def prompts(*argv: str) -> list[str]:
@@ -109,7 +109,7 @@ def test_prompts_are_replaced_from_the_command_line_and_from_files(tmp_path: Pat
 
 def test_a_stop_string_is_replaced_and_said(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     assert dispatch(["generate", str(checkpoint), "--stop", "\udce9", "--max-new-tokens", "2"]) == 0
-    assert "1 lone surrogate in 1 stop strings" in capsys.readouterr().err
+    assert "1 lone surrogate in 1 stop string" in capsys.readouterr().err
 
 
 def test_a_setting_that_is_no_unicode_is_refused() -> None:

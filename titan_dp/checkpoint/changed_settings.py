@@ -8,6 +8,7 @@ refusal advises the flag that works, if there is one.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -33,12 +34,17 @@ _NO_MATTER_EITHER |= {"training.global_batch_size", "state_tracking.test_length"
 _NO_MATTER_EITHER |= {"debug.check_kernels"}
 
 
+_NAMED = 3
+"""Differences that a refusal shows with both values; of more it gives the number."""
+
+
 def check_changes(
     saved: dict[str, Any],
     current: dict[str, Any],
     allow_changed: list[str],
     tensors: str | None = None,
     weights_of: str | None = None,
+    run_folder: Path | str = "the run folder",
 ) -> None:
     """Compare a manifest with what the run that goes on from it would save.
 
@@ -47,19 +53,23 @@ def check_changes(
         allow_changed: keys that may differ.
         tensors: how the tensors themselves differ, which no key allows.
         weights_of: the checkpoint whose weights alone a new run starts from, for the message; None for a resume.
+        run_folder: that a resume reads, for the message.
 
-    Raises UserError naming every architecture or data key that differs and is not allowed, with both values.
+    Raises UserError naming the first architecture or data keys that differ and are not allowed, with both values.
     """
     if weights_of is None:
-        opening = f"the run to resume (step {saved['step']}) was started with another"
-        changed, ways = _changed(saved, current), "restore it, choose another job.run_name"
+        step = saved["step"]
+        opening = f"{run_folder} holds another run (step {step}); choose another job.run_name. It was started with another"
+        changed, ways = _changed(saved, current), "restore it"
     else:
         opening = f"{weights_of} was made with another"
         changed, ways = weights_changed(saved, current), "use the [model] section and the tokenizer it was made with"
     changed = {key: pair for key, pair in changed.items() if tensors or key not in allow_changed}
     if not changed and tensors is None:
         return
-    listed = ", ".join(f"{shorten(key)} (was {_show(old)}, now {_show(new)})" for key, (old, new) in sorted(changed.items()))
+    pairs = [f"{shorten(key)} (was {_show(old)}, now {_show(new)})" for key, (old, new) in sorted(changed.items())]
+    more = f" and {len(pairs) - _NAMED} more" if pairs[_NAMED:] else ""
+    listed = ", ".join(pairs[:_NAMED]) + more
     if tensors is not None:
         what = f"{listed}, so that the tensors differ" if listed else "architecture"
         raise UserError(f"{opening} {what}: {tensors}; {ways} (no checkpoint.allow_changed mends that)")

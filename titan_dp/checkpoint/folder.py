@@ -27,7 +27,7 @@ from titan_dp.checkpoint.manifest import (
 )
 from titan_dp.config.describe import all_keys
 from titan_dp.errors import UserError, say_once
-from titan_dp.files import shorten, stays_inside
+from titan_dp.files import make_folder, shorten, stays_inside
 
 SAVED = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|(\.manifest\.json\.tmp|manifest\.json)")
 """Names of the files that a save writes."""
@@ -167,7 +167,7 @@ def make_empty(folder: Path) -> None:
     """A folder for a new checkpoint; one of the same step that was cut off, or is saved again, goes."""
     if folder.exists():
         delete_checkpoint(folder)
-    folder.mkdir(parents=True, exist_ok=True)  # it stays if it holds what no save wrote
+    make_folder(folder)  # it stays if it holds what no save wrote
 
 
 def apply_retention(folder: Path, keep_latest_k: int, keep_steps: Iterable[int] = ()) -> None:

@@ -205,7 +205,7 @@ class Checkpointer:
         weights, rng = model_tensors(model), {}
         saved = CheckpointTensors(folder, verified=True)
         difference = tensor_difference(saved.shapes, without_prefix(weights, "model."))
-        check_changes(manifest, current, self.c.allow_changed, difference)
+        check_changes(manifest, current, self.c.allow_changed, difference, run_folder=folder.parent.parent)
         # Another optimizer, which was allowed, begins without moments.
         keeps = keeps_moments(manifest, current)
         moments, rest = optimizer_tensors(model, optimizers) if keeps else ({}, {})

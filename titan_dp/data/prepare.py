@@ -47,7 +47,7 @@ from titan_dp.data.sources import Account
 from titan_dp.data.tokenise import Encoded, Encoder, Mark, cut
 from titan_dp.data.tokenizer import Tokenizer, load_tokenizer
 from titan_dp.errors import UserError, counted, say_once
-from titan_dp.files import JsonObject, Natural, Replaced, parse_json, short, write_json
+from titan_dp.files import JsonObject, Natural, Replaced, make_folder, parse_json, short, write_json
 
 _SAVE_SECONDS = 30.0
 """How much work a kill costs at most."""
@@ -195,7 +195,7 @@ class _Progress(JsonObject):
 
 def _go_on(out: Path, plan: dict[str, Any]) -> _Progress:
     """Where an earlier run stopped, or the beginning. Raises UserError if OUT holds something else."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if (saved := _Progress.read(out)) is None:
         if any(out.iterdir()):
             raise UserError(f"--out {out} is not empty and holds no earlier prepare; choose another folder")
@@ -250,7 +250,7 @@ def _begin_again(out: Path, plan: dict[str, Any]) -> _Progress:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     saved = _Progress.read(out)
     there = [(path, split) for split in SPLITS if (out / split).is_dir() for path in sorted((out / split).iterdir())]
     names = {split: _own_names(out / split, saved, split) for split in SPLITS}
@@ -292,7 +292,7 @@ def _own_names(folder: Path, saved: _Progress | None, split: Split) -> set[str]:
 
 
 def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, progress: _Progress, account: Account) -> None:
-    plan, replaced = progress.plan, Replaced("documents")
+    plan, replaced = progress.plan, Replaced("document")
     _restore(progress, account, replaced)
     documents = _open_input(args, files, account, progress.place)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
@@ -342,7 +342,7 @@ def _write(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, pr
         raise UserError("the input holds no text: all its documents are empty")
     if plan["validation_fraction"] and not work.writers["validation"].shards:
         print(
-            f"WARNING: none of {account.documents:,} documents was held out at --validation-fraction "
+            f"WARNING: none of {counted(account.documents, 'document')} was held out at --validation-fraction "
             f"{plan['validation_fraction']:g}; give a larger one with --overwrite, or train with --validation.enable=false"
         )
     progress.finished = True
@@ -544,12 +544,13 @@ def _verify_account(saved: _Progress) -> list[str]:
     problems = []
     if (read[0] - by_tokenizer, account.files, replaced.characters) != (refused[0], then["files"], then["replaced"][0]):
         problems.append(
-            f"the input has {counted(account.files, 'file')}, {read[0]:,} documents and {replaced.characters:,} replaced "
-            f"characters, its account {then['files']:,}, {sum(refused):,} and {then['replaced'][0]:,}"
+            f"the input has {counted(account.files, 'file')}, {counted(read[0], 'document')} and "
+            f"{counted(replaced.characters, 'replaced character')}, its account "
+            f"{then['files']:,}, {sum(refused):,} and {then['replaced'][0]:,}"
         )
     elif not by_tokenizer and (account.empty, account.text_bytes) != (then["empty"], then["text_bytes"]):
         problems.append(
-            f"the input has {account.empty:,} empty documents and {account.text_bytes:,} bytes of text, its account "
+            f"the input has {counted(account.empty, 'empty document')} and {account.text_bytes:,} bytes of text, its account "
             f"{then['empty']:,} and {then['text_bytes']:,}"
         )
     if sum(shard.documents for shard in kept) != then["documents"] - then["without_tokens"]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from titan_dp.data.shards import AGAIN, MANIFEST, TokenShards
 from titan_dp.errors import RunError, UserError
-from titan_dp.files import file_sha256, write_json
+from titan_dp.files import file_sha256, make_folder, write_json
 
 RECORD = "data_verified.json"
 
@@ -44,7 +44,7 @@ class ShardCheck:
         self.sources, self.record = sources, run_folder / record
         self.problem: UserError | RunError | None = None
         """What was found: a changed file, or one that cannot be read."""
-        run_folder.mkdir(parents=True, exist_ok=True)
+        make_folder(run_folder)
         self._thread = threading.Thread(target=self._run, name="shard-check", daemon=True)
         self._thread.start()
 

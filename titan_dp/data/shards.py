@@ -33,6 +33,7 @@ from titan_dp.files import (
     Natural,
     file_sha256,
     inside,
+    make_folder,
     parse_json,
     shorten,
     shown,
@@ -133,7 +134,7 @@ class ShardWriter:
     def __init__(
         self, folder: Path, dtype: np.dtype, shard_tokens: int, shards: list[Shard], begun: Begun | None = None
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.folder, self.dtype, self.shard_tokens, self.shards = folder, dtype, shard_tokens, shards
         self.begun = begun or Begun()
         self._files: tuple[_Appended, _Appended] | None = None

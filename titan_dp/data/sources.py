@@ -62,9 +62,9 @@ class Account:
     def describe(self) -> str:
         """What a person should know of the input, in one line or two."""
         parts = [f"read {counted(self.files, 'file')}"] if self.files else []
-        parts += [f"{self.empty:,} documents are empty"] if self.empty else []
+        parts += [counted(self.empty, "empty document")] if self.empty else []
         parts += [named(self.skipped)] if self.skipped else []
-        refused = f"\nWARNING: {self.refused:,} documents were refused, the first: {self.first_refused}"
+        refused = f"\nWARNING: {counted(self.refused, 'document')} refused, the first: {self.first_refused}"
         return "; ".join(parts) + refused * bool(self.refused)
 
 

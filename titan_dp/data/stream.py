@@ -79,7 +79,7 @@ class StreamLoader:
         identity = [data.hf_dataset, data.hf_name, data.hf_split, data.hf_column, data.hf_shuffle_buffer, tokenizer.hash]
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
         self.state: State = dict(_START)
-        self.replaced = Replaced("documents streamed so far")
+        self.replaced = Replaced("document", " streamed so far")
         self.left_out = 0
         """Documents that could not be used, since the start of this process."""
         before, after = tokenizer.separators()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from titan_dp.config.arguments import above_zero, fraction, positive, take_settings
 from titan_dp.config.load import Loaded, load_config
 from titan_dp.config.mixers import MIXERS
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, counted
 from titan_dp.files import short, si
 from titan_dp.hardware import GPU, GPUS, NETWORKS, find_gpu, find_network, gpu_of
 from titan_dp.output import number_table, print_next, print_pairs, print_table, print_text, progress
@@ -152,6 +152,10 @@ def _print_memory(e: Estimate) -> None:
     if e.largest_batch is not None and e.available:
         most = f"the largest that fits is {e.largest_batch}" if e.largest_batch else "not even 1 fits"
         more = "" if e.total <= e.available else "; --activation_checkpoint.mode full, or more ranks, need less memory"
+        if e.more_would_fit:
+            on = f"global_batch_size {e.batch.global_batch_size:,} on {counted(e.ranks, 'rank')}"
+            own = "" if e.largest_batch == e.batch.local_batch_size else f" is {e.largest_batch}"
+            most, more = f"the largest that {on} allows{own}", "; memory has room for more"
         print_text(f"local batch {e.batch.local_batch_size}: {most}{more}", "")
 
 

@@ -63,6 +63,8 @@ class Estimate:
     largest_batch: int | None = None
     """Sequences per micro-batch whose peak and allowance fit in `available`; 0: not even one."""
     largest_peak: int | None = None
+    more_would_fit: bool = False
+    """Whether `largest_batch` is what the global batch allows, and one sequence more would fit as well."""
 
     @property
     def total(self) -> int:
@@ -103,11 +105,14 @@ def estimate(
     with fake_run(c, ranks, gpu) as run:
         step = run.step(batch.local_batch_size, batch.accumulation)
         largest: tuple[int | None, int | None] = (None, None)
+        more_would_fit = False
         if search and available:
             limit = available if gpu is None else (available - ALLOWANCE) / (1 + ALLOWANCE_SHARE)
             total = None if c.training.global_batch_size == -1 or notes else batch.global_batch_size
             choices, accumulation = _choices(batch, total, rows)
             largest = _largest(run, step, batch, choices, accumulation, limit)
+            if total is not None and largest[0] == choices[-1]:
+                more_would_fit = run.step(choices[-1] + 1, 1).peak.bytes <= limit
     if c.compile.enable:
         notes.append("torch.compile's savings of memory are not counted")
     if backend == "triton" and find_spec("triton") is None:
@@ -130,6 +135,7 @@ def estimate(
         executed_flops=sum(w.flops for w in step.work),
         largest_batch=largest[0],
         largest_peak=largest[1],
+        more_would_fit=more_would_fit,
     )
     if gpu is not None and math.isnan(gpu.tflops):
         notes.append(f"no speed is predicted: {gpu.name} is not in the table of data sheets")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from titan_dp.config.arguments import natural, positive
 from titan_dp.errors import UserError, require
 from titan_dp.evals.session import Result, Session, add_common_arguments, run_evaluation
-from titan_dp.files import as_unicode, to_json, write_atomically
+from titan_dp.files import as_unicode, make_folder, to_json, write_atomically
 from titan_dp.output import number_table, print_table, print_text, print_written
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def _write_samples(samples: dict[str, list[dict[str, Any]]], path: Path) -> str:
         for task, of_task in samples.items()
         for sample in of_task
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, lambda file: file.write(as_unicode("".join(f"{line}\n" for line in lines)).encode()))
     return path.name
 

@@ -108,7 +108,7 @@ class TitanDPLM(TemplateLM):
             raise UserError(f"tokenizer {self.text.name!r} has no BOS to add; leave it out with --no-add-bos")
         self.truncated: Counter[str] = Counter()
         """Requests that lost the beginning of their context, by kind."""
-        self.replaced = Replaced("texts of the tasks")
+        self.replaced = Replaced("text", " of the tasks")
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> TitanDPLM:

@@ -28,7 +28,7 @@ import numpy as np
 
 from titan_dp.config.arguments import positive
 from titan_dp.errors import RunError, UserError
-from titan_dp.files import to_json, write_atomically, write_json
+from titan_dp.files import make_folder, to_json, write_atomically, write_json
 from titan_dp.output import check_matplotlib, progress
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class Result:
     def keep(self, arrays: Mapping[str, np.ndarray | int], now: bool = False) -> None:
         """Save what this rank has computed so far, every half minute or `now`."""
         if now or time.monotonic() - self._saved > _SAVE_SECONDS:
-            self._partial.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._partial.parent)
             write_atomically(self._partial, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
             self._saved = time.monotonic()
 
@@ -270,7 +270,7 @@ class Result:
                 raise RunError(
                     f"{wrong} of {self.source.label} is not finite: the losses are too large; take another checkpoint"
                 )
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             made_on = {"torch": torch.__version__, "ranks": world.size, "device": world.device.type}
             write_json(self.path, {**self._head, "made_on": made_on, "results": results})
 

@@ -128,7 +128,7 @@ def _from_text(args: argparse.Namespace, tokenizer: Tokenizer) -> Texts:
     said: list[str] = []
 
     def read() -> Iterator[Document]:
-        replaced = Replaced("documents")
+        replaced = Replaced("document")
         try:
             for text in itertools.islice(texts(replaced), args.max_documents):
                 yield Document(np.array(prefix + tokenizer.encode(text), dtype=np.int64), len(text.encode()))

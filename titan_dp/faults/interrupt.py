@@ -19,7 +19,10 @@ from torch import Tensor
 
 from titan_dp.errors import SIGNALS, is_main_rank
 
-_CTRL_C = b"\nCtrl-C: the step is finished and saved; a second Ctrl-C leaves at once, back to the last save\n"
+_CTRL_C = (
+    b"\nCtrl-C: the run stops after this step and saves everything; a second Ctrl-C stops it at once, and what it did since "
+    b"its last save is lost\n"
+)
 
 
 class Interrupt:

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if "" in args.stop:
         raise UserError("--stop '' would end every continuation at once; name the text to stop before")
     texts = read_prompts(args)
-    replaced = Replaced("stop strings")
+    replaced = Replaced("stop string")
     args.stop = [replaced(text) for text in args.stop]
     replaced.say()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +81,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     texts = list(args.prompt or [])
     if args.prompt_file is not None:
         texts += _in_file(args.prompt_file)
-    replaced = Replaced("prompts")
+    replaced = Replaced("prompt")
     prompts = [replaced(text) for text in texts or ["The "]]
     replaced.say()
     return prompts

@@ -74,7 +74,8 @@ def main(argv: list[str]) -> int:
         except SignalException as error:
             if stopped.exists():  # the ranks have said that they saved
                 return EXIT_STOPPED
-            print(f"ended from outside by {error.sigval.name}", file=sys.stderr, flush=True)
+            lost = "what the run did since its last save is lost; the same command goes on from that save"
+            print(f"stopped at once by {error.sigval.name}: {lost}", file=sys.stderr, flush=True)
             # 1, not 143: srun reports the highest code of all nodes, and the one that failed by itself must show. So 75 too is
             # left with only where the ranks did save, which they cannot after another node has failed.
             return 1

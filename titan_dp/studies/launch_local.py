@@ -75,7 +75,8 @@ def launch_local(cells: Sequence[Cell], *, at_once: int, nproc: int, retries: in
             launcher.tell()
         if ended.told:
             with suppress(OSError):  # the terminal may be gone
-                print("the cells save and end; a second Ctrl-C kills them", flush=True)
+                lost = "what they did since their last save is lost"
+                print(f"the cells save and end; a second Ctrl-C kills them, and {lost}", flush=True)
         for future in futures:
             future.result()
     if ended.told:

@@ -59,7 +59,7 @@ def launch_slurm(sweep: Sweep, *, at_once: int, nproc: int | None, retries: int,
     if left := len(cells) - len(first) - len(later):
         print(f"{counted(left, 'cell')} not submitted: what they branch from is not there, and no job of SLURM trains it")
     if not first and not later:
-        print(f"nothing to submit: {len(queued)} cells are with SLURM, the rest is finished")
+        print(f"nothing to submit: {counted(len(queued), 'cell')} with SLURM already, the rest is finished")
         return
     if not str(sweep.folder).isprintable():  # the listing has one cell per line
         raise UserError(
@@ -80,7 +80,8 @@ def launch_slurm(sweep: Sweep, *, at_once: int, nproc: int | None, retries: int,
         write_json(path, [each.model_dump() for each in jobs])
         queued |= dict.fromkeys(jobs[-1].cells, job)
         after = f" after {', '.join(awaited)}" if awaited else ""
-        print(f"array {job}: {len(these)} cells, {at_once} at once{after}; the command without --launch shows how far they are")
+        many = f"{counted(len(these), 'cell')}, {at_once} at once{after}"
+        print(f"array {job}: {many}; the command without --launch shows how far they are")
 
 
 def _read_jobs(path: Path) -> list[_Job]:

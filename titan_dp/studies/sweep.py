@@ -22,7 +22,7 @@ from typing import Any
 from titan_dp.config.arguments import above_zero, fraction, natural, positive
 from titan_dp.config.load import config_from_toml
 from titan_dp.errors import RunError, UserError, counted, require
-from titan_dp.files import short, stays_inside, write_json
+from titan_dp.files import make_folder, short, stays_inside, write_json
 from titan_dp.output import number_table, print_next, print_table, print_text
 from titan_dp.studies.sweep_file import Cell, Sweep, load_sweep
 from titan_dp.train.run_folder import RunLock, holds_config, identity, is_finished, is_locked, last_step, read_run, write_config
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f'--extend-edges extends tuned axes, and {args.file} tunes none; give [sweep] tune = "lr", say')
         require("titan-dp sweep --extend-edges", "pandas", "pyarrow", "scipy")
     try:
-        sweep.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(sweep.folder)
         lock: RunLock | None = RunLock(sweep.folder)  # whoever writes run folders or starts cells is alone
     except (FileExistsError, NotADirectoryError) as error:
         remedy = "choose another job.dump_folder or [sweep] name"

@@ -124,10 +124,10 @@ def planned(c: config.Config, batch: BatchPlan, world_size: int) -> dict[str, st
         "parameters": f"{size.parameters:,} ({size.parameters - embedding_parameters(c.model):,} without the embedding)",
         "FLOPs per token": f"{si(size.flops_per_token, '')} ({parts}; forward + backward, no recomputation{taken})",
         "batch": (
-            f"{batch.global_batch_size:,} sequences of {batch.seq_len:,} = {short(batch.tokens_per_step)} tokens per step "
-            f"({ranks} x local batch {batch.local_batch_size} x accumulation {batch.accumulation})"
+            f"{counted(batch.global_batch_size, 'sequence')} of {batch.seq_len:,} = {short(batch.tokens_per_step)} tokens per "
+            f"step ({ranks} x local batch {batch.local_batch_size} x accumulation {batch.accumulation})"
         ),
-        "length": f"{batch.steps:,} steps = {short(batch.tokens)} tokens",
+        "length": f"{counted(batch.steps, 'step')} = {short(batch.tokens)} tokens",
         "precision": f"compute {c.training.mixed_precision_param}, reduction {c.training.mixed_precision_reduce}, "
         "norms, A_log, dt_bias and the sharded originals float32",
     }

@@ -26,7 +26,7 @@ from titan_dp.config.describe import all_keys
 from titan_dp.config.load import Loaded
 from titan_dp.errors import RunError, UserError
 from titan_dp.faults.step_times import Interval
-from titan_dp.files import short, to_json, write_atomically
+from titan_dp.files import make_folder, short, to_json, write_atomically
 from titan_dp.hardware import peak
 from titan_dp.output import fitted, room
 from titan_dp.train.facts import RunFacts
@@ -67,7 +67,7 @@ class Metrics:
         self._last_step, self._last_tokens, self._step_seconds, self._memory = start_step, start_tokens, 0.0, 0.0
         self._file = self._tensorboard = self._wandb = None
         if world.is_main:
-            run_folder.mkdir(parents=True, exist_ok=True)
+            make_folder(run_folder)
             path = run_folder / "metrics.jsonl"
             drop_repeated_steps(path, start_step)
             self._file = path.open("a")

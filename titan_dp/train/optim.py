@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from titan_dp import config
 from titan_dp.distributed import local_tensor
-from titan_dp.errors import RunError, UserError
+from titan_dp.errors import RunError, UserError, counted
 from titan_dp.model.parametrization import Scale
 from titan_dp.model.transformer import Transformer
 from titan_dp.train.muon import Muon, shard_group
@@ -55,7 +55,8 @@ def build_optimizer(model: Transformer, c: config.Optimizer, scales: Mapping[str
     return Optimizers(optimizers)
 
 
-ROLES = ("matrices", "embeddings", "convolutions", "norms and gates")
+_SINGULAR = {"matrices": "matrix", "embeddings": "embedding", "convolutions": "convolution", "norms and gates": "norm or gate"}
+ROLES = tuple(_SINGULAR)
 
 
 def _role(name: str, parameter: nn.Parameter) -> str:
@@ -101,7 +102,8 @@ class Optimizers:
                 parameters = [p for group in groups for p in group["params"]]
                 decay = _range(group["weight_decay"] for group in groups)
                 size = f"{sum(p.numel() for p in parameters):,}"
-                roles.append(f"{len(parameters)} {role} ({size}, {'no decay' if decay == '0' else f'decay {decay}'})")
+                many = counted(len(parameters), _SINGULAR[role], role)
+                roles.append(f"{many} ({size}, {'no decay' if decay == '0' else f'decay {decay}'})")
             rates = _range(group["peak_lr"] for group in optimizer.param_groups)
             parts.append(f"{type(optimizer).__name__} lr {rates}: {', '.join(roles)}")
         return "; ".join(parts)

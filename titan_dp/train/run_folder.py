@@ -24,7 +24,7 @@ import tomli
 from titan_dp.config import Config
 from titan_dp.config.load import config_from_toml
 from titan_dp.errors import RunError, UserError
-from titan_dp.files import shown, to_json, write_json
+from titan_dp.files import make_folder, shown, to_json, write_json
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # file systems without locks
 
@@ -42,7 +42,7 @@ def identity(config: Config) -> str:
 
 def write_config(folder: Path, text: str) -> None:
     """Write a future run's config.toml, and its folder. No fsync: it can be written again until the run is trained."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     temporary = folder / ".config.toml.tmp"
     temporary.write_text(text)
     os.replace(temporary, folder / "config.toml")
@@ -163,7 +163,7 @@ class RunLock:
 
     def _taken(self) -> bool:
         """Whether the lock could be had, and still is the folder's: whoever held it may have removed both."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent)
         with suppress(FileNotFoundError):
             self._file = self._path.open("w")
             if _try_lock(self._file, fcntl.LOCK_EX) and os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):

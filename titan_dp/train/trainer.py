@@ -227,8 +227,8 @@ class Trainer:
         self._announce()
         if self._is_done():
             self.console.print(
-                f"nothing to do: all {self.step:,} steps are done; to go on, raise training.steps or training.tokens, "
-                "or choose another job.run_name"
+                f"nothing to do: all steps ({self.step:,}) are done; to start anew, choose another job.run_name; to train it "
+                f"further: {self._further()}"
             )
         metrics = together(self._open_run_folder)
 
@@ -381,7 +381,15 @@ class Trainer:
             held_out = f"--shards {shlex.quote(c.validation.paths[0])} --concatenate" if c.validation.enable else "--text ..."
             measure = f"titan-dp evaluate perplexity {run} {held_out}"
             print_next("let it write, and measure it", f"titan-dp generate {run}", measure)
-        print_text("to train it further, give the same command with more training.steps or training.tokens")
+        print_text(f"to train it further: {self._further()}")
+
+    def _further(self) -> str:
+        """How to go on with a finished run; a wheel has no guide, so the settings are named."""
+        end = self.config.lr_scheduler.total_steps or self.batch.steps
+        return (
+            f"docs/guides/more-tokens.md; the simplest way is more training.steps with --lr_scheduler.total_steps {end} (more "
+            "steps alone make the learning rate jump)"
+        )
 
     def _show_result(self, metrics: Metrics, newest: Path | None, shown: tuple[str, str] | None) -> None:
         """What the model can do now, and where everything is."""

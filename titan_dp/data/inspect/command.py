@@ -20,7 +20,7 @@ from titan_dp.config.load import keys_of, load_config
 from titan_dp.data.inspect import report as reports
 from titan_dp.data.inspect.text import Decoder, Piece, harmless
 from titan_dp.data.shards import SPLITS, TokenShards
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, counted
 from titan_dp.files import short, to_json
 from titan_dp.output import (
     add_format_option,
@@ -215,7 +215,7 @@ def _show_lengths(report: dict[str, Any]) -> None:
     cells = [(name, f"{own['mean']:,.1f}", *(f"{n:,}" for n in own["quantiles"].values())) for name, own in quantiles]
     print_table(number_table("", ("quantiles", "mean", *headers), cells, left=("quantiles",)), details=("99%", "5%"))
     if empty := sum(each["lengths"]["empty"] for each in folders):
-        print_text(f"{empty:,} documents are empty: nothing but BOS and EOS", "")
+        print_text(f"{counted(empty, 'empty document')}: nothing but BOS and EOS", "")
     if longer := lengths["longer_than_row"]:
         shares = f"{longer['documents'] / documents:.1%} of the documents, with {longer['tokens'] / tokens:.1%} of the tokens"
         print_text(f"{shares}, are longer than training.seq_len", "")

@@ -13,7 +13,7 @@ from titan_dp.data.inspect import measure
 from titan_dp.data.inspect.measure import Duplicates, Ids, Lengths, Text, body
 from titan_dp.data.inspect.text import Decoder
 from titan_dp.data.shards import AGAIN, MANIFEST, TokenShards, listed_shards, shard_name
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, counted
 from titan_dp.files import file_sha256
 from titan_dp.output import progress
 
@@ -333,11 +333,11 @@ def findings(report: dict[str, Any]) -> list[str]:
     splits = {each["folder"]: each["split"] for each in folders}
     for folder, count in twins["also_in_another_folder"].items():
         if splits[folder] == "validation":
-            found.append(f"{count:,} held-out documents of {folder} are also in another of these folders")
+            found.append(f"{counted(count, 'held-out document')} of {folder}: also in another of these folders")
     if text and text["not_text_bytes"]:
         affected, share = text["documents_affected"], text["not_text_bytes"] / max(text["bytes"], 1)
         place = f"document {text['first']['document']:,} of {text['first']['folder']}"
-        found.append(f"{100 * share:.2g}% of the bytes are not text, in {affected:,} documents; the first is {place}")
+        found.append(f"{100 * share:.2g}% of the bytes are not text, in {counted(affected, 'document')}; the first is {place}")
     documents, said = (sum(each[key] for each in folders) for key in ("documents", "text_bytes"))
     if text and report["read"]["text"] and text["documents"] == documents and text["bytes"] != said:
         lossy = "the tokenizer does not give back what it was given"

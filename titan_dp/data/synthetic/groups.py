@@ -63,7 +63,7 @@ def parse_group(name: str) -> Group:
     for part in name.split("x"):
         match = re.fullmatch(r"([ZDSA])([1-9][0-9]*)", part)
         if match is None:
-            what = f"{part!r} in group {name!r}" if part != name else f"group {name!r}"
+            what = f"{part!r} in group {name!r}" if part not in ("", name) else f"group {name!r}"
             raise UserError(f"{what} is not known; write {_KINDS}")
         factors.append((match[1], int(match[2])))
     for kind, n in factors:

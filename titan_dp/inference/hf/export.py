@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from titan_dp.errors import UserError
-from titan_dp.files import write_json
+from titan_dp.files import make_folder, write_json
 from titan_dp.output import print_next, print_text, progress
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def export(
     if problems := source.problems():
         raise UserError(f"{source.path} is damaged: {problems[0]}; take another step of the run")
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     scratch = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
     scratch.mkdir()
     try:

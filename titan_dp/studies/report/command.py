@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titan_dp.errors import UserError, require
-from titan_dp.files import write_atomically, write_json
+from titan_dp.files import make_folder, write_atomically, write_json
 from titan_dp.output import FORMATS, add_format_option, print_text, print_written, progress
 from titan_dp.studies.report.target import target
 
@@ -149,7 +149,7 @@ def _write(results: Results, out: Path, earlier: set[str], ending: str, typed: s
     from titan_dp.studies.report.figures import figures
     from titan_dp.studies.report.tables import as_json, configurations_csv, page, runs_csv
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     record = {"made_by": _MADE_BY, "files": sorted(_names()), **as_json(results)}
     write_json(out / "report.json", record)  # lists every name there may be: a kill leaves no file that is not listed
     for name, content in zip(_TABLES, (runs_csv(results), configurations_csv(results)), strict=True):

@@ -14,8 +14,8 @@ import shlex
 from datetime import date
 from pathlib import Path
 
-from titan_dp.errors import UserError, require
-from titan_dp.files import write_json
+from titan_dp.errors import UserError, counted, require
+from titan_dp.files import make_folder, write_json
 from titan_dp.output import print_next, print_text, progress
 from titan_dp.studies.report.target import target
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     runs = read_runs(found)
     started = runs[runs["state"] != "not started"]
     if started.empty:
-        raise UserError(f"none of the {len(runs)} runs has started; launch them first, for example {runs['folder'][0]}")
+        raise UserError(f"none of {counted(len(runs), 'run')} has started; launch them first, for example {runs['folder'][0]}")
     check_comparable(started, args.loss)
     runs, configurations = group(runs, args.loss)
     tunings, best = tune(runs, configurations, tuned_axes(found))
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         forecasts=[each.model_copy(update={"written": date.today().isoformat()}) for each in forecasts],
         not_forecast=lacks,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_json(out, written.model_dump())
     show(f"forecasts, {UNITS[args.loss]}", forecast_table(written.forecasts))
     print_text(*(f"not forecast: {family}: {reason}" for family, reason in lacks.items()))

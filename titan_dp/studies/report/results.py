@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 from pandas import DataFrame
 
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, counted
 from titan_dp.studies.report.compare import (
     SAME_BUDGET,
     SAME_SIZE,
@@ -101,7 +101,7 @@ def results_of(
     """
     started = runs[runs["state"] != "not started"]
     if started.empty:
-        raise UserError(f"none of the {len(runs)} runs has started; launch them first, for example {runs['folder'][0]}")
+        raise UserError(f"none of {counted(len(runs), 'run')} has started; launch them first, for example {runs['folder'][0]}")
     warnings = check_comparable(started, loss)
     runs, configurations = group(runs, loss)
     for repeats in configurations["repeats"]:

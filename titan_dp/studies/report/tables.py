@@ -77,11 +77,15 @@ def _verdicts(results: Results) -> Iterator[str]:
     """For each family and what it is compared with: how often its loss is lower, and how often that can be told apart."""
     for (family, against), rows in results.compared.groupby(["family", "against_family"], sort=False):
         found, verdicts = rows["difference"], rows["verdict"].tolist()
+        interval = ""
+        if rows["low"].notna().any():  # one seed has none
+            interval = (
+                f"; by its {CONFIDENCE_TEXT} interval lower in {verdicts.count('lower')}, higher in {verdicts.count('higher')}"
+            )
+        noise = f"; inside the noise in {verdicts.count(INSIDE)}" if INSIDE in verdicts else ""
         yield (
             f"At equal size and tokens {family} has a lower validation loss than {against} in {(found < 0).sum()} of "
-            f"{len(found)} comparisons, mean difference {found.mean():+.4f} {results.unit}; by its {CONFIDENCE_TEXT} interval "
-            f"lower in {verdicts.count('lower')}, higher in {verdicts.count('higher')}"
-            + (f"; inside the noise in {verdicts.count(INSIDE)}." if INSIDE in verdicts else ".")
+            f"{counted(len(found), 'comparison')}, mean difference {found.mean():+.4f} {results.unit}{interval}{noise}."
         )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from titan_dp.config.arguments import positive
 from titan_dp.errors import UserError
-from titan_dp.files import check_own, write_json
+from titan_dp.files import check_own, make_folder, write_json
 from titan_dp.output import (
     add_format_option,
     check_matplotlib,
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.path} has no DeltaProduct layer to look into; name a run of one that has")
     heads = [describe(layer, head, t) for layer, t in traces.items() for head in range(t.beta.shape[-1])]
     _print(heads, problem.name)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_json(out / "inspect.json", {"task": problem.name, "run": source.label, "heads": [asdict(head) for head in heads]})
     for layer, t in traces.items():
         _draw(layer, t, [head for head in heads if head.layer == layer], problem.group, out / figures[layer])

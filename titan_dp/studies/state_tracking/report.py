@@ -21,7 +21,7 @@ from typing import Any
 from titan_dp import config
 from titan_dp.config.mixers import MIXERS
 from titan_dp.errors import UserError, counted, require
-from titan_dp.files import check_own, write_atomically, write_json
+from titan_dp.files import check_own, make_folder, write_atomically, write_json
 from titan_dp.output import add_format_option, print_next, print_text, print_written, save_figure, subplots, thousands
 from titan_dp.studies.state_tracking.models import label
 from titan_dp.train.length_test import FILE, LengthTest, read_length_test
@@ -75,7 +75,7 @@ def report(folders: list[Path], out: Path, ending: str) -> None:
     show(title, rows, details=("parameters", "median of seeds", "validation", "steps to solve", "95 % interval"))
     if more := len(runs) - sum(model["seeds"] for model in models):
         print_text(f"{counted(more, 'more run')} of models without a finished one, not in the table")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     found = [_as_json(model) for model in models]
     write_json(out / _FILES[0], {"task": test.problem, "train_length": test.train_length, "models": found})
     lines = [list(rows), ["---"] * len(rows.columns), *rows.values.tolist()]
