@@ -141,6 +141,12 @@ def test_flags_of_the_program_itself_take_no_value(folder: Folder) -> None:
 
 
 def test_arguments_that_are_no_settings_are_refused(folder: Folder) -> None:
+    assert folder.problems(MINIMAL, "--step", "8") == [
+        "command line: there is no option --step; did you mean --training.steps or --validation.steps?"
+    ]
+    assert folder.problems(MINIMAL, "--global-batch-size", "8") == [
+        "command line: there is no option --global-batch-size; did you mean --training.global_batch_size?"
+    ]
     assert folder.problems(MINIMAL, "800m.toml") == ["command line: unexpected '800m.toml'; write --config 800m.toml"]
     assert folder.problems(MINIMAL, "--training.seq_len") == [
         "command line: --training.seq_len needs a value; expected integer > 0"

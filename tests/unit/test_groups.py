@@ -104,6 +104,7 @@ TOO_LARGE = "more elements than a vocabulary may have, 8,192; take a smaller one
     ("name", "message"),
     [
         *((name, FORMS) for name in ("Q8", "S0", "Z03", "s3", "S3 ", "S3x", "S3XZ2", "", "S3\n", "Z٣")),
+        ("S9x", f"^group 'S9x' is not known; .*{FORMS}"),
         ("S3xQ8xZ2", f"'Q8' in group 'S3xQ8xZ2' .*{FORMS}"),
         *((name, TOO_LARGE) for name in (f"Z{MAX_ORDER + 1}", "D4097", "S8", "A8", "S5xS5")),
         *((name, TOO_LARGE) for name in ("S999999999", "x".join(["S7"] * 200))),  # counting their elements would take hours

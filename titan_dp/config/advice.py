@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 
-from titan_dp.config.describe import all_keys, sections
+from titan_dp.config.describe import all_keys, homes, sections
 from titan_dp.config.mixers import MIXERS
 from titan_dp.config.schema import Config, Model, MupBase, StateTracking
 
@@ -123,9 +123,8 @@ def explain_unknown(dotted: str) -> str:
         return f"[{section}] has no counterpart here; remove it"
     if off := _switched_off(dotted):
         return off
-    if homes := [key.dotted for key in all_keys().values() if key.name == name]:
-        nearest = [home for home in homes if home.count(".") == min(other.count(".") for other in homes)]
-        return f"did you mean {' or '.join(nearest[:4])}?"
+    if found := homes(name):
+        return f"did you mean {' or '.join(found)}?"
     if name in HINTS:
         return HINTS[name]
     if section in sections():

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from titan_dp.config.describe import describe
+from titan_dp.config.describe import describe, option_meant
 from titan_dp.config.schema import from_home, parse_count
 from titan_dp.errors import did_you_mean
 from titan_dp.files import shown
@@ -65,7 +65,10 @@ def _check_options(parser: argparse.ArgumentParser, words: list[str]) -> None:
         abbreviated = parser.allow_abbrev and any(option.startswith(name) for option in known)
         # What has a space is a value, as --sbatch "--mem=8G --time=1:00" has; argparse sees it so.
         if name.startswith("--") and " " not in word and name not in known and not abbreviated:
-            hint = did_you_mean(name, known) or f"; `{parser.prog} --help` lists them"
+            hint = (
+                option_meant(name[2:], known, parser.get_default("settings") is not None)
+                or f"; `{parser.prog} --help` lists them"
+            )
             parser.error(f"there is no option {name}{hint}")
 
 

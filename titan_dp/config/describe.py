@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache, cached_property
 from typing import Annotated, Any
 
@@ -59,6 +60,21 @@ class Key:
         except ValueError:
             return False
         return True
+
+
+def homes(name: str) -> list[str]:
+    """The dotted keys that end in `name`, four at most; if some are of outer sections, only those."""
+    found = [key.dotted for key in all_keys().values() if key.name == name]
+    return [home for home in found if home.count(".") == min(other.count(".") for other in found)][:4]
+
+
+def option_meant(name: str, options: Iterable[str], settings: bool = True) -> str:
+    """'; did you mean --training.steps?' for --steps or --step: the nearest option or last part of a key, if one is near."""
+    own = {option.lstrip("-"): option for option in options}
+    keys = {key.name: " or ".join(f"--{home}" for home in homes(key.name)) for key in all_keys().values() if settings}
+    names = keys | own
+    near = get_close_matches(name, list(names), n=1)
+    return f"; did you mean {names[near[0]]}?" if near else ""
 
 
 @cache

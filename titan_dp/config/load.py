@@ -23,7 +23,7 @@ import tomli
 from pydantic import ValidationError
 
 from titan_dp.config.advice import HINTS, explain_unknown, ineffective_settings
-from titan_dp.config.describe import Key, all_keys, help_text, sections, to_toml, walk
+from titan_dp.config.describe import Key, all_keys, help_text, option_meant, sections, to_toml, walk
 from titan_dp.config.schema import Config, Section
 from titan_dp.errors import UserError, did_you_mean, is_main_rank
 from titan_dp.files import as_unicode, shorten, shown
@@ -203,7 +203,7 @@ def parse_command_line(argv: list[str]) -> CommandLine:
         if not has_value and rest and not rest[0].startswith("--"):
             has_value, text = "=", rest.pop(0)
         lone = "." not in name and name not in (*_OPTIONS, *HINTS)
-        if lone and (near := _meant(name)):
+        if lone and (near := option_meant(name, _OPTIONS.values())):
             line.problems.append(f"command line: there is no option --{shorten(name)}{near}")
             continue
         if name in ("config", "job.config_file"):
@@ -215,13 +215,6 @@ def parse_command_line(argv: list[str]) -> CommandLine:
             absent = True if key is None or key.is_flag else _MISSING
             line.settings.append(Setting(name, command_line_value(key, text) if has_value else absent, "command line"))
     return line
-
-
-def _meant(name: str) -> str:
-    """'; did you mean --training.steps?' for the last part of a key, else the nearest option, if one is near."""
-    homes = [f"--{key.dotted}" for key in all_keys().values() if key.name == name]
-    nearest = [home for home in homes if home.count(".") == min(other.count(".") for other in homes)]
-    return f"; did you mean {' or '.join(nearest[:4])}?" if nearest else did_you_mean(f"--{name}", _OPTIONS.values())
 
 
 def keys_of(argv: list[str]) -> list[str]:
