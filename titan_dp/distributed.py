@@ -191,10 +191,11 @@ def device_name(world: World) -> str:
 
 def describe(world: World, parallelism: config.Parallelism) -> str:
     """One line for the banner."""
-    triton, context = "yes" if find_spec("triton") else "no", parallelism.context_parallel_degree
+    context = parallelism.context_parallel_degree
+    triton = f", triton {'yes' if find_spec('triton') else 'no'}" if world.device.type == "cuda" else ""  # of use there only
     degrees = (
         f"replicate {parallelism.data_parallel_replicate_degree} x shard {shard_degree(parallelism, world.size) // context}"
     )
     if context > 1:
         degrees += f" x context {context}"
-    return f"{counted(world.size, 'rank')} on {device_name(world)}; {degrees}; torch {torch.__version__}, triton {triton}"
+    return f"{counted(world.size, 'rank')} on {device_name(world)}; {degrees}; torch {torch.__version__}{triton}"

@@ -45,3 +45,19 @@ def test_what_the_user_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     cpu.use_threads(64)
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "compiled", "said"),
+    [
+        ("torch", "cpu", True, ", kernels in C"),
+        ("torch", "cpu", False, ", without its kernels in C, which need gcc or clang: several times slower"),
+        ("recurrent", "cpu", True, ""),
+        ("torch", "cuda", True, ""),
+    ],
+)
+def test_the_head_of_a_run_on_a_cpu_says_whether_it_has_kernels_in_c(
+    backend: str, device: str, compiled: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu.native, "available", lambda device, dtype: compiled)
+    assert cpu.kernels_in_words(backend, torch.device(device)) == said

@@ -27,6 +27,13 @@ def use_threads(hidden_size: int) -> None:
         torch.set_num_threads(max(1, cores // sharers) if hidden_size >= NARROW else 1)
 
 
-def lacks_kernels(device: torch.device) -> bool:
-    """Whether `device` is a CPU on which the kernels in C cannot be had; asking compiles them if nobody has yet."""
-    return device.type == "cpu" and not native.available(device, torch.float32)
+def kernels_in_words(backend: str, device: torch.device) -> str:
+    """What the head of a run says of the kernels in C, after the name of the recurrence's backend; "" where none could serve.
+
+    Asking compiles them if nobody has yet.
+    """
+    if device.type != "cpu" or backend != "torch":
+        return ""
+    if native.available(device, torch.float32):
+        return ", kernels in C"
+    return ", without its kernels in C, which need gcc or clang: several times slower"

@@ -38,7 +38,7 @@ from titan_dp.faults.step_times import StepTimes
 from titan_dp.faults.watchdog import Watchdog
 from titan_dp.files import write_atomically
 from titan_dp.model.check_kernels import check_run, uses_operator
-from titan_dp.model.cpu import lacks_kernels, use_threads
+from titan_dp.model.cpu import kernels_in_words, use_threads
 from titan_dp.model.parallelize import sharded_model
 from titan_dp.model.parametrization import scales
 from titan_dp.model.size import model_size
@@ -191,11 +191,10 @@ class Trainer:
     def _announce(self) -> None:
         """The first lines of a run: what runs where, with what, on which data. No silent fallback stays silent."""
         c = self.config
-        slow = ", without its C kernels: several times slower" if lacks_kernels(self.world.device) else ""
         lines = {
             "device": distributed.describe(self.world, c.parallelism),
             "model": self.model.describe(),
-            "recurrence": f"{self.backend} backend{slow}",
+            "recurrence": f"{self.backend} backend{kernels_in_words(self.backend, self.world.device)}",
             **({"kernels": self.kernels} if self.kernels else {}),
             **planned(c, self.batch, self.world.size),
             "data": self.loader.describe(self.batch.tokens),
