@@ -170,12 +170,12 @@ def explained(error: BaseException) -> UserError | RunError | None:
     A UserError that was raised from a passing fault becomes a RunError: another try may succeed.
     """
     if isinstance(error, UserError) and (fault := passing_fault(error.__cause__)) is not None:
-        reason = "" if _first_line(fault) in str(error) else f"; {_first_line(fault)}"
+        reason = "" if in_words(fault) in str(error) else f"; {in_words(fault)}"
         return RunError(f"{error}{reason}; this may pass: try the same command again")
     if isinstance(error, UserError | RunError):
         return error
     if _is_lost_rank(error):
-        return RunError(f"the connection to another rank is lost; that one says why, or was killed ({_first_line(error)})")
+        return RunError(f"the connection to another rank is lost; that one says why, or was killed ({in_words(error)})")
     if isinstance(error, OSError) and error.errno in _WRONG_PATHS:
         return UserError(f"{error}; {_WRONG_PATHS[error.errno]}")
     fault_text = machine_fault(error)
@@ -205,7 +205,7 @@ def machine_fault(error: BaseException | None) -> str | None:
         if isinstance(cause, RuntimeError) and (found := _LOST_WORKER.search(str(cause))):
             return lost_worker(found[0])
     if (fault := passing_fault(error)) is not None:
-        return f"{_first_line(fault)}; a connection or the server at its other end failed: try the same command again"
+        return f"{in_words(fault)}; a connection or the server at its other end failed: try the same command again"
     return None
 
 
@@ -249,7 +249,10 @@ def _is_lost_rank(error: BaseException) -> bool:
     return bool(collective) and any(sign in text for sign in _LOST_RANK)
 
 
-def _first_line(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
+    """The kind of `error` and its first line; of a connection that urllib3 could not make, the host."""
+    if host := re.search(r"HTTPS?Connection(?:Pool)?\(host='([^']+)'", str(error)):
+        return f"{host[1]} cannot be reached"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 

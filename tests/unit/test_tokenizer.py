@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.pretrained import bpe
 from titan_dp.data import encodings
 from titan_dp.data.tokenizer import load_tokenizer
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, explained
 
 
 @given(st.text())
@@ -342,3 +342,19 @@ def test_a_tokenizer_that_cannot_be_had_is_named(name: str, message: str, monkey
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(UserError, match=message):
         load_tokenizer(name)
+
+
+def test_a_download_without_a_network_names_the_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As requests says it, 300 characters long, and the message of a cause that may pass says it again."""
+    said = "HTTPSConnectionPool(host='blob.example', port=443): Max retries exceeded with url: /gpt2 (Caused by NameReso"
+
+    def fail(name: str) -> None:
+        raise ConnectionError(said)
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    with pytest.raises(UserError) as refused:
+        load_tokenizer("gpt2")
+    assert str(explained(refused.value)).startswith(
+        "tokenizer 'gpt2' has to be downloaded and cannot be (blob.example cannot be reached); use 'bytes' (built in), "
+    )
+    assert str(explained(refused.value)).count("blob.example") == 1

@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titan_dp.errors import UserError, require
+from titan_dp.errors import UserError, in_words, passing_fault, require
 
 if TYPE_CHECKING:
     import tiktoken
@@ -57,7 +57,8 @@ def tiktoken_encoding(name: str) -> tiktoken.Encoding | None:
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # requests' errors, or whatever a proxy makes of them
-        raise UserError(f"tokenizer {name!r} has to be downloaded and cannot be ({reason(error)}); {ALTERNATIVES}") from error
+        why = reason(error) if (fault := passing_fault(error)) is None else in_words(fault)
+        raise UserError(f"tokenizer {name!r} has to be downloaded and cannot be ({why}); {ALTERNATIVES}") from error
 
 
 def is_rank_file(path: Path) -> bool:
