@@ -11,15 +11,17 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
-from typing import NoReturn
+from typing import IO, NoReturn
 
 # Faults of the machine, and what to say beyond the operating system's own words.
 _MACHINE_FAULTS = {
@@ -110,10 +112,30 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def room(stream: IO[str] | None = None) -> int:
+    """Columns of the terminal that reads `stream` (default: stdout); more than anything needs for a pipe or file."""
+    return shutil.get_terminal_size().columns if (stream or sys.stdout).isatty() else 100_000
+
+
+def fitted(text: str, stream: IO[str] | None = None) -> str:
+    """`text` in lines that the terminal behind `stream` (default: stdout) has room for, between words and with the indentation
+    of each; to a pipe or file as it is, so that a sentence is one line for grep.
+    """
+    columns = room(stream)
+
+    def wrapped(line: str) -> str:
+        if len(line) <= columns:
+            return line
+        indent = " " * (len(line) - len(line.lstrip(" -")))
+        return textwrap.fill(line, max(columns, 40), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+    return "\n".join(map(wrapped, text.split("\n")))
+
+
 def say_once(sentence: str) -> None:
     """To stderr, once for all ranks."""
     if is_main_rank():
-        print(sentence, file=sys.stderr, flush=True)
+        print(fitted(sentence, sys.stderr), file=sys.stderr, flush=True)
 
 
 def run_main(command: Callable[[], int]) -> int:
@@ -266,4 +288,5 @@ def _say(message: str) -> None:
     if rank != "0":
         time.sleep(2)
     message = re.sub(r"\[Errno -?\d+\] ", "", message)  # the number says nothing that the words beside it do not
-    print(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr, flush=True)
+    said = f"error{'' if rank == '0' else f' (rank {rank})'}: {message}"
+    print(fitted(said, sys.stderr), file=sys.stderr, flush=True)

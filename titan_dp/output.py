@@ -14,9 +14,7 @@ import csv
 import gzip
 import io
 import re
-import shutil
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from titan_dp.errors import is_main_rank, require
+from titan_dp.errors import fitted, is_main_rank, require, room
 from titan_dp.files import make_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -140,14 +138,8 @@ def number_table(
     return table
 
 
-_WIDER_THAN_ANY = 100_000
 _TEXT = 20
 """A column of words is not made narrower than this for the sake of others."""
-
-
-def room() -> int:
-    """Columns of the terminal that reads stdout; more than anything needs for a pipe or file."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDER_THAN_ANY
 
 
 def print_table(table: Table, details: Sequence[str] = (), last: bool = True) -> None:
@@ -253,14 +245,6 @@ def print_text(*paragraphs: str) -> None:
         print(fitted(text))
 
 
-def fitted(text: str) -> str:
-    """`text` in lines that stdout's terminal has room for."""
-    if len(text) <= room():
-        return text
-    indent = " " * (len(text) - len(text.lstrip(" -")))
-    return textwrap.fill(text, max(room(), 40), subsequent_indent=indent, **_WHOLE_WORDS)
-
-
 def print_next(what: str, *commands: str) -> None:
     """Say what to do next: `what` it is, and the commands to type; a terminal continues long ones with backslashes."""
     print_text(f"{what}:")
@@ -282,9 +266,6 @@ def print_command(command: str, indent: int = 2) -> None:
             else:
                 lines[-1] += f" {word}"
     print(*lines, sep="\n")
-
-
-_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from titan_dp import output
+from titan_dp.cli import dispatch
+from titan_dp.errors import UserError, report
 from titan_dp.files import short, si
 from titan_dp.output import (
     FORMATS,
@@ -118,6 +120,22 @@ def test_a_terminal_breaks_sentences_between_words_and_a_pipe_nowhere(capsys: Ca
     shown = lines(capsys)
     assert " ".join(line.strip() for line in shown) == text.strip()
     assert all(line.startswith("  ") and len(line) <= 40 for line in shown)
+
+
+@pytest.mark.parametrize("columns", [40, None])
+def test_an_error_is_one_line_in_a_pipe_and_fits_a_terminal(columns: int | None, capsys: Capture, monkeypatch: Patch) -> None:
+    if columns:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        monkeypatch.setenv("COLUMNS", str(columns))
+    assert report(UserError(SENTENCE)) == 2
+    with pytest.raises(SystemExit):
+        dispatch(["generate", "--no-such-option"])  # argparse's
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("usage:", "  "))]
+    assert " ".join(said) == (
+        f"error: {SENTENCE} titan-dp generate: error: there is no option --no-such-option; "
+        "`titan-dp generate --help` lists them"
+    )
+    assert (max(map(len, said)) <= columns) if columns else len(said) == 2
 
 
 def test_a_command_of_several_lines_can_be_typed_as_it_is_shown(capsys: Capture, monkeypatch: Patch) -> None:

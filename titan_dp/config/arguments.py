@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -16,7 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from titan_dp.config.describe import describe, option_meant
 from titan_dp.config.schema import from_home, parse_count
-from titan_dp.errors import did_you_mean
+from titan_dp.errors import did_you_mean, fitted
 from titan_dp.files import shown
 
 T = TypeVar("T")
@@ -49,7 +50,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message):
             message += did_you_mean(found[1], re.findall(r"[\w-]+", found[2]))
-        super().error(message)
+        self.print_usage(sys.stderr)
+        self.exit(2, fitted(f"{self.prog}: error: {message}\n", sys.stderr))
 
 
 def _check_options(parser: argparse.ArgumentParser, words: list[str]) -> None:

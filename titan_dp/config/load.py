@@ -255,8 +255,15 @@ def _is_file(path: Path) -> bool:
 
 
 def _choices() -> str:
-    names = sorted(path.name for path in SHIPPED.glob("*.toml"))
-    return f"the shipped ones are {', '.join(names)}"
+    endings: dict[str, list[str]] = {}
+    for name in sorted(path.stem for path in SHIPPED.glob("*.toml")):
+        size, mark, ending = name.partition("_")
+        endings.setdefault(size, []).append(mark + ending)
+    alike: dict[str, list[str]] = {}
+    for size, own in endings.items():
+        alike.setdefault(f" (also {', '.join(filter(None, own))})" * bool(own[1:]), []).append(size)
+    listed = [", ".join(sizes) + also for also, sizes in alike.items()]
+    return f"the shipped ones are {', '.join(listed)}; paper/ has the paper's shapes"
 
 
 def read_files(path: Path, seen: tuple[Path, ...] = ()) -> list[Setting]:

@@ -26,7 +26,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from titan_dp.errors import EXIT_STOPPED, LAUNCHER_PID, STOPPED_FILE
+from titan_dp.errors import EXIT_STOPPED, LAUNCHER_PID, STOPPED_FILE, fitted
 
 SHUTDOWN_SECONDS = "60"
 """What ranks have to save in after a signal, where TORCH_ELASTIC_SHUTDOWN_TIMEOUT and --shutdown-timeout are not given."""
@@ -69,13 +69,15 @@ def main(argv: list[str]) -> int:
                     Path(args.log_dir).mkdir(parents=True, exist_ok=True)
                     (Path(args.log_dir) / "exit_code").write_text(f"{code}\n")
             if code not in (EXIT_STOPPED, 1, 2):  # then the rank has said all there is to say
-                print(f"error: {_end_of(rank, failure.pid, failure.exitcode)}", file=sys.stderr, flush=True)
+                said = f"error: {_end_of(rank, failure.pid, failure.exitcode)}"
+                print(fitted(said, sys.stderr), file=sys.stderr, flush=True)
             return code
         except SignalException as error:
             if stopped.exists():  # the ranks have said that they saved
                 return EXIT_STOPPED
             lost = "what the run did since its last save is lost; the same command goes on from that save"
-            print(f"stopped at once by {error.sigval.name}: {lost}", file=sys.stderr, flush=True)
+            said = f"stopped at once by {error.sigval.name}: {lost}"
+            print(fitted(said, sys.stderr), file=sys.stderr, flush=True)
             # 1, not 143: srun reports the highest code of all nodes, and the one that failed by itself must show. So 75 too is
             # left with only where the ranks did save, which they cannot after another node has failed.
             return 1

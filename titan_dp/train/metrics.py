@@ -24,11 +24,10 @@ from rich.text import Text
 from titan_dp import config
 from titan_dp.config.describe import all_keys
 from titan_dp.config.load import Loaded
-from titan_dp.errors import RunError, UserError
+from titan_dp.errors import RunError, UserError, fitted, room
 from titan_dp.faults.step_times import Interval
 from titan_dp.files import make_folder, short, to_json, write_atomically
 from titan_dp.hardware import peak
-from titan_dp.output import fitted, room
 from titan_dp.train.facts import RunFacts
 from titan_dp.train.run_folder import read_records
 from titan_dp.train.step import StepResult

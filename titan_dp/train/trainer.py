@@ -30,7 +30,7 @@ from titan_dp.config.load import Loaded
 from titan_dp.data.batch import Batch
 from titan_dp.data.stream import files_of_dataset
 from titan_dp.distributed import World
-from titan_dp.errors import RunError, StoppedError
+from titan_dp.errors import RunError, StoppedError, fitted
 from titan_dp.faults.agreement import agree, code, settings_of, together
 from titan_dp.faults.interrupt import Interrupt
 from titan_dp.faults.profiling import Profiler
@@ -43,7 +43,7 @@ from titan_dp.model.parallelize import sharded_model
 from titan_dp.model.parametrization import scales
 from titan_dp.model.size import model_size
 from titan_dp.model.transformer import chosen_backend
-from titan_dp.output import FIRST_SIGN, Progress, fitted, print_next, print_pairs, print_text, progress
+from titan_dp.output import FIRST_SIGN, Progress, print_next, print_pairs, print_text, progress
 from titan_dp.train.batch_plan import BatchPlan, plan_batches, plan_rest
 from titan_dp.train.facts import RunFacts, planned
 from titan_dp.train.lr_scheduler import build_lr_scheduler, rate_jump
