@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import math
 import random
 import sys
@@ -27,7 +28,7 @@ from lm_eval.tasks import TaskManager
 from titan_dp.data.tokenizer import load_tokenizer
 from titan_dp.distributed import World
 from titan_dp.evals.answers import Answers
-from titan_dp.evals.lm_eval import PAPER, convention
+from titan_dp.evals.lm_eval import PAPER, _quiet, _show, convention
 from titan_dp.evals.lm_eval_model import TitanDPLM, adds_bos_itself
 from titan_dp.evals.session import Session
 from titan_dp.inference.pretrained import load_pretrained
@@ -384,3 +385,25 @@ def test_without_the_harness_one_sentence_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match="titan-dp evaluate lm-eval needs lm_eval: pip install lm_eval"):
         evaluate("lm-eval", checkpoint, tmp_path, "--preset", "paper")
+
+
+@pytest.mark.parametrize(("stderr", "shown"), [(None, False), (0.01, True)])
+def test_a_column_of_standard_errors_is_shown_if_there_is_one(
+    stderr: float | None, shown: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = {"acc": {"value": 0.5, "stderr": stderr, "higher_is_better": True}}
+    task = {"version": 1, "num_fewshot": 0, "documents": 4, "documents_in_task": 4, "metrics": metrics}
+    settings = {"lm_eval": "0", "add_bos_token": True, "prefix": None, "stock_bos": False}
+    found = {"tasks": {"arc": task}, "truncated_requests": {}}
+    _show(SimpleNamespace(results=found, settings=settings, source=SimpleNamespace(label="x"), path=tmp_path / "x.json"))  # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    assert "0.5000" in said
+    assert ("standard error" in said, "0.0100" in said) == (shown, shown)
+
+
+def test_of_the_harness_only_news_is_passed_on(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("lm_eval.api.task")
+    with _quiet(SimpleNamespace(world=SimpleNamespace(is_main=True))):  # type: ignore[arg-type]
+        logger.warning("[Task: x] metric acc is defined, but higher_is_better is not. using default")
+        logger.warning("[Task: x] has_training_docs and has_validation_docs are False")
+    assert [record.getMessage()[10:16] for record in caplog.records] == ["has_tr"]

@@ -283,8 +283,8 @@ def _draw(results: list[Result], x_axis: str, path: Path) -> None:
             above.fill_between(curve["position"][shown], mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
     _mark_trained_lengths(above, below, [result.settings["trained_length"] for result in results])
     above.set_ylabel("loss (nats per token)")
-    smooth = f"mean over {settings['smooth']} positions; band: standard error over sequences"
-    above.set_title(f"Loss by position, {smooth}", fontsize="medium")
+    smooth = f"mean over {settings['smooth']} positions (near the ends over as many as there are)"
+    above.set_title(f"Loss by position, {smooth}; band: standard error over sequences", fontsize="small")
     below.set_ylabel("perplexity of positions so far")
     below.set_xlabel("position (tokens before the predicted one)")
     if x_axis == "log":

@@ -16,8 +16,10 @@ import contextlib
 import difflib
 import hashlib
 import itertools
+import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if args.stock_bos and args.add_bos is not None:
         raise UserError("--stock-bos and --add-bos (or --no-add-bos) both say where BOS goes; give one of them")
     require("titan-dp evaluate lm-eval", "lm_eval")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read at its import: the session's own signs of life are enough
     return run_evaluation(evaluate, args)
 
 
@@ -150,11 +153,23 @@ def _digest(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _quiet(s: Session) -> Iterator[None]:
-    """stdout is kept for the results, and of what the harness says to stderr one rank's is enough."""
-    with open(os.devnull, "w") as nowhere:
-        said = sys.stderr if s.world.is_main else nowhere
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            yield
+    """stdout is kept for the results, and of what the harness says to stderr one rank's is enough.
+
+    That a task's metric has the harness's own aggregation, as most have, is not said.
+    """
+    logger = logging.getLogger("lm_eval.api.task")
+    logger.addFilter(_is_news)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            said = sys.stderr if s.world.is_main else nowhere
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                yield
+    finally:
+        logger.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return re.search(r"metric .* is defined, but (aggregation|higher_is_better) is not", record.getMessage()) is None
 
 
 # -- tasks ---------------------------------------------------------------------------------------------------------------
@@ -321,8 +336,10 @@ def columns(tasks: Mapping[str, Any]) -> dict[str, float | None]:
 def _show(result: Result) -> None:
     """The table of all metrics, a preset's own below it, and where the results are; on stdout."""
     results, settings = result.results, result.settings
-    rows = itertools.chain.from_iterable(_rows(name, task) for name, task in results["tasks"].items())
-    headers = ("task", "version", "shots", "documents", "metric", "value", "standard error")
+    headers = ["task", "version", "shots", "documents", "metric", "value", "standard error"]
+    rows = list(itertools.chain.from_iterable(_rows(name, task) for name, task in results["tasks"].items()))
+    if not any(row[-1] for row in rows):
+        headers, rows = headers[:-1], [row[:-1] for row in rows]
     title = f"lm-evaluation-harness {settings['lm_eval']}: {result.source.label}"
     details = ("version", "documents", "shots")
     print_table(number_table(title, headers, rows, left=("task", "metric")), details)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from titan_dp.config.arguments import positive
-from titan_dp.errors import UserError
+from titan_dp.errors import UserError, counted
 from titan_dp.files import check_own, make_folder, write_json
 from titan_dp.output import (
     add_format_option,
@@ -165,7 +165,7 @@ def _draw(layer: int, t: Trace, heads: list[Head], group: Group, path: Path) -> 
     import numpy as np
 
     shown = heads[:_SHOWN_HEADS]
-    figure, rows = subplots(len(shown), 3, figsize=(8.5, 1.4 + 2.3 * len(shown)), squeeze=False)
+    figure, rows = subplots(len(shown), 3, figsize=(8.5, 1.4 + 2.5 * len(shown)), squeeze=False)
     small: dict[str, Any] = {"fontsize": "small", "loc": "left"}
     products = t.products.flatten().numpy()
     palette = matplotlib.colormaps["tab10" if group.order <= 10 else "turbo"]
@@ -180,18 +180,19 @@ def _draw(layer: int, t: Trace, heads: list[Head], group: Group, path: Path) -> 
         steps.set(ylabel=f"head {h}\nelements read", xlim=(0, 2))
         steps.set_ylim(top=1.2 * steps.get_ylim()[1])  # room for the legend
         thousands(steps.yaxis)
-        steps.set_title(f"{100 * head.steps_near_2:.0f} % above 1.9, {100 * head.steps_near_0:.0f} % below 0.1", **small)
+        near = f"{100 * head.steps_near_2:.0f} % above 1.9, {100 * head.steps_near_0:.0f} % below 0.1"
+        steps.set_title(f"sizes of the steps:\n{near}", **small)
         taken = t.k[:, :, :, h][t.beta[..., h] > 0.1].numpy()
         if len(taken):
             keys.scatter(*_components(taken, centred=False).T[:2], s=14, color="0.25", alpha=0.3, lw=0)
         dimensions = next((i for i, share in enumerate(head.key_variance, 1) if share > 0.95), 0)
         keys.set(ylabel="component 2", xlim=(-1.08, 1.08), ylim=(-1.08, 1.08), xticks=(-1, 0, 1), yticks=(-1, 0, 1))
-        keys.set_title(f"95 % in {dimensions} dimension{'s' * (dimensions != 1)}", **small)
+        keys.set_title(f"second moment of the keys:\n95 % in {counted(dimensions, 'dimension')}", **small)
         states = _components(t.states[:, :, h].flatten(2).flatten(0, 1).numpy(), centred=True)
         orbit.scatter(*states.T[:2], c=of_element[products], s=7, lw=0)
         orbit.set(ylabel="component 2")
         orbit.margins(0.08)
-        orbit.set_title(f"{100 * head.state_within:.1f} % of variance within elements", **small)
+        orbit.set_title(f"variance of the states:\n{100 * head.state_within:.1f} % within one answer", **small)
     labels = ("step size beta", "component 1 of the keys", "component 1 of the states")
     for panel, label in zip(rows[-1], labels, strict=True):
         panel.set_xlabel(label)
