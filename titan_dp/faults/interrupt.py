@@ -20,8 +20,8 @@ from torch import Tensor
 from titan_dp.errors import SIGNALS, is_main_rank
 
 _CTRL_C = (
-    b"\nCtrl-C: the run stops after this step and saves everything; a second Ctrl-C stops it at once, and what it did since "
-    b"its last save is lost\n"
+    b"\nCtrl-C: the run stops after this step and saves everything.\n"
+    b"A second Ctrl-C stops it at once; what it did since its last save is lost.\n"
 )
 
 

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         except SignalException as error:
             if stopped.exists():  # the ranks have said that they saved
                 return EXIT_STOPPED
-            lost = "what the run did since its last save is lost; the same command goes on from that save"
+            lost = "what the run did since its last save is lost; the same command goes on from there, or anew if none was made"
             said = f"stopped at once by {error.sigval.name}: {lost}"
             print(fitted(said, sys.stderr), file=sys.stderr, flush=True)
             # 1, not 143: srun reports the highest code of all nodes, and the one that failed by itself must show. So 75 too is
