@@ -349,7 +349,9 @@ def test_a_file_that_is_no_sweep_is_refused(text: str | None, said: str, tmp_pat
 
 # Cells, the first and the last name, and a hash of all names and identities: finished runs of users are found by them.
 SWEEPS = {
-    "cpu_study": (54, "270K-t200K-nh1-s1", "1.75M-t800K-nh3-s2", "77dcf8302ed11198"),
+    "cpu_study": (81, "140K-t150K-nh1-lr0.006-s1", "660K-t600K-nh3-lr0.024-s1", "f3b7bf0b24e42aba"),
+    "cpu_study_largest": (3, "1.35M-t600K-nh1-lr0.006-s1", "1.35M-t600K-nh3-lr0.006-s1", "7ecdbfa25501b047"),
+    "cpu_study_seeds": (54, "140K-t150K-nh1-lr0.012-s2", "660K-t600K-nh3-lr0.012-s3", "0f09cb1429487cac"),
     "figure10": (6, "nh1-d128", "nh1-d256", "c16f1b9b6081c82e"),
     "householder_head_dim": (9, "392.2M-nh1-d64", "392.2M-nh3-d256", "66521fc277918025"),
     "isoflop": (90, "c1e+19-60M-nh1-ungated", "c1e+20-800M-nh3-gated", "d5f8bd0878c83ffe"),
