@@ -160,7 +160,7 @@ ONE_HEAD = ("--model.backend", "triton", "--model.num_householder", "1", "--mode
 def refused_by_rank_1(config: Path, *overrides: str) -> str:
     """What each rank says where the check finds wrong kernels on rank 1 alone."""
 
-    def check_run(c: object, device: object) -> str:
+    def check_run(c: object, local_batch_size: int, device: object) -> str:
         if distributed.current_world().rank == 1:
             raise UserError("dq is off by 0.01")
         return "right"
@@ -179,10 +179,10 @@ def test_kernels_that_are_wrong_on_one_rank_end_all_as_what_no_retry_mends(tiny_
 def head_of(config: Path, result: str | None, *overrides: str) -> str:
     """The first lines of a run; the check says `result`, or refuses."""
 
-    def check_run(c: object, device: object) -> str:
+    def check_run(c: object, local_batch_size: int, device: object) -> str:
         if result is None:
             raise UserError("wrong")
-        return result
+        return result.format(local_batch_size)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.setattr(trainer, "check_run", check_run)
@@ -194,8 +194,9 @@ def head_of(config: Path, result: str | None, *overrides: str) -> str:
 
 
 def test_the_head_of_a_run_says_that_its_kernels_are_right(tiny_config: Path) -> None:
-    (said,) = run_ranks(1, head_of, tiny_config, "right in all ways", *ONE_HEAD)
-    assert re.search(r"^kernels +right in all ways$", said, re.MULTILINE)
+    share = ("--training.local_batch_size=-1", "--training.global_batch_size=6")
+    (said,) = run_ranks(1, head_of, tiny_config, "right for {} rows", *ONE_HEAD, *share)
+    assert re.search(r"^kernels +right for 6 rows$", said, re.MULTILINE)
 
 
 def test_the_check_of_the_kernels_can_be_switched_off(tiny_config: Path) -> None:
@@ -206,7 +207,7 @@ def test_the_check_of_the_kernels_can_be_switched_off(tiny_config: Path) -> None
 @pytest.mark.parametrize("other", [("--model.backend", "torch"), ("--model.mixer", "rwkv7", *ONE_HEAD[:4])])
 def test_a_run_without_these_kernels_checks_none(tiny_config: Path, other: tuple[str, ...]) -> None:
     (said,) = run_ranks(1, head_of, tiny_config, None, "--model.use_forget_gate=false", *other)
-    assert "kernels" not in said
+    assert not re.search(r"^kernels", said, re.MULTILINE)
 
 
 # -- branches ----------------------------------------------------------------------------------------------------------

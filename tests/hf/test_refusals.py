@@ -53,11 +53,11 @@ INEXPRESSIBLE: list[tuple[dict[str, Any], str, str]] = [
     (
         {"num_householder": 2},
         "olmo_hybrid",
-        "num_householder = 2 and use_output_gate = false and norm_eps .*--format fla or --form",
+        "num_householder = 2 and use_output_gate = false and norm_eps .*--format fla --model-type gated_deltaproduct or --f",
     ),
     ({**ONE_STEP, "mixer": "gla"}, "olmo_hybrid", "mixer = 'gla' and .*; use --format remote-code$"),
     ({**ONE_STEP, "attention_layers": [1]}, "olmo_hybrid", "attention_layers and use_output_gate"),
-    ({**ONE_STEP, **GATED, "num_key_heads": 2}, "olmo_hybrid", "num_key_heads = 2 and use_output_gate"),
+    ({**ONE_STEP, **GATED, "num_key_heads": 2}, "olmo_hybrid", "num_key_heads = 2 and .*--model-type gated_deltanet or"),
     ({**GATED, "num_key_heads": 2}, "gated_deltaproduct", "cannot express num_key_heads = 2; use --format remote-code$"),
     ({**ONE_STEP, **GATED, "num_key_heads": 2}, "gated_deltaproduct", "num_key_heads = 2; use --model-type gated_deltanet or"),
     ({"mixer": "rwkv7"}, "titan_dp", "^mixer = 'rwkv7' cannot be exported: no Hugging Face format has it"),

@@ -119,11 +119,11 @@ def test_a_row_is_cut_where_those_of_the_run_are() -> None:
     assert short_row(few, packed=False, device=torch.device("cpu")).spans == 2
 
 
-def compared(monkeypatch: pytest.MonkeyPatch, *settings: str) -> tuple[Case, str]:
+def compared(monkeypatch: pytest.MonkeyPatch, *settings: str, rows: int = 4) -> tuple[Case, str]:
     """What a run compares, and says of it; nothing is computed."""
     asked: list[Case] = []
     monkeypatch.setattr(checks, "check", lambda case, device: asked.append(case) or Checked({"o": 3e-3, "dq": 4e-3}, []))
-    said = check_run(small_run(*settings), torch.device("cpu"))
+    said = check_run(small_run(*settings), rows, torch.device("cpu"))
     return asked[0], said
 
 
@@ -143,7 +143,6 @@ def test_a_run_compares_its_own_sizes_and_says_so(monkeypatch: pytest.MonkeyPatc
         ("--model.mixer gla", {"erase": False}),
         ("--data.document_boundaries reset", {"offsets": (0, 0, 5, 89)}),
         ("--training.mixed_precision_param bfloat16", {"dtype": "bfloat16"}),
-        ("--training.seq_len 4096 --training.local_batch_size 1", {"spans": 2}),
         ("--parallelism.context_parallel_degree 2", {"state": True}),
     ],
 )
@@ -154,10 +153,16 @@ def test_what_is_computed_otherwise_is_compared_otherwise(
     assert {name: getattr(case, name) for name in changed} == changed
 
 
+@pytest.mark.parametrize(("rows", "spans"), [(1, 2), (512, None)])
+def test_rows_are_cut_if_those_of_the_micro_batch_are(rows: int, spans: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, _ = compared(monkeypatch, "--data.document_boundaries", "carry", "--training.seq_len", "4096", rows=rows)
+    assert case.spans == spans
+
+
 def test_a_run_with_wrong_kernels_is_refused_by_name_and_told_what_to_do(spoil: Spoil) -> None:
     spoil("dbeta", 1.01)
     with pytest.raises(UserError) as refusal:
-        check_run(small_run("--data.document_boundaries", "carry"), DEVICE)
+        check_run(small_run("--data.document_boundaries", "carry"), 4, DEVICE)
     said = str(refusal.value)
     assert "(dk 16, dv 16, n_h 1, float32, gate, against" in said
     assert "dbeta is off by 0.01 (allowed 1e-05); train with --model.backend torch" in said
@@ -166,7 +171,7 @@ def test_a_run_with_wrong_kernels_is_refused_by_name_and_told_what_to_do(spoil: 
 
 def test_a_dtype_that_no_kernel_takes_is_not_checked() -> None:
     """model.backend = "auto" takes another way then."""
-    assert check_run(small_run("--model.head_dim", "256"), DEVICE) == ""
+    assert check_run(small_run("--model.head_dim", "256"), 4, DEVICE) == ""
 
 
 def small_run(*settings: str) -> Any:

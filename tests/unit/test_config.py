@@ -50,6 +50,13 @@ def test_steps_of_a_higher_source_replace_the_tokens_of_a_lower_one_and_the_reve
     assert (training.steps, training.tokens) == (None, 10**9)
 
 
+def test_a_batch_of_which_both_sizes_follow_from_the_other_names_the_places_of_both(folder: Folder) -> None:
+    assert folder.problems("[training]\nsteps = 1\nlocal_batch_size = -1\n", "--training.global_batch_size", "-1") == [
+        "[training] local_batch_size = -1 is a share of global_batch_size, which is -1 too; set one (local_batch_size from "
+        "run.toml:3, global_batch_size from command line)"
+    ]
+
+
 def test_extends_chains_and_is_relative_to_the_file_that_says_it(folder: Folder) -> None:
     folder.write("[optimizer]\nlr = 0.5\n" + MINIMAL, "shared/root.toml")
     folder.write('extends = "root.toml"\n[optimizer]\nbeta1 = 0.5\n', "shared/middle.toml")

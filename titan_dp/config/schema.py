@@ -330,6 +330,12 @@ class Training(Section):
     """Steps between collections of Python's garbage, on all ranks at once."""
     dataloader: Dataloader = Dataloader()
 
+    @model_validator(mode="after")
+    def _a_batch_is_known(self) -> Training:
+        text = "local_batch_size = -1 is a share of global_batch_size, which is -1 too; set one"
+        refuse([text] if self.local_batch_size == self.global_batch_size == -1 else [])
+        return self
+
 
 class MupBase(Section):
     hidden_size: Positive | None = None

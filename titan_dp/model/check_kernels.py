@@ -69,10 +69,11 @@ def uses_operator(c: config.Config) -> bool:
     return isinstance(MIXERS[c.model.mixer], DeltaProduct)
 
 
-def check_run(c: config.Config, device: torch.device) -> str:
+def check_run(c: config.Config, local_batch_size: int, device: torch.device) -> str:
     """Check what a run launches, on a short row; returns a line for the head of the run, empty if its dtype goes another way.
 
-    Raises UserError if it is wrong: the next try would be wrong as well.
+    `local_batch_size`, of a rank's micro-batch, decides whether rows are cut among programs. Raises UserError if it is wrong:
+    the next try would be wrong as well.
     """
     import torch
     from deltaproduct_kernels.check import Case, check, short_row
@@ -84,7 +85,7 @@ def check_run(c: config.Config, device: torch.device) -> str:
     packed = c.data.source != "state_tracking" and c.data.document_boundaries == "reset"
     segments = c.parallelism.context_parallel_degree
     options: dict[str, Any] = {"gate": 0.05 if m.use_forget_gate else None, "beta": (0.0, 2.0 if m.allow_neg_eigval else 1.0)}
-    options |= {"B": max(1, t.local_batch_size), "T": t.seq_len // segments, "H": m.num_heads}
+    options |= {"B": local_batch_size, "T": t.seq_len // segments, "H": m.num_heads}
     options |= {"erase": m.mixer != "gla", "groups": m.key_heads if m.key_heads != m.num_heads else None}
     whole = Case(m.head_dim, m.head_v_dim, m.num_householder, t.mixed_precision_param, **options, state=segments > 1)
     case = short_row(whole, packed, device)

@@ -41,8 +41,6 @@ def plan_batches(training: config.Training, world_size: int) -> BatchPlan:
     Raises UserError if the global batch is not a whole number of micro-batches.
     """
     local, total = training.local_batch_size, training.global_batch_size
-    if local == total == -1:
-        raise UserError("training.local_batch_size = -1 is a share of training.global_batch_size, which is -1 too; set one")
     per_pass = world_size * max(1, local)
     total = per_pass if total == -1 else total
     if total < per_pass or total % per_pass:

@@ -139,7 +139,7 @@ class Trainer:
             return ""
         if not c.debug.check_kernels:
             return "not checked (debug.check_kernels = false)"
-        return together(lambda: check_run(c, self.world.device))
+        return together(lambda: check_run(c, self.batch.local_batch_size, self.world.device))
 
     def _resume(self) -> None:
         """Take up the run folder's newest healthy checkpoint (or the one of checkpoint.load_step), or another run's checkpoint,

@@ -92,13 +92,11 @@ def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
         raise UserError(f"{ours} cannot be exported: no Hugging Face format has it; use the checkpoint itself")
     if reasons := _inexpressible(c, model_type):
         others = [name for name in MODEL_TYPES if not _inexpressible(c, name)]
-        if model_type == olmo_hybrid.MODEL_TYPE:
-            ways = ["--format fla"] if "gated_deltaproduct" in others else []
-        else:
-            ways = [f"--model-type {name}" for name in others if name in FLA_TYPES]
+        fla = "--format fla " if model_type == olmo_hybrid.MODEL_TYPE else ""
+        ways = [f"{fla}--model-type {name}" for name in others if name in FLA_TYPES]
         ways += ["--format olmo-hybrid"] if olmo_hybrid.MODEL_TYPE in others else []
         ways += ["--format remote-code"]
-        raise UserError(f"a {model_type} model cannot express {' and '.join(reasons)}; use {' or '.join(ways)}")
+        raise UserError(f"{model_type} cannot express {' and '.join(reasons)}; use {' or '.join(ways)}")
     if model_type == olmo_hybrid.MODEL_TYPE:
         return olmo_hybrid.to_hf(c, seq_len)
     common = {
