@@ -1,7 +1,8 @@
 """Tuned axes: the best value for each arm, by a parabola in its logarithm, or what is missing for one.
 
 An arm is what is compared with others: configurations that agree in everything except the tuned axes (and seeds). Its best
-value of an axis is where the parabola through the lowest mean loss and its two neighbours is lowest. An optimum at the edge
+value of an axis is where the parabola through the lowest mean loss and its two neighbours is lowest; means are over the seeds
+that all values have, so that seeds added at some values favour none. An optimum at the edge
 of the grid is none: the loss may go on falling beyond it. With several tuned axes each has its own parabola, along the line
 through the lowest loss, as if they did not interact.
 
@@ -96,7 +97,7 @@ def tune(runs: DataFrame, configurations: DataFrame, axes: dict[str, str]) -> tu
         measured = arm[arm["mean"].notna() & ~arm.index.isin(diverged)]
         if measured.empty:
             continue
-        lowest, left = best(measured), waiting[configured_alike(arm.iloc[:1], keys).iloc[0]]
+        lowest, left = _lowest(measured), waiting[configured_alike(arm.iloc[:1], keys).iloc[0]]
         tried = arm[arm.index.isin(measured.index) | arm.index.isin(diverged)]
         found = [_along(axis, key, _line(tried, lowest, keys, key), lowest, diverged, left) for axis, key in axes.items()]
         tunings += found
@@ -107,6 +108,14 @@ def tune(runs: DataFrame, configurations: DataFrame, axes: dict[str, str]) -> tu
             settled[lowest] = row | at_best | {each.key: float(f"{each.value:.3g}") for each in found}
     at_best_values = DataFrame(list(settled.values()), list(settled), configurations.columns, dtype=object)
     return tunings, at_best_values.astype(dict(configurations.dtypes))
+
+
+def _lowest(measured: DataFrame) -> Any:
+    """Label of the lowest mean loss over the seeds that all have; over all of each if they share none."""
+    common = set.intersection(*map(set, measured["seeds"]))
+    runs = measured.explode(["losses", "seeds"])
+    shared = runs[[seed in common for seed in runs["seeds"]]]
+    return shared["losses"].astype(float).groupby(level=0).mean().idxmin() if common else best(measured)
 
 
 def _line(arm: DataFrame, lowest: Any, keys: Iterable[str], along: str) -> DataFrame:
