@@ -24,6 +24,7 @@ EVALUATIONS: Commands = {
     "length-extrapolation": ("titan_dp.evals.length_extrapolation", "loss by position, far beyond the training length"),
     "effective-rank": ("titan_dp.evals.effective_rank", "how much of each head's state is used, token by token"),
     "recall": ("titan_dp.evals.recall", "multi-query associative recall on generated sequences"),
+    "watch": ("titan_dp.evals.watch", "evaluate the checkpoints of a run beside its training, each once"),
 }
 STATE_TRACKING: Commands = {
     "train": (

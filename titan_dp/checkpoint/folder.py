@@ -91,7 +91,7 @@ def checkpoint_folder(path: Path) -> Path:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run folder, its checkpoint folder, or one checkpoint")
-    folders = (path, path / _configured_folder(path))
+    folders = (path, configured_folder(path))
     for folder in folders:
         if all_steps(folder):
             return folder
@@ -109,13 +109,13 @@ def checkpoint_folder(path: Path) -> Path:
     raise UserError(f"{path} holds no committed checkpoint; give a run folder, its checkpoint folder, or one step-... of it")
 
 
-def _configured_folder(run_folder: Path) -> str:
-    """`checkpoint.folder` of the run; its default if config.toml is not there or cannot be read."""
+def configured_folder(run_folder: Path) -> Path:
+    """`checkpoint.folder` in the run; its default if config.toml is not there or cannot be read."""
     try:
         folder = saved_value(tomli.loads((run_folder / "config.toml").read_text()), "checkpoint.folder")
     except (OSError, ValueError, RecursionError, AttributeError):
         folder = None
-    return str(folder) if stays_inside(folder, nested=True) else str(all_keys()["checkpoint.folder"].default)
+    return run_folder / str(folder if stays_inside(folder, nested=True) else all_keys()["checkpoint.folder"].default)
 
 
 def copies(folder: Path) -> list[Path]:
@@ -178,14 +178,15 @@ def apply_retention(folder: Path, keep_latest_k: int, keep_steps: Iterable[int] 
     committed = committed_steps(folder)
     if keep_latest_k == 0 or not committed:
         return
-    healthy = [step for step in committed if _is_healthy(step_folder(folder, step))]
+    healthy = [step for step in committed if is_healthy(step_folder(folder, step))]
     kept = {*committed[-keep_latest_k:], *healthy[-1:], *keep_steps} & {*committed}
     for step in all_steps(folder):
         if step not in kept and step < committed[-1]:
             delete_checkpoint(step_folder(folder, step))
 
 
-def _is_healthy(checkpoint: Path) -> bool:
+def is_healthy(checkpoint: Path) -> bool:
+    """Whether it is committed and healthy; not if it is damaged."""
     try:
         return read_manifest(checkpoint)["healthy"]
     except UserError:  # damaged, which is for the next resume to say, not a reason to fail this save

@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -29,16 +30,27 @@ def take_settings(parser: argparse.ArgumentParser, about: str) -> None:
     parser.set_defaults(settings=[])
 
 
+def take_commands(parser: argparse.ArgumentParser) -> None:
+    """Commands behind `--`, each after a `--` of its own: `args.commands` gets the words of each."""
+    parser.set_defaults(commands=[])
+
+
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """`parser.parse_args`, except that a command which takes settings gets as such what the parser does not know."""
+    """`parser.parse_args`, except that a command which takes settings gets as such what the parser does not know, and one which
+    takes commands what is behind `--`.
+    """
     own, settings = _settings_apart(argv)
-    _check_options(parser, own)
+    commands: list[list[str]] = []
+    if _check_options(parser, own).get_default("commands") is not None:
+        own, *commands = [list(words) for is_dash, words in groupby(own, "--".__eq__) if not is_dash]
     args, unknown = parser.parse_known_args(own)
     takes_settings = hasattr(args, "settings")
     if unknown or (settings and not takes_settings):
         parser.error(f"unrecognized arguments: {' '.join(unknown + settings * (not takes_settings))}")
     if takes_settings:
         args.settings = [*args.settings, *settings]
+    if commands:
+        args.commands = commands
     for name, value in vars(args).items():
         setattr(args, name, _from_home(value))
     return args
@@ -54,8 +66,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, fitted(f"{self.prog}: error: {message}\n", sys.stderr))
 
 
-def _check_options(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    """Refuse an option that the command in `words` does not have, before argparse speaks of others that are missing."""
+def _check_options(parser: argparse.ArgumentParser, words: list[str]) -> argparse.ArgumentParser:
+    """Refuse an option that the command in `words` does not have, before argparse speaks of others that are missing.
+
+    Returns the parser of that command.
+    """
     rest = words[: words.index("--")] if "--" in words else words
     for word in rest:
         kinds = next((action for action in parser._actions if isinstance(action, argparse._SubParsersAction)), None)
@@ -72,6 +87,7 @@ def _check_options(parser: argparse.ArgumentParser, words: list[str]) -> None:
                 or f"; `{parser.prog} --help` lists them"
             )
             parser.error(f"there is no option {name}{hint}")
+    return parser
 
 
 def _from_home(value: Any) -> Any:
@@ -133,6 +149,7 @@ natural = number(Annotated[int, Field(ge=0, lt=2**62)])
 fraction = number(Annotated[float, Field(gt=0, le=1)])
 grid = number(Annotated[int, Field(ge=1, le=4096)])
 above_zero = number(Annotated[float, Field(gt=0, lt=1e9)])
+from_zero = number(Annotated[float, Field(ge=0, lt=1e9)])
 
 
 def _count(text: str) -> int:

@@ -229,6 +229,13 @@ def _curve_positions(last: int) -> np.ndarray:
     return np.unique(np.concatenate(spaced).round().astype(np.int64))
 
 
+def curves(results: dict[str, Any]) -> dict[str, float]:
+    """What `titan-dp evaluate watch` follows over tokens: the loss by range of positions."""
+    ranges = results["ranges"]
+    edges = zip(ranges["first_position"], ranges["last_position"], strict=True)
+    return {f"loss, {first}-{last}": loss for (first, last), loss in zip(edges, ranges["loss"], strict=True)}
+
+
 def _standard_error(mean: np.ndarray, squared: np.ndarray, count: int) -> list[float] | None:
     """Of means over `count` values, from the sums of their squares."""
     if count < 2:

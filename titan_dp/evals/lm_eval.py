@@ -330,6 +330,12 @@ def columns(tasks: Mapping[str, Any]) -> dict[str, float | None]:
     return row
 
 
+def curves(results: dict[str, Any]) -> dict[str, float]:
+    """What `titan-dp evaluate watch` follows over tokens: the columns of a preset, or every task's metrics."""
+    metrics = {f"{name}/{key}": m["value"] for name, task in results["tasks"].items() for key, m in task["metrics"].items()}
+    return {name: value for name, value in (results.get("columns") or metrics).items() if value is not None}
+
+
 # -- what is shown -------------------------------------------------------------------------------------------------------
 
 

@@ -207,6 +207,12 @@ def _results(total: list[float], documents: int, text_bytes: int | None) -> dict
     }
 
 
+def curves(results: dict[str, Any]) -> dict[str, float]:
+    """What `titan-dp evaluate watch` follows over tokens."""
+    names = ("loss", "perplexity", "bits_per_byte", "accuracy")
+    return {name: results[name] for name in names if results[name] is not None}
+
+
 _SHOWN = (
     ("loss, nats per token", "loss", ".5f"),
     ("perplexity", "perplexity", ".4f"),

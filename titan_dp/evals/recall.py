@@ -244,6 +244,11 @@ def _summary(pairs: list[int], counts: np.ndarray, vocab_size: int, queries: int
     return {"by_pairs": [row(i, count) for i, count in enumerate(pairs)]}
 
 
+def curves(results: dict[str, Any]) -> dict[str, float]:
+    """What `titan-dp evaluate watch` follows over tokens: how much is right among all ids."""
+    return {f"accuracy, {row['pairs']} pairs": row["accuracy"] for row in results["by_pairs"]}
+
+
 # -- what is shown -------------------------------------------------------------------------------------------------------
 
 

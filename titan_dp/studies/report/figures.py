@@ -28,7 +28,7 @@ _COMPARISONS = 12  # in a row
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 _COSTS = ("parameters", "tokens", "flops", "time")
 
-FIGURES = ("tuning", "differences", *(f"loss_by_{name}" for name in _COSTS), "isoflop", "loss_curves")
+FIGURES = ("tuning", "differences", *(f"loss_by_{name}" for name in _COSTS), "isoflop", "loss_curves", "evaluations")
 """Every name that `figures` may give."""
 
 
@@ -65,6 +65,9 @@ def figures(results: Results) -> Iterator[tuple[str, str, Any]]:
             "Dashes are seeds, a cross ends a run that is unfinished or diverged."
         )
         yield "loss_curves", caption, _curves(results, shown)
+    if len(results.evaluations):
+        caption = "What was measured of checkpoints beside the training (`titan-dp evaluate watch`), a line for each run."
+        yield "evaluations", caption, _evaluations(results, shown)
 
 
 # -- style -------------------------------------------------------------------------------------------------------------
@@ -366,3 +369,19 @@ def _curve(axes: Any, run: pd.Series, dashes: Any) -> None:
     axes.plot(x, y, color=run["colour"], lw=1.1, alpha=0.9, ls=dashes)
     if run["state"] != "finished":
         axes.plot(x[-1:], y[-1:], "x", color=run["colour"], ms=7)
+
+
+def _evaluations(results: Results, shown: DataFrame) -> Any:
+    """A panel per curve, in which each run's checkpoints are the points of its line."""
+    found = results.evaluations.join(shown["colour"], on="configuration")
+    curves = found.groupby("evaluation", sort=False)
+    figure, grid = _panels(len(curves))
+    for axes, (name, points) in zip(grid, curves, strict=True):
+        for _, run in points.groupby("run", sort=False):
+            axes.plot(run["tokens"], run["value"], "o-", color=run["colour"].iloc[0], ms=3.5, lw=1.1, alpha=0.9)
+        axes.set_title(name, fontsize="medium")
+        axes.xaxis.set_major_formatter(lambda value, _: short(value))
+        axes.tick_params(axis="x", labelsize="small")
+        axes.set_xlabel("training tokens")
+    _legend(figure, shown.loc[sorted(set(found["configuration"]))], markers=False)
+    return figure

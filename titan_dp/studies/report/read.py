@@ -9,6 +9,7 @@ The columns of a row are:
 - every setting by its dotted key, with the real width of the MLP in "model.intermediate_size";
 - what run.json says (`_Facts`, except its "state");
 - the totals of metrics.jsonl (`_totals`), with losses in nats per token;
+- "evaluations", what was measured of its checkpoints (train/evaluations.py);
 - what follows from those: "family", "kind", "n_h", "shape", "without_embedding", "tokens", "flops".
 An unknown value is None; NaN is a value that was not finite.
 """
@@ -37,6 +38,7 @@ from titan_dp.config.load import config_from_toml
 from titan_dp.errors import UserError
 from titan_dp.files import JsonObject, Natural, inside, parse_json
 from titan_dp.model.size import state_size
+from titan_dp.train.evaluations import read_evaluations
 from titan_dp.train.run_folder import identity, parse_records
 
 CURVE_POINTS = 1000
@@ -240,6 +242,7 @@ def read_run(folder: Path, promised: str | None) -> dict[str, Any]:
         **known,
         **totals,
         "unreadable_lines": unreadable,
+        "evaluations": read_evaluations(folder),
         **_named(c.model),
         **_sizes(facts),
         "state": _state(facts, totals),

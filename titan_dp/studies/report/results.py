@@ -6,8 +6,10 @@ families.py's, and what a run was expected to come out as forecast.py's.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import pandas as pd
 from pandas import DataFrame
@@ -67,6 +69,17 @@ class Results:
         return self.runs[self.runs["state"] != "not started"]
 
     @property
+    def evaluations(self) -> DataFrame:
+        """One row per number that was measured of a checkpoint beside the training."""
+        rows = [
+            (run["run"], run["configuration"], f"{each.name}/{name}", each.step, each.tokens, value)
+            for _, run in self.started.iterrows()
+            for each in sorted(run["evaluations"], key=lambda each: each.step)
+            for name, value in each.values.items()
+        ]
+        return DataFrame(rows, columns=["run", "configuration", "evaluation", "step", "tokens", "value"])
+
+    @property
     def compared(self) -> DataFrame:
         """Those rows of all comparisons that are compared with another."""
         none = DataFrame(columns=["against", "family", "against_family"])
@@ -108,6 +121,7 @@ def results_of(
         warnings += [f"{one} repeats {same} (same configuration and seeds) and is not counted" for one, same in repeats[:1]]
     for cost, within in (("flops", SAME_BUDGET), ("parameters", SAME_SIZE)):
         configurations[f"on_front_by_{cost}"] = configurations.index.isin(front(configurations, cost, within).index)
+    warnings += _evaluated_differently(started)
     tuned = tuned or {}
     tunings, at_best = tune(runs, configurations, tuned)
     known = with_outcomes(forecasts, at_best)
@@ -132,3 +146,12 @@ def results_of(
         forecasts=known,
         warnings=warnings,
     )
+
+
+def _evaluated_differently(started: DataFrame) -> list[str]:
+    """A warning for each name under which runs were evaluated by several commands."""
+    commands: dict[str, set[str]] = {}
+    for each in chain.from_iterable(started["evaluations"]):
+        commands.setdefault(each.name, set()).add(shlex.join(each.command))
+    several = {name: sorted(found) for name, found in commands.items() if len(found) > 1}
+    return [f"evaluations called {name!r} are of several commands: {'; '.join(found)}" for name, found in several.items()]

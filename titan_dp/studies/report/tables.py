@@ -143,6 +143,7 @@ def tables(results: Results) -> dict[str, list[tuple[str, DataFrame]]]:
         "surface": [("L(N, D) = E + A/N^a + B/D^b, 90 % bootstrap intervals", surface)],
         "speed": [("time per step = fixed + N x per parameter", _speed_table(results))] if results.speeds else [],
         "forecasts": [(f"forecasts, {results.unit}", forecast_table(results.forecasts))] if results.forecasts else [],
+        "evaluations": [("evaluations over tokens", _evaluations_table(results))] if len(results.evaluations) else [],
         "compute": [("L(C) = E + A/C^a, 90 % bootstrap intervals", _laws(results.computes, ["E", "A", "a"]))],
     }
 
@@ -345,8 +346,21 @@ def _isoflop_table(results: Results) -> DataFrame:
     return DataFrame(rows, columns=["FLOPs", "family", "sizes", "parameters at the minimum", "loss there"])
 
 
+def _evaluations_table(results: Results) -> DataFrame:
+    """One row per run and curve: where it begins and ends, and between what values it lies."""
+    rows = []
+    for (run, name), points in results.evaluations.groupby(["run", "evaluation"], sort=False):
+        first, last = points.iloc[0], points.iloc[-1]
+        row = {"run": run, "evaluation": name, "checkpoints": str(len(points))}
+        for when, point in (("first", first), ("last", last)):
+            row |= {f"{when} at": short(point["tokens"]), when: f"{point['value']:.5g}"}
+        rows.append(row | {"lowest": f"{points['value'].min():.5g}", "highest": f"{points['value'].max():.5g}"})
+    return DataFrame(rows, dtype=object)
+
+
 _WORDS = {
     "axis",
+    "evaluation",
     "written",
     "tried",
     "shape",
@@ -473,7 +487,8 @@ def as_json(results: Results) -> dict[str, Any]:
     ]
     forecasts = [each.model_dump() for each in results.forecasts]
     found = {"fits": fits, "isoflop": isoflop, "comparisons": comparisons, "tuning": tunings}
-    return {"loss": results.unit, **found, "speeds": speeds, "forecasts": forecasts}
+    evaluations = results.evaluations.drop(columns="configuration").to_dict("records")
+    return {"loss": results.unit, **found, "speeds": speeds, "forecasts": forecasts, "evaluations": evaluations}
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
