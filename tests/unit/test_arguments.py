@@ -8,7 +8,7 @@ import pytest
 
 from titan_dp.cli import dispatch
 from titan_dp.config import arguments
-from titan_dp.config.arguments import parse, take_settings
+from titan_dp.config.arguments import parse, take_commands, take_settings
 from titan_dp.config.load import load_config
 from titan_dp.errors import UserError
 
@@ -117,3 +117,17 @@ def test_the_help_of_train_fits_80_columns(monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit, match="0"):
         load_config(["--help"])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_commands_behind_dashes_go_to_the_command_that_takes_them_and_to_no_other() -> None:
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers()
+    taking, other = subparsers.add_parser("taking"), subparsers.add_parser("other")
+    taking.add_argument("run")
+    taking.add_argument("--every")
+    other.add_argument("files", nargs="*")
+    take_commands(taking)
+    args = parse(parser, ["taking", "here", "--every", "5", "--", "a", "--shards", "x", "--", "b=c"])
+    assert (args.run, args.every, args.commands) == ("here", "5", [["a", "--shards", "x"], ["b=c"]])
+    assert parse(parser, ["taking", "here"]).commands == []
+    assert parse(parser, ["other", "--", "--file"]).files == ["--file"]
