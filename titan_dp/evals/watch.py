@@ -168,6 +168,7 @@ class _Watch:
                 if not waited:
                     print_text(f"waiting for checkpoints of {self.folder}, with a look every {self.args.poll:g} s")
                 waited = True
+                sys.stdout.flush()  # whoever reads a log sees what is done
                 time.sleep(self.args.poll)
 
     def _due(self) -> list[tuple[int, Path, _Evaluation]]:
