@@ -39,7 +39,7 @@ study: data/corpus/train/manifest.json
 	test -e outputs/cpu_study/forecast.json || \
 	    $(BIN)/titan-dp forecast outputs/cpu_study outputs/cpu_study_seeds --target size=1.35M,tokens=600K \
 	        --out outputs/cpu_study/forecast.json
-	$(BIN)/titan-dp sweep cpu_study_largest --launch local --at-once 2
+	$(BIN)/titan-dp sweep cpu_study_largest --launch local --at-once 2 --extend-edges
 	$(BIN)/titan-dp report outputs/cpu_study outputs/cpu_study_seeds outputs/cpu_study_largest
 
 lint: $(INSTALLED)

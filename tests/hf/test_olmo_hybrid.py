@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.hf.exported import assert_same, greedy, load, tokens
 from tests.pretrained import Make, random_model
+from titan_dp.config import Model
 from titan_dp.errors import UserError
 from titan_dp.inference.hf.folder import FolderSource
+from titan_dp.inference.hf.olmo_hybrid import from_hf, to_hf
 
 modeling = pytest.importorskip("transformers.models.olmo_hybrid.modeling_olmo_hybrid")
 
@@ -50,6 +52,14 @@ def test_the_configuration_leaves_nothing_to_defaults(export_of: Make) -> None:
     assert {"pad_token_id", "bos_token_id", "eos_token_id", "rope_parameters", "layer_types"} <= written.keys()
     assert (written["pad_token_id"], written["eos_token_id"], written["rope_parameters"]) == (None, 257, None)
     assert written["layer_types"] == ["linear_attention"] * 2 + ["full_attention"]
+
+
+def test_every_value_dimension_comes_back() -> None:
+    """44 times 240 / 44 is a little less than 240."""
+    for dv in (240, 44, 22, 4):
+        written = to_hf(random_model(head_dim=44, expand_v=dv / 44 + 1e-9, **BASE)[0], 64)
+        assert written["linear_value_head_dim"] == dv
+        assert Model(**from_hf(written, "it")).head_v_dim == dv
 
 
 def test_a_last_layer_with_an_effect_is_refused_on_import(export_of: Make, tmp_path: Any) -> None:

@@ -350,7 +350,7 @@ def test_a_file_that_is_no_sweep_is_refused(text: str | None, said: str, tmp_pat
 # Cells, the first and the last name, and a hash of all names and identities: finished runs of users are found by them.
 SWEEPS = {
     "cpu_study": (81, "140K-t150K-nh1-lr0.006-s1", "660K-t600K-nh3-lr0.024-s1", "f3b7bf0b24e42aba"),
-    "cpu_study_largest": (3, "1.35M-t600K-nh1-lr0.006-s1", "1.35M-t600K-nh3-lr0.006-s1", "7ecdbfa25501b047"),
+    "cpu_study_largest": (9, "1.35M-t600K-nh1-lr0.003-s1", "1.35M-t600K-nh3-lr0.012-s1", "a1fb61f49b1bd7a5"),
     "cpu_study_seeds": (54, "140K-t150K-nh1-lr0.012-s2", "660K-t600K-nh3-lr0.012-s3", "0f09cb1429487cac"),
     "figure10": (6, "nh1-d128", "nh1-d256", "c16f1b9b6081c82e"),
     "householder_head_dim": (9, "392.2M-nh1-d64", "392.2M-nh3-d256", "66521fc277918025"),
@@ -361,6 +361,7 @@ SWEEPS = {
         "w256-h8-mlp768-nh2-parametrizationmup-lr0.032",
         "971fc4aeef5d5906",
     ),
+    "muon": (6, "270K-t300K-nh1-lr0.012-s1-muon_lr0.006", "270K-t300K-nh3-lr0.012-s1-muon_lr0.024", "e64abee3517c974f"),
     "paper": (9, "213m_nh1", "800m_nh3", "d73700e2b21a1b11"),
 }
 

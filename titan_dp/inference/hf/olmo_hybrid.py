@@ -7,6 +7,7 @@ model without a forget gate are exp(-exp(-1000) ...) = 1, convolutions of one wi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -91,13 +92,17 @@ def from_hf(v: dict[str, Any], where: str) -> dict[str, Any]:
     for key, allowed in fixed.items():
         if v[key] != allowed:
             raise UserError(f"{where} has {key} = {shown(v[key])}; titan_dp's model has only {allowed!r}")
+    dk, dv = v["linear_key_head_dim"], v["linear_value_head_dim"]
+    expand_v = dv / dk
+    if int(dk * expand_v) != dv:  # how the model gets dv back: the quotient was rounded down
+        expand_v = math.nextafter(expand_v, math.inf)
     return {
         "hidden_size": v["hidden_size"],
         "intermediate_size": v["intermediate_size"],
         "num_hidden_layers": layers,
         "num_heads": v["linear_num_value_heads"],
-        "head_dim": v["linear_key_head_dim"],
-        "expand_v": v["linear_value_head_dim"] / v["linear_key_head_dim"],
+        "head_dim": dk,
+        "expand_v": expand_v,
         "num_householder": 1,
         "use_output_gate": True,
         "use_forget_gate": v.get("use_forget_gate", True),

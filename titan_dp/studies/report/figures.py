@@ -131,7 +131,8 @@ def _log_axis(axes: Any, label: str) -> None:
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     decades = math.log10(high / low)
-    subs = (1.0,) if decades > 3 else (1.0, 3.0) if decades > 1.5 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
+    digits = [(3, (1.0,)), (1.5, (1.0, 3.0)), (0.7, (1.0, 2.0, 5.0)), (0.0, (1.0, 2.0, 3.0, 4.0, 6.0, 8.0))]
+    subs = next(each for least, each in digits if decades > least or least == 0)
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     axes.xaxis.set_minor_formatter(NullFormatter())
