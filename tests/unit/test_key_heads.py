@@ -16,6 +16,7 @@ from titan_dp.model.parametrization import scales
 from titan_dp.model.size import model_size, state_size
 from titan_dp.model.transformer import Transformer
 from titan_dp.studies.coordinate_check import at
+from titan_dp.studies.report.read import _named
 from titan_dp.studies.shapes import Proportions, Rule, Variant, match_shapes
 
 H, G, DK = 4, 2, 8
@@ -56,6 +57,12 @@ def test_a_group_computes_what_each_of_its_heads_would_with_the_same_weights_and
         if n := shared(name):
             value = value.unflatten(0, (n, G, H // G, DK)).sum(2).flatten(0, 2)
         torch.testing.assert_close(got[name], value)
+
+
+def test_tables_tell_models_that_share_keys_from_others() -> None:
+    named = [_named(settings(num_heads=4, num_key_heads=G, num_householder=2, head_dim=16)) for G in (None, 4, 2)]
+    assert [each["family"] for each in named] == ["DeltaProduct_2 [-1, 1]"] * 2 + ["DeltaProduct_2 [-1, 1] (2 heads per key)"]
+    assert [each["shape"].split(", ")[1] for each in named] == ["4 x 16", "4 x 16", "4/2 x 16"]
 
 
 def test_as_many_key_heads_as_heads_is_the_model_without_the_key() -> None:

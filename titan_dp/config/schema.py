@@ -187,6 +187,12 @@ class Model(Section):
         return self.attention_num_heads or max(1, self.hidden_size // 64)
 
     @property
+    def heads(self) -> str:
+        """For tables: '8 x 128', or '8/2 x 128' if 8 heads share 2 of q and k."""
+        shared = "" if self.key_heads == self.num_heads else f"/{self.key_heads}"
+        return f"{self.num_heads}{shared} x {self.head_dim}"
+
+    @property
     def family(self) -> str:
         """What the literature calls the mixer: 'DeltaNet', 'Gated DeltaProduct_2', 'RWKV-7', 'linear attention', ..."""
         return MIXERS[self.mixer].family(self)

@@ -148,7 +148,7 @@ def _print_table(title: str, models: Sequence[config.Model], targets: Sequence[i
             "model": model.family,
             "layers": model.num_hidden_layers,
             "width": model.hidden_size,
-            "heads": f"{model.num_heads} x {model.head_dim}",
+            "heads": model.heads,
             "MLP": model.mlp_size,
             "params": short(size.parameters),
             "off": f"{reached / target - 1:+.2%}",

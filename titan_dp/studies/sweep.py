@@ -288,7 +288,7 @@ def _print_costs(sweep: Sweep, mfu: float, peak_tflops: float) -> None:
     rows = []
     for cell, state in zip(sweep.cells, states, strict=True):
         m = cell.config.model
-        shape = f"{m.num_hidden_layers} x {m.hidden_size}, {m.num_heads} x {m.head_dim}, {m.mlp_size}"
+        shape = f"{m.num_hidden_layers} x {m.hidden_size}, {m.heads}, {m.mlp_size}"
         sizes = map(short, (cell.parameters, cell.tokens, cell.own_flops))
         rows.append([cell.name, state, m.family, shape, *sizes, hours(cell.own_flops)])
     tokens, finished = sum(cell.own_tokens for cell in sweep.cells), f"{states.count('finished')} finished"

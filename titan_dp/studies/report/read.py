@@ -376,18 +376,20 @@ def _sizes(facts: _Facts | None) -> dict[str, int | None]:
 def _named(model: config.Model) -> dict[str, Any]:
     """What a model is called, and the order in which models are shown, asked of its configuration for any mixer.
 
-    "family" is what is fitted and coloured as one: mixer, n_h, gate and range of eigenvalues. "kind" is the family without
-    n_h, in the order in which families are shown. "n_h" is None if the mixer takes no such steps.
+    "family" is what is fitted and coloured as one: mixer, n_h, gate, range of eigenvalues and heads per key. "kind" is the
+    family without n_h, in the order in which families are shown. "n_h" is None if the mixer takes no such steps.
     """
     other = model.model_copy(update={"num_householder": model.num_householder % 8 + 1})
     n_h = model.num_householder if other.family != model.family else None
     softmax = state_size(model) == 0
     eigenvalues = "" if n_h is None else " [-1, 1]" if model.allow_neg_eigval else " [0, 1]"
     hybrid = 0 if softmax else len(set(model.attention_layers))
-    heads = f"{model.softmax_heads} heads" if softmax else f"{model.num_heads} x {model.head_dim}"
+    heads = f"{model.softmax_heads} heads" if softmax else model.heads
+    shared = model.num_heads // model.key_heads
+    keys = f" ({shared} heads per key)" if shared > 1 else ""
     choices = (model.use_forget_gate, model.adaptive_householder, not model.allow_neg_eigval)
     return {
-        "family": model.family + eigenvalues + (f" + {hybrid} softmax" if hybrid else ""),
+        "family": model.family + eigenvalues + keys + (f" + {hybrid} softmax" if hybrid else ""),
         "kind": (n_h is None, softmax, model.mixer, len(model.attention_layers), *choices),
         "n_h": n_h,
         "shape": f"{model.num_hidden_layers} x {model.hidden_size}, {heads}, {model.mlp_size}",
