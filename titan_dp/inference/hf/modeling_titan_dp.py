@@ -363,7 +363,8 @@ class DeltaProduct(nn.Module):
         q, k, v = (upcast(F.silu(y).to(x.dtype)) for y in activated)
         q, k = q.view(B, T, self.key_heads, self.dk), k.view(B, T, self.n, self.key_heads, self.dk)
         q, k = (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + L2_EPS) for y in (q, k))
-        q, k = (y.repeat_interleave(self.heads // self.key_heads, -2) for y in (q, k))
+        if self.key_heads != self.heads:
+            q, k = (y.repeat_interleave(self.heads // self.key_heads, -2) for y in (q, k))
         v, beta = v.view(B, T, self.n, self.heads, self.dv), beta.view(B, T, self.n, self.heads)
         o, state = delta_product(q, k, v, beta, g, rows.document, state, self.erase)
         o = self.o_norm(o.to(x.dtype)).flatten(2)

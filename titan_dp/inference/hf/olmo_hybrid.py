@@ -31,7 +31,6 @@ _TOP = {
     "lm_head.weight": "lm_head.weight",
 }
 _IN_LAYER = [("attn_norm.", "input_layernorm."), ("mlp_norm.", "post_attention_layernorm."), ("attn.", "linear_attn.")]
-_GATE, _CONVOLUTION = r"\.(a_proj\.weight|A_log|dt_bias)$", r"\.[qkv]_conv1d\.weight$"
 
 
 def inexpressible(c: config.Model) -> list[str]:
@@ -82,8 +81,8 @@ def to_hf(c: config.Model, seq_len: int) -> dict[str, Any]:
 
 def from_hf(v: dict[str, Any], where: str) -> dict[str, Any]:
     """Our [model] settings of a config.json. Raises UserError for softmax layers with an effect, KeyError for a missing key."""
-    layers = v["num_hidden_layers"] - 1
-    if v["layer_types"] != ["linear_attention"] * layers + ["full_attention"]:
+    layers = len(v["layer_types"]) - 1
+    if v["num_hidden_layers"] != layers + 1 or v["layer_types"] != ["linear_attention"] * layers + ["full_attention"]:
         raise UserError(
             f"{where} has softmax layers among its layer_types; titan_dp reads an olmo_hybrid model only if it has one, the "
             "last and without effect, as `titan-dp export --format olmo-hybrid` writes it"
@@ -128,14 +127,11 @@ def hf_name(name: str) -> str:
 
 def our_names(c: config.Model, names: Iterable[str]) -> dict[str, list[str]]:
     """For each of our tensors its name in the folder; without what `exported` made."""
-    back = {theirs: ours for ours, theirs in _TOP.items()}
+    back, made = {theirs: ours for ours, theirs in _TOP.items()}, made_tensors(c)
     found = {}
     for name in names:
-        ours = back.get(name, name.removeprefix("model."))
-        made = ours.startswith(f"layers.{c.num_hidden_layers}.")
-        made |= not c.use_forget_gate and bool(re.search(_GATE, ours))
-        made |= not c.use_short_conv and bool(re.search(_CONVOLUTION, ours))
-        if not made:
+        if name not in made:
+            ours = back.get(name, name.removeprefix("model."))
             for our_part, theirs in _IN_LAYER:
                 ours = re.sub(rf"^(layers\.\d+\.){re.escape(theirs)}", rf"\g<1>{our_part}", ours)
             found[re.sub(r"\.attn\.(A_log|dt_bias)$", r".attn.forget_gate.\1", ours)] = [name]

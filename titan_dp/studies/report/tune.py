@@ -22,7 +22,7 @@ import numpy as np
 from pandas import DataFrame
 
 from titan_dp.files import short
-from titan_dp.studies.report.compare import alike, best, configured_alike
+from titan_dp.studies.report.compare import alike, configured_alike
 from titan_dp.studies.report.fits import Parabola, fit_parabola
 
 AROUND = 1.5
@@ -111,11 +111,15 @@ def tune(runs: DataFrame, configurations: DataFrame, axes: dict[str, str]) -> tu
 
 
 def _lowest(measured: DataFrame) -> Any:
-    """Label of the lowest mean loss over the seeds that all have; over all of each if they share none."""
-    common = set.intersection(*map(set, measured["seeds"]))
-    runs = measured.explode(["losses", "seeds"])
-    shared = runs[[seed in common for seed in runs["seeds"]]]
-    return shared["losses"].astype(float).groupby(level=0).mean().idxmin() if common else best(measured)
+    """Label of the lowest mean loss, the first of equals."""
+    return _comparable(measured)["losses"].astype(float).groupby(level=0, sort=False).mean().idxmin()
+
+
+def _comparable(configurations: DataFrame) -> DataFrame:
+    """A row for each run of a seed that all the configurations have; for every run if they share none."""
+    common = set.intersection(*map(set, configurations["seeds"]))
+    runs = configurations.explode(["losses", "seeds"])
+    return runs[[seed in common for seed in runs["seeds"]]] if common else runs
 
 
 def _line(arm: DataFrame, lowest: Any, keys: Iterable[str], along: str) -> DataFrame:
@@ -143,10 +147,7 @@ def _along(axis: str, key: str, line: DataFrame, lowest: Any, diverged: set[Any]
 
 def _parabola(near: DataFrame, key: str) -> dict[str, Any]:
     """The parabola through three configurations' means, and the gain, over the seeds that all of them have."""
-    common = set.intersection(*map(set, near["seeds"]))
-    runs = near.explode(["losses", "seeds"])
-    if common:
-        runs = runs[[seed in common for seed in runs["seeds"]]]
+    runs = _comparable(near)
     parabola = fit_parabola(runs[key].to_numpy(float), runs["losses"].to_numpy(float))
     if parabola.loss is None:
         return {"note": "no parabola: the losses are equal"}
