@@ -33,6 +33,7 @@ SMALL: dict[str, Any] = {
     "attention_num_heads": 4,
     "attention_num_kv_heads": 2,
 }
+GROUP_NORM = {"num_heads": 4, "num_key_heads": 2, "use_output_gate": True, "output_norm": "group", "gate_before_norm": True}
 LINEAR = {"mixer": "gla", "num_householder": 1}
 ROWS, T = 2, 48
 # Of two rows of 48 tokens, in segments of 24, 12 or 6: boundaries at a segment's start, one before, one after, several in
@@ -46,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "the definition": {"num_householder": 2, "use_forget_gate": True, "backend": "recurrent", "documents": DOCUMENTS},
     "a router": {"num_householder": 2, "adaptive_householder": True},
     "grouped heads, documents": {"num_heads": 4, "num_key_heads": 2, "use_forget_gate": True, "documents": DOCUMENTS},
+    "norm over groups behind the gate, documents": {**GROUP_NORM, "use_forget_gate": True, "documents": DOCUMENTS},
     "linear attention": LINEAR,
     "gated linear attention, documents": {**LINEAR, "use_forget_gate": True, "documents": DOCUMENTS},
     "hybrid": {"num_householder": 1, "attention_layers": [1]},

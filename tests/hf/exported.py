@@ -11,6 +11,7 @@ from torch import Tensor
 from titan_dp.model.transformer import Transformer
 
 UNTIED: dict[str, Any] = {"use_output_gate": True, "expand_v": 2.0, "tie_word_embeddings": False}
+GROUP_NORM: dict[str, Any] = {"num_heads": 4, "num_key_heads": 2, "use_output_gate": True, "output_norm": "group"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "DeltaProduct_2": {},
     "DeltaNet, more heads than fit the width": {"num_householder": 1, "num_heads": 3, "norm_eps": 1e-2},
@@ -18,6 +19,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DeltaProduct_3, beta in [0, 1]": {"num_householder": 3, "allow_neg_eigval": False, "use_short_conv": False},
     "narrow values, short convolution": {"use_output_gate": True, "expand_v": 0.5, "conv_size": 2, "norm_eps": 1e-2},
     "grouped heads": {"num_heads": 4, "num_key_heads": 2, "num_householder": 3, "use_forget_gate": True, "expand_v": 0.5},
+    "norm over groups behind the gate": {**GROUP_NORM, "gate_before_norm": True, "use_forget_gate": True, "num_householder": 3},
+    "norm over groups before the gate": {**GROUP_NORM, "expand_v": 0.5},
     "gated linear attention": {"mixer": "gla", "num_householder": 1, "use_forget_gate": True},
     "Transformer": {"mixer": "attention"},
     "Transformer, windowed": {"mixer": "attention", "attention_num_heads": 4, "attention_window": 9},

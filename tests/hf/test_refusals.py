@@ -60,6 +60,10 @@ INEXPRESSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({**ONE_STEP, **GATED, "num_key_heads": 2}, "olmo_hybrid", "num_key_heads = 2 and .*--model-type gated_deltanet or"),
     ({**GATED, "num_key_heads": 2}, "gated_deltaproduct", "cannot express num_key_heads = 2; use --format remote-code$"),
     ({**ONE_STEP, **GATED, "num_key_heads": 2}, "gated_deltaproduct", "num_key_heads = 2; use --model-type gated_deltanet or"),
+    ({"output_norm": "group"}, "gated_deltaproduct", "cannot express output_norm = 'group'; use --format remote-code$"),
+    ({"use_output_gate": True, "gate_before_norm": True}, "gated_deltaproduct", "gate_before_norm = true; use --format remote"),
+    ({**ONE_STEP, **GATED, "output_norm": "group"}, "gated_deltanet", "output_norm = 'group'; use --format remote-code$"),
+    ({**ONE_STEP, **GATED, "output_norm": "group"}, "olmo_hybrid", "output_norm = 'group' and norm_eps.*remote-code$"),
     ({"mixer": "rwkv7"}, "titan_dp", "^mixer = 'rwkv7' cannot be exported: no Hugging Face format has it"),
     ({"adaptive_householder": True}, "titan_dp", "^adaptive_householder = true cannot be exported: no Hugging Face format"),
 ]

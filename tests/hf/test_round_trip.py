@@ -53,6 +53,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (OLMO_HYBRID, {**OLMO, "use_short_conv": False, "allow_neg_eigval": False, "tie_word_embeddings": False}),
     (REMOTE_CODE, {**GATED, **GROUPED, "mixer": "gla"}),
     (REMOTE_CODE, {"num_householder": 3, **GROUPED}),
+    (REMOTE_CODE, {**GROUPED, "use_output_gate": True, "output_norm": "group", "gate_before_norm": True}),
     (REMOTE_CODE, {**WINDOWED, "attention_layers": [0], "tie_word_embeddings": False}),
 ]
 

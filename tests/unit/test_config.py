@@ -104,10 +104,10 @@ def test_a_bare_name_means_train_configs_and_then_this_folder(monkeypatch: pytes
 def test_a_missing_config_lists_those_there_are(arguments: list[str]) -> None:
     with pytest.raises(UserError) as refused:
         load_config(arguments)
-    listed = re.search(r"the shipped ones are (.*), debug; paper/ has", str(refused.value))
+    listed = re.search(r"the shipped ones are (.*), debug, gdp-1b; paper/ has", str(refused.value))
     assert listed is not None
     sizes, endings = listed[1].removesuffix(")").split(" (also ")
-    names = {size + ending for size in sizes.split(", ") for ending in ("", *endings.split(", "))} | {"debug"}
+    names = {size + ending for size in sizes.split(", ") for ending in ("", *endings.split(", "))} | {"debug", "gdp-1b"}
     assert names == {path.stem for path in SHIPPED.glob("*.toml")}
 
 

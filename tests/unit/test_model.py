@@ -16,6 +16,7 @@ from titan_dp.model.deltaproduct import DeltaProduct, ForgetGate
 from titan_dp.model.layers import Initializer, Packing, ShortConv
 from titan_dp.model.transformer import Transformer, build_model
 
+GROUPED = {"num_heads": 4, "num_key_heads": 2, "use_forget_gate": True, "use_output_gate": True, "expand_v": 0.5}
 VARIANTS: dict[str, dict] = {
     "DeltaNet": {"num_householder": 1},
     "Gated DeltaProduct_3": {"num_householder": 3, "use_forget_gate": True},
@@ -26,7 +27,9 @@ VARIANTS: dict[str, dict] = {
         "tie_word_embeddings": False,
     },
     "adaptive Gated DeltaProduct_2": {"adaptive_householder": True, "use_forget_gate": True},
-    "grouped heads": {"num_heads": 4, "num_key_heads": 2, "use_forget_gate": True, "use_output_gate": True, "expand_v": 0.5},
+    "grouped heads": GROUPED,
+    "norm over groups behind the gate": {**GROUPED, "output_norm": "group", "gate_before_norm": True},
+    "norm of a head behind the gate": {"use_output_gate": True, "gate_before_norm": True},
     "linear attention": {"mixer": "gla", "num_householder": 1, "use_forget_gate": True},
     "RWKV-7 product_2": {"mixer": "rwkv7", "use_output_gate": True, "expand_v": 2.0},
     "windowed, grouped softmax": {"mixer": "attention", "attention_window": 7, "attention_num_kv_heads": 1},
@@ -202,23 +205,26 @@ def test_the_mixer_follows_the_papers_definition(name: str) -> None:
     k = unit(activated(mixer.k_proj, mixer.k_conv1d).view(13, n, G, dk)).repeat_interleave(H // G, 2)
     v = activated(mixer.v_proj, mixer.v_conv1d).view(13, n, H, dv)
     beta = mixer.b_proj(x)[0].sigmoid().view(13, n, H) * (2 if c.allow_neg_eigval else 1)
-    outputs = []
+    gate = torch.ones(13, H, dv) if mixer.g_proj is None else F.silu(mixer.g_proj(x)[0]).view(13, H, dv)
+    heads = []
     for h in range(H):
         S, rows = torch.zeros(dk, dv, dtype=torch.float64), []
         for t in range(13):
             if mixer.forget_gate is not None and mixer.a_proj is not None:
-                gate = mixer.forget_gate
-                S = S * torch.exp(-gate.A_log.exp()[h] * F.softplus(mixer.a_proj(x)[0, t, h] + gate.dt_bias[h]))
+                A_log, dt_bias = mixer.forget_gate.A_log, mixer.forget_gate.dt_bias
+                S = S * torch.exp(-A_log.exp()[h] * F.softplus(mixer.a_proj(x)[0, t, h] + dt_bias[h]))
             for j in range(n):
                 read = S.T @ k[t, j, h] if c.mixer == "deltaproduct" else 0
                 S = S + torch.outer(k[t, j, h], beta[t, j, h] * (v[t, j, h] - read))
             rows.append(S.T @ q[t, h] * dk**-0.5)
-        o = torch.stack(rows)
-        outputs.append(o / (o.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * mixer.o_norm.weight)
-    out = torch.stack(outputs, 1).flatten(1)
-    if mixer.g_proj is not None:
-        out = out * F.silu(mixer.g_proj(x)[0])
-    torch.testing.assert_close(mixer(x)[0], mixer.o_proj(out))
+        heads.append(torch.stack(rows))
+    o = torch.stack(heads, 1)  # [T, H, dv]
+    o = o * gate if c.gate_before_norm else o
+    normed = o.unflatten(1, (G, H // G) if c.output_norm == "group" else (H, 1)).flatten(2)
+    normed = normed / (normed.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()
+    out = normed.view(13, H, dv) * mixer.o_norm.weight.view(-1, dv)
+    out = out if c.gate_before_norm else out * gate
+    torch.testing.assert_close(mixer(x)[0], mixer.o_proj(out.flatten(1)))
 
 
 @pytest.mark.parametrize(("window", "kv_heads"), [(None, 2), (5, 1)])

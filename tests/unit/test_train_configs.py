@@ -6,10 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from titan_dp.cli import dispatch
 from titan_dp.config.load import SHIPPED, Loaded, load_config
 from titan_dp.data.synthetic.loader import problem_that_fits
+from titan_dp.inference.megatron import to_megatron
+from titan_dp.model.deltaproduct import DeltaProduct
 from titan_dp.model.size import model_size
 from titan_dp.train.batch_plan import plan_batches
 
@@ -45,7 +48,8 @@ def parameters(loaded: Loaded) -> int:
 
 
 def test_the_folder_holds_the_debug_config_and_each_size_with_its_partners_gated_and_ungated() -> None:
-    assert set(shipped()) == {"debug", *PAPER, *(f"{name}_gated" for name in PAPER), *(f"paper/{name}" for name in PAPER)}
+    partners = {*PAPER, *(f"{name}_gated" for name in PAPER), *(f"paper/{name}" for name in PAPER)}
+    assert set(shipped()) == {"debug", "gdp-1b", *partners}
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -93,10 +97,22 @@ def test_the_shapes_are_those_that_match_finds(size: str, capsys: pytest.Capture
     assert shape == {(model.hidden_size, model.intermediate_size)}
 
 
-@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith(tuple(STEPS))])
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith((*STEPS, "gdp-"))])
 def test_every_matrix_of_a_config_for_gpus_has_dimensions_that_are_multiples_of_64(name: str) -> None:
     m = load(name).config.model
-    assert [d % 64 for d in (m.hidden_size, m.mlp_size, m.num_heads * m.head_dim, m.vocab_size)] == [0, 0, 0, 0]
+    columns = (m.key_heads * m.head_dim, m.num_heads * m.head_v_dim)
+    assert [d % 64 for d in (m.hidden_size, m.mlp_size, *columns, m.vocab_size)] == [0, 0, 0, 0, 0]
+
+
+def test_the_shape_of_nvidias_mixer_is_about_a_billion_parameters_and_megatron_can_have_its_weights() -> None:
+    loaded = load("gdp-1b")
+    m = loaded.config.model
+    assert parameters(loaded) == 1_036_446_720
+    assert (m.num_householder, m.head_dim, m.head_v_dim, m.heads) == (3, 128, 64, "32/8 x 128")
+    with torch.device("meta"):
+        theirs = to_megatron(m, dict(DeltaProduct(m).named_parameters()))
+    assert theirs["in_proj.weight"].shape == (2048 * 4 + 1024 * 4 + 32 * 4, 1536)
+    assert theirs["conv1d.weight"].shape == (2048 * 3 + 1024 * 4, 1, 4)
 
 
 @pytest.mark.parametrize("name", STEPS)  # its partners differ in nothing but shape

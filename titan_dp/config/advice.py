@@ -79,6 +79,12 @@ HINTS = {
     "n_h": "set model.num_householder",
     "expand_k": "set model.head_dim; it does not depend on model.hidden_size",
     "use_gate": "set model.use_output_gate (gates the output) or model.use_forget_gate (decays the state)",
+    "norm_before_gate": "set model.gate_before_norm, its opposite",
+    "mamba_num_heads": "set model.num_heads",
+    "mamba_num_groups": "set model.num_key_heads",
+    "mamba_state_dim": "set model.head_dim",
+    "mamba_head_dim": "set model.expand_v (this over model.head_dim)",
+    "gdp_num_householder": "set model.num_householder",
     "gating": "set model.use_forget_gate (decays the state) or model.use_output_gate (gates the output)",
     "d_ff": "set model.intermediate_size",
     "hidden_ratio": "set model.intermediate_size",
@@ -160,6 +166,7 @@ def model_rules(model: Model) -> Iterator[Rule]:
     yield bool(unused), "model", " ".join(sorted(unused)), f"no layer uses it (mixer {families})"
     yield model.mixer == "attention", "model", "attention_layers", 'mixer = "attention" makes every layer one'
     yield not model.use_short_conv, "model", "conv_size", "model.use_short_conv is false"
+    yield not model.use_output_gate, "model", "gate_before_norm", "model.use_output_gate is false"
 
 
 def rules(c: Config) -> Iterator[Rule]:

@@ -95,7 +95,10 @@ class MatrixState(Mixer):
     A subclass adds the projections, other parameters and FLOPs of its transition.
     """
 
-    uses = "num_heads head_dim expand_v num_householder allow_neg_eigval use_output_gate use_short_conv conv_size backend"
+    uses = (
+        "num_heads head_dim expand_v num_householder allow_neg_eigval use_output_gate output_norm gate_before_norm "
+        "use_short_conv conv_size backend"
+    )
 
     def transition(self, c: Model) -> tuple[int, int, int]:
         """Columns that it projects to, parameters that are in no matrix, and forward FLOPs per token of the recurrence."""
@@ -106,7 +109,7 @@ class MatrixState(Mixer):
         columns, others, recurrence = self.transition(c)
         taps = c.conv_size * (keys + n * keys + n * values) if c.use_short_conv else 0
         projected = keys + n * keys + n * values + columns + values * (2 if c.use_output_gate else 1)
-        norm = c.head_v_dim
+        norm = values if c.output_norm == "group" else c.head_v_dim
         return Counts.of_matrices(D * projected) + Counts(taps + norm + others, conv=6 * taps, recurrence=3 * recurrence)
 
     def state_size(self, c: Model) -> int:

@@ -140,6 +140,11 @@ class Model(Section):
     """beta = 2 sigmoid instead of sigmoid: eigenvalues of each factor in [-1, 1] instead of [0, 1]; for rwkv7, c = 2, not 1."""
     use_output_gate: bool = False
     """Multiply the normalised output of the mixer by silu(g_proj(x))."""
+    output_norm: Literal["head", "group"] = "head"
+    """RMSNorm of the mixer's output: of each head, with one weight of dv numbers for all; or of the heads together that share one
+    of q and k, with a weight per channel."""
+    gate_before_norm: bool = False
+    """Apply the output gate before that norm: RMS(o * silu(g_proj(x))), not RMS(o) * silu(g_proj(x))."""
     use_short_conv: bool = True
     """Causal depthwise convolution after the q, k and v projections."""
     conv_size: Annotated[int, Field(ge=2, le=8)] = 4

@@ -118,7 +118,8 @@ class MatrixStateMixer(TokenMixer):
         for name, child in after.items():
             self.add_module(name, child)
         self.g_proj = nn.Linear(D, values, bias=False) if c.use_output_gate else None
-        self.o_norm = RMSNorm(self.dv, c.norm_eps)
+        self.norm_by_head, self.gate_before_norm = c.output_norm == "head", c.gate_before_norm
+        self.o_norm = RMSNorm(self.dv, c.norm_eps) if self.norm_by_head else RMSNorm(values, c.norm_eps, self.key_heads)
         self.o_proj = nn.Linear(values, D, bias=False)
 
     def stacks(self) -> dict[str, tuple[int, int]]:
@@ -193,9 +194,12 @@ class MatrixStateMixer(TokenMixer):
         return RecurrenceInputs(*inputs), projected
 
     def _read_out(self, o: Tensor, x: Tensor) -> Tensor:
-        o = self.o_norm.apply_to(o).flatten(-2)
-        if self.g_proj is not None:
-            o = o * F.silu(self.g_proj(x))
+        gate = None if self.g_proj is None else self.g_proj(x)
+        if gate is not None and self.gate_before_norm:
+            o = upcast(o) * F.silu(upcast(gate)).view_as(o)  # rounded once, behind the norm
+        o = self.o_norm.apply_to(o if self.norm_by_head else o.flatten(-2)).view(*o.shape[:2], -1).to(x.dtype)
+        if gate is not None and not self.gate_before_norm:
+            o = o * F.silu(gate)
         return self.o_proj(o)
 
     def describe(self) -> str:

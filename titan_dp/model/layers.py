@@ -78,16 +78,25 @@ class Float32(nn.Module):
 
 
 class RMSNorm(Float32):
-    """The weight [size] of a root-mean-square norm; use `apply_to`, do not call it."""
+    """The weight [size] of a root-mean-square norm; use `apply_to`, do not call it.
 
-    def __init__(self, size: int, eps: float) -> None:
+    Args:
+        size: of the last dimension.
+        eps: added to the mean square.
+        groups: equal parts of the last dimension, each of which is normalised for itself.
+    """
+
+    def __init__(self, size: int, eps: float, groups: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
+        self.eps, self.groups = eps, groups
 
     def apply_to(self, x: Tensor) -> Tensor:
         """x / rms(x) * weight over the last dimension, in float32 at least, returned in x's dtype."""
-        return rms_norm(upcast(x), self.weight, self.eps).to(x.dtype)
+        if self.groups == 1:
+            return rms_norm(upcast(x), self.weight, self.eps).to(x.dtype)
+        parts = upcast(x).unflatten(-1, (self.groups, -1))
+        return (F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight).to(x.dtype)
 
     def init_weights(self, init: Initializer) -> None:
         init.ones_(self.weight)

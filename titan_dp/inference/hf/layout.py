@@ -78,6 +78,8 @@ _NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size")
 _SAME = [*_NEEDED, "num_heads", "tie_word_embeddings", "norm_eps", "initializer_range", "allow_neg_eigval"]
 _SAME += ["use_short_conv", "conv_size"]
 _PRODUCT = ("num_householder", "use_forget_gate", "use_output_gate")
+# What only our own type has.
+_OURS = ("mixer", "num_key_heads", "output_norm", "gate_before_norm")
 
 
 # -- settings -----------------------------------------------------------------------------------------------------------
@@ -112,7 +114,8 @@ def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
     if model_type == REMOTE_CODE:
         auto = {"AutoConfig": "TitanDPConfig", "AutoModel": "TitanDPModel", "AutoModelForCausalLM": "TitanDPForCausalLM"}
         auto_map = {name: f"{_MODELING_FILE}.{target}" for name, target in auto.items()}
-        return {**common, **product, "num_key_heads": c.num_key_heads, "mixer": c.mixer, "auto_map": auto_map}
+        own = {key: getattr(c, key) for key in _OURS}
+        return {**common, **product, **own, "auto_map": auto_map}
     fixed = {key: values[0] for key, values in {**_FIXED[""], **_FIXED.get(model_type, {})}.items()}
     common |= {**_FLA_RUNTIME, **fixed, "hidden_ratio": 4}
     expand_v = c.head_v_dim / c.head_dim  # fla computes the value dimension as int(head_dim * expand_v)
@@ -139,6 +142,7 @@ def _inexpressible(c: config.Model, model_type: str) -> list[str]:
         "use_forget_gate = false": model_type == "gated_deltanet" and not c.use_forget_gate,
         "use_forget_gate = true": model_type == "delta_net" and c.use_forget_gate,
         f"num_key_heads = {c.key_heads}": model_type != "gated_deltanet" and c.key_heads != c.num_heads,
+        **olmo_hybrid.norm_and_gate(c),
     }
     return [reason for reason, applies in reasons.items() if applies]
 
@@ -214,8 +218,7 @@ def _mixer_keys(v: dict[str, Any], kind: str) -> dict[str, Any]:
         values = v.get("num_v_heads")
         heads = {"num_heads": values or v["num_heads"], "num_key_heads": values and v["num_heads"]}
         return {**common, **heads, "num_householder": 1, "use_forget_gate": True, "use_output_gate": v["use_gate"]}
-    ours = {"mixer": v.get("mixer", "deltaproduct"), "num_key_heads": v.get("num_key_heads")}
-    return {**common, **{key: v[key] for key in _PRODUCT}, **ours}
+    return {**common, **{key: v[key] for key in (*_PRODUCT, *_OURS) if key in v}}
 
 
 def _attention_keys(v: dict[str, Any], where: str) -> dict[str, Any]:

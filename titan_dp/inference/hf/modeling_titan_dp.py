@@ -46,6 +46,8 @@ DEFAULTS = {
     "use_forget_gate": False,
     "allow_neg_eigval": True,
     "use_output_gate": False,
+    "output_norm": "head",
+    "gate_before_norm": False,
     "use_short_conv": True,
     "conv_size": 4,
     "intermediate_size": 2816,
@@ -247,15 +249,16 @@ def upcast(x):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32, returned in x's dtype."""
+    """x / rms(x) * weight over the last dimension, or over each of its `groups` parts, in float32, returned in x's dtype."""
 
-    def __init__(self, size, eps):
+    def __init__(self, size, eps, groups=1):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.groups = eps, groups
 
     def forward(self, x):
-        return F.rms_norm(upcast(x), self.weight.shape, upcast(self.weight), self.eps).to(x.dtype)
+        parts = upcast(x).unflatten(-1, (self.groups, -1))
+        return (F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * upcast(self.weight)).to(x.dtype)
 
 
 def delta_product(q, k, v, beta, g, document, state, erase):
@@ -341,7 +344,8 @@ class DeltaProduct(nn.Module):
             self.A_log = nn.Parameter(torch.zeros(self.heads))
             self.dt_bias = nn.Parameter(torch.zeros(self.heads))
         self.g_proj = nn.Linear(D, values, bias=False) if c.use_output_gate else None
-        self.o_norm = RMSNorm(self.dv, c.norm_eps)
+        self.norm_by_head, self.gate_before_norm = c.output_norm == "head", c.gate_before_norm
+        self.o_norm = RMSNorm(self.dv, c.norm_eps) if self.norm_by_head else RMSNorm(values, c.norm_eps, self.key_heads)
         self.o_proj = nn.Linear(values, D, bias=False)
 
     def forward(self, x, rows, memory):
@@ -367,9 +371,13 @@ class DeltaProduct(nn.Module):
             q, k = (y.repeat_interleave(self.heads // self.key_heads, -2) for y in (q, k))
         v, beta = v.view(B, T, self.n, self.heads, self.dv), beta.view(B, T, self.n, self.heads)
         o, state = delta_product(q, k, v, beta, g, rows.document, state, self.erase)
-        o = self.o_norm(o.to(x.dtype)).flatten(2)
-        if self.g_proj is not None:
-            o = o * F.silu(self.g_proj(x))
+        o = o.to(x.dtype)
+        gate = None if self.g_proj is None else self.g_proj(x)
+        if gate is not None and self.gate_before_norm:
+            o = upcast(o) * F.silu(upcast(gate)).view_as(o)
+        o = self.o_norm(o if self.norm_by_head else o.flatten(2)).flatten(2).to(x.dtype)
+        if gate is not None and not self.gate_before_norm:
+            o = o * F.silu(gate)
         return self.o_proj(o), (state, *tails)
 
 

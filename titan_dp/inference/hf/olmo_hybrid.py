@@ -41,9 +41,18 @@ def inexpressible(c: config.Model) -> list[str]:
         f"num_householder = {c.num_householder}": c.num_householder != 1,
         f"num_key_heads = {c.key_heads}": c.key_heads != c.num_heads,
         "use_output_gate = false": not c.use_output_gate,
+        **norm_and_gate(c),
         f"norm_eps = {c.norm_eps:g} (only {_EPS:g})": c.norm_eps != _EPS,
     }
     return [reason for reason, applies in reasons.items() if applies]
+
+
+def norm_and_gate(c: config.Model) -> dict[str, bool]:
+    """What the others' output norms cannot have, and whether `c` has it: they are of one head each, and before the gate."""
+    return {
+        f"output_norm = {c.output_norm!r}": c.output_norm != "head",
+        "gate_before_norm = true": c.use_output_gate and c.gate_before_norm,
+    }
 
 
 def to_hf(c: config.Model, seq_len: int) -> dict[str, Any]:
