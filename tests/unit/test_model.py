@@ -150,8 +150,16 @@ def test_decoding_token_by_token_or_in_blocks_equals_the_parallel_forward(varian
         torch.testing.assert_close(logits, expected[:, position - 1], rtol=1e-5, atol=1e-5)
 
 
+ONE_GRAPH = [
+    "adaptive Gated DeltaProduct_2",
+    "norm over groups behind the gate",
+    "linear attention",
+    "windowed, grouped softmax",
+]
+
+
 # The others' blocks are in tests/distributed/test_compile.py; RWKV-7's loop is refused to the compiler.
-@pytest.mark.parametrize("name", ["adaptive Gated DeltaProduct_2", "linear attention", "windowed, grouped softmax"])
+@pytest.mark.parametrize("name", ONE_GRAPH)
 def test_a_block_is_one_graph_with_and_without_packing(name: str) -> None:
     torch._dynamo.reset()
     block = make(**VARIANTS[name]).layers[1]

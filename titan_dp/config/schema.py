@@ -141,8 +141,8 @@ class Model(Section):
     use_output_gate: bool = False
     """Multiply the normalised output of the mixer by silu(g_proj(x))."""
     output_norm: Literal["head", "group"] = "head"
-    """RMSNorm of the mixer's output: of each head, with one weight of dv numbers for all; or of the heads together that share one
-    of q and k, with a weight per channel."""
+    """RMSNorm of the mixer's output: of each head, with one weight of dv numbers for all; or of the heads together that share a
+    head of q and k, with a weight per channel."""
     gate_before_norm: bool = False
     """Apply the output gate before that norm: RMS(o * silu(g_proj(x))), not RMS(o) * silu(g_proj(x))."""
     use_short_conv: bool = True
