@@ -6,8 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.pretrained import Make
 from tests.processes import run_script
+from titan_dp.inference.pretrained import load_pretrained
 
 
 def run(root: Path, name: str, *arguments: str | Path) -> str:
@@ -46,9 +49,31 @@ def test_a_run_folder_is_loaded_and_goes_on(root: Path, trained: tuple[Path, str
     assert any(line.startswith("likeliest: ") for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"), [("load_and_generate.py", ["nowhere", "The"]), ("train_from_python.py", ["nowhere", "out"])]
-)
+def test_an_exported_model_is_fine_tuned_by_transformers_and_read_again(root: Path, export_of: Make, tmp_path: Path) -> None:
+    """Packed, with gradient checkpointing."""
+    folder, texts, tuned = (
+        export_of({"use_forget_gate": True}, target="remote-code"),
+        tmp_path / "texts.jsonl",
+        tmp_path / "tuned",
+    )
+    texts.write_text("".join(f'{{"text": "{"the old dog " * (1 + i % 5)}"}}\n' for i in range(24)))
+    said = run(root, "fine_tune.py", folder, texts, tuned, "6")
+    words = said.split("loss ")[-1].split()
+    assert float(words[3]) < float(words[0]) - 0.3, said
+    before, after = (load_pretrained(path, torch.device("cpu")) for path in (folder, tuned))
+    assert after.tokenizer.name == str(tuned)
+    changed = [not torch.equal(x, y) for x, y in zip(before.model.parameters(), after.model.parameters(), strict=True)]
+    assert all(changed)
+
+
+WRONG = {
+    "load_and_generate.py": ["nowhere", "The"],
+    "train_from_python.py": ["nowhere", "out"],
+    "fine_tune.py": ["nowhere", "texts.jsonl", "out"],
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), WRONG.items())
 def test_a_wrong_path_is_one_sentence(root: Path, tmp_path: Path, name: str, arguments: list[str]) -> None:
     process = run_script(root / "examples" / name, *arguments, cwd=tmp_path)
     assert process.returncode == 2, process.stderr
