@@ -4,8 +4,8 @@
     python examples/fine_tune.py my-model documents.jsonl tuned
 
 documents.jsonl has a line {"text": ...} for each document. A batch is one row in which its documents follow each other;
-position ids that begin again at 0 keep them apart, so nothing is padded. Needs transformers 5 and accelerate. `tuned` is a folder like
-my-model: `titan-dp generate tuned` and `titan-dp import tuned ...` read it.
+position ids that begin again at 0 keep them apart, so nothing is padded. Needs transformers 5 and accelerate. `tuned` is a
+folder like my-model: `titan-dp generate tuned` and `titan-dp import tuned ...` read it.
 """
 
 from __future__ import annotations
