@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
 
 from titan_dp import config
 from titan_dp.distributed import current_world
@@ -40,6 +45,19 @@ def sharded_model(
     model.to_empty(device="cpu")
     model.init_weights(seed)
     return model
+
+
+@contextmanager
+def pretended(rank: int, ranks: int) -> Iterator[None]:
+    """A process group whose other ranks do not exist; what they would send is not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    importlib.import_module("torch.distributed._tools.fake_collectives")  # for tensors on the meta device
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def optimizer_of(model: Transformer, **settings: object) -> Optimizers:

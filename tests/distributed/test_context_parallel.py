@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.distributed.harness import run_ranks
-from tests.distributed.helpers import clean, sharded_model
+from tests.distributed.helpers import clean, pretended, sharded_model
 from tests.distributed.test_trainer import losses_of
 from titan_dp import config
 from titan_dp.distributed import current_world
+from titan_dp.estimate.ledger import Ledger
+from titan_dp.model import context_parallel
 from titan_dp.model.context_parallel import ContextParallel
 from titan_dp.model.parallelize import apply_activation_checkpoint
 from titan_dp.model.transformer import Transformer, build_model
@@ -63,7 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 EIGHT = (*list(CASES)[:3], "gated linear attention, documents", "hybrid", "hybrid, window, documents")
-"""Cases for 8 ranks: every n_h, gated and not, and every other kind of layer."""
+"""Cases for other numbers of ranks: every n_h, gated and not, and every other kind of layer."""
 
 
 def settings_of(case: dict[str, Any]) -> config.Model:
@@ -127,7 +129,7 @@ def errors(names: Sequence[str], dtype: torch.dtype, seed: int) -> dict[str, flo
     return found
 
 
-@pytest.mark.parametrize(("world_size", "names"), [(4, tuple(CASES)), (8, EIGHT)])
+@pytest.mark.parametrize(("world_size", "names"), [(2, EIGHT), (3, EIGHT), (4, tuple(CASES)), (8, EIGHT)])
 def test_loss_and_every_gradient_are_those_of_one_rank(world_size: int, names: tuple[str, ...]) -> None:
     seed = int(torch.randint(1 << 30, ()))
     found = run_ranks(world_size, errors, names, torch.float64, seed)[0]
@@ -163,10 +165,69 @@ def exchanged(case: dict[str, Any], lengths: list[int], mode: str = "none") -> l
 def test_what_a_recurrent_layer_exchanges_does_not_depend_on_the_length() -> None:
     H, dk, dv, D, halo, layers = 2, 8, 12, 32, 3, 2
     for mixer, square in (({"num_householder": 2, "use_forget_gate": True}, dk * dk), (LINEAR, 1)):
-        summaries = 4 * ROWS * H * (square + dk * dv) + 4 * ROWS * H * dk * dv  # forward and backward
-        expected = {"c10d::_allgather_base_": layers * summaries, "c10d::alltoall_base_": layers * 4 * ROWS * halo * D}
-        assert run_ranks(2, exchanged, mixer, [48, 192]) == [[expected] * 2] * 2, mixer
-    assert run_ranks(2, exchanged, mixer, [48], "selective") == [[expected]] * 2, "a kept exchange is not made again"
+        for ranks, maps, states in ((2, 0, 1), (4, 1, 2)):  # that the first rank sends to later ones
+            there = layers * 4 * ROWS * (maps * H * square + states * H * dk * dv + halo * D)
+            counts = run_ranks(ranks, exchanged, mixer, [48, 192])
+            # The last rank sends as much back, those between some of it both ways.
+            assert counts[0] == counts[-1] == [{"c10d::alltoall_base_": there}] * 2, (mixer, ranks)
+            assert all(short == long and short["c10d::alltoall_base_"] <= 2 * there for short, long in counts), (mixer, ranks)
+    expected = run_ranks(2, exchanged, mixer, [48])
+    assert run_ranks(2, exchanged, mixer, [48], "selective") == expected, "a kept exchange is not made again"
+
+
+def random_maps(size: int, square: bool, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    """M [C, B, H, dk, dk] of norms below 1, or factors, and N [C, B, H, dk, dv] of `size` segments, B = 2, H = 3."""
+    generator = torch.Generator().manual_seed(seed)
+    M = torch.randn(size, 2, 3, *((8, 8) if square else (1, 1)), generator=generator, dtype=torch.float64)
+    N = torch.randn(size, 2, 3, 8, 12, generator=generator, dtype=torch.float64)
+    return (M / torch.linalg.matrix_norm(M, 2, keepdim=True).clamp(min=1.0)).to(dtype), N.to(dtype)
+
+
+def scanned(square: bool, dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """What this rank's scan over earlier and over later ranks gives, twice."""
+    maps = [x[dist.get_rank()] for x in random_maps(dist.get_world_size(), square, dtype, seed)]
+    return [context_parallel._scan(context_parallel._Map(*maps), by, dist.group.WORLD.group_name) for by in (1, -1, 1, -1)]
+
+
+def one_after_another(square: bool, dtype: torch.dtype, seed: int, size: int) -> list[list[Tensor]]:
+    """The same on one rank that has all maps."""
+    moves, writes = random_maps(size, square, torch.float64, seed)
+    states = [[torch.zeros_like(writes[0]), torch.zeros_like(writes[0])] for _ in range(size)]
+    for column, order in ((0, range(size)), (1, range(size - 1, -1, -1))):
+        S = torch.zeros_like(writes[0])
+        for rank in order:
+            states[rank][column] = S
+            S = (moves[rank] @ S if square else moves[rank] * S) + writes[rank]
+    return states
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
+def test_a_scan_over_ranks_is_one_map_after_another_and_the_same_to_the_bit_again(size: int) -> None:
+    seed = int(torch.randint(1 << 30, ()))
+    for square in (True, False):
+        for dtype, near in ((torch.float64, 1e-14), (torch.float32, 1e-5)):
+            found = run_ranks(size, scanned, square, dtype, seed)
+            for (before, after, *again), expected in zip(found, one_after_another(square, dtype, seed, size), strict=True):
+                assert all(map(torch.equal, (before, after), again))
+                for got, wanted in zip((before, after), expected, strict=True):
+                    assert got.dtype == dtype
+                    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=near * 10)
+
+
+@pytest.mark.parametrize("rank", [0, 31, 63])
+@pytest.mark.parametrize("by", [1, -1])
+def test_64_ranks_scan_in_6_rounds_and_hold_less_than_a_tenth_of_all_maps(rank: int, by: int) -> None:
+    M, N = torch.empty(1, 12, 128, 128, device="meta"), torch.empty(1, 12, 128, 128, device="meta")
+    own = M.nbytes + N.nbytes
+    with pretended(rank, 64):
+        with Ledger(ignored=[M, N]) as ledger:
+            context_parallel._scan(context_parallel._Map(M, N), by, dist.group.WORLD.group_name)
+        k, beta = torch.empty(1, 16, 2, 12, 128, device="meta"), torch.empty(1, 16, 2, 12, device="meta")
+        where = (None, None, 1, 1, True, "torch", dist.group.WORLD.group_name)
+        _, kept = context_parallel.state_before(k, k, beta, None, *where)
+    assert ledger.peak().bytes + own <= 64 * own / 10
+    assert kept.shape == M.shape, "for the backward pass: its own map"
+    assert [(c.kind, c.size) for c in ledger.collectives] == [("shift", own)] * 5 + [("shift", N.nbytes)]
 
 
 def test_a_softmax_layer_exchanges_the_window_or_everything() -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.distributed.helpers import pretended
 from tests.unit.test_model import make
 from titan_dp import config
 from titan_dp.config.load import load_config
@@ -104,18 +101,6 @@ class Sent(TorchDispatchMode):
             values, counts = args[1], args[4]
             self.bytes += (values.numel() - counts[self.rank]) * values.element_size()
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def pretended(rank: int, ranks: int) -> Iterator[None]:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    importlib.import_module("torch.distributed._tools.fake_collectives")  # for tensors on the meta device
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def cost(shapes: list[tuple[int, int, int]], rank: int, ranks: int) -> tuple[int, int, int]:

@@ -2,7 +2,8 @@
 
 The same function reads the operators of a step on fake tensors and of a real one, so that a test can compare the two. The
 number counted is what one rank sends in the ring algorithm: (n - 1)/n of the whole for an all-gather or a reduce-scatter,
-twice that for an all-reduce (Patarasuk and Yuan 2009). How long it takes is speed.py's business.
+twice that for an all-reduce (Patarasuk and Yuan 2009); of a shift, in which every rank has at most one message and one rank
+to send it to, the message. How long it takes is speed.py's business.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ SMALL = 4096
 
 @dataclass(frozen=True)
 class Collective:
-    """One call, seen from rank 0."""
+    """One call, as one rank sees it."""
 
     kind: str
     size: int
-    """Bytes of the whole: gathered, to be scattered, reduced, exchanged or sent."""
+    """Bytes of the whole: gathered, to be scattered, reduced, exchanged or sent; of a shift, of one message."""
     ranks: tuple[int, ...]
     phase: str
     micro: int
@@ -69,7 +70,7 @@ class Collective:
         n = len(self.ranks)
         if n == 1:
             return 0.0
-        share = {"all-reduce": 2 * (n - 1) / n, "send": 1.0, "broadcast": 1.0}.get(self.kind, (n - 1) / n)
+        share = {"all-reduce": 2 * (n - 1) / n, "send": 1.0, "broadcast": 1.0, "shift": 1.0}.get(self.kind, (n - 1) / n)
         return self.size * share
 
 
@@ -77,8 +78,16 @@ def collective_of(func: Any, args: Any, out: Any, phase: str = "", micro: int = 
     """What `func`, called with `args`, exchanges; None for an operator that exchanges nothing."""
     if func.namespace not in _NAMESPACES or (found := _OPERATORS.get(func._opname)) is None:
         return None
-    kind, index = found
-    return Collective(kind, _bytes(out if index is None else args[index]), _ranks(args), phase, micro)
+    (kind, index), ranks = found, _ranks(args)
+    if func._opname == "alltoall_base_" and all(_to_one_other(sizes, ranks) for sizes in args[3:5]):
+        # The first rank only sends, the last only receives: all wait for a message of either's size.
+        return Collective("shift", max(_bytes(args[0]), _bytes(args[1])), ranks, phase, micro)
+    return Collective(kind, _bytes(out if index is None else args[index]), ranks, phase, micro)
+
+
+def _to_one_other(sizes: list[int], ranks: tuple[int, ...]) -> bool:
+    """Whether of these, one for each rank, at most one is not 0, and that is not this rank's own."""
+    return len(sizes) > 0 and max(sizes) == sum(sizes) and sizes[ranks.index(dist.get_rank())] == 0
 
 
 def _bytes(tree: Any) -> int:

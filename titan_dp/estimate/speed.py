@@ -65,10 +65,15 @@ class Speed:
 
 
 def links(c: Collective, gpus_per_node: int) -> tuple[float, float]:
-    """Bytes a GPU sends inside its node and between nodes, on average over the GPUs of a node."""
+    """Bytes a GPU sends inside its node and between nodes, on average over the GPUs of a node.
+
+    Of a shift those of the slowest GPU: some message crosses to another node if any can.
+    """
     inside = max(sum(r // gpus_per_node == c.ranks[0] // gpus_per_node for r in c.ranks), 1)
     if inside == len(c.ranks):
         return c.sent, 0.0
+    if c.kind == "shift":
+        return 0.0, c.sent
     return c.sent * (inside - 1) / inside, c.sent / inside
 
 
@@ -80,6 +85,8 @@ def seconds_of(c: Collective, gpu: GPU, network: Network, a: Assumptions) -> flo
     nodes = len({r // per_node for r in c.ranks})
     if c.kind == "all-reduce" and c.size <= SMALL:
         hops, far = 2 * math.ceil(math.log2(n)), 2 * math.ceil(math.log2(nodes))
+    elif c.kind == "shift":
+        hops, far = 1, min(nodes - 1, 1)
     else:
         hops = (n - 1) * (2 if c.kind == "all-reduce" else 1)
         far = (0 if nodes == 1 else nodes) * (2 if c.kind == "all-reduce" else 1)

@@ -3,12 +3,12 @@
 Rank r of the C of a context group holds tokens [r T/C, (r + 1) T/C) of each row of T; everything but the mixers works on a
 token alone and does not notice. The invariant is that a segment's result is that of the whole row:
 
-* **Recurrence.** It is affine in its state, so a segment is a map S_out = M S_in + N. Every rank sums its segment up, all
-  exchange (M, N) in one all-gather, scan the maps of the ranks before them from zero, and run the ordinary operator from
-  their true initial state. Backwards dS_in = M^T dS_out + D, with D from the segment's own outputs: one pass for D, one
-  all-gather of it, a scan from the last rank, and the ordinary backward with the true adjoint of the final state. Nothing
-  is differentiated through M, and what is exchanged does not depend on the length. (The same algebra cuts sequences among
-  programs on one GPU, deltaproduct_kernels/triton_backend/launch.py.)
+* **Recurrence.** It is affine in its state, so a segment is a map S_out = M S_in + N. Every rank sums its segment up, a prefix
+  scan of the maps over the ranks (`_scan`: log2 C rounds, one map to one rank in each) tells every rank its true initial
+  state, and the ordinary operator runs from there. Backwards dS_in = M^T dS_out + D, with D from the segment's own outputs:
+  one pass for D, the same scan from the last rank, and the ordinary backward with the true adjoint of the final state.
+  Nothing is differentiated through M, and what is exchanged does not depend on the length. (The same algebra cuts sequences
+  among programs on one GPU, deltaproduct_kernels/triton_backend/launch.py.)
 * **Convolutions** get the last tokens of the rank before; the first rank gets zeros, which is their padding.
 * **Softmax layers** get the keys and values of all earlier segments, or only the window's if the rank before holds it.
 
@@ -19,7 +19,7 @@ passed by name, as torch's own functional collectives do it. Which rank reads wh
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -85,11 +85,11 @@ class ContextParallel:
         cu_seqlens, document, position, rows = (None, None, None, q.shape[0]) if packing is None else packing
         sequences = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
         where: Any = (document, position, rows, sequences, erase, backend, self.group)
-        state, maps = state_before(k.detach(), v.detach(), beta.detach(), None if g is None else g.detach(), *where)
+        state, M = state_before(k.detach(), v.detach(), beta.detach(), None if g is None else g.detach(), *where)
         o, final = gated_delta_product(
             q, k, v, beta, g, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens, erase=erase, backend=backend
         )
-        return continued(o, final, q, k, beta, g, maps, *where)
+        return continued(o, final, q, k, beta, g, M, *where)
 
     def earlier(self, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor, int]:
         """Keys and values [B, h, T, d] with those before them that a window of tokens sees, and the index of the first.
@@ -117,20 +117,63 @@ def _place(group: str) -> tuple[int, int]:
     return dist.get_rank(resolved), resolved.size()
 
 
-def _gather(x: Tensor, group: str) -> Tensor:
-    """[...] of every rank as [C, ...]."""
-    resolved = _resolve(group)
-    out = x.new_empty(resolved.size(), *x.shape)
-    _all_gather(out.flatten(), x.flatten(), group=resolved)
+def _shift(x: Tensor, by: int, group: str) -> Tensor:
+    """x of the rank that is `by` before this one; zeros if there is none."""
+    rank, size = _place(group)
+    out, source = torch.zeros_like(x, memory_format=torch.contiguous_format), x.contiguous()
+    sends, receives = [0] * size, [0] * size
+    if 0 <= rank + by < size:
+        sends[rank + by] = x.numel()
+    if 0 <= rank - by < size:
+        receives[rank - by] = x.numel()
+    to, what = out.flatten()[: sum(receives)], source.flatten()[: sum(sends)]
+    dist.all_to_all_single(to, what, receives, sends, group=_resolve(group))
     return out
 
 
-def _apply(M: Tensor, S: Tensor) -> Tensor:
-    """M S, or a factor times S."""
+# -- the recurrence ------------------------------------------------------------------------------------------------------
+
+
+class _Map(NamedTuple):
+    """S -> M S + N for every head: M [B, H, dk, dk], or one factor as [B, H, 1, 1]; N [B, H, dk, dv]."""
+
+    M: Tensor
+    N: Tensor
+
+    def after(self, first: _Map) -> _Map:
+        return _Map(_product(self.M, first.M), self.of(first.N))
+
+    def of(self, S: Tensor) -> Tensor:
+        return _product(self.M, S) + self.N
+
+
+def _product(M: Tensor, S: Tensor) -> Tensor:
     return M * S if M.shape[-1] == 1 else M @ S
 
 
-# -- the recurrence ------------------------------------------------------------------------------------------------------
+def _scan(own: _Map, by: int, group: str) -> Tensor:
+    """What the maps of all ranks before this one (by = 1), or after it (by = -1), make of zero, [B, H, dk, dv].
+
+    A parallel prefix (Hillis and Steele 1986): after the round of distance d a rank knows the d maps that end just before
+    it as one, so C ranks take ceil(log2 C) rounds. It sends its own map after those, and the last round needs N alone. Where
+    no rank is, `_shift` gives the map to zero, from which the first rank starts. Each product is of the same two windows of
+    ranks in every run, so results are the same to the bit.
+    """
+    distance, size = 1, _place(group)[1]
+    before: _Map | None = None
+    while 2 * distance < size:
+        sent = own if before is None else own.after(before)
+        message = torch.cat([sent.M.flatten(), sent.N.flatten()])
+        del sent
+        M, N = _shift(message, by * distance, group).split([own.M.numel(), own.N.numel()])
+        del message
+        got = _Map(M.view_as(own.M), N.view_as(own.N))
+        before = got if before is None else before.after(got)
+        distance *= 2
+    if distance == size:  # alone
+        return torch.zeros_like(own.N)
+    N = _shift(own.N if before is None else own.of(before.N), by * distance, group)
+    return N if before is None else before.of(N)
 
 
 @torch.library.custom_op("titan_dp::state_before", mutates_args=())
@@ -147,11 +190,10 @@ def state_before(
     backend: str,
     group: str,
 ) -> tuple[Tensor, Tensor]:
-    """The state before each of this rank's sequences [N, H, dk, dv], and M of the later ranks [C - 1 - r, B, H, dk, dk].
+    """The state before each of this rank's sequences [N, H, dk, dv], and M of its segments [B, H, dk, dk].
 
     Not differentiable: what the states owe to earlier ranks' inputs, `continued` tells those ranks.
     """
-    rank, _ = _place(group)
     k, v, beta = (x.reshape(rows, -1, *x.shape[2:]) for x in (k, v, beta))
     g = None if g is None else g.reshape(rows, -1, g.shape[-1])
     continues = through = None
@@ -164,25 +206,19 @@ def state_before(
     M, N = segment_summary(k, v, beta, g, erase=erase, backend=backend)
     if through is not None:
         M = M * through[:, None, None, None]
-    maps = _gather(torch.cat([M.flatten(2), N.flatten(2)], -1), group)
-    moves, writes = maps.split([M.shape[-1] ** 2, N[0, 0].numel()], -1)
-    moves, writes = moves.unflatten(-1, M.shape[2:]), writes.unflatten(-1, N.shape[2:])
-    S = torch.zeros_like(N)
-    for r in range(rank):
-        S = _apply(moves[r], S) + writes[r]
+    S = _scan(_Map(M, N), 1, group)
     if document is not None and continues is not None:
         first = document.view(rows, -1)[:, 0].long()
         S = S.new_zeros(sequences, *S.shape[1:]).index_copy(0, first, S * continues[:, None, None, None])
-    return S, moves[rank + 1 :].clone(memory_format=torch.contiguous_format)
+    return S, M.contiguous()
 
 
 @state_before.register_fake
 def _(k, v, beta, g, document, position, rows, sequences, erase, backend, group):  # type: ignore[no-untyped-def]
-    rank, size = _place(group)
     (H, dv), dk = v.shape[-2:], k.shape[-1]
     dtype = torch.promote_types(k.dtype, torch.float32)
     square = (dk, dk) if erase else (1, 1)
-    return k.new_empty(sequences, H, dk, dv, dtype=dtype), k.new_empty(size - 1 - rank, rows, H, *square, dtype=dtype)
+    return k.new_empty(sequences, H, dk, dv, dtype=dtype), k.new_empty(rows, H, *square, dtype=dtype)
 
 
 @torch.library.custom_op("titan_dp::adjoint_after", mutates_args=())
@@ -192,7 +228,7 @@ def adjoint_after(
     k: Tensor,
     beta: Tensor,
     g: Tensor | None,
-    maps: Tensor,
+    M: Tensor,
     document: Tensor | None,
     position: Tensor | None,
     rows: int,
@@ -202,24 +238,20 @@ def adjoint_after(
     group: str,
 ) -> Tensor:
     """What the later ranks' outputs give to the final state of each of this rank's sequences, [N, H, dk, dv]."""
-    rank, size = _place(group)
     do, q, k, beta = (x.reshape(rows, -1, *x.shape[2:]) for x in (do, q, k, beta))
     g = None if g is None else g.reshape(rows, -1, g.shape[-1])
     if document is not None and position is not None:
         by_row = document.view(rows, -1)  # only a first document that began on an earlier rank owes it anything
         owes = (by_row == by_row[:, :1]) & (position.view(rows, -1)[:, :1] > 0)
         do = do * owes[..., None, None]
-    local = _gather(segment_adjoint(do, q, k, beta, g, erase=erase, backend=backend), group)
-    dS = torch.zeros_like(local[0])
-    for r in range(size - 1, rank, -1):
-        dS = _apply(maps[r - rank - 1].mT, dS) + local[r]
+    dS = _scan(_Map(M.mT, segment_adjoint(do, q, k, beta, g, erase=erase, backend=backend)), -1, group)
     if document is None:
         return dS
     return dS.new_zeros(sequences, *dS.shape[1:]).index_copy(0, document.view(rows, -1)[:, -1].long(), dS)
 
 
 @adjoint_after.register_fake
-def _(do, q, k, beta, g, maps, document, position, rows, sequences, erase, backend, group):  # type: ignore[no-untyped-def]
+def _(do, q, k, beta, g, M, document, position, rows, sequences, erase, backend, group):  # type: ignore[no-untyped-def]
     return do.new_empty(sequences, do.shape[-2], k.shape[-1], do.shape[-1], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -231,7 +263,7 @@ def continued(
     k: Tensor,
     beta: Tensor,
     g: Tensor | None,
-    maps: Tensor,
+    M: Tensor,
     document: Tensor | None,
     position: Tensor | None,
     rows: int,
@@ -272,16 +304,7 @@ continued.register_autograd(_ask_later_ranks, setup_context=_save_inputs)
 @torch.library.custom_op("titan_dp::shift", mutates_args=())
 def shift(x: Tensor, by: int, group: str) -> Tensor:
     """x of the rank that is `by` before this one; zeros if there is none. Its gradient goes back the same way."""
-    rank, size = _place(group)
-    out, source = torch.zeros_like(x, memory_format=torch.contiguous_format), x.contiguous()
-    sends, receives = [0] * size, [0] * size
-    if 0 <= rank + by < size:
-        sends[rank + by] = x.numel()
-    if 0 <= rank - by < size:
-        receives[rank - by] = x.numel()
-    to, what = out.flatten()[: sum(receives)], source.flatten()[: sum(sends)]
-    dist.all_to_all_single(to, what, receives, sends, group=_resolve(group))
-    return out
+    return _shift(x, by, group)
 
 
 @shift.register_fake
@@ -299,7 +322,10 @@ shift.register_autograd(lambda ctx, d: (shift(d, -ctx.by, ctx.group), None, None
 @torch.library.custom_op("titan_dp::gather", mutates_args=())
 def gather(x: Tensor, group: str) -> Tensor:
     """x [...] of every rank, [C, ...]. Backwards each rank gets the sum of its part's gradients, added up in float32."""
-    return _gather(x, group)
+    resolved = _resolve(group)
+    out = x.new_empty(resolved.size(), *x.shape)
+    _all_gather(out.flatten(), x.flatten(), group=resolved)
+    return out
 
 
 @gather.register_fake
