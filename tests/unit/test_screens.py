@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from tests.runs import write_run
 from titan_dp.cli import dispatch
+from titan_dp.launch import command as launch_command
 from titan_dp.studies import launch_local
 from titan_dp.studies.launch_local import _Launcher
 from titan_dp.studies.sweep_file import load_sweep
@@ -48,6 +50,19 @@ def test_a_screen_fits_80_columns(
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
     assert "…" not in shown
     assert all(part in shown for part in COMMANDS[command]), shown
+
+
+@pytest.mark.parametrize(("asked", "ranks"), [([], "2"), (["--nproc", "3"], "3")])
+def test_a_dry_run_is_of_as_many_ranks_as_would_start(asked: list[str], ranks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(launch_command, "processes", lambda: 2)
+    monkeypatch.setattr(launch_command.os, "execv", lambda _, words: started.append((words, os.environ["WORLD_SIZE"])))
+    launch_command.run(["--config", "debug.toml", "--dry-run", *asked])
+    ((words, world_size),) = started
+    assert words[1:3] == ["-m", "titan_dp.train"], "one process, without a launcher"
+    assert world_size == ranks
 
 
 def test_the_log_of_a_local_sweep_says_now_and_then_how_far_its_cells_are(

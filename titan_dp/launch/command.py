@@ -23,6 +23,8 @@ def run(argv: list[str]) -> int:
     """
     nproc, settings = take_nproc(argv)
     loaded = load_config(settings)
+    if loaded.dry_run and "RANK" not in os.environ:  # one process, which speaks of as many as the run would have
+        os.environ["WORLD_SIZE"] = str(nproc or processes())
     if loaded.print_config or loaded.dry_run or "RANK" in os.environ:  # RANK: torchrun has started this process
         nproc = 1
     sys.stdout.flush()
