@@ -269,6 +269,14 @@ def test_holding_out_what_is_inside_or_not_there_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_sizes_that_read_alike_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for n, parameters in ((1, 150_000), (2, 150_064)):  # as of models that match the same size
+        write_run(tmp_path / "runs" / f"n{n}", {"model.num_householder": n}, facts={"parameters": parameters})
+    command = ["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--hold-out", "size=5M"]
+    assert run_main(lambda: dispatch(command)) == 2
+    assert "sizes are 150k, tokens" in capsys.readouterr().err
+
+
 def test_a_damaged_forecast_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = grid(tmp_path / "runs")
     (folder / "forecast.json").write_text('{"made_by": "titan-dp forecast"')

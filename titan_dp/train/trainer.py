@@ -404,7 +404,7 @@ class Trainer:
                 say(f"checkpoint             {newest}")
             if c.metrics.enable_tensorboard:
                 logs = self.run_folder / "tb"
-                say(f"TensorBoard logs       {logs}  (tensorboard --logdir {shlex.quote(str(logs))})")
+                say(f"TensorBoard            tensorboard --logdir {shlex.quote(str(logs))}")
             say(f"metrics                {self.run_folder / 'metrics.jsonl'}")
             self._say_next()
         dist.barrier()

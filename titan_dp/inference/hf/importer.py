@@ -28,12 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from titan_dp.config.describe import to_toml
     from titan_dp.inference.hf.folder import FolderSource
+    from titan_dp.output import print_text
 
     source = FolderSource(args.folder)
     checkpoint = import_folder(source, args.out, tokenizer=args.tokenizer)
     for assumed in source.assumed:
         print(f"config.json is silent about {assumed}, flash-linear-attention's default; check that the model was trained so")
-    print(f"{checkpoint}: {sum(shape.numel() for shape in source.shapes.values()):,} parameters; train on from it with\n")
+    print_text(f"{checkpoint}: {sum(shape.numel() for shape in source.shapes.values()):,} parameters; train on from it with")
+    print()
     print(f"[checkpoint]\ninitial_load_path = {str(checkpoint)!r}\n\n[model]")
     for key, value in source.config.model_dump(exclude={"backend"}, exclude_none=True).items():
         print(f"{key} = {to_toml(value)}")

@@ -136,7 +136,7 @@ def hold_out(best_ones: DataFrame, configurations: DataFrame, target: Target) ->
     """The same for what has been run already: every configuration at `target`, with its outcome. Raises as `forecast`."""
     held = target.among(best_ones.dropna(subset="mean"))
     if held.empty:
-        sizes, tokens = (", ".join(short(value) for value in sorted(set(best_ones[c]))) for c in ("parameters", "tokens"))
+        sizes, tokens = (", ".join(dict.fromkeys(map(short, sorted(best_ones[c])))) for c in ("parameters", "tokens"))
         raise UserError(
             f"--hold-out {target}: no finished run is there; sizes are {sizes or 'none'}, tokens {tokens or 'none'}"
         )
