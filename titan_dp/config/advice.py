@@ -42,6 +42,7 @@ HINTS = {
     "optimizer.implementation": "AdamW is always the fused one",
     "optimizer.fused": "AdamW is always the fused one",
     "optimizer.betas": "set optimizer.beta1 and optimizer.beta2",
+    "float8": 'set quantize.linear = "float8" and quantize.recipe',
     "compile.components": "compile.enable compiles every block",
     "compile.backend": "compile.enable uses inductor",
     "tensor_parallel_degree": _FSDP_ONLY,
@@ -106,7 +107,7 @@ HINTS = {
 }
 
 # Sections of torchtitan and flame that have no counterpart here.
-_NOT_OFFERED = {"quantize", "float8", "mx", "fault_tolerance", "memory_estimation", "experimental"}
+_NOT_OFFERED = {"mx", "fault_tolerance", "memory_estimation", "experimental"}
 
 
 def _switched_off(dotted: str) -> str:
@@ -125,6 +126,8 @@ def explain_unknown(dotted: str) -> str:
         return f"it is a section; its keys are {_names(dotted)}"
     if dotted in HINTS:
         return HINTS[dotted]
+    if section in HINTS:
+        return HINTS[section]
     if section.split(".")[0] in _NOT_OFFERED:
         return f"[{section}] has no counterpart here; remove it"
     if off := _switched_off(dotted):
@@ -172,6 +175,7 @@ def model_rules(model: Model) -> Iterator[Rule]:
 def rules(c: Config) -> Iterator[Rule]:
     """Yield every way in which keys can be without effect."""
     yield from model_rules(c.model)
+    yield c.quantize.linear == "none", "quantize", "recipe emulate", 'quantize.linear = "none"'
     yield not c.model.adaptive_householder, "training", "householder_cost", "model.adaptive_householder is false"
 
     hf = "hf_dataset hf_name hf_split hf_column hf_shuffle_buffer"

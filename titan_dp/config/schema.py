@@ -202,6 +202,18 @@ class Model(Section):
         """What the literature calls the mixer: 'DeltaNet', 'Gated DeltaProduct_2', 'RWKV-7', 'linear attention', ..."""
         return MIXERS[self.mixer].family(self)
 
+    def widths(self) -> dict[str, int]:
+        """Of the inputs and outputs of the large projections, by the keys of [model] that they follow from."""
+        sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.mlp_size}
+        mixers = self.mixers()
+        if mixers.keys() - {"attention"}:
+            sizes["head_dim times the heads of q and k"] = self.head_dim * self.key_heads
+            sizes["head_dim times expand_v times num_heads"] = self.head_v_dim * self.num_heads
+        if "attention" in mixers:
+            d = self.hidden_size // self.softmax_heads
+            sizes["attention_num_kv_heads times their width"] = d * (self.attention_num_kv_heads or self.softmax_heads)
+        return sizes
+
     def mixer_of(self, layer: int) -> str:
         """The mixer of block `layer`, a name in `MIXERS`."""
         return "attention" if layer in self.attention_layers else self.mixer
@@ -441,6 +453,17 @@ class Compile(Section):
     """torch.compile each block with fullgraph=True."""
 
 
+class Quantize(Section):
+    linear: Literal["none", "float8"] = "none"
+    """float8: the projections q, k, v, o and the MLP multiply in float8 through torchao (GPUs from 8.9 on). Weights are kept as
+    they are; gates, beta, embeddings and the output matrix multiply as before."""
+    recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
+    """How float8 values are scaled, by torchao's name: one scale a tensor, one a row, or one a row with the gradients of
+    weights in bfloat16."""
+    emulate: bool = False
+    """Compute float8's roundings in wider products, on any device: slow, for tests."""
+
+
 class Checkpoint(Section):
     enable: bool = True
     """Save checkpoints. Without them a signal ends the run with exit code 1, and nothing is saved."""
@@ -569,6 +592,7 @@ class Config(Section):
     parallelism: Parallelism = Parallelism()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     compile: Compile = Compile()
+    quantize: Quantize = Quantize()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
     metrics: Metrics = Metrics()
@@ -607,9 +631,23 @@ class Config(Section):
         text = "data.source = 'state_tracking' needs state_tracking.task (a group such as S3, or a formal language)"
         yield made and not self.state_tracking.task, "data state_tracking", text
 
+        # Products in float8 take sizes that are multiples of 16.
+        quantized, key = self.quantize.linear == "float8", "quantize.linear = 'float8'"
+        text = f"{key} with training.mixed_precision_param = {t.mixed_precision_param!r}; set it to 'bfloat16'"
+        yield quantized and t.mixed_precision_param != "bfloat16", "quantize training", text
+        for name, width in m.widths().items():
+            text = f"{key} needs widths that are multiples of 16, and model.{name} = {width}; change it, or set linear = 'none'"
+            yield quantized and width % 16 != 0, "quantize model", text
+        convolves = m.use_short_conv and "use_short_conv" in MIXERS[m.mixer].uses.split()
+        tokens = t.seq_len // degree + (m.conv_size - 1 if convolves and degree > 1 else 0)
+        text = (
+            f"{key} with recipe = {self.quantize.recipe!r} sums gradients of weights over tokens, {tokens} a row of a rank, "
+            "which is no multiple of 16; set quantize.recipe = 'rowwise_with_gw_hp'"
+        )
+        yield quantized and self.quantize.recipe != "rowwise_with_gw_hp" and tokens % 16 != 0, "quantize training model", text
+
         # What cannot be split over ranks along the sequence.
         split, key, halo = degree > 1, f"parallelism.context_parallel_degree = {degree}", m.conv_size - 1
-        convolves = m.use_short_conv and "use_short_conv" in MIXERS[m.mixer].uses.split()
         text = f"{key} does not divide training.seq_len = {t.seq_len}; choose a multiple of {degree} for seq_len"
         yield split and t.seq_len % degree != 0, "parallelism training", text
         text = (

@@ -115,6 +115,8 @@ def estimate(
                 more_would_fit = run.step(choices[-1] + 1, 1).peak.bytes <= limit
     if c.compile.enable:
         notes.append("torch.compile's savings of memory are not counted")
+    if c.quantize.linear != "none":
+        notes.append("float8 is not counted: products are taken to be in bfloat16")
     if backend == "triton" and find_spec("triton") is None:
         notes.append("the kernels' working memory is not counted: the package triton is not installed here")
     size = model_size(c.model, c.training.seq_len)

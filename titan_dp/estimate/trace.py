@@ -60,7 +60,7 @@ class FakeRun:
 
     def __init__(self, c: config.Config, world: World) -> None:
         self.c, self.world, self.ledger = c, world, Ledger()
-        self.model = sharded_model(c.model_copy(update={"compile": config.Compile()}), world)
+        self.model = sharded_model(c.model_copy(update={"compile": config.Compile(), "quantize": config.Quantize()}), world)
 
     def start(self) -> None:
         """Parameters and optimizer state: what there is before a step."""

@@ -191,10 +191,11 @@ class TokenMixer(nn.Module):
     def init_weights(self, init: Initializer) -> None:
         """Children in their order: N(0, std^2) for matrices; others have `init_weights` of their own."""
         for module in self.children():
-            if type(module) is nn.Linear:
-                init.normal_(module.weight)
+            if (own := getattr(module, "init_weights", None)) is not None:
+                own(init)
             else:
-                module.init_weights(init)  # type: ignore[operator]  # every other child has it
+                assert isinstance(module, nn.Linear)
+                init.normal_(module.weight)
 
     def describe(self) -> str:
         """For the banner."""

@@ -1,4 +1,4 @@
-"""From settings to a sharded model: build on the meta device -> activation checkpointing -> compile -> FSDP2, in this order.
+"""From settings to a sharded model: built on the meta device -> float8 -> checkpointing -> compile -> FSDP2, in this order.
 
 The order matters. Checkpointing goes inside the compiled region, so that the compiler sees the recomputation; FSDP's
 hooks stay outside it, so that every block is one full graph. Nothing here allocates.
@@ -18,11 +18,12 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from titan_dp import config
 from titan_dp.distributed import World, build_mesh, context_group
 from titan_dp.model import context_parallel
+from titan_dp.model.float8 import apply_float8
 from titan_dp.model.transformer import Transformer, build_model
 
 # Outputs that are expensive to recompute and small to keep. Every second matmul is kept: half of the FLOPs of a second
 # forward for half of its memory (torchtitan's choice).
-_MATMULS = frozenset({torch.ops.aten.mm.default})
+_MATMULS = frozenset({torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default})
 _KEPT_OPS = frozenset(
     {
         *CHUNK_OPS,
@@ -45,6 +46,7 @@ def sharded_model(c: config.Config, world: World) -> Transformer:
         model = build_model(c.model)
     if context is not None:
         model.set_context(context_parallel.ContextParallel(context))
+    apply_float8(model, c.quantize)
     apply_activation_checkpoint(model, c.activation_checkpoint)
     if c.compile.enable:
         apply_compile(model)

@@ -39,6 +39,7 @@ from titan_dp.faults.watchdog import Watchdog
 from titan_dp.files import write_atomically
 from titan_dp.model.check_kernels import check_run, uses_operator
 from titan_dp.model.cpu import kernels_in_words, use_threads
+from titan_dp.model.float8 import check_float8
 from titan_dp.model.parallelize import sharded_model
 from titan_dp.model.parametrization import scales
 from titan_dp.model.size import model_size
@@ -116,6 +117,7 @@ class Trainer:
             # First of all, so that a second run in the folder is refused before minutes of building.
             self.lock = RunLock(self.run_folder, patience=LOCK_PATIENCE)
         self.backend = chosen_backend(c.model, world.device)
+        check_float8(c.quantize, world.device)
         batch = plan_batches(c.training, distributed.data_world(c.parallelism, world).size)
         self.task = build_task(c, batch, world, self.sample)
         self.loader, held_out = self.task.loader, self.task.held_out
