@@ -19,7 +19,8 @@ import pytest
 import torch
 from deltaproduct_kernels import gated_delta_product
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModel, AutoTokenizer, CompileConfig, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from tests.hf import exported
 from tests.hf.exported import VARIANTS, assert_same, greedy, tokens
@@ -361,6 +362,46 @@ def test_generation_with_any_kind_of_cache_of_the_library_writes_the_same(kind: 
     assert torch.equal(written[:, 20:], greedy(ours, prompt, 6))
 
 
+STATIC = ["Gated DeltaProduct_3, output gate, expand_v 2, untied", *HARD]
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_a_step_on_a_static_cache_is_one_graph_for_prompts_of_any_length(name: str, loaded: dict[str, Any]) -> None:
+    model, ours = loaded[name], random_model(**VARIANTS[name])[1]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    how = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    how._compile_all_devices = True  # not on GPUs alone
+    for prompt in (tokens(2, 20), tokens(2, 9)):
+        compiled = {"cache_implementation": "static", "compile_config": how}
+        written = model.generate(prompt, max_new_tokens=5, do_sample=False, **compiled)
+        assert torch.equal(written[:, prompt.shape[1] :], greedy(ours, prompt, 5))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_a_forward_without_padding_is_one_graph(name: str, loaded: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(loaded[name], fullgraph=True, backend="aot_eager")
+    assert_same(compiled(ROW, use_cache=False).logits, random_model(**VARIANTS[name])[1](ROW))
+
+
+@pytest.mark.parametrize("name", STATIC)
+@torch.no_grad()
+def test_a_static_cache_keeps_its_tensors_and_goes_on_after_padding(name: str, loaded: dict[str, Any]) -> None:
+    """A row of 20 and one of 13 tokens with padding on the left; then one by one, then several at once."""
+    model, ours, ids = loaded[name], random_model(**VARIANTS[name])[1], tokens(2, 30)
+    cache, mask = StaticCache(config=model.config, max_cache_len=40), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :7] = 0
+    model(ids[:, :20], attention_mask=mask, past_key_values=cache)
+    addresses = [x.data_ptr() for layer in cache.layers for x in (*layer.held, layer.real) if x is not None]
+    parts = [model(ids[:, i:j], past_key_values=cache).logits for i, j in ((20, 21), (21, 22), (22, 30))]
+    assert addresses == [x.data_ptr() for layer in cache.layers for x in (*layer.held, layer.real) if x is not None]
+    assert cache.get_seq_length() == 30
+    assert_same(torch.cat(parts, 1)[:1], ours(ids[:1])[:, 20:])
+    assert_same(torch.cat(parts, 1)[1:], ours(ids[1:, 7:])[:, 13:])
+
+
 def test_a_cache_copied_and_repeated_goes_on_in_every_row(ours: Transformer, theirs: Any) -> None:
     prompt, ends, cache = tokens(2, 20), tokens(6, 4), DynamicCache()
     theirs(prompt, past_key_values=cache)
@@ -388,8 +429,12 @@ def test_a_cache_that_the_model_cannot_use_is_refused(one: Any) -> None:
     foreign.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
     with pytest.raises(ValueError, match="filled by another model"):
         one(ROW, past_key_values=foreign)
-    with pytest.raises(ValueError, match="past_key_values is a StaticCache; .* pass DynamicCache"):
-        one(ROW, past_key_values=StaticCache(config=one.config, max_cache_len=16))
+    with pytest.raises(ValueError, match="past_key_values is a Cache; .* pass DynamicCache"):
+        one(ROW, past_key_values=Cache(layers=[DynamicLayer()]))
+    small = StaticCache(config=one.config, max_cache_len=12)
+    one(ROW, past_key_values=small)
+    with pytest.raises(ValueError, match="has room for 12 tokens and holds 8; 8 more need a larger one"):
+        one(ROW, past_key_values=small)
     cache = DynamicCache()
     one(ROW, past_key_values=cache)
     with pytest.raises(ValueError, match="cannot be cropped"):

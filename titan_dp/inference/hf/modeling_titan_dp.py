@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -73,30 +73,61 @@ class TitanDPConfig(PretrainedConfig):
 
 
 class Memory(CacheLayerMixin):
-    """What a layer remembers of earlier columns: `held`, its tensors [B, ...], and `real` [B, columns], True for tokens."""
+    """What a layer remembers of earlier columns: `held`, its tensors [B, ...], and `real` [B, columns], True for tokens.
+
+    With a `max_cache_len`, in columns, all tensors keep their shapes and addresses from the first call on, so that a compiled
+    step fits every later one: `real` has so many columns, of which the last `columns` have been seen.
+    """
 
     is_sliding = False
     is_croppable = False  # a state cannot be rolled back to fewer tokens
     supports_early_init = False
 
-    def __init__(self, **_):
+    def __init__(self, max_cache_len=None):
         super().__init__()
+        self.max_cache_len, self.is_compileable = max_cache_len, max_cache_len is not None
         self.reset()
 
     def reset(self):
-        self.held, self.real, self.is_initialized = None, None, False
+        self.held, self.real, self.columns, self.is_initialized = None, None, None, False
 
-    def write(self, held, real):
-        self.held, self.real, self.is_initialized = held, real, True
+    def write(self, held, new):
+        """`held` after the columns `new` [B, T], True for tokens."""
+        if self.max_cache_len is None:
+            self.held, self.real = held, new if self.real is None else torch.cat([self.real, new], 1)
+        elif self.is_initialized:
+            real = torch.cat([self.real, new], 1)[:, new.shape[1] :]
+            for old, now in zip((*self.held, self.real), (*held, real), strict=True):
+                if old is not None:
+                    old.copy_(now)
+            self.columns += new.shape[1]
+        else:
+            self.held = tuple(x if x is None else x.clone() for x in held)
+            self.real = F.pad(new, (self.max_cache_len - new.shape[1], 0))
+            self.columns = torch.tensor(new.shape[1], device=new.device)
+            for x in (*self.held, self.real, self.columns):
+                if x is not None and not torch.compiler.is_compiling():
+                    torch._dynamo.mark_static_address(x)
+        self.is_initialized = True
+
+    def seen(self):
+        """[B, columns], True for tokens."""
+        return self.real if self.max_cache_len is None else self.real[:, self.max_cache_len - self.get_seq_length() :]
 
     def get_seq_length(self):
-        return 0 if self.real is None else self.real.shape[1]
+        if self.real is None:
+            return 0
+        return self.real.shape[1] if self.max_cache_len is None else int(self.columns)
 
     def get_mask_sizes(self, query):
         return self.get_seq_length() + (query if isinstance(query, int) else query.shape[0]), 0
 
+    @property
+    def max_batch_size(self):
+        return 0 if self.real is None else len(self.real)
+
     def get_max_length(self):
-        return -1
+        return -1 if self.max_cache_len is None else self.max_cache_len
 
     get_max_cache_shape = get_max_length
 
@@ -111,7 +142,7 @@ class Memory(CacheLayerMixin):
 
     def _each(self, change):
         if self.is_initialized:
-            self.write(tuple(x if x is None else change(x) for x in self.held), change(self.real))
+            self.held, self.real = tuple(x if x is None else change(x) for x in self.held), change(self.real)
 
     def crop(self, *_):
         raise ValueError("the cache of a titan_dp model cannot be cropped: a state cannot be rolled back to fewer tokens")
@@ -128,16 +159,17 @@ class Memory(CacheLayerMixin):
 
 
 def memories_of(cache, layers):
-    """The list of the layers' memories, which `cache` holds: a DynamicCache that is new or was filled by this model."""
-    if not isinstance(cache, DynamicCache):
+    """The list of the layers' memories, which `cache` holds: one of the library's that is new or was filled by this model."""
+    if not isinstance(cache, DynamicCache | StaticCache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}; a titan_dp model keeps its states in a DynamicCache: pass "
+            f"past_key_values is a {type(cache).__name__}; a titan_dp model keeps its states in a DynamicCache or StaticCache: pass "
             "DynamicCache(), or nothing"
         )
     if len(cache.layers) != layers or not all(isinstance(layer, Memory) for layer in cache.layers):
         if any(layer.is_initialized for layer in cache.layers):
             raise ValueError("past_key_values was filled by another model; pass a new DynamicCache()")
-        cache.layers = [Memory() for _ in range(layers)]
+        capacity = cache.layers[0].max_cache_len if isinstance(cache, StaticCache) else None
+        cache.layers = [Memory(capacity) for _ in range(layers)]
     return cache.layers
 
 
@@ -148,6 +180,7 @@ class Rows(NamedTuple):
     document: torch.Tensor  # [B, T], number of the document; the memory is of document 0, padding counts to the row's last
     position: torch.Tensor  # [B, T], number of tokens before this one in the row
     documents: int  # the largest number in `document`
+    static: bool = False  # whether memories have to keep their shapes
 
 
 def take(x, columns):
@@ -197,6 +230,15 @@ def document_starts(real, attention_mask, position_ids, cu_seqlens, seq_idx):
             )
         starts = starts | (position == 0)
     return starts & real
+
+
+def all_tokens(shape, memory, device):
+    """`lay_out` of columns that are all tokens and go on where `memory` ends; no value of a tensor decides what is done."""
+    real = torch.ones(shape, dtype=torch.bool, device=device)
+    position = torch.arange(shape[1], device=device).expand(shape)
+    if memory.is_initialized:
+        position = position + memory.real.to(device).sum(1, keepdim=True)
+    return Rows(real, torch.zeros_like(position), position, 0), real, None, None
 
 
 def lay_out(shape, seen, attention_mask, position_ids, cu_seqlens, seq_idx):
@@ -416,10 +458,17 @@ class Attention(nn.Module):
         )
         real = real & (document == document[:, -1:])
         kept = (k, v, position, real)
-        if self.window is not None:
-            newest = torch.argsort(real, dim=1, stable=True)[:, max(0, S + T - (self.window - 1)) :]
+        if rows.static or self.window is not None:
+            size = S if rows.static else self.window - 1
+            newest = torch.argsort(real, dim=1, stable=True)[:, max(0, S + T - size) :]
             kept = tuple(take(y, newest) for y in kept)
         return self.o_proj(o.transpose(1, 2).flatten(2)), kept
+
+    def blank(self, x, capacity):
+        """The memory of `capacity` columns before x [B, T, D], none of them a token; what a window cannot see is left out."""
+        size = (len(x), capacity if self.window is None else min(capacity, self.window - 1))
+        k, v = (x.new_zeros(*size, self.kv_heads, self.d) for _ in range(2))
+        return k, v, x.new_zeros(size, dtype=torch.long), x.new_zeros(size, dtype=torch.bool)
 
     def _rotate(self, x, position):
         """x [B, T, heads, d] turned by its position [B, T]."""
@@ -451,14 +500,17 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size)
 
-    def forward(self, x, rows, memory):
+    def forward(self, x, rows, memory, capacity=None):
+        """`capacity`: of the columns of a memory that keeps its shapes."""
+        if memory is None and capacity is not None and isinstance(self.attn, Attention):
+            memory = self.attn.blank(x, capacity)
         mixed, memory = self.attn(self.attn_norm(x), rows, memory)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), memory
 
 
-def refuse_others(arguments, columns):
-    """Raises if one of `arguments`, a dict it may change, would have to be ignored. columns: the first new one, how many."""
+def refuse_others(arguments, memory, new):
+    """Raises if one of `arguments`, a dict it may change, would have to be ignored. memory: before the `new` columns."""
     if arguments.pop("output_attentions", None):
         raise ValueError("output_attentions: a titan_dp model has no attention matrices to return; leave it out")
     if arguments.pop("is_causal", None) is False:
@@ -466,9 +518,10 @@ def refuse_others(arguments, columns):
     types, place = arguments.pop("token_type_ids", None), arguments.pop("cache_position", None)
     if types is not None and bool((types != 0).any()):
         raise ValueError("token_type_ids: a titan_dp model has no token types; leave them out")
-    if place is not None and (int(place[0]), len(place)) != columns:
+    if place is not None and (int(place[0]), len(place)) != (memory.get_seq_length(), new):
         raise ValueError(
-            f"cache_position begins at {int(place[0])}, but the cache holds {columns[0]} tokens, from which alone it goes on"
+            f"cache_position begins at {int(place[0])}, but the cache holds {memory.get_seq_length()} tokens, from which alone "
+            "it goes on"
         )
     for name, value in arguments.items():
         if name not in ("max_length_q", "max_length_k") and value is not None and value is not False:
@@ -495,6 +548,7 @@ class TitanDPPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
+    _can_compile_fullgraph = True
     _is_stateful = True  # generation that rolls back drafted tokens cannot work on states
 
     def post_init(self):
@@ -505,7 +559,7 @@ class TitanDPPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
-        return False  # so that `generate` leaves the cache to the model, whatever `cache_implementation` says
+        return True  # transformers 4 thinks otherwise of stateful models
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -561,14 +615,27 @@ class TitanDPModel(TitanDPPreTrainedModel):
         memories = [Memory() for _ in range(count)] if past_key_values is None else memories_of(past_key_values, count)
 
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        seen = x.new_zeros(len(x), 0, dtype=torch.bool) if memories[0].real is None else memories[0].real.to(x.device)
-        if len(seen) != len(x):
-            raise ValueError(f"past_key_values holds {len(seen)} rows, and the batch has {len(x)}")
-        if seen.shape[1] and checkpointing:
+        first, new = memories[0], x.shape[1]
+        if first.is_initialized and len(first.real) != len(x):
+            raise ValueError(f"past_key_values holds {len(first.real)} rows, and the batch has {len(x)}")
+        if first.is_initialized and checkpointing:
             raise ValueError("gradient checkpointing cannot go on from past_key_values; switch one of them off")
-        refuse_others({**kwargs, "token_type_ids": token_type_ids}, (seen.shape[1], x.shape[1]))
-        rows, real, order, back = lay_out(x.shape[:2], seen, attention_mask, position_ids, cu_seqlens, seq_idx)
-        real = torch.cat([seen, real], 1)
+        if (
+            first.max_cache_len is not None
+            and not torch.compiler.is_compiling()
+            and first.get_seq_length() + new > first.max_cache_len
+        ):
+            raise ValueError(
+                f"past_key_values has room for {first.max_cache_len} tokens and holds {first.get_seq_length()}; {new} more need "
+                "a larger one"
+            )
+        refuse_others({**kwargs, "token_type_ids": token_type_ids}, first, new)
+        if all(given is None for given in (attention_mask, position_ids, cu_seqlens, seq_idx)):
+            rows, real, order, back = all_tokens(x.shape[:2], first, x.device)
+        else:
+            seen = first.seen().to(x.device) if first.is_initialized else x.new_zeros(len(x), 0, dtype=torch.bool)
+            rows, real, order, back = lay_out(x.shape[:2], seen, attention_mask, position_ids, cu_seqlens, seq_idx)
+        rows = rows._replace(static=first.max_cache_len is not None)
 
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = (x,) if wanted else None
@@ -577,7 +644,7 @@ class TitanDPModel(TitanDPPreTrainedModel):
             if checkpointing:
                 x, held = self._gradient_checkpointing_func(layer.__call__, x, rows, None)
             else:
-                x, held = layer(x, rows, memory.held)
+                x, held = layer(x, rows, memory.held, memory.max_cache_len)
             if use_cache:
                 memory.write(held, real)
             if i == count - 1:
@@ -593,6 +660,20 @@ class TitanDPModel(TitanDPPreTrainedModel):
 
 class TitanDPForCausalLM(TitanDPPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask=None, **_):
+        return attention_mask  # not one of the library's with four dimensions
+
+    def prepare_inputs_for_generation(self, *arguments, **kwargs):  # by that name `generate` knows to look at `forward`
+        """Steps of a token on a cache of constant shapes have constant inputs, which a compiled step needs."""
+        inputs = super().prepare_inputs_for_generation(*arguments, **kwargs)
+        cache, ids, mask = (inputs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
+        one = isinstance(cache, StaticCache) and ids is not None and ids.shape[1] == 1 and cache.get_seq_length()
+        if one and (mask is None or bool((mask[:, -1] != 0).all())):
+            for name in ("attention_mask", "position_ids", "cache_position"):  # all that they say is that the row goes on
+                inputs.pop(name, None)
+        return inputs
 
     def __init__(self, config):
         super().__init__(config)
