@@ -162,8 +162,8 @@ def memories_of(cache, layers):
     """The list of the layers' memories, which `cache` holds: one of the library's that is new or was filled by this model."""
     if not isinstance(cache, DynamicCache | StaticCache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}; a titan_dp model keeps its states in a DynamicCache or StaticCache: pass "
-            "DynamicCache(), or nothing"
+            f"past_key_values is a {type(cache).__name__}; a titan_dp model keeps its states in a DynamicCache or StaticCache: "
+            "pass DynamicCache(), or nothing"
         )
     if len(cache.layers) != layers or not all(isinstance(layer, Memory) for layer in cache.layers):
         if any(layer.is_initialized for layer in cache.layers):
@@ -626,8 +626,8 @@ class TitanDPModel(TitanDPPreTrainedModel):
             and first.get_seq_length() + new > first.max_cache_len
         ):
             raise ValueError(
-                f"past_key_values has room for {first.max_cache_len} tokens and holds {first.get_seq_length()}; {new} more need "
-                "a larger one"
+                f"past_key_values has room for {first.max_cache_len} tokens and holds {first.get_seq_length()}; {new} more "
+                "need a larger one"
             )
         refuse_others({**kwargs, "token_type_ids": token_type_ids}, first, new)
         if all(given is None for given in (attention_mask, position_ids, cu_seqlens, seq_idx)):
