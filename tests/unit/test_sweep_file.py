@@ -125,6 +125,15 @@ def test_listed_cells_are_combined_with_every_point_of_the_axes(expand: Expand) 
     assert [c.name for c in cells[::2]] == ["h2-s1-lr0.001", "wide-s1-lr0.001"]
 
 
+def test_a_listed_cell_may_have_axes_of_its_own(expand: Expand) -> None:
+    listed = 'cells = [{ name = "a", axes = { num_householder = [1, 2] } }, { num_heads = 2, axes = { head_dim = [16] } }]'
+    cells = expand(listed, lr=[1e-3, 1e-4]).cells
+    found = [(c.config.model.num_householder, c.config.model.num_heads, c.config.model.head_dim) for c in cells[::2]]
+    base = expand(lr=[1e-3]).cells[0].config.model
+    assert found == [(1, base.num_heads, base.head_dim), (2, base.num_heads, base.head_dim), (base.num_householder, 2, 16)]
+    assert [c.name for c in cells[::2]] == ["a-nh1-lr0.001", "a-nh2-lr0.001", "h2-d16-lr0.001"]
+
+
 def test_cells_may_be_an_array_of_tables(expand: Expand) -> None:
     arrays = "[[sweep.cells]]\nnum_heads = 2\n[[sweep.cells]]\nnum_heads = 8\n"
     assert [model.num_heads for model in models(expand(settings=arrays))] == [2, 8]
@@ -279,6 +288,11 @@ REFUSALS: list[tuple[str, dict[str, list[Any]], str]] = [
     ("", {"lr": [1], "optimizer.lr": [2]}, "the axes lr and optimizer.lr both set optimizer.lr; keep one"),
     ("", {"seed": [1], "data.seed": [2]}, "the axes seed and data.seed both set data.seed"),
     ("cells = [{ num_heads = 2 }]", {"num_heads": [4]}, "num_heads is both an axis and set by a listed cell"),
+    ("cells = [{ axes = { num_heads = [2] } }]", {"num_heads": [4]}, "num_heads is both an axis and set by a listed cell"),
+    ("cells = [{ num_heads = 2, axes = { num_heads = [2] } }]", {}, "num_heads is both an axis of a listed cell and set by it"),
+    ("cells = [{ axes = { num_heads = [] } }]", {}, "the axis num_heads has no values"),
+    ("cells = [{ axes = { num_heads = 2 } }]", {}, "axes of a listed cell = {'num_heads': 2}: expected a table of lists"),
+    ("cells = [{ axes = [2] }]", {}, "axes of a listed cell = [2]: expected a table of lists"),
     ("", {"training.global_batch_size": [-1]}, "a sweep needs training.global_batch_size"),
     ("", {"training.global_batch_size": [3]}, "local_batch_size"),
     *((MATCH * (axis == "size"), {axis: [value]}, axis) for axis, values in WRONG_VALUES.items() for value in values),

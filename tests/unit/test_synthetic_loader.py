@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titan_dp import config
@@ -34,7 +35,10 @@ def loader(
 
 
 def steps(c: config.StateTracking, count: int, world_size: int = 1, L: int = G, start: int = 0, **options: Any) -> Tensor:
-    """Input ids and labels [count, 2, G, T] of `count` steps after `start` samples, put together from all ranks."""
+    """Input ids and labels [count, 2, G, T] of `count` steps after `start` samples, put together from all ranks.
+
+    T is the width of the longest rows, to which the others are filled up.
+    """
     ranks = []
     for rank in range(world_size):
         one = loader(c, rank, world_size, L, **options)
@@ -42,10 +46,15 @@ def steps(c: config.StateTracking, count: int, world_size: int = 1, L: int = G, 
         batches = list(chain.from_iterable(islice(one, count)))
         assert one.state_dict()["samples"] == start + count * G
         assert all(b["cu_seqlens"] is None for b in batches)
-        pairs = [torch.stack([b["input_ids"], b["labels"]]) for b in batches]  # type: ignore[list-item]
+        pairs = [torch.stack([filled(b["input_ids"], one.problem.filler), filled(b["labels"], -100)]) for b in batches]
         ranks.append(torch.stack(pairs).view(count, G // (L * world_size), 2, L, -1))
     whole = torch.stack(ranks, 2)  # count, accumulation, rank, 2, L, T
     return whole.permute(0, 3, 1, 2, 4, 5).reshape(count, 2, G, -1)
+
+
+def filled(rows: Tensor | None, value: int) -> Tensor:
+    assert rows is not None
+    return F.pad(rows, (0, 17 - rows.shape[1]), value=value)
 
 
 def words(rows: Tensor) -> list[Row]:
@@ -101,6 +110,17 @@ def test_the_curriculum_grows_in_a_straight_line_and_stays(task: str, min_length
         assert (min_length or (longest[step] if task == "S3" else 1)) <= last.min() <= last.max() <= longest[step]
     slow = loader(settings(curriculum_steps=100))
     assert [slow.longest(step) for step in (0, 6, 7, 50, 99, 100, 10**6)] == [1, 1, 2, 8, 15, 16, 16], "it rounds down"
+
+
+def test_short_words_of_a_curriculum_are_short_rows_in_few_widths() -> None:
+    c = settings(curriculum_steps=100, tokens_per_element=2)
+    batches = [batch for (batch,) in islice(loader(c, seq_len=65), 120)]
+    widths = [batch["input_ids"].shape[1] for batch in batches]  # type: ignore[union-attr]
+    assert widths[0] == 16 and sorted(widths) == widths and set(widths) == {16, 32, 48, 64, 65}
+    for batch, width in zip(batches, widths, strict=True):
+        labels = batch["labels"]
+        assert labels is not None and labels.shape[1] == width
+        assert width - 16 <= 2 * (int((labels != -100).sum(1).max())) < width
 
 
 def test_a_curriculum_goes_on_with_the_next_step_when_steps_get_larger() -> None:
@@ -230,7 +250,8 @@ def test_what_is_not_refused_is_trained_on_to_the_end(tmp_path: Path) -> None:
                     refused += 1
                     continue
                 for (batch,) in islice(one, 8):
-                    assert batch["input_ids"].shape == (G, seq_len)  # type: ignore[union-attr]
+                    assert batch["input_ids"].shape == batch["labels"].shape  # type: ignore[union-attr]
+                    assert batch["labels"].shape[1] <= seq_len  # type: ignore[union-attr]
                 for build in (validation_set, synthetic.test_set):
                     assert len(list(build(c, Place(seq_len, 3, 3, 0, 1), 64, CPU))) >= 1
     assert 0 < refused < 3 * 7 * 4 / 2

@@ -67,7 +67,8 @@ class SweepSection(Section):
     axes: Annotated[dict[str, list[Any]], WithJsonSchema({"title": "table of lists of values"})] = Field(default={})
     """Values by axis; every combination is a cell."""
     cells: Annotated[list[dict[str, Any]], WithJsonSchema({"title": "list of tables"})] = Field(default=[])
-    """Listed cells: each a table of axis values, with a `name` if wanted; each is combined with every point of the axes."""
+    """Listed cells: each a table of axis values, with a `name` if wanted, and with `axes` of its own; each is combined with
+    every point of its axes and of those above."""
 
 
 # What an axis sets if its name is not that of a key.
@@ -275,9 +276,20 @@ def _keys_of(axis: str) -> tuple[str, ...]:
     return _SHORT.get(axis, (axis,) if "." in axis else (f"model.{axis}",))
 
 
+def _listed(cell: dict[str, Any]) -> list[str]:
+    """The axes that a listed cell sets or varies."""
+    return [axis for axis in (*cell, *cell.get("axes", {})) if axis not in ("name", "axes")]
+
+
 def _check_axes(section: SweepSection) -> None:
     """Raise UserError for unknown axes and for axes that contradict each other or the matching rule."""
-    listed = [axis for cell in section.cells for axis in cell if axis != "name"]
+    for cell in section.cells:
+        own = cell.get("axes", {})
+        if not isinstance(own, dict) or not all(isinstance(values, list) for values in own.values()):
+            raise UserError(f"axes of a listed cell = {shown(own)}: expected a table of lists of values")
+        if twice := sorted(own.keys() & cell.keys()):
+            raise UserError(f"{twice[0]} is both an axis of a listed cell and set by it; keep one")
+    listed = [axis for cell in section.cells for axis in _listed(cell)]
     axes = dict.fromkeys([*section.axes, *listed])
     if not axes:
         raise UserError("[sweep] has neither axes nor cells; give [sweep.axes] with num_householder = [1, 2], say")
@@ -288,9 +300,10 @@ def _check_axes(section: SweepSection) -> None:
                 raise UserError(f"unknown axis {shorten(axis)}; {_explain_axis(axis, key)}")
             if (other := owners.setdefault(key, axis)) != axis:
                 raise UserError(f"the axes {other} and {axis} both set {key}; keep one")
-    for axis, values in section.axes.items():
+    for axis, values in [*section.axes.items(), *(pair for cell in section.cells for pair in cell.get("axes", {}).items())]:
         if not values:
             raise UserError(f"the axis {axis} has no values; give some, or remove it")
+    for axis in section.axes:
         if axis in listed:
             raise UserError(f"{axis} is both an axis and set by a listed cell; keep one")
     if len(lengths := [axis for axis in axes if axis in _LENGTHS]) > 1:
@@ -353,12 +366,13 @@ def _others(knob: str) -> str:
 
 
 def _points(section: SweepSection, origin: str) -> Iterator[_Point]:
-    """Every listed cell (or one without a name) with every combination of the axes, in the file's order."""
+    """Every listed cell (or one without a name) with every combination of its axes and the sweep's, in the file's order."""
     for listed in section.cells or [{}]:
-        own = {axis: value for axis, value in listed.items() if axis != "name"}
+        own = {axis: value for axis, value in listed.items() if axis not in ("name", "axes")}
         first = [str(listed["name"])] if "name" in listed else [_label(axis, value) for axis, value in own.items()]
-        for values in itertools.product(*section.axes.values()):
-            point = dict(zip(section.axes, values, strict=True))
+        axes = {**listed.get("axes", {}), **section.axes}
+        for values in itertools.product(*axes.values()):
+            point = dict(zip(axes, values, strict=True))
             name = "-".join([*first, *(_label(axis, value) for axis, value in point.items())])
             settings = [Setting(key, value, origin) for axis, value in (own | point).items() for key in _keys_of(axis)]
             yield _Point(name, own | point, settings)

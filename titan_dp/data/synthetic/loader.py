@@ -2,7 +2,8 @@
 
 Sample i is a pure function of (problem, data.seed, i) and of the step it falls in, whose longest word the curriculum sets;
 so, as with token shards, the state is the samples consumed, with the steps that took, and any number of ranks sees the same
-run. The three sets are three streams of random numbers. Rows are made on the device and padded to one width.
+run. The three sets are three streams of random numbers. Rows are made on the device and are no longer than the longest word of their step needs, so that a curriculum's short
+words cost what they are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from titan_dp.data.synthetic.languages import find_language
 from titan_dp.data.synthetic.problem import Problem
 from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError, counted
+
+_WIDTHS = 16
+"""Rows are padded to a multiple of this, so that a growing curriculum has few shapes to compile."""
 
 
 def build_problem(c: config.StateTracking) -> Problem:
@@ -65,7 +69,7 @@ class SyntheticLoader:
     def _batch(self, first: int, longest: int) -> Batch:
         samples = torch.arange(first, first + self.place.local, device=self.device)
         tokens, labels = self.problem.rows(self.random, samples, shortest(self.c, self.problem, longest), longest)
-        missing = self.place.seq_len - tokens.shape[1]
+        missing = min(-(-tokens.shape[1] // _WIDTHS) * _WIDTHS, self.place.seq_len) - tokens.shape[1]
         tokens, labels = F.pad(tokens, (0, missing), value=self.problem.filler), F.pad(labels, (0, missing), value=IGNORE)
         return {"input_ids": tokens, "labels": labels, "cu_seqlens": None}
 
