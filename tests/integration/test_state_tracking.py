@@ -49,7 +49,7 @@ def test_two_seeds_of_a_model_end_in_one_table(tmp_path: Path, root: Path) -> No
     assert "DeltaProduct_2 [0, 1]" in printed
 
     summary = read(tmp_path / "summary.json")
-    assert [(m["model"], m["seeds"]) for m in summary["models"]] == [("DeltaProduct_2 [0, 1]", 2)]
+    assert [(m["model"], m["seeds"]) for m in summary["tasks"][0]["models"]] == [("DeltaProduct_2 [0, 1]", 2)]
     for name in names:
         test = read(tmp_path / name / "test.json")
         assert (test["lengths"], test["asked"]) == (list(range(1, 33)), [16] * 32)
@@ -58,6 +58,6 @@ def test_two_seeds_of_a_model_end_in_one_table(tmp_path: Path, root: Path) -> No
 
 def test_s3_is_learnt_with_two_steps_per_token_in_400_steps(tmp_path: Path, root: Path) -> None:
     train(root, tmp_path, *S3)
-    (run,) = read(tmp_path / "summary.json")["models"][0]["runs"]
+    (run,) = read(tmp_path / "summary.json")["tasks"][0]["models"][0]["runs"]
     assert run["validation"]["validation_sequence_accuracy"] >= 0.99
     assert run["test"]["16"] >= 0.95  # 256 other words, of a run that stopped as soon as it was at 99 %

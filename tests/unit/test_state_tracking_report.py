@@ -14,7 +14,7 @@ from titan_dp.cli import dispatch
 from titan_dp.data.synthetic.groups import parse_group
 from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
-from titan_dp.studies.state_tracking.report import by_model, read_row, table
+from titan_dp.studies.state_tracking.report import Task, by_task, left_plateau, overview, read_row, table
 from titan_dp.train.length_test import read_length_test
 
 L = 8
@@ -79,13 +79,14 @@ def language_test(right: dict[int, int], asked: int = 100) -> dict[str, Any]:
     return {"problem": "formal language parity, 2 answers", "chance": 0.5, "answers_everywhere": False, **lists}
 
 
-def models_of(*folders: Path) -> list[dict[str, Any]]:
-    return by_model([read_row(folder) for folder in folders])
+def task_of(*folders: Path) -> Task:
+    (task,) = by_task([read_row(folder) for folder in folders])
+    return task
 
 
 def rows_of(*folders: Path) -> list[dict[str, str]]:
     """The table's."""
-    return table(models_of(*folders)).to_dict("records")
+    return table(task_of(*folders)).to_dict("records")
 
 
 def report(*words: Path | str) -> int:
@@ -133,7 +134,7 @@ def test_a_seed_that_diverged_or_never_started_counts_as_not_solved_in_the_exact
         (diverged / "config.toml").write_text((diverged / "config.toml").read_text() + "[debug]\nseed = 3\n")
         (write_run(tmp_path / "new", [1.0], state="training") / "run.json").unlink()
     report(tmp_path)
-    (model,) = json.loads((tmp_path / "summary.json").read_text())["models"]
+    (model,) = json.loads((tmp_path / "summary.json").read_text())["tasks"][0]["models"]
     assert (model["solved"], model["seeds"], model["unfinished"], len(model["runs"])) == (
         solved, seeds, unfinished, seeds - unfinished
     )  # fmt: skip
@@ -164,27 +165,63 @@ def test_models_come_in_the_order_of_their_runs_and_differ_by_every_setting_exce
     seeded = text.replace("[data]", "[data]\nseed = 7") + '[debug]\nseed = 7\n[job]\nrun_name = "b"\ndescription = "another"\n'
     (write_run(tmp_path / "5", [1.0]) / "config.toml").write_text(seeded)
     (write_run(tmp_path / "6", [1.0]) / "config.toml").write_text(text + "[optimizer]\nlr = 1e-5\n")
-    found = models_of(*(tmp_path / name for name in "124563"))
+    found = task_of(*(tmp_path / name for name in "124563")).models
     assert [[run["folder"].name for run in m["runs"]] for m in found] == [["1", "4"], ["2", "5"], ["6"], ["3"]]
     labels = ["softmax attention, 24 layers", f"{OURS} ({tmp_path / '2'})", f"{OURS} ({tmp_path / '6'})"]
     assert [m["model"] for m in found] == [*labels, "DeltaNet [0, 1], 24 layers"]
 
 
 S5 = {most: {"problem": WordProblem(parse_group("S5"), most).describe()} for most in (None, 2)}
-OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "swaps only": ({"task": "S5", "test": S5[None]}, {"task": "S5", "more": "max_moved = 2\n", "test": S5[2]}, "several tasks"),
-    "another length": ({}, {"length": 2}, r"several tasks \(.* words of 2, tested to 8; .* words of 8, tested to 32\)"),
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "swaps only": ({"task": "S5", "test": S5[None]}, {"task": "S5", "more": "max_moved = 2\n", "test": S5[2]}),
+    "another length": ({}, {"length": 2}),
 }
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_runs_of_several_tasks_are_refused(case: str, tmp_path: Path) -> None:
-    one, other, said = OTHERS[case]
-    write_run(tmp_path / "a", [1.0], **one)
-    write_run(tmp_path / "b", [0.0], **other)
-    with pytest.raises(UserError, match=said):
-        report(tmp_path, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_runs_that_were_not_asked_the_same_are_in_tables_of_their_own(case: str, tmp_path: Path) -> None:
+    one, other = OTHERS[case]
+    runs = [write_run(tmp_path / "a", [1.0], **one), write_run(tmp_path / "b", [0.0], **other)]
+    first, second = by_task([read_row(run) for run in runs])
+    assert [model["chosen"]["folder"] for task in (first, second) for model in task.models] == runs
+    assert first.title != second.title
+
+
+def test_models_by_tasks_tell_seeds_that_solved_it_with_the_theory_or_scaled_accuracy(tmp_path: Path) -> None:
+    one_layer = "[model]\nnum_hidden_layers = 1\n"
+    for task, model, solved in (
+        ("S3", "DeltaProduct_2 [-1, 1]", 1.0),
+        ("S3", "DeltaNet [0, 1]", 0.0),
+        ("S5", "DeltaProduct_2 [-1, 1]", 0.0),
+    ):
+        run = write_run(
+            tmp_path / f"runs/{task}-{len(model)}", [solved], model=model, task=task, test={"problem": problem(task)}
+        )
+        text = (run / "config.toml").read_text()
+        (run / "config.toml").write_text(text.replace("[model]\n", one_layer))
+    write_run(tmp_path / "runs/parity", [1.0], task="parity", test=language_test({8: 80, 9: 70, 10: 60}))
+    assert report(tmp_path / "runs") == 0
+    tasks = by_task([read_row(run) for run in sorted((tmp_path / "runs").iterdir()) if run.is_dir()])
+    assert overview(tasks).to_dict("records") == [
+        {"model": "DeltaNet [0, 1]", "S3": "0 of 1 (no)", "S5": "", "parity": ""},
+        {"model": "DeltaProduct_2 [-1, 1]", "S3": "1 of 1 (yes)", "S5": "0 of 1 (no)", "parity": ""},
+        {"model": OURS, "S3": "", "S5": "", "parity": f"{(210 / 301 - 0.5) / 0.5:.2f}"},
+    ]
+    summary = json.loads((tmp_path / "runs/summary.json").read_text())
+    assert [task["name"] for task in summary["tasks"]] == ["S3", "S5", "parity"]
+    text = (tmp_path / "runs/summary.md").read_text()
+    assert text.count("## ") == 4
+    assert "## All tasks" in text
+    assert (tmp_path / "runs/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("right", "left"), [(333, False), (434, True)])
+def test_a_run_has_left_the_plateau_if_it_knows_more_than_a_quotient_of_the_group(
+    right: int, left: bool, tmp_path: Path
+) -> None:
+    """The sign of a permutation of three points makes every third answer right; the first answers are always known."""
+    counts = {"lengths": list(range(1, 9)), "asked": [1000] * 8, "right": [1000] * 4 + [right] * 4, "right_so_far": [0] * 8}
+    assert left_plateau(read_row(write_run(tmp_path / "a", [0.0], test=counts))) is left
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -198,11 +235,13 @@ def test_the_columns_for_a_group_are_once_twice_and_four_times_the_length(tmp_pa
             "parameters": "1,000",
             "seeds solved": "1 of 2",
             "95 % interval": "1% to 99%",
+            "left": "2 of 2",
             "steps to solve": "20",
             "validation": "100.0%",
             "right at 8": "100.0%",
             "right at 16": "50.0%",
             "right at 32": "50.0%",
+            "theory": "yes",
         }
     ]
     n = 20  # a shorter test has fewer columns
@@ -223,7 +262,7 @@ def test_a_language_has_scaled_accuracies_of_all_strings_tested(tmp_path: Path) 
     assert not [header for header in row if "right at" in header]
     report(perfect, "--out", tmp_path / "out")
     assert (tmp_path / "out/curves.png").read_bytes().startswith(b"\x89PNG")
-    run = json.loads((tmp_path / "out/summary.json").read_text())["models"][0]["runs"][0]
+    run = json.loads((tmp_path / "out/summary.json").read_text())["tasks"][0]["models"][0]["runs"][0]
     assert run["test"] == {"scaled_accuracy": 1.0}
 
 
@@ -242,8 +281,9 @@ def test_a_report_prints_the_table_and_writes_it_with_the_curves(tmp_path: Path,
     assert (tmp_path / "runs/curves.png").read_bytes().startswith(b"\x89PNG")
 
     summary = json.loads((tmp_path / "runs/summary.json").read_text())
-    assert (summary["task"], summary["train_length"]) == (problem("S3"), L)
-    (ours,) = summary["models"]
+    (task,) = summary["tasks"]
+    assert (task["name"], task["task"], task["train_length"]) == ("S3", problem("S3"), L)
+    (ours,) = task["models"]
     assert (ours["model"], ours["chosen"]) == (OURS, "a")
     assert ours["runs"][0] == {
         "run": "a",

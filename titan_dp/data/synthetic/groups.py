@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache, cached_property, reduce
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,22 @@ class Group:
     def moved(self) -> np.ndarray:
         """[order] points that each element moves: 0 for the identity, 2 for a swap."""
         return (self.permutations != np.arange(self.points)).sum(1)
+
+    @cached_property
+    def smallest_normal_subgroup(self) -> int:
+        """Elements of the smallest normal subgroup except the trivial one: 3 for S3, 4 for S4, 60 for A5 and S5."""
+        inverse = (self.table == 0).argmax(1)
+        found = self.order
+        for a in range(1, self.order):
+            conjugates = np.unique(self.table[self.table[:, a], inverse])  # g a g^-1 for all g
+            reached = np.zeros(self.order, dtype=bool)
+            reached[0], new = True, np.array([0])
+            while len(new) and reached.sum() < found:
+                products = np.unique(self.table[new[:, None], conjugates])
+                new = products[~reached[products]]
+                reached[new] = True
+            found = min(found, int(reached.sum()) if not len(new) else found)
+        return found
 
 
 @cache

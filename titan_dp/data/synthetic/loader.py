@@ -2,8 +2,8 @@
 
 Sample i is a pure function of (problem, data.seed, i) and of the step it falls in, whose longest word the curriculum sets;
 so, as with token shards, the state is the samples consumed, with the steps that took, and any number of ranks sees the same
-run. The three sets are three streams of random numbers. Rows are made on the device and are no longer than the longest word of their step needs, so that a curriculum's short
-words cost what they are.
+run. The three sets are three streams of random numbers. Rows are made on the device and are not longer than the longest word
+of their step needs: short words of a curriculum cost less.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from titan_dp.config.arguments import natural, positive
 from titan_dp.output import number_table, print_table, progress
 
 if TYPE_CHECKING:
+    from titan_dp import config
     from titan_dp.data.synthetic.groups import Group
     from titan_dp.model.transformer import Transformer
 
@@ -27,6 +28,9 @@ GROUPS = {
     "parity": ("Z2",),
 }
 CONSTRUCTIONS = {f"{group}-{kind}": (kind, group) for kind, groups in GROUPS.items() for group in groups}
+LEAST_STEPS = {"Z2": 1, "S3": 2, "S4": 2, "A5": 2, "S5": 4}
+"""Smallest n_h with which one layer can track the group. S3, S4 and A5 are rotations of three dimensions, which two reflections
+make (Siems et al. 2025, section 4); S5 is not, and one layer takes four (arXiv 2609.24797, theorem 22)."""
 ALSO_RECURRENT = ("S3-swaps",)
 """Run token by token too, as the recurrence is defined; the others by chunks only, which is many times faster."""
 DRAWS = 50_000
@@ -64,6 +68,24 @@ def run(args: argparse.Namespace) -> int:
     failed = held.count(False)
     print(f"{failed} of {len(held)} checks failed" if failed else f"all {len(held)} checks are as the theory says")
     return 1 if failed else 0
+
+
+def expected(task: config.StateTracking, c: config.Model) -> str:
+    """Whether weights of model `c` can solve `task` at every length: "yes", "no", "open", or "" for what is not treated here.
+
+    One layer with eigenvalues in [0, 1] cannot: a product of such factors has eigenvalues 1 or smaller ones, so no power of it
+    is the identity except its own (Grazzi et al. 2025, theorem 1). One reflection per token and two layers are enough for
+    dihedral groups, such as S3, and four for every S_n and its subgroups (Siems et al. 2025, theorems 1 and 6).
+    """
+    least = LEAST_STEPS.get(task.task)
+    if least is None or task.tokens_per_element > 1 or task.max_moved or c.mixer != "deltaproduct" or c.attention_layers:
+        return ""
+    if c.num_hidden_layers == 1:
+        return "yes" if c.allow_neg_eigval and c.num_householder >= least else "no"
+    if not c.allow_neg_eigval:
+        return "open"
+    enough = 3 if c.num_householder > 1 else 2 if task.task in ("Z2", "S3") else 4
+    return "yes" if c.num_householder >= least or c.num_hidden_layers >= enough else "open"
 
 
 def run_construction(name: str, tokens: int, seed: int) -> Iterator[tuple[object, ...]]:
