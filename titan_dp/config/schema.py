@@ -296,7 +296,9 @@ class StateTracking(Section):
     """Shortest word; lengths are drawn from here to the longest. Default: a group's words are all of the longest length (their
     beginnings are words too), a language's strings have all lengths."""
     curriculum_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the longest word grows, linearly, from min_length (or the shortest) to what training.seq_len holds."""
+    """Steps over which the longest word grows from min_length (or the shortest) to what training.seq_len holds."""
+    curriculum_growth: Literal["linear", "geometric"] = "linear"
+    """How it grows: by as many symbols in every step, or by the same factor, which spends as much time on each doubling."""
     max_moved: Positive | None = None
     """Groups: draw only elements that move at most this many points (2: swaps and the identity); default: all elements."""
     tokens_per_element: Annotated[int, Field(ge=1, le=8)] = 1

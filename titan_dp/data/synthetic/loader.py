@@ -24,7 +24,7 @@ from titan_dp.data.synthetic.problem import Problem
 from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError, counted
 
-_WIDTHS = 16
+_WIDTHS = 8
 """Rows are padded to a multiple of this, so that a growing curriculum has few shapes to compile."""
 
 
@@ -60,10 +60,13 @@ class SyntheticLoader:
             yield step
 
     def longest(self, step: int) -> int:
-        """Symbols of the longest words of a step: grows linearly to the whole over curriculum_steps."""
+        """Symbols of the longest words of a step: grows to the whole over curriculum_steps."""
         if step >= self.c.curriculum_steps:
             return self.length
         first = first_longest(self.c, self.problem, self.length)
+        if self.c.curriculum_growth == "geometric":
+            grown = first * (self.length / first) ** (step / self.c.curriculum_steps)
+            return math.floor(grown + 1e-9)  # the same whatever the last bit of a power is
         return first + math.floor((self.length - first) * step / self.c.curriculum_steps)
 
     def _batch(self, first: int, longest: int) -> Batch:
@@ -185,4 +188,5 @@ def first_longest(c: config.StateTracking, problem: Problem, length: int) -> int
 
 def fingerprint(problem: Problem, c: config.StateTracking) -> str:
     """Of what training draws from; its seed is in the configuration, as with token shards."""
-    return hashlib.sha256(f"{problem.describe()} {c.min_length} {c.curriculum_steps}".encode()).hexdigest()
+    growth = "" if c.curriculum_growth == "linear" else f" {c.curriculum_growth}"  # what older runs did not know
+    return hashlib.sha256(f"{problem.describe()} {c.min_length} {c.curriculum_steps}{growth}".encode()).hexdigest()

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, (key, what, value) in FLAGS.items():
         add_setting(parser, flag, *(("--group",) if flag == "--task" else ()), key=key, help=what, value=value)
     parser.add_argument("--range", choices=["[0,1]", "[-1,1]"], help="of the eigenvalues of each factor (default: [-1,1])")
-    parser.add_argument("--length", type=positive, help="symbols of the longest training words (default: 128)")
+    parser.add_argument("--length", type=positive, help="symbols of the longest training words (default: 32)")
     parser.add_argument("--models", nargs="+", metavar="MODEL", help=f"compare these at equal parameters: {KNOWN}")
     parser.add_argument("--parameters", type=count, help="of each of --models (default: of the largest with the MLP given)")
     parser.add_argument("--seeds", type=positive, default=1, help="runs of each model, with seeds 1, 2, ... (default: 1)")
