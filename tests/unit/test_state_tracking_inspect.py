@@ -22,7 +22,8 @@ from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
 from titan_dp.model.transformer import Transformer, build_model
 from titan_dp.studies.state_tracking import constructions
-from titan_dp.studies.state_tracking.inspection import Head, Trace, _element, describe, trace
+from titan_dp.studies.state_tracking.inspection import Head, Trace, _element, describe, representation_error, trace
+from titan_dp.studies.state_tracking.representations import permutation_matrices, polygon, rotations
 
 VOCABULARY = {"S3": 8, "D4": 10, "Z5": 7}
 SMALL: dict[str, Any] = {
@@ -51,7 +52,8 @@ def traces_of(model: Transformer, task: str = "S3", words: int = 6, length: int 
 
 def heads_of(model: Transformer, task: str, words: int = 6, length: int = 40) -> list[Head]:
     found = traces_of(model, task, words, length)
-    return [describe(layer, head, t) for layer, t in found.items() for head in range(t.beta.shape[-1])]
+    group = parse_group(task)
+    return [describe(layer, head, t, group) for layer, t in found.items() for head in range(t.beta.shape[-1])]
 
 
 # -- a model that is known ---------------------------------------------------------------------------------------------
@@ -70,11 +72,29 @@ def test_the_states_of_the_swaps_tell_the_element_alone_and_every_step_is_a_refl
 
 
 def test_rotations_of_the_cube_have_keys_in_three_dimensions() -> None:
-    heads = heads_of(constructions.rotations(parse_group("S4")), "S4")
+    heads = heads_of(constructions.rotations(parse_group("S4")), "S4", words=12)
     for head in heads:
+        assert head.state_dimensions == 3
+        assert head.representation_error == pytest.approx(0, abs=1e-2)
         assert head.state_within < 1e-3
         assert head.key_variance[2] == pytest.approx(1, abs=1e-4)
         assert head.key_variance[1] < 0.99
+
+
+REPRESENTATIONS = [("S4", rotations, 3), ("A5", rotations, 3), ("S5", permutation_matrices, 4), ("D5", polygon, 2)]
+
+
+@pytest.mark.parametrize(("name", "represent", "dimensions"), REPRESENTATIONS)
+def test_an_orbit_is_known_in_any_basis_and_random_clusters_are_not_taken_for_one(
+    name: str, represent: Any, dimensions: int
+) -> None:
+    group, rng = parse_group(name), np.random.default_rng(int(torch.randint(2**31, ())))
+    matrices = represent(group)
+    orbit = matrices @ rng.normal(size=(matrices.shape[1], 1))  # [order, d, 1]
+    basis = np.linalg.qr(rng.normal(size=(12, matrices.shape[1])))[0] * np.linspace(1, 1.5, matrices.shape[1])
+    assert representation_error(orbit[..., 0] @ basis.T + 3.0, group) == (dimensions, pytest.approx(0, abs=1e-6))
+    _, unrelated = representation_error(rng.normal(size=(group.order, 3)), group)
+    assert unrelated > 0.5
 
 
 # -- random weights ----------------------------------------------------------------------------------------------------
@@ -100,7 +120,7 @@ def test_describe_counts_as_numpy_does() -> None:
     _, model = random_model("D4", head_dim=6, initializer_range=1.0)
     t = traces_of(model, "D4", words=7, length=30)[1]
     for h in range(3):
-        head = describe(1, h, t)
+        head = describe(1, h, t, parse_group("D4"))
         beta, k = t.beta[..., h].double().numpy(), t.k[..., h, :].double().numpy()
         assert (head.layer, head.head) == (1, h)
         assert head.steps_near_2 == pytest.approx((beta > 1.9).mean())
@@ -198,7 +218,7 @@ def test_a_single_state_has_no_variance_to_divide() -> None:
 def test_a_model_of_dead_steps_is_described_too() -> None:
     """Where a router or training switched every step off, there are no keys to weigh."""
     t = traces_of(random_model()[1])[0]
-    head = describe(0, 0, t._replace(beta=torch.zeros_like(t.beta)))
+    head = describe(0, 0, t._replace(beta=torch.zeros_like(t.beta)), parse_group("S3"))
     assert head.steps_near_0 == 1
     assert all(not np.isnan(share) for share in head.key_variance)
 

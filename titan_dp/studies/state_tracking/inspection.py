@@ -1,9 +1,10 @@
 """`titan-dp state-tracking inspect RUN`: what a trained model does with a group's elements, in numbers and figures.
 
 For each head: the step sizes (reflections have beta = 2, unused steps 0); how many dimensions the keys of the steps taken
-span; and the orbit of the state over random words, which falls into one cluster per element if the head tracks the group.
-A model that has learnt S4 as the rotations of a cube has keys in three dimensions with beta near 2 (Siems et al. 2025, section
-5.1). Writes inspect.json and a figure per layer, layer-N.png.
+span; and the orbit of the state over random words, which falls into one cluster per element if the head tracks the group,
+with how far these clusters are from an orbit under an orthogonal representation. A model that has learnt S4 as the rotations of
+a cube has keys in three dimensions with beta near 2 (Siems et al. 2025, section 5.1). Writes inspect.json and a figure per
+layer, layer-N.png.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from titan_dp.data.synthetic.words import WordProblem
     from titan_dp.model.transformer import Transformer
 
-_SHOWN_HEADS = 8
+_SHOWN_HEADS = 4
 _NAMED_ELEMENTS = 24
 
 
@@ -65,12 +66,16 @@ class Head:
     state_within: float
     """Variance of the state within the words of equal product, as a fraction of all: 0 if it tells the element alone, 1 if it
     tells nothing."""
+    state_dimensions: int
+    """Principal components that hold 95 % of the variance of `main_column`, a mean per element; 0 if one did not come up."""
+    representation_error: float | None
+    """How far these components are from an orthogonal representation, see `representation_error`; None if there are none."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="RUN", help="run folder or checkpoint of a word problem")
-    parser.add_argument("--length", type=positive, default=128, help="elements per word (default: 128)")
-    parser.add_argument("--words", type=positive, default=8, help="words (default: 8)")
+    parser.add_argument("--length", type=positive, help="elements per word (default: as in training)")
+    parser.add_argument("--words", type=positive, default=32, help="words (default: 32)")
     parser.add_argument("--out", type=Path, help="where to write (default: inspect/ in the run folder)")
     add_format_option(parser)
 
@@ -94,10 +99,11 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or (run_of(args.path) or args.path) / "inspect"
     figures = [f"layer-{i}.{args.format}" for i in range(c.model.num_hidden_layers)]
     check_own(out, "inspect.json", {"task", "run", "heads"}, figures)
-    traces = trace(load_model(source, torch.device("cpu")), problem, args.words, args.length)
+    length = args.length or (c.training.seq_len - 1) // problem.tokens_per_element
+    traces = trace(load_model(source, torch.device("cpu")), problem, args.words, length)
     if not traces:
         raise UserError(f"{args.path} has no DeltaProduct layer to look into; name a run of one that has")
-    heads = [describe(layer, head, t) for layer, t in traces.items() for head in range(t.beta.shape[-1])]
+    heads = [describe(layer, head, t, problem.group) for layer, t in traces.items() for head in range(t.beta.shape[-1])]
     _print(heads, problem.name)
     make_folder(out)
     write_json(out / "inspect.json", {"task": problem.name, "run": source.label, "heads": [asdict(head) for head in heads]})
@@ -130,15 +136,20 @@ def trace(model: Transformer, problem: WordProblem, words: int, length: int) -> 
     return traces
 
 
-def describe(layer: int, head: int, t: Trace) -> Head:
+def describe(layer: int, head: int, t: Trace, group: Group) -> Head:
     """The numbers of one head."""
     import numpy as np
 
     beta, keys = t.beta[..., head], (t.k * t.beta[..., None].sqrt())[..., head, :].flatten(0, 2).numpy()
     moments = np.linalg.svd(keys, compute_uv=False) ** 2  # a key and its negative are one reflection: no mean is taken off
     states, products = t.states[:, :, head].flatten(2).flatten(0, 1).double().numpy(), t.products.flatten().numpy()
-    within = sum(((group - group.mean(0)) ** 2).sum() for group in (states[products == y] for y in np.unique(products)))
+    seen = np.unique(products)
+    within = sum(((states[products == y] - states[products == y].mean(0)) ** 2).sum() for y in seen)
     total = ((states - states.mean(0)) ** 2).sum()
+    dimensions, error = 0, None
+    if total and len(seen) == group.order:
+        reads = main_column(t.states[:, :, head])
+        dimensions, error = representation_error(np.stack([reads[products == y].mean(0) for y in seen]), group)
     return Head(
         layer=layer,
         head=head,
@@ -146,32 +157,81 @@ def describe(layer: int, head: int, t: Trace) -> Head:
         steps_near_0=float((beta < 0.1).float().mean()),
         key_variance=(moments.cumsum() / moments.sum()).tolist() if moments.sum() else [],
         state_within=float(within / total) if total else 1.0,
+        state_dimensions=dimensions,
+        representation_error=error,
     )
 
 
+def main_column(states: torch.Tensor) -> np.ndarray:
+    """States [B, L, dk, dv] as vectors [B L, dk]: what they hold of the value that varies most, in float64."""
+    import numpy as np
+
+    flat = states.double().flatten(0, 1).numpy()
+    _, _, values = np.linalg.svd((flat - flat.mean(0)).reshape(-1, flat.shape[-1]), full_matrices=False)
+    return flat @ values[0]
+
+
+def representation_error(means: np.ndarray, group: Group) -> tuple[int, float]:
+    """The dimension d of what `means` [order, D] span, and how far it is from an orthogonal representation of `group`.
+
+    d principal components hold 95 % of the means' variance. If the means are an orbit, m_(ab) = R_a m_b for orthogonal R_a in
+    some basis, then reading a first, whatever a is, only permutes the rows of the components' basis [order, d] within its
+    span. The error is the root mean square of the sines of the angles between that span and its image, over all a: 0 for an
+    orbit, near 1 for clusters that have nothing to do with the group.
+    """
+    import numpy as np
+
+    basis, values, _ = np.linalg.svd(means - means.mean(0), full_matrices=False)
+    d = 1 + int((np.cumsum(values**2) < 0.95 * (values**2).sum()).sum())
+    basis = basis[:, :d]
+    cosines = np.einsum("agd,ge->ade", basis[group.table], basis)  # [order, d, d]: row g of the image is that of a g
+    return d, float(np.sqrt(max(0.0, 1 - (cosines**2).sum((1, 2)).mean() / d)))
+
+
 def _print(heads: list[Head], task: str) -> None:
-    columns = ("layer", "head", "beta > 1.9", "beta < 0.1", "keys in 1, 2, 3, 4 dimensions", "state within an element")
+    columns = (
+        "layer",
+        "head",
+        "beta > 1.9",
+        "beta < 0.1",
+        "keys in 1, 2, 3, 4 dimensions",
+        "state within",
+        "state dims",
+        "not a rep.",
+    )
     rows = []
-    for head in heads:
-        variance = ", ".join(f"{share:.1%}" for share in head.key_variance[:4])
+    for head in sorted(heads, key=lambda head: (head.layer, head.state_within)):
+        variance = ", ".join(f"{share:.0%}" for share in head.key_variance[:4])
         steps = (f"{head.steps_near_2:.0%}", f"{head.steps_near_0:.0%}")
-        rows.append((head.layer, head.head, *steps, variance, f"{head.state_within:.1%}"))
+        error = "" if head.representation_error is None else f"{head.representation_error:.2f}"
+        rows.append((head.layer, head.head, *steps, variance, f"{head.state_within:.1%}", head.state_dimensions or "", error))
     print_table(number_table(f"{task}: what each head does", columns, rows, left=columns[4:5]))
+    print_text(
+        "state within: variance of states with one right answer, as a share of all; state dims: principal components of the "
+        "answers' mean states; not a rep.: their distance from an orthogonal representation, 0 to 1"
+    )
 
 
 def _draw(layer: int, t: Trace, heads: list[Head], group: Group, path: Path) -> None:
-    """One row per head: step sizes, keys and states in their first principal components, states coloured by the product."""
+    """A row for each of the heads whose states tell most: step sizes, keys and states in their first principal components.
+
+    States are coloured by the product, and drawn in space if they fill it.
+    """
     import matplotlib
     import numpy as np
 
-    shown = heads[:_SHOWN_HEADS]
+    shown = sorted(heads, key=lambda head: head.state_within)[:_SHOWN_HEADS]
     figure, rows = subplots(len(shown), 3, figsize=(8.5, 1.4 + 2.5 * len(shown)), squeeze=False)
     small: dict[str, Any] = {"fontsize": "small", "loc": "left"}
     products = t.products.flatten().numpy()
     palette = matplotlib.colormaps["tab10" if group.order <= 10 else "turbo"]
     of_element = palette(np.arange(group.order)) if group.order <= 10 else palette(np.linspace(0, 1, group.order))
-    for head, (steps, keys, orbit) in zip(shown, rows, strict=True):
-        h = head.head
+    for row, head in zip(rows, shown, strict=True):
+        if head.state_dimensions > 2:
+            place = row[2].get_subplotspec()
+            row[2].remove()
+            row[2] = figure.add_subplot(place, projection="3d")
+        (steps, keys, orbit), h = row, head.head
         for j in range(t.beta.shape[2]):
             style: dict[str, Any] = {"histtype": "step" if j else "stepfilled", "alpha": 1 if j else 0.45, "lw": 1.6}
             steps.hist(
@@ -188,16 +248,23 @@ def _draw(layer: int, t: Trace, heads: list[Head], group: Group, path: Path) -> 
         dimensions = next((i for i, share in enumerate(head.key_variance, 1) if share > 0.95), 0)
         keys.set(ylabel="component 2", xlim=(-1.08, 1.08), ylim=(-1.08, 1.08), xticks=(-1, 0, 1), yticks=(-1, 0, 1))
         keys.set_title(f"second moment of the keys:\n95 % in {counted(dimensions, 'dimension')}", **small)
-        states = _components(t.states[:, :, h].flatten(2).flatten(0, 1).numpy(), centred=True)
-        orbit.scatter(*states.T[:2], c=of_element[products], s=7, lw=0)
-        orbit.set(ylabel="component 2")
-        orbit.margins(0.08)
-        orbit.set_title(f"variance of the states:\n{100 * head.state_within:.1f} % within one answer", **small)
+        states = _components(main_column(t.states[:, :, h]), centred=True)
+        if head.state_dimensions > 2:
+            orbit.scatter(*states.T[:3], c=of_element[products], s=5, lw=0, depthshade=False)
+            orbit.set(zticklabels=[], xticklabels=[], yticklabels=[], box_aspect=(1, 1, 1))
+        else:
+            orbit.scatter(*states.T[:2], c=of_element[products], s=7, lw=0)
+            orbit.set(ylabel="component 2")
+            orbit.margins(0.08)
+        far = "" if head.representation_error is None else f"; {head.representation_error:.2f} from an orbit"
+        orbit.set_title(
+            f"states in {head.state_dimensions or 'some'} dimensions:\n{100 * head.state_within:.1f} % within{far}", **small
+        )
     labels = ("step size beta", "component 1 of the keys", "component 1 of the states")
     for panel, label in zip(rows[-1], labels, strict=True):
         panel.set_xlabel(label)
     rows[0, 0].legend(fontsize="x-small", frameon=False, loc="upper left", ncols=4)
-    many = f", the first {len(shown)} of {len(heads)} heads" if len(heads) > len(shown) else ""
+    many = f", the {len(shown)} of {len(heads)} heads that tell most" if len(heads) > len(shown) else ""
     figure.suptitle(f"{group.name}, layer {layer}{many}: steps, keys, and states coloured by the right answer")
     answer = "right answer: the product of the elements read"
     if group.order <= _NAMED_ELEMENTS:
