@@ -22,7 +22,7 @@ from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
 from titan_dp.model.transformer import Transformer, build_model
 from titan_dp.studies.state_tracking import constructions
-from titan_dp.studies.state_tracking.inspection import Head, Trace, _element, describe, representation_error, trace
+from titan_dp.studies.state_tracking.inspection import Head, Trace, _element, describe, representation_error, trace, words_right
 from titan_dp.studies.state_tracking.representations import permutation_matrices, polygon, rotations
 
 VOCABULARY = {"S3": 8, "D4": 10, "Z5": 7}
@@ -79,6 +79,24 @@ def test_rotations_of_the_cube_have_keys_in_three_dimensions() -> None:
         assert head.state_within < 1e-3
         assert head.key_variance[2] == pytest.approx(1, abs=1e-4)
         assert head.key_variance[1] < 0.99
+
+
+def test_steps_near_a_reflection_are_made_exact_and_the_model_is_left_as_it_was() -> None:
+    """Reflections that are a little short shrink the state until long words go wrong; exact ones never do."""
+    problem, model = WordProblem(parse_group("S3")), constructions.swaps(parse_group("S3")).float()
+    short = {name: p.clone() for name, p in model.state_dict().items()}
+    b_proj = model.blocks[0].attn.b_proj
+    with torch.no_grad():  # the smallest logits are 2.3 in place of 40 or more: beta 1.82
+        logits = b_proj(model.blocks[0].attn_norm.apply_to(model.embeddings(torch.arange(8))))
+        b_proj.weight.mul_(2.3 / logits.abs()[logits.abs() > 1].min())
+    before = b_proj.weight.clone()
+    found = words_right(model, problem, 64)
+    assert found["exact steps"] == [1.0] * 4
+    assert found["as trained"] == pytest.approx(found["in float64"], abs=0.1)
+    assert found["as trained"][3] < 0.5
+    assert torch.equal(b_proj.weight, before)
+    assert not b_proj._forward_hooks
+    assert {name: p.dtype for name, p in model.state_dict().items()} == {name: p.dtype for name, p in short.items()}
 
 
 REPRESENTATIONS = [("S4", rotations, 3), ("A5", rotations, 3), ("S5", permutation_matrices, 4), ("D5", polygon, 2)]

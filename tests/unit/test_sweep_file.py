@@ -377,7 +377,7 @@ SWEEPS = {
     ),
     "muon": (6, "270K-t300K-nh1-lr0.012-s1-muon_lr0.006", "270K-t300K-nh3-lr0.012-s1-muon_lr0.024", "e64abee3517c974f"),
     "paper": (9, "213m_nh1", "800m_nh3", "d73700e2b21a1b11"),
-    "word_problems": (98, "S3-nh1-s1", "S5-depth-nh1-l4-s3", "8701063944157027"),
+    "word_problems": (98, "S3-nh1-s1", "S5-depth-nh1-l4-s3", "6d5a28958d30a218"),
 }
 
 

@@ -3,7 +3,8 @@
 For each head: the step sizes (reflections have beta = 2, unused steps 0); how many dimensions the keys of the steps taken
 span; and the orbit of the state over random words, which falls into one cluster per element if the head tracks the group,
 with how far these clusters are from an orbit under an orthogonal representation. A model that has learnt S4 as the rotations of
-a cube has keys in three dimensions with beta near 2 (Siems et al. 2025, section 5.1). Writes inspect.json and a figure per
+a cube has keys in three dimensions with beta near 2 (Siems et al. 2025, section 5.1). Beside it stands how many words are right
+up to four times the training length, as trained and with every reflection made exact. Writes inspect.json and a figure per
 layer, layer-N.png.
 """
 
@@ -100,13 +101,16 @@ def run(args: argparse.Namespace) -> int:
     figures = [f"layer-{i}.{args.format}" for i in range(c.model.num_hidden_layers)]
     check_own(out, "inspect.json", {"task", "run", "heads"}, figures)
     length = args.length or (c.training.seq_len - 1) // problem.tokens_per_element
-    traces = trace(load_model(source, torch.device("cpu")), problem, args.words, length)
+    model = load_model(source, torch.device("cpu"))
+    traces = trace(model, problem, args.words, length)
     if not traces:
         raise UserError(f"{args.path} has no DeltaProduct layer to look into; name a run of one that has")
     heads = [describe(layer, head, t, problem.group) for layer, t in traces.items() for head in range(t.beta.shape[-1])]
-    _print(heads, problem.name)
+    right = words_right(model, problem, length)
+    _print(heads, right, length, problem.name)
     make_folder(out)
-    write_json(out / "inspect.json", {"task": problem.name, "run": source.label, "heads": [asdict(head) for head in heads]})
+    facts = {"task": problem.name, "run": source.label, "words_right": right, "heads": [asdict(head) for head in heads]}
+    write_json(out / "inspect.json", facts)
     for layer, t in traces.items():
         _draw(layer, t, [head for head in heads if head.layer == layer], problem.group, out / figures[layer])
     print_text(f"written: {out}")
@@ -134,6 +138,40 @@ def trace(model: Transformer, problem: WordProblem, words: int, length: int) -> 
             traces[i] = Trace(inputs.beta[:, asked], inputs.k[:, asked], states, labels[:, asked])
         x, _ = block(x)
     return traces
+
+
+def words_right(model: Transformer, problem: WordProblem, length: int) -> dict[str, list[float]]:
+    """The share of 256 words with no wrong answer up to 1, 2, 3 and 4 times `length`, computed in three ways.
+
+    As trained, in float32 and in float64, which tells rounding from what was learnt; and in float64 with every beta that is
+    within a tenth of its range of an end moved there, so that these steps are exact reflections or none.
+    """
+    import torch
+
+    from titan_dp.data.synthetic.counter_rng import Random
+    from titan_dp.model.deltaproduct import DeltaProduct
+
+    tokens, labels = problem.rows(Random("inspect words"), torch.arange(256), 4 * length, 4 * length)
+    each, dtype = problem.tokens_per_element, model.embeddings.weight.dtype
+
+    def accuracies() -> list[float]:
+        right = (model(tokens).argmax(-1) == labels)[:, each::each]
+        return [right[:, : times * length].all(1).double().mean().item() for times in (1, 2, 3, 4)]
+
+    found = {"as trained": accuracies()}
+    found["in float64"] = (model.double(), accuracies())[1]
+    exact = [
+        block.attn.b_proj.register_forward_hook(
+            lambda _, __, logits: logits.where((logits.sigmoid() - 0.5).abs() < 0.4, 50 * logits)
+        )
+        for block in model.blocks
+        if isinstance(block.attn, DeltaProduct)
+    ]
+    found["exact steps"] = accuracies()
+    for hook in exact:
+        hook.remove()
+    model.to(dtype)
+    return found
 
 
 def describe(layer: int, head: int, t: Trace, group: Group) -> Head:
@@ -188,7 +226,7 @@ def representation_error(means: np.ndarray, group: Group) -> tuple[int, float]:
     return d, float(np.sqrt(max(0.0, 1 - (cosines**2).sum((1, 2)).mean() / d)))
 
 
-def _print(heads: list[Head], task: str) -> None:
+def _print(heads: list[Head], right: dict[str, list[float]], length: int, task: str) -> None:
     columns = (
         "layer",
         "head",
@@ -206,9 +244,13 @@ def _print(heads: list[Head], task: str) -> None:
         error = "" if head.representation_error is None else f"{head.representation_error:.2f}"
         rows.append((head.layer, head.head, *steps, variance, f"{head.state_within:.1%}", head.state_dimensions or "", error))
     print_table(number_table(f"{task}: what each head does", columns, rows, left=columns[4:5]))
+    names = ["words right", *(f"at {times * length}" for times in (1, 2, 3, 4))]
+    shares = [(what, *(f"{share:.1%}" for share in at)) for what, at in right.items()]
+    print_table(number_table("", names, shares, left=names[:1]))
     print_text(
+        "exact steps: every beta near 2 or 0 set to it",
         "state within: variance of states with one right answer, as a share of all; state dims: principal components of the "
-        "answers' mean states; not a rep.: their distance from an orthogonal representation, 0 to 1"
+        "answers' mean states; not a rep.: their distance from an orthogonal representation, 0 to 1",
     )
 
 
