@@ -106,7 +106,8 @@ def test_shipped_settings_without_effect_are_not_warned_of_but_own_ones_beside_t
     assert [warning.split(" ")[0] for warning in loaded.warnings()] == ["generate.temperature"]
 
 
-def test_a_sweep_is_no_run_and_the_command_for_it_is_named(folder: Folder) -> None:
+def test_a_sweep_is_no_run_and_the_command_for_it_is_named(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.path)
     file = folder.path / "run.toml"
     (problem,) = folder.problems('extends = "debug.toml"\n[sweep.axes]\nseed = [1, 2]\n')
     assert problem == "run.toml describes a sweep and not one run; `titan-dp sweep run.toml` lists its runs"
