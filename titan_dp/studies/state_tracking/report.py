@@ -361,7 +361,7 @@ def _draw_task(task: Task, names: list[str], pair: Any, handles: dict[str, Any])
     length = f"longest training {'words' if test.answers_everywhere else 'strings'}, {test.train_length}"
     explain(f"vertical: {length}", by_length.axvline(test.train_length, color="0.3", ls=":", lw=1.2))
     explain("horizontal: guessing", by_step.axhline(test.chance, color="0.6", ls="-.", lw=1.2))
-    what = "words with no wrong answer so far" if test.answers_everywhere else "strings answered right"
+    what = "words right so far" if test.answers_everywhere else "strings answered right"
     symbols = "symbols read" if test.answers_everywhere else "symbols in a string"
     by_length.set(xlabel=symbols, ylabel="share right", title=f"{task.name}, test: {what}")
     by_step.set(xlabel="training step", title="validation: answers right", ylim=(-0.03, 1.03))
