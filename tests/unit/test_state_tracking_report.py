@@ -224,6 +224,12 @@ def test_a_run_has_left_the_plateau_if_it_knows_more_than_a_quotient_of_the_grou
     assert left_plateau(read_row(write_run(tmp_path / "a", [0.0], test=counts))) is left
 
 
+def test_a_group_whose_table_was_in_a_file_is_reported_without_the_file(tmp_path: Path) -> None:
+    (row,) = rows_of(write_run(tmp_path / "a", [1.0], task="gone.csv"))
+    assert row["seeds solved"] == "1 of 1"
+    assert "left" not in row
+
+
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 

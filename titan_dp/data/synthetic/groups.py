@@ -48,21 +48,25 @@ class Group:
         """[order] points that each element moves: 0 for the identity, 2 for a swap."""
         return (self.permutations != np.arange(self.points)).sum(1)
 
+    def conjugates(self, a: int) -> np.ndarray:
+        """The elements g a g^-1 for all g, each once, in order."""
+        inverse = (self.table == 0).argmax(1)
+        return np.unique(self.table[self.table[:, a], inverse])
+
     @cached_property
     def smallest_normal_subgroup(self) -> int:
         """Elements of the smallest normal subgroup except the trivial one: 3 for S3, 4 for S4, 60 for A5 and S5."""
-        inverse = (self.table == 0).argmax(1)
-        found = self.order
-        for a in range(1, self.order):
-            conjugates = np.unique(self.table[self.table[:, a], inverse])  # g a g^-1 for all g
-            reached = np.zeros(self.order, dtype=bool)
-            reached[0], new = True, np.array([0])
-            while len(new) and reached.sum() < found:
+        smallest, left = self.order, set(range(1, self.order))
+        while left:
+            conjugates = self.conjugates(min(left))
+            left -= set(conjugates.tolist())
+            reached, new = np.zeros(self.order, dtype=bool), np.array([0])
+            while len(new):
+                reached[new] = True
                 products = np.unique(self.table[new[:, None], conjugates])
                 new = products[~reached[products]]
-                reached[new] = True
-            found = min(found, int(reached.sum()) if not len(new) else found)
-        return found
+            smallest = min(smallest, int(reached.sum()))
+        return smallest
 
 
 @cache

@@ -159,7 +159,8 @@ def words_right(model: Transformer, problem: WordProblem, length: int) -> dict[s
         return [right[:, : times * length].all(1).double().mean().item() for times in (1, 2, 3, 4)]
 
     found = {"as trained": accuracies()}
-    found["in float64"] = (model.double(), accuracies())[1]
+    model.double()
+    found["in float64"] = accuracies()
     exact = [
         block.attn.b_proj.register_forward_hook(
             lambda _, __, logits: logits.where((logits.sigmoid() - 0.5).abs() < 0.4, 50 * logits)

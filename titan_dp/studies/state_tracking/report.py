@@ -243,6 +243,8 @@ def table(task: Task) -> Any:
     from pandas import DataFrame
 
     rows, models = [], task.models
+    # A report needs run folders alone: not the file of a group's table, which may be gone.
+    named = task.test.answers_everywhere and not models[0]["chosen"]["task"].task.endswith(".csv")
     has_router = any(run["householder_steps"] is not None for model in models for run in model["runs"])
     for model in models:
         chosen, (low, high) = model["chosen"], model["interval"]
@@ -253,7 +255,7 @@ def table(task: Task) -> Any:
             "parameters": f"{chosen['parameters']:,}",
             "seeds solved": f"{model['solved']} of {model['seeds']}{unfinished}",
             "95 % interval": f"{low:.0%} to {high:.0%}",
-            "left": f"{sum(map(left_plateau, model['runs']))} of {model['seeds']}" if task.test.answers_everywhere else "",
+            "left": f"{sum(map(left_plateau, model['runs']))} of {model['seeds']}" if named else "",
             "steps to solve": f"{median(steps):,.0f}" if steps else "never",
             "validation": f"{chosen['validations'][-1]['validation_sequence_accuracy']:.1%}",
         }

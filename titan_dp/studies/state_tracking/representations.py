@@ -35,10 +35,8 @@ def rotations(group: Group) -> np.ndarray:
     matrices = permutation_matrices(group)
     i, j = np.triu_indices(group.points, 1)
     planes = matrices[:, i][:, :, i] * matrices[:, j][:, :, j] - matrices[:, i][:, :, j] * matrices[:, j][:, :, i]
-    inverse = (group.table == 0).argmax(1)
     cycle = next(a for a in range(group.order) if _is_one_cycle(group.permutations[a]))
-    conjugates = np.unique(group.table[group.table[:, cycle], inverse])  # b c b^-1 for all b
-    space = np.linalg.eigh(planes[conjugates].sum(0))[1][:, -3:]
+    space = np.linalg.eigh(planes[group.conjugates(cycle)].sum(0))[1][:, -3:]
     return space.T @ planes @ space
 
 
