@@ -30,7 +30,7 @@ train: data/corpus/train/manifest.json
 	@printf '%s\n' "" "What next (README.md and docs/guides/ have more):" \
 	    "  source $(VENV)/bin/activate    # once per shell" \
 	    '  titan-dp generate outputs/debug --prompt "The whale "' \
-	    "  titan-dp state-tracking train --group S3 --num-householder 2    # half a minute of a free core" \
+	    "  titan-dp state-tracking train --group S3 --num-householder 2    # less than a minute of a CPU core" \
 	    "  titan-dp prepare FILES --out data/mine --tokenizer bytes    # your own text"
 
 study: data/corpus/train/manifest.json
