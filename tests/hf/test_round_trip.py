@@ -35,7 +35,7 @@ WINDOWED = {"attention_num_kv_heads": 1, "attention_window": 9}
 UNTIED = {"expand_v": 0.5, "tie_word_embeddings": False, "norm_eps": 1e-5, "allow_neg_eigval": False}
 SHARDS = {"max_shard_bytes": 10_000}
 GATED_DELTANET, DELTA_NET = {"model_type": "gated_deltanet"}, {"model_type": "delta_net"}
-REMOTE_CODE, OLMO_HYBRID = {"target": "remote-code"}, {"target": "olmo-hybrid"}
+REMOTE_CODE, OLMO_HYBRID, QWEN = {"target": "remote-code"}, {"target": "olmo-hybrid"}, {"target": "qwen3_5_text"}
 OLMO: dict[str, Any] = {"num_householder": 1, "use_output_gate": True, "norm_eps": 1e-5}
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"use_forget_gate": True, "num_householder": 3}),
@@ -51,6 +51,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (REMOTE_CODE, {"use_forget_gate": True, "use_output_gate": True}),
     (OLMO_HYBRID, {**OLMO, "use_forget_gate": True, "expand_v": 2.0}),
     (OLMO_HYBRID, {**OLMO, "use_short_conv": False, "allow_neg_eigval": False, "tie_word_embeddings": False}),
+    (QWEN, {**GATED, **GROUPED, "use_output_gate": True, "allow_neg_eigval": False, "expand_v": 2.0}),
+    (QWEN, {**UNTIED, "num_householder": 1, "use_output_gate": True, "use_short_conv": False}),
     (REMOTE_CODE, {**GATED, **GROUPED, "mixer": "gla"}),
     (REMOTE_CODE, {"num_householder": 3, **GROUPED}),
     (REMOTE_CODE, {**GROUPED, "use_output_gate": True, "output_norm": "group", "gate_before_norm": True}),
@@ -123,7 +125,7 @@ def test_bfloat16_rounds_matrices_and_leaves_norms_and_gates_as_they_were(
 def test_an_exported_folder_is_a_source_like_a_checkpoint(
     target: str, export_of: Make, checkpoint_of: Make, tmp_path: Path
 ) -> None:
-    changes = {**OLMO, "use_forget_gate": True}
+    changes = {**OLMO, "use_forget_gate": True, "allow_neg_eigval": False}
     folder = export_of(changes, target=target)
     loaded, ids = load_pretrained(folder, CPU), tokens(2, 40)
     assert torch.equal(loaded.model(ids), random_model(**changes)[1](ids))

@@ -33,16 +33,16 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ```
 """,
-    "olmo-hybrid": """```python
+}
+_USE["olmo-hybrid"] = _USE["qwen3_5_text"] = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer  # or: vllm serve {name}
 
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="bfloat16")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-The last layer, of softmax attention, does nothing: OlmoHybrid wants one.
-""",
-}
+The last layer, of softmax attention, does nothing: this type of model wants one.
+"""
 
 
 def model_card(name: str, source: Source, target: str, dtype: str, tokenizer: Tokenizer) -> str:
@@ -51,7 +51,7 @@ def model_card(name: str, source: Source, target: str, dtype: str, tokenizer: To
     Args:
         name: of the folder.
         source: of the weights; if it is a run's checkpoint, the card says how the run validated at its step.
-        target: "fla", "remote-code" or "olmo-hybrid".
+        target: --format of the export.
         dtype: of the matrices as stored.
         tokenizer: as written into the folder.
 

@@ -7,7 +7,8 @@
     modeling_titan_dp.py                      with --format remote-code only
 
 `fla` folders load in flash-linear-attention without code of ours; `remote-code` folders load with torch and transformers
-alone and express every model; `olmo-hybrid` folders are models of transformers' own, which vLLM serves, and have n_h = 1.
+alone and express every model; `olmo-hybrid` and `qwen3_5_text` folders are models of transformers' own, which vLLM serves, and
+have n_h = 1.
 Weights go tensor by tensor from checkpoint to file, so memory holds a few of them at a time. The folder is written under
 another name and renamed: it is there whole or not at all.
 """
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from titan_dp.data.tokenizer import Tokenizer
     from titan_dp.inference.sources import Source
 
-FORMATS = ("fla", "remote-code", "olmo-hybrid")
+FORMATS = ("fla", "remote-code", "olmo-hybrid", "qwen3_5_text")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -45,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="fla",
-        help="fla: for flash-linear-attention (default); remote-code: any model, torch and transformers suffice; olmo-hybrid: "
-        "n_h = 1 with an output gate, for transformers and vLLM",
+        help="fla: for flash-linear-attention (default); remote-code: any model, torch and transformers suffice; olmo-hybrid "
+        "and qwen3_5_text: n_h = 1 with an output gate, for transformers and vLLM",
     )
     add(
         "--model-type",
@@ -114,7 +115,7 @@ def export(
     Args:
         source: of the weights.
         out: must not exist, or be empty.
-        target: "fla", "remote-code" or "olmo-hybrid".
+        target: one of FORMATS.
         model_type: of the fla target; None for gated_deltaproduct.
         dtype: of the matrices, convolutions and embeddings; None for float32. Norms, A_log and dt_bias are float32.
         max_shard_bytes: a file of weights holds at most so much (or one tensor).
@@ -126,8 +127,9 @@ def export(
     """
     import torch
 
-    from titan_dp.inference.hf import layout, olmo_hybrid
+    from titan_dp.inference.hf import layout
     from titan_dp.inference.hf.card import model_card
+    from titan_dp.inference.hf.converted import Converted
     from titan_dp.inference.hf.folder import TRAINING, write_weights
 
     assert target in FORMATS, target
@@ -135,8 +137,9 @@ def export(
         raise UserError(f"{out} exists already; choose another folder")
     if model_type is not None and target != "fla":
         raise UserError(f"--model-type {model_type} belongs to --format fla; leave it out with --format {target}")
-    kinds = {"remote-code": layout.REMOTE_CODE, "olmo-hybrid": olmo_hybrid.MODEL_TYPE}
-    kind = kinds.get(target) or model_type or "gated_deltaproduct"
+    architecture = next((each for each in layout.ARCHITECTURES.values() if each.target == target), None)
+    kind = architecture.model_type if architecture else model_type or "gated_deltaproduct"
+    kind = layout.REMOTE_CODE if target == "remote-code" else kind
     settings = layout.to_hf(source.config, kind, source.seq_len)
     dtype = dtype or torch.float32
     named = str(dtype).removeprefix("torch.")
@@ -149,8 +152,9 @@ def export(
     try:
         saved = _write_texts(source, scratch, tokenizer, settings, named)
         (scratch / "README.md").write_text(model_card(out.name, source, target, named, saved))
-        if target == "olmo-hybrid":
-            write_weights(olmo_hybrid.exported(source), scratch, dtype, max_shard_bytes, written, hf_name=str)
+        if architecture:
+            converted = Converted(source, architecture)
+            write_weights(converted, scratch, dtype, max_shard_bytes, written, hf_name=str, wide=converted.wide)
         else:
             write_weights(source, scratch, dtype, max_shard_bytes, written)
         known = {"tokenizer_hash": saved.hash} | ({"tokenizer": tokenizer} if tokenizer else {})

@@ -21,7 +21,8 @@ from torch import Tensor
 from titan_dp.data.tokenizer import ORIGIN, read_settings
 from titan_dp.errors import UserError
 from titan_dp.files import JsonObject, Natural, file_sha256, inside, parse_json, shorten, to_json, write_json
-from titan_dp.inference.hf import layout, olmo_hybrid
+from titan_dp.inference.hf import layout
+from titan_dp.inference.hf.architectures import IDLE, Architecture, Piece
 from titan_dp.inference.sources import Source, in_the_models_order, narrowed, within
 
 CONFIG = "config.json"
@@ -60,9 +61,13 @@ class FolderSource(Source):
         self.training = _read_training(path / TRAINING)
         self._files = _weight_files(path)
         self._stored = {name: stored for file in self._files for name, stored in _tensors_of(file).items()}
-        if olmo := self.model_type == olmo_hybrid.MODEL_TYPE:
-            self._check_idle_layer()
-        parts = self._parts = olmo_hybrid.our_names(self.config, self._stored) if olmo else layout.our_names(self._stored)
+        if architecture := layout.ARCHITECTURES.get(self.model_type):
+            if values.get(IDLE):
+                self._check_idle_layer(architecture)
+            parts = architecture.pieces(self.config, self._stored)
+        else:
+            parts = {ours: [Piece(name) for name in of] for ours, of in layout.our_names(self._stored).items()}
+        self._parts = parts
         if self.config.tie_word_embeddings and "lm_head.weight" in parts:  # some folders hold the tied matrix twice
             own, tied = (self._load(parts[name][0]) for name in ("lm_head.weight", "embeddings.weight"))
             if not torch.equal(own, tied):
@@ -72,20 +77,26 @@ class FolderSource(Source):
             del parts["lm_head.weight"]
         shapes: dict[str, torch.Size] = {}
         for name, of in parts.items():
-            first, *others = [self._stored[part].shape for part in of]
+            first, *others = [self._shape(piece) for piece in of]
             if any(other[1:] != first[1:] for other in others):
-                raise UserError(f"{path} holds {of[0]} and its kin in shapes that do not fit together; copy it again")
+                raise UserError(f"{path} holds {of[0].name} and its kin in shapes that do not fit together; copy it again")
             shapes[name] = torch.Size([first[0] + sum(other[0] for other in others), *first[1:]])
         self.shapes = in_the_models_order(self.config, shapes, str(path))
-        self.dtypes = {name: self._stored[of[0]].dtype for name, of in parts.items()}
+        self.dtypes = {name: torch.float32 if of[0].less_one else self._stored[of[0].name].dtype for name, of in parts.items()}
 
-    def _check_idle_layer(self) -> None:
-        for name in olmo_hybrid.idle_norms(self.config):
-            if name not in self._stored or bool(self._load(name).any()):
+    def _check_idle_layer(self, architecture: Architecture) -> None:
+        for name in architecture.idle_tensors(self.config):
+            if name not in self._stored or bool(self._load(Piece(name)).any()):
                 raise UserError(
                     f"{self.path} has a last softmax layer with an effect ({name} is not 0), which titan_dp's model does not "
-                    "have; import what `titan-dp export --format olmo-hybrid` wrote"
+                    f"have; import what `titan-dp export --format {architecture.target}` wrote"
                 )
+
+    def _shape(self, piece: Piece) -> tuple[int, ...]:
+        """Of what `_load` gives; rows that the file does not have are not counted."""
+        rows, *others = self._stored[piece.name].shape
+        left = max(0, rows - piece.first)
+        return left if piece.rows is None else min(left, piece.rows), *others
 
     @property
     def tokenizer(self) -> str:
@@ -108,12 +119,15 @@ class FolderSource(Source):
         parts = {name: [self._load(part) for part in self._parts[name]] for name in names}
         return {name: of[0] if len(of) == 1 else torch.cat(of) for name, of in parts.items()}
 
-    def _load(self, name: str) -> Tensor:
-        file = self._stored[name].file
+    def _load(self, piece: Piece) -> Tensor:
+        file = self._stored[piece.name].file
+        rows = slice(piece.first, None if piece.rows is None else piece.first + piece.rows)
         if file.suffix == ".bin":
-            return _mapped(file)[name].clone()
-        with safe_open(file, "pt") as opened:
-            return opened.get_tensor(name)
+            tensor = _mapped(file)[piece.name][rows].clone()
+        else:
+            with safe_open(file, "pt") as opened:
+                tensor = opened.get_slice(piece.name)[rows]
+        return (tensor.double() + 1).float() if piece.less_one else tensor
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -208,6 +222,7 @@ def write_weights(
     max_shard_bytes: int,
     written: Callable[[], object],
     hf_name: Callable[[str], str] = layout.hf_name,
+    wide: frozenset[str] = frozenset(),
 ) -> None:
     """The weights of `source` as safetensors files in `folder`, with an index if there are several.
 
@@ -221,10 +236,12 @@ def write_weights(
         max_shard_bytes: a file holds at most so much (or one tensor).
         written: called after each tensor.
         hf_name: the name in the folder of a tensor of `source`.
+        wide: tensors that are float64.
 
     Raises UserError if a weight is not finite or more than its dtype can hold.
     """
     dtypes = {name: torch.float32 if layout.stays_float32(name) else dtype for name in source.shapes}
+    dtypes |= dict.fromkeys(wide, torch.float64)
     sizes = {name: shape.numel() * dtypes[name].itemsize for name, shape in source.shapes.items()}
     shards = list(within(sizes, max_shard_bytes))
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]

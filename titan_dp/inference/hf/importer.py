@@ -1,8 +1,9 @@
 """`titan-dp import FOLDER OUT`: the weights of a Hugging Face folder as a checkpoint a run can start from.
 
 Reads flash-linear-attention's gated_deltaproduct, gated_deltanet and delta_net, the layout in which the paper's authors
-released theirs (one projection per Householder step), and our own. The checkpoint holds weights alone; a run loads them
-with `checkpoint.initial_load_path = "OUT"` and the [model] section printed here.
+released theirs (one projection per Householder step), our own, and transformers' own as far as the export writes them. The
+checkpoint holds weights alone; a run loads them with `checkpoint.initial_load_path = "OUT"` and the [model] section printed
+here.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Translates between our [model] keys and tensor names and those of a Hugging Face folder. No files, no torch.
 
-Five model types are spoken: flash-linear-attention's gated_deltaproduct, gated_deltanet and delta_net, transformers' own
-olmo_hybrid (olmo_hybrid.py), and our titan_dp (modeling_titan_dp.py), which has gated_deltaproduct's keys and `mixer`.
-`to_hf` refuses what a type cannot express and `from_hf` what we cannot; neither guesses. Tensors keep their shapes and
-layouts, so a conversion is a rename; only the layout that flash-linear-attention had before June 2025 (one matrix for each
-Householder step) is concatenated.
+Six model types are spoken: flash-linear-attention's gated_deltaproduct, gated_deltanet and delta_net, transformers' own
+olmo_hybrid and qwen3_5_text (architectures.py), and our titan_dp (modeling_titan_dp.py), which has gated_deltaproduct's keys
+and `mixer`. `to_hf` refuses what a type cannot express and `from_hf` what we cannot; neither guesses. In fla's types and ours
+tensors keep their shapes and layouts, so a conversion is a rename; only the layout that flash-linear-attention had before June
+2025 (one matrix for each Householder step) is concatenated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from titan_dp import config
 from titan_dp.config.mixers import MIXERS
 from titan_dp.errors import UserError
 from titan_dp.files import first_mistake, shorten, shown
-from titan_dp.inference.hf import olmo_hybrid
+from titan_dp.inference.hf.architectures import Architecture, norm_and_gate
+from titan_dp.inference.hf.olmo_hybrid import OlmoHybrid
+from titan_dp.inference.hf.qwen3_5 import Qwen35
 
 REMOTE_CODE = "titan_dp"
 FLA_TYPES = {
@@ -27,7 +29,9 @@ FLA_TYPES = {
     "gated_deltanet": "GatedDeltaNetForCausalLM",
     "delta_net": "DeltaNetForCausalLM",
 }
-MODEL_TYPES = {**FLA_TYPES, olmo_hybrid.MODEL_TYPE: "OlmoHybridForCausalLM", REMOTE_CODE: "TitanDPForCausalLM"}
+ARCHITECTURES: dict[str, Architecture] = {each.model_type: each for each in (OlmoHybrid(), Qwen35())}
+"""Transformers' own, by model type."""
+MODEL_TYPES = [*FLA_TYPES, *ARCHITECTURES, REMOTE_CODE]
 # Some configurations that the paper's authors published use this name, which no library knows.
 _OTHER_NAMES = {"gated_delta_product": "gated_deltaproduct"}
 _MODELING_FILE = "modeling_titan_dp"
@@ -94,16 +98,16 @@ def to_hf(c: config.Model, model_type: str, seq_len: int) -> dict[str, Any]:
         raise UserError(f"{ours} cannot be exported: no Hugging Face format has it; use the checkpoint itself")
     if reasons := _inexpressible(c, model_type):
         others = [name for name in MODEL_TYPES if not _inexpressible(c, name)]
-        fla = "--format fla " if model_type == olmo_hybrid.MODEL_TYPE else ""
+        fla = "--format fla " if model_type in ARCHITECTURES else ""
         ways = [f"{fla}--model-type {name}" for name in others if name in FLA_TYPES]
-        ways += ["--format olmo-hybrid"] if olmo_hybrid.MODEL_TYPE in others else []
+        ways += [f"--format {ARCHITECTURES[name].target}" for name in others if name in ARCHITECTURES]
         ways += ["--format remote-code"]
         raise UserError(f"{model_type} cannot express {' and '.join(reasons)}; use {' or '.join(ways)}")
-    if model_type == olmo_hybrid.MODEL_TYPE:
-        return olmo_hybrid.to_hf(c, seq_len)
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type].to_hf(c, seq_len)
     common = {
         "model_type": model_type,
-        "architectures": [MODEL_TYPES[model_type]],
+        "architectures": [FLA_TYPES.get(model_type, "TitanDPForCausalLM")],
         **{key: getattr(c, key) for key in _SAME},
         "intermediate_size": c.mlp_size,
         "max_position_embeddings": seq_len,
@@ -132,8 +136,8 @@ def _inexpressible(c: config.Model, model_type: str) -> list[str]:
     """The settings of `c` that the type cannot have."""
     if model_type == REMOTE_CODE:
         return []
-    if model_type == olmo_hybrid.MODEL_TYPE:
-        return olmo_hybrid.inexpressible(c)
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type].inexpressible(c)
     dv = int(c.head_dim * (c.head_v_dim / c.head_dim))  # as fla computes it
     reasons = {
         f"mixer = {c.mixer!r}": not MIXERS[c.mixer].in_fla,
@@ -142,7 +146,7 @@ def _inexpressible(c: config.Model, model_type: str) -> list[str]:
         "use_forget_gate = false": model_type == "gated_deltanet" and not c.use_forget_gate,
         "use_forget_gate = true": model_type == "delta_net" and c.use_forget_gate,
         f"num_key_heads = {c.key_heads}": model_type != "gated_deltanet" and c.key_heads != c.num_heads,
-        **olmo_hybrid.norm_and_gate(c),
+        **norm_and_gate(c),
     }
     return [reason for reason, applies in reasons.items() if applies]
 
@@ -173,8 +177,8 @@ def from_hf(values: dict[str, Any], where: str) -> tuple[config.Model, int, list
         raise UserError(f"{where} is of a model of type {shown(model_type)}; expected one of {', '.join(MODEL_TYPES)}")
     if missing := [key for key in _NEEDED if key not in values]:
         raise UserError(f"{where} lacks {', '.join(missing)}; take the file that belongs to the weights")
-    olmo = model_type == olmo_hybrid.MODEL_TYPE
-    kind = "gated_deltaproduct" if model_type == REMOTE_CODE or olmo else model_type
+    architecture = ARCHITECTURES.get(model_type)
+    kind = "gated_deltaproduct" if model_type == REMOTE_CODE or architecture else model_type
     old_name = {"use_output_gate": values["use_gate"]} if kind == "gated_deltaproduct" and "use_gate" in values else {}
     defaults = {**_DEFAULTS[""], **_DEFAULTS[kind]}
     v = {**defaults, **old_name, **values}
@@ -185,8 +189,8 @@ def from_hf(values: dict[str, Any], where: str) -> tuple[config.Model, int, list
         if v.get(key, allowed[0]) not in allowed:
             raise UserError(f"{where} has {key} = {shown(v[key])}; titan_dp's model has only {allowed[0]!r}")
     try:
-        if olmo:
-            absent, settings = [], olmo_hybrid.from_hf(values, where)
+        if architecture:
+            absent, settings = [], architecture.from_hf(values, where)
         else:
             settings = {**_shared_keys(v), **_mixer_keys(v, kind), **_attention_keys(v, where)}
         seq_len = v["max_position_embeddings"]
