@@ -233,7 +233,7 @@ def _hugging_face_folders(folder: Path) -> Prepared:
     raw = (fla / "model.safetensors").read_bytes()
     size = 8 + int.from_bytes(raw[:8], "little")
     headers = mutated_json(json.loads(raw[8:size])).map(lambda text: len(text).to_bytes(8, "little") + text + raw[size:])
-    one_step = {"num_householder": 1, "use_output_gate": True, "norm_eps": 1e-5, "allow_neg_eigval": False}
+    one_step: dict[str, Any] = {"num_householder": 1, "use_output_gate": True, "norm_eps": 1e-5, "allow_neg_eigval": False}
     own = [folder / name for name in ("olmo-hybrid", "qwen3_5_text")]
     for each in own:
         export(open_source(save_checkpoint(folder / f"{each.name}-run", **sizes, **one_step)), each, target=each.name)
