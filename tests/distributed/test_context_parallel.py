@@ -57,6 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hybrid, window of many segments": {"num_householder": 1, "attention_layers": [1], "attention_window": 30},
     "hybrid, window of one": {"num_householder": 1, "attention_layers": [1], "attention_window": 1},
     "hybrid, documents": {"num_householder": 2, "attention_layers": [1], "documents": DOCUMENTS},
+    "hybrid in OLMo's blocks, documents": {"attention_layers": [1], "attention_block": "olmo", "documents": DOCUMENTS},
     "hybrid, window, documents": {"attention_layers": [0], "attention_window": 6, "documents": DOCUMENTS},
     "Transformer": {"mixer": "attention"},
     "strong gates": {"num_householder": 2, "use_forget_gate": True, "gate": 12.0},

@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Transformer": {"mixer": "attention"},
     "Transformer, windowed": {"mixer": "attention", "attention_num_heads": 4, "attention_window": 9},
     "hybrid, untied": {**UNTIED, "attention_layers": [1], "use_forget_gate": True, "rope_theta": 500.0},
+    "hybrid in OLMo's blocks": {"attention_layers": [1], "attention_block": "olmo", "attention_num_kv_heads": 1},
     "hybrid, windowed, grouped": {"attention_layers": [0], "attention_num_kv_heads": 1, "attention_window": 9},
 }
 

@@ -36,6 +36,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "neither gate of decay nor convolution": (QWEN, {**UNIT_BETA, **BARE, "use_forget_gate": False}),
 }
+HYBRID: dict[str, Any] = {**BASE, "num_hidden_layers": 3, "attention_layers": [0], "attention_block": "olmo"}
+MODELS |= {
+    "hybrid": (OLMO, HYBRID),
+    "hybrid, grouped, another base, no convolution": (
+        OLMO,
+        {**HYBRID, **BARE, "attention_layers": [2], "attention_num_kv_heads": 1, "rope_theta": 500.0},
+    ),
+}
 CLASSES = {OLMO: "OlmoHybridForCausalLM", QWEN: "Qwen3_5ForCausalLM"}
 
 
@@ -89,10 +97,34 @@ def test_a_last_layer_with_an_effect_is_refused_on_import(target: str, export_of
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(UserError, match=f"a last softmax layer with an effect .*{last}.*--format {target}"):
         FolderSource(tmp_path)
-    changed = json.loads((folder / "config.json").read_text()) | {"layer_types": ["full_attention"] * 3}
-    (tmp_path / "config.json").write_text(json.dumps(changed))
-    with pytest.raises(UserError, match="has softmax layers among its layer_types"):
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "edit", "match"),
+    [
+        (QWEN, UNIT_BETA, {"layer_types": ["full_attention"] * 3}, "has softmax layers among its layer_types"),
+        (OLMO, HYBRID, {"rope_parameters": None}, "^[^:]*rope_parameters = None.*have plain rotary positions"),
+        (OLMO, HYBRID, {"attention_bias": True}, "attention_bias = True.*only False"),
+        (OLMO, HYBRID, {"rms_norm_eps": 1e-6}, "rms_norm_eps = 1e-06.*only 1e-05"),
+        (OLMO, HYBRID, {"layer_types": ["sliding_attention"] * 3}, "layer_types = .*for 3 layers"),
+        (OLMO, HYBRID, {"layer_types": ["linear_attention"] * 2 + ["full_attention"]}, "is of another architecture"),
+    ],
+)
+def test_what_our_model_does_not_have_is_refused_on_import(
+    target: str, changes: dict[str, Any], edit: dict[str, Any], match: str, export_of: Make, tmp_path: Path
+) -> None:
+    folder = export_of(changes, target=target)
+    values = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | edit))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=match):
         FolderSource(tmp_path)
+
+
+def test_only_a_model_without_softmax_layers_gets_one_more(export_of: Make) -> None:
+    card = {name: (export_of(changes, target=OLMO) / "README.md").read_text() for name, changes in (("a", BASE), ("b", HYBRID))}
+    assert ("does nothing" in card["a"], "does nothing" in card["b"]) == (True, False)
+    assert json.loads((export_of(HYBRID, target=OLMO) / "config.json").read_text())["num_hidden_layers"] == 3
 
 
 def test_a_qwen3_5_of_gated_delta_nets_alone_is_imported(tmp_path: Path) -> None:

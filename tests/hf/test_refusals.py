@@ -45,6 +45,7 @@ def contents(folder: Path) -> dict[Path, int]:
 
 GATED, ONE_STEP = {"use_forget_gate": True}, {"num_householder": 1}
 GATE: dict[str, Any] = {**ONE_STEP, "use_output_gate": True}
+OLMO_BLOCK: dict[str, Any] = {**GATE, **GATED, "norm_eps": 1e-5, "attention_layers": [1], "attention_block": "olmo"}
 INEXPRESSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({**ONE_STEP, "mixer": "gla"}, "gated_deltaproduct", "mixer = 'gla'.*remote-code"),
     (ONE_STEP, "gated_deltanet", "use_forget_gate = false"),
@@ -57,7 +58,7 @@ INEXPRESSIBLE: list[tuple[dict[str, Any], str, str]] = [
         "num_householder = 2 and use_output_gate = false and norm_eps .*--format fla --model-type gated_deltaproduct or --f",
     ),
     ({**ONE_STEP, "mixer": "gla"}, "olmo_hybrid", "mixer = 'gla' and .*; use --format remote-code$"),
-    ({**ONE_STEP, "attention_layers": [1]}, "olmo_hybrid", "use_output_gate = false and attention_layers and norm_eps"),
+    ({**ONE_STEP, "attention_layers": [1]}, "olmo_hybrid", "attention_layers with attention_block = 'llama' and norm_eps"),
     ({**ONE_STEP, **GATED, "num_key_heads": 2}, "olmo_hybrid", "num_key_heads = 2 and .*--model-type gated_deltanet or"),
     (
         {"num_householder": 2},
@@ -67,6 +68,9 @@ INEXPRESSIBLE: list[tuple[dict[str, Any], str, str]] = [
     (GATE | {"norm_eps": 1e-5}, "qwen3_5_text", "express allow_neg_eigval = true; use .*delta_net or --format olmo-hybrid or"),
     (GATE | {"allow_neg_eigval": False}, "olmo_hybrid", "norm_eps = 1e-06 .only 1e-05.; use .*--format qwen3_5_text or"),
     (GATE | {"allow_neg_eigval": False, "attention_layers": [1]}, "qwen3_5_text", "express attention_layers; use --format fla"),
+    (OLMO_BLOCK, "gated_deltanet", "express attention_block = 'olmo'; use --format olmo-hybrid or --format remote-code$"),
+    (OLMO_BLOCK, "qwen3_5_text", "allow_neg_eigval = true and attention_layers|attention_layers and allow_neg_eigval = true"),
+    (OLMO_BLOCK | {"attention_window": 9}, "olmo_hybrid", "express attention_window = 9; use --format remote-code$"),
     ({**GATED, "num_key_heads": 2}, "gated_deltaproduct", "cannot express num_key_heads = 2; use --format remote-code$"),
     ({**ONE_STEP, **GATED, "num_key_heads": 2}, "gated_deltaproduct", "num_key_heads = 2; use --model-type gated_deltanet or"),
     ({"output_norm": "group"}, "gated_deltaproduct", "cannot express output_norm = 'group'; use --format remote-code$"),

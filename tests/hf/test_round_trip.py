@@ -51,6 +51,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (REMOTE_CODE, {"use_forget_gate": True, "use_output_gate": True}),
     (OLMO_HYBRID, {**OLMO, "use_forget_gate": True, "expand_v": 2.0}),
     (OLMO_HYBRID, {**OLMO, "use_short_conv": False, "allow_neg_eigval": False, "tie_word_embeddings": False}),
+    (OLMO_HYBRID, {**OLMO, "attention_block": "olmo", "attention_layers": [1], "rope_theta": 500.0}),
+    (REMOTE_CODE, {"mixer": "attention", "attention_block": "olmo", **WINDOWED}),
     (QWEN, {**GATED, **GROUPED, "use_output_gate": True, "allow_neg_eigval": False, "expand_v": 2.0}),
     (QWEN, {**UNTIED, "num_householder": 1, "use_output_gate": True, "use_short_conv": False}),
     (REMOTE_CODE, {**GATED, **GROUPED, "mixer": "gla"}),

@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict] = {
     "RWKV-7 product_2": {"mixer": "rwkv7", "use_output_gate": True, "expand_v": 2.0},
     "windowed, grouped softmax": {"mixer": "attention", "attention_window": 7, "attention_num_kv_heads": 1},
     "hybrid": {"attention_layers": [1], "use_forget_gate": True},
+    "hybrid in OLMo's blocks": {"attention_layers": [1], "attention_block": "olmo", "attention_num_kv_heads": 1},
 }
 
 

@@ -199,6 +199,8 @@ def test_a_base_without_a_size_is_refused_by_its_key(folder: Folder) -> None:
 def test_a_mixer_without_rules_is_refused() -> None:
     with pytest.raises(UserError, match="'rwkv7', which has no rules; set it to 'standard'"):
         config_of(mixer="rwkv7", use_forget_gate="false")
+    with pytest.raises(UserError, match="attention_block = 'olmo', whose norms undo .*; set it to 'standard'"):
+        config_of(attention_layers="[1]", attention_block="olmo")
 
 
 def test_a_base_that_nothing_reads_is_warned_of(folder: Folder) -> None:

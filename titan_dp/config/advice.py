@@ -92,6 +92,7 @@ HINTS = {
     "init_std": "set model.initializer_range",
     "window_size": "set model.attention_window",
     "num_kv_heads": "set model.attention_num_kv_heads",
+    "qk_norm": 'set model.attention_block = "olmo" (softmax layers); q and k of recurrent layers always have unit length',
     "learning_rate": "set optimizer.lr",
     "max_grad_norm": "set training.max_norm",
     "grad_clip": "set training.max_norm",

@@ -189,12 +189,12 @@ class RWKV7(MatrixState):
 class Softmax(Mixer):
     """Causal attention, windowed or not; also the attention layers of hybrids."""
 
-    uses = "attention_num_heads attention_num_kv_heads attention_window rope_theta"
+    uses = "attention_block attention_num_heads attention_num_kv_heads attention_window rope_theta"
     in_fla = True
     names: ClassVar = {"attention": {"num_householder": 1}}
 
     def family(self, c: Model) -> str:
-        return "softmax attention"
+        return "softmax attention" + (" (olmo)" if c.attention_block == "olmo" else "")
 
     def problems(self, c: Model) -> Iterator[str]:
         heads, kv = c.softmax_heads, c.attention_num_kv_heads or c.softmax_heads
@@ -211,8 +211,10 @@ class Softmax(Mixer):
         d = D // heads
         window = min(c.attention_window or seq_len, seq_len)
         visible = (window * (window + 1) // 2 + (seq_len - window) * window) / seq_len  # tokens, mean over the row
-        matrices = Counts.of_matrices(2 * D * D + 2 * D * (c.attention_num_kv_heads or heads) * d)
-        return matrices + Counts(attention=round(3 * 4 * heads * d * visible))  # scores, and their use
+        keys = (c.attention_num_kv_heads or heads) * d
+        norms = D + keys if c.attention_block == "olmo" else 0  # of q and k
+        attention = round(3 * 4 * heads * d * visible)  # scores, and their use
+        return Counts.of_matrices(2 * D * D + 2 * D * keys) + Counts(norms, attention=attention)
 
     def not_exported(self, c: Model) -> str:
         return ""

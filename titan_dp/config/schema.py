@@ -161,6 +161,9 @@ class Model(Section):
     """Standard deviation of the normal initialisation of matrices, convolutions and embeddings."""
     attention_layers: list[Annotated[int, Field(ge=0)]] = []
     """Hybrid: indices of the blocks whose mixer is softmax attention."""
+    attention_block: Literal["llama", "olmo"] = "llama"
+    """Blocks of the softmax layers: llama has norms before attention and MLP, as all other blocks; olmo (OLMo 2, Olmo Hybrid)
+    has them behind, and norms of all of q and of all of k, so that hybrids can be exported as olmo-hybrid."""
     attention_num_heads: Positive | None = None
     """Heads of the softmax layers; default: hidden_size / 64 (their head dimension is hidden_size / heads)."""
     attention_num_kv_heads: Positive | None = None
@@ -621,6 +624,12 @@ class Config(Section):
         yield m.backend == "fla" and t.mixed_precision_param == "float32", "model training", text
         text = f"optimizer.parametrization = 'mup' with model.mixer = {m.mixer!r}, which has no rules; set it to 'standard'"
         yield self.optimizer.parametrization == "mup" and m.mixer == "rwkv7", "optimizer model", text
+        text = (
+            "optimizer.parametrization = 'mup' with model.attention_block = 'olmo', whose norms undo the factors of first "
+            "values; set it to 'standard'"
+        )
+        olmo = m.attention_block == "olmo" and "attention" in m.mixers()
+        yield self.optimizer.parametrization == "mup" and olmo, "optimizer model", text
         text = (
             f"compile.enable = true with model.mixer = {m.mixer!r}: the compiler would unroll its loop over tokens, which "
             "takes hours; set compile.enable = false"

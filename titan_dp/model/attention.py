@@ -1,6 +1,7 @@
 """Causal softmax attention with rotary positions: the Transformer baseline and the attention layers of hybrids.
 
-Grouped keys and values, an optional sliding window, and document boundaries; positions restart with each document. A plain
+Grouped keys and values, an optional sliding window, norms of q and k in OLMo's blocks (OLMo 2, arXiv 2501.00656), and document
+boundaries; positions restart with each document. A plain
 causal sequence takes torch's fused causal path, everything else an explicit mask [T, T]. Where ranks share rows, a rank's
 queries meet the keys of all segments up to their own, so later ranks have more to do: the recurrence wants segments whole.
 """
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_dp import config
-from titan_dp.model.layers import Packing, TokenMixer
+from titan_dp.model.layers import Packing, RMSNorm, TokenMixer
 
 
 class AttentionCache(NamedTuple):
@@ -48,6 +49,9 @@ class Attention(TokenMixer):
         self.q_proj = nn.Linear(D, D, bias=False)
         self.k_proj = nn.Linear(D, self.kv_heads * self.d, bias=False)
         self.v_proj = nn.Linear(D, self.kv_heads * self.d, bias=False)
+        olmo = c.attention_block == "olmo"
+        self.q_norm = RMSNorm(D, c.norm_eps) if olmo else None
+        self.k_norm = RMSNorm(self.kv_heads * self.d, c.norm_eps) if olmo else None
         self.o_proj = nn.Linear(D, D, bias=False)
 
     def stacks(self) -> dict[str, tuple[int, int]]:
@@ -98,7 +102,10 @@ class Attention(TokenMixer):
         return mask if self.window is None else mask & (query - key < self.window)
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (p(x).unflatten(-1, (-1, self.d)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm.apply_to(q), self.k_norm.apply_to(k)
+        q, k, v = (y.unflatten(-1, (-1, self.d)).transpose(1, 2) for y in (q, k, v))
         wide = torch.promote_types(x.dtype, torch.float32)
         frequency = self.theta ** (-torch.arange(0, self.d, 2, device=x.device, dtype=wide) / self.d)
         angle = (position[..., None] * frequency).unsqueeze(-3)  # [1, T, d/2], or [B, 1, T, d/2] for rows at other positions
@@ -114,7 +121,8 @@ class Attention(TokenMixer):
 
     def describe(self) -> str:
         window = f", window {self.window}" if self.window else ""
-        return f"softmax attention, {self.heads} heads ({self.kv_heads} key/value) of {self.d}{window}"
+        normed = ", norms of q and k" if self.q_norm is not None else ""
+        return f"softmax attention, {self.heads} heads ({self.kv_heads} key/value) of {self.d}{window}{normed}"
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The backbone: embedding, pre-norm blocks of a token mixer and a SwiGLU, final norm, output matrix.
+"""The backbone: embedding, blocks of a token mixer and a SwiGLU, final norm, output matrix.
 
 The mixer of each block is DeltaProduct, gated linear attention, a product of RWKV-7 transitions or softmax attention, as the
 configuration says; hybrids list their attention layers. Tensor names are flash-linear-attention's
@@ -46,7 +46,7 @@ def build_model(c: config.Model) -> Transformer:
 
 
 class Block(nn.Module):
-    """x + attn(norm x), then x + mlp(norm x), for x [B, T, D]."""
+    """x + attn(norm x), then x + mlp(norm x), for x [B, T, D]; with OLMo's attention x + norm(attn x), then x + norm(mlp x)."""
 
     def __init__(self, c: config.Model, mixer: str) -> None:
         super().__init__()
@@ -54,17 +54,26 @@ class Block(nn.Module):
         self.attn = LAYERS[mixer](c)
         self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = SwiGLU(c.hidden_size, c.mlp_size)
+        self.norms_behind = mixer == "attention" and c.attention_block == "olmo"
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor | None]:
         """The block's output, and the Householder steps that its router took for each token [B, T]; None without one."""
-        mixed, steps = self.attn.mix(self.attn_norm.apply_to(x), packing)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm.apply_to(x)), steps
+        mixed, steps = self.attn.mix(self._before_mixer(x), packing)
+        return self._behind_mixer(x, mixed), steps
 
     def step(self, x: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        mixed, cache = self.attn.step(self.attn_norm.apply_to(x), cache)
+        mixed, cache = self.attn.step(self._before_mixer(x), cache)
+        return self._behind_mixer(x, mixed), cache
+
+    def _before_mixer(self, x: Tensor) -> Tensor:
+        return x if self.norms_behind else self.attn_norm.apply_to(x)
+
+    def _behind_mixer(self, x: Tensor, mixed: Tensor) -> Tensor:
+        if self.norms_behind:
+            x = x + self.attn_norm.apply_to(mixed)
+            return x + self.mlp_norm.apply_to(self.mlp(x))
         x = x + mixed
-        return x + self.mlp(self.mlp_norm.apply_to(x)), cache
+        return x + self.mlp(self.mlp_norm.apply_to(x))
 
     def init_weights(self, init: Initializer) -> None:
         for module in (self.attn_norm, self.attn, self.mlp_norm, self.mlp):

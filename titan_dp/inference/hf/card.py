@@ -13,6 +13,7 @@ from titan_dp import config
 from titan_dp.data.tokenizer import Tokenizer
 from titan_dp.errors import UserError
 from titan_dp.files import to_json
+from titan_dp.inference.hf.architectures import has_idle_layer
 from titan_dp.inference.sources import Source
 from titan_dp.model.transformer import build_model
 from titan_dp.train.run_folder import read_records, run_of
@@ -40,8 +41,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # or: vllm serve {
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="bfloat16")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
-
-The last layer, of softmax attention, does nothing: this type of model wants one.
 """
 
 
@@ -64,6 +63,8 @@ def model_card(name: str, source: Source, target: str, dtype: str, tokenizer: To
     lines += ["tags:", "- deltaproduct", "- linear-rnn", f"- {library}", "---", "", f"# {name}", "", f"{model.describe()}.", ""]
     lines += [f"{model.num_params():,} parameters, stored in {dtype}. Trained and exported with titan_dp.", ""]
     lines += [_USE[target].format(name=name)]
+    if target in ("olmo-hybrid", "qwen3_5_text") and has_idle_layer(source.config):
+        lines += ["The last layer, of softmax attention, does nothing: this type of model wants one.", ""]
     # AutoTokenizer does not add it.
     if bos := next((token for token, i in tokenizer.special_tokens.items() if i == tokenizer.bos_id), None):
         with_it, without = "Every training document began with `{}`; put it", "No training document began with `{}`; put none"

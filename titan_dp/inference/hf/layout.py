@@ -83,7 +83,7 @@ _SAME = [*_NEEDED, "num_heads", "tie_word_embeddings", "norm_eps", "initializer_
 _SAME += ["use_short_conv", "conv_size"]
 _PRODUCT = ("num_householder", "use_forget_gate", "use_output_gate")
 # What only our own type has.
-_OURS = ("mixer", "num_key_heads", "output_norm", "gate_before_norm")
+_OURS = ("mixer", "num_key_heads", "output_norm", "gate_before_norm", "attention_block")
 
 
 # -- settings -----------------------------------------------------------------------------------------------------------
@@ -146,6 +146,7 @@ def _inexpressible(c: config.Model, model_type: str) -> list[str]:
         "use_forget_gate = false": model_type == "gated_deltanet" and not c.use_forget_gate,
         "use_forget_gate = true": model_type == "delta_net" and c.use_forget_gate,
         f"num_key_heads = {c.key_heads}": model_type != "gated_deltanet" and c.key_heads != c.num_heads,
+        f"attention_block = {c.attention_block!r}": "attention" in c.mixers() and c.attention_block != "llama",
         **norm_and_gate(c),
     }
     return [reason for reason, applies in reasons.items() if applies]
@@ -197,6 +198,8 @@ def from_hf(values: dict[str, Any], where: str) -> tuple[config.Model, int, list
         if type(seq_len) is not int or seq_len < 1:
             raise ValueError(f"max_position_embeddings = {shown(seq_len)} is no positive integer")
         return config.Model(**settings), seq_len, [f"{key} = {defaults[key]!r}" for key in absent]
+    except UserError:  # a ValueError, too
+        raise
     except ValidationError as error:
         raise UserError(f"{where} describes a model that titan_dp cannot build: {first_mistake(error)}") from error
     except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:

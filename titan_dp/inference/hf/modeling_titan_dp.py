@@ -31,7 +31,7 @@ CHUNK_ROWS = 64
 L2_EPS = 1e-6
 # What outputs call the memory: since transformers 5.24 "cache", which `forward` takes under both names.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-FLOAT32 = ("A_log", "dt_bias", "attn_norm", "mlp_norm", "o_norm", "norm")
+FLOAT32 = ("A_log", "dt_bias", "attn_norm", "mlp_norm", "o_norm", "q_norm", "k_norm", "norm")
 
 
 DEFAULTS = {
@@ -48,6 +48,7 @@ DEFAULTS = {
     "use_output_gate": False,
     "output_norm": "head",
     "gate_before_norm": False,
+    "attention_block": "llama",
     "use_short_conv": True,
     "conv_size": 4,
     "intermediate_size": 2816,
@@ -424,7 +425,8 @@ class DeltaProduct(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal softmax attention with rotary positions, grouped keys and values, and an optional sliding window."""
+    """Causal softmax attention with rotary positions, grouped keys and values, an optional sliding window, and norms of q and k
+    in OLMo's blocks."""
 
     def __init__(self, c, settings):
         super().__init__()
@@ -433,12 +435,16 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.d, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.d, bias=False)
+        olmo = c.attention_block == "olmo"
+        self.q_norm = RMSNorm(c.hidden_size, c.norm_eps) if olmo else nn.Identity()
+        self.k_norm = RMSNorm(self.kv_heads * self.d, c.norm_eps) if olmo else nn.Identity()
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
     def forward(self, x, rows, memory):
         """x [B, T, D]; memory of the S columns before, or None: keys and values [B, S, heads, d], positions and real [B, S]."""
         T = x.shape[1]
-        q, k, v = (p(x).unflatten(-1, (-1, self.d)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (-1, self.d)) for y in (q, k, v))
         q, k = self._rotate(q, rows.position), self._rotate(k, rows.position)
         held = (k, v, rows.position, rows.real, rows.document)
         if memory is not None:
@@ -499,11 +505,16 @@ class Block(nn.Module):
         self.attn = Attention(c, c.attn) if softmax else DeltaProduct(c)
         self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size)
+        self.norms_behind = softmax and c.attention_block == "olmo"
 
     def forward(self, x, rows, memory, capacity=None):
         """`capacity`: of the columns of a memory that keeps its shapes."""
         if memory is None and capacity is not None and isinstance(self.attn, Attention):
             memory = self.attn.blank(x, capacity)
+        if self.norms_behind:
+            mixed, memory = self.attn(x, rows, memory)
+            x = x + self.attn_norm(mixed)
+            return x + self.mlp_norm(self.mlp(x)), memory
         mixed, memory = self.attn(self.attn_norm(x), rows, memory)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), memory

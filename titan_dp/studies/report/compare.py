@@ -42,7 +42,7 @@ _KEYS |= {f"validation.{name}" for name in ("enable", "path", "freq", "local_bat
 _SHAPE = ["hidden_size", "num_hidden_layers", "num_heads", "head_dim", "expand_v", "intermediate_size"]
 _SHAPE = [f"model.{name}" for name in _SHAPE]
 _FAMILY = ["mixer", "num_householder", "use_forget_gate", "allow_neg_eigval", "attention_layers", "attention_num_heads"]
-_FAMILY += ["num_key_heads", "attention_num_kv_heads", "attention_window", "rope_theta"]
+_FAMILY += ["num_key_heads", "attention_block", "attention_num_kv_heads", "attention_window", "rope_theta"]
 _FREE = {*_SHAPE, *(f"model.{name}" for name in _FAMILY), "steps"}
 
 _RENAMED = {"tokens a step": "tokens_per_step", "data": "fingerprint"}  # as tables show them

@@ -387,9 +387,10 @@ def _named(model: config.Model) -> dict[str, Any]:
     heads = f"{model.softmax_heads} heads" if softmax else model.heads
     shared = model.num_heads // model.key_heads
     keys = f" ({shared} heads per key)" if shared > 1 else ""
+    softmax_block = "olmo softmax" if model.attention_block == "olmo" else "softmax"
     choices = (model.use_forget_gate, model.adaptive_householder, not model.allow_neg_eigval)
     return {
-        "family": model.family + eigenvalues + keys + (f" + {hybrid} softmax" if hybrid else ""),
+        "family": model.family + eigenvalues + keys + (f" + {hybrid} {softmax_block}" if hybrid else ""),
         "kind": (n_h is None, softmax, model.mixer, len(model.attention_layers), *choices),
         "n_h": n_h,
         "shape": f"{model.num_hidden_layers} x {model.hidden_size}, {heads}, {model.mlp_size}",
