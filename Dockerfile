@@ -10,7 +10,10 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
 WORKDIR /opt/titan_dp
 ARG TORCH_INDEX=
 COPY constraints.txt .
-RUN pip install --no-cache-dir --constraint constraints.txt ${TORCH_INDEX:+--index-url $TORCH_INDEX} torch
+# That index need not hold what torch depends on in the versions of constraints.txt: the usual one does.
+RUN if [ -n "$TORCH_INDEX" ]; then \
+        pip install --no-cache-dir --constraint constraints.txt --no-deps --index-url "$TORCH_INDEX" torch; \
+    fi && pip install --no-cache-dir --constraint constraints.txt torch
 COPY . .
 RUN pip install --no-cache-dir --constraint constraints.txt '.[data,eval,scaling,hf]'
 WORKDIR /workspace

@@ -42,7 +42,7 @@ DATA: Commands = {
     "inspect": ("titan_dp.data.inspect.command", "what is in token shards: lengths, text, duplicates, a batch of a run"),
 }
 COMMANDS: Commands = {
-    "train": ("titan_dp.launch.command", "train a model, in one process per GPU of this machine"),
+    "train": ("titan_dp.train.command", "train a model, in one process per GPU of this machine"),
     "prepare": ("titan_dp.data.prepare", "turn text files or a Hugging Face dataset into token shards"),
     "data": (DATA, "look at token shards before training on them"),
     "checkpoint": ("titan_dp.checkpoint.command", "list the checkpoints of a run, or verify one"),

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -59,6 +60,18 @@ def test_the_help_of_train_py_imports_no_torch(root: Path) -> None:
     assert (answer.returncode, answer.stdout.startswith("usage: titan-dp train")) == (0, True)
     assert ("titan_dp.errors" in imported, "torch" in imported) == (True, False)
     assert len(imported) < 500
+
+
+@pytest.mark.parametrize("front", [["-m", "titan_dp", "train"], ["train.py"]], ids=["titan-dp train", "train.py"])
+@pytest.mark.parametrize("key", ["data.path", "validation.path"])
+def test_data_that_is_not_there_is_told_before_torch_is_imported(root: Path, shards: Path, front: list[str], key: str) -> None:
+    paths = {"data.path": shards / "train", "validation.path": shards / "validation"} | {key: Path("nowhere/train")}
+    settings = [f"--{name}={path}" for name, path in paths.items()]
+    answer = python(root, "-X", "importtime", *front, "--config", "debug.toml", *settings)
+    imports = re.compile(r"^import time:.*\|(?: imported package|\s*(\S+))$", re.MULTILINE)
+    assert answer.returncode == 2
+    assert imports.sub("", answer.stderr).strip().startswith("error: there are no token shards in 'nowhere/train' ")
+    assert {"titan_dp.data.shards", "torch"} & set(imports.findall(answer.stderr)) == {"titan_dp.data.shards"}
 
 
 def test_a_command_that_does_not_exist_is_the_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:

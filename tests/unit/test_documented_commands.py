@@ -13,7 +13,7 @@ import pytest
 
 from titan_dp import cli
 from titan_dp.config.load import load_config
-from titan_dp.launch.command import take_nproc
+from titan_dp.train.command import take_nproc
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [

@@ -12,10 +12,10 @@ from rich.text import Text
 
 from tests.runs import write_run
 from titan_dp.cli import dispatch
-from titan_dp.launch import command as launch_command
 from titan_dp.studies import launch_local
 from titan_dp.studies.launch_local import _Launcher
 from titan_dp.studies.sweep_file import load_sweep
+from titan_dp.train import command as train_command
 
 SWEEP = "titan-dp sweep paper"
 COMMANDS = {
@@ -57,9 +57,9 @@ def test_a_dry_run_is_of_as_many_ranks_as_would_start(asked: list[str], ranks: s
     started = []
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr(launch_command, "processes", lambda: 2)
-    monkeypatch.setattr(launch_command.os, "execv", lambda _, words: started.append((words, os.environ["WORLD_SIZE"])))
-    launch_command.run(["--config", "debug.toml", "--dry-run", *asked])
+    monkeypatch.setattr(train_command, "processes", lambda: 2)
+    monkeypatch.setattr(train_command.os, "execv", lambda _, words: started.append((words, os.environ["WORLD_SIZE"])))
+    train_command.run(["--config", "debug.toml", "--dry-run", *asked])
     ((words, world_size),) = started
     assert words[1:3] == ["-m", "titan_dp.train"], "one process, without a launcher"
     assert world_size == ranks

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from titan_dp.checkpoint.manifest import all_steps, committed_steps, step_folder
 from titan_dp.checkpoint.weights import save_model_weights
 from titan_dp.cli import dispatch
 from titan_dp.config.load import load_config
-from titan_dp.data.shards import TokenShards
+from titan_dp.data.shards import TokenShards, require_shards
 from titan_dp.errors import UserError, run_main
 from titan_dp.files import check_own
 from titan_dp.train.run_folder import check_config_is_ours, holds_config, read_run, write_run
@@ -128,8 +129,9 @@ def test_a_kill_while_shards_are_deleted_leaves_nothing_that_looks_prepared(
 # -- advice about data ---------------------------------------------------------------------------------------------------
 
 
-def refusal(path: str) -> str:
+def refusal(path: str, tokenizer: str = "") -> str:
     with pytest.raises(UserError) as error:
+        require_shards(Path(path), tokenizer)
         TokenShards(Path(path))
     return str(error.value)
 
@@ -139,16 +141,19 @@ def test_the_folder_above_the_shards_is_told_where_they_are(made: Path) -> None:
     assert refusal("d1/train/manifest.json").endswith("; there are some in 'd1/train': name that folder")
 
 
+@pytest.mark.parametrize("tokenizer", ["", "my tokens.tiktoken"])
 @pytest.mark.parametrize("path", ["d2", "d2/train", "full/validation", "."])
-def test_advice_to_prepare_data_makes_it_and_harms_nothing(text: Path, path: str) -> None:
+def test_advice_to_prepare_data_makes_it_and_harms_nothing(text: Path, path: str, tokenizer: str) -> None:
     Path("full").mkdir()
     Path("full/mine.txt").write_text("mine")
+    Path("my tokens.tiktoken").write_text("".join(f"{b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
     before = {name: Path(name).read_bytes() for name in files(Path())}
-    advice = re.search(r"write them with `(titan-dp .*)` and name '(.*)'$", refusal(path))
+    advice = re.search(r"write them with `(titan-dp .*)`(, or another tokenizer,)? and name '(.*)'$", refusal(path, tokenizer))
     assert advice is not None
-    command = shlex.split(advice[1].replace("INPUT", str(text)).replace("NAME", "bytes"))
+    assert (advice[2] is None) == bool(tokenizer)
+    command = shlex.split(advice[1].replace("INPUT", str(text)))
     assert dispatch([*command[1:], "--workers", "1", "--validation-fraction", "0.3"]) == 0
-    assert TokenShards(Path(advice[2])).tokens > 0
+    assert TokenShards(Path(advice[3])).tokenizer.name == (tokenizer or "bytes")
     assert {name: Path(name).read_bytes() for name in before} == before
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from titan_dp import config
 from titan_dp.data.batch import IGNORE, Batch, Place, make_batch
 from titan_dp.data.order import Order
-from titan_dp.data.shards import TokenShards
+from titan_dp.data.shards import TokenShards, require_shards
 from titan_dp.data.stream import StreamLoader
 from titan_dp.data.tokenizer import load_tokenizer, tokenizer_file
 from titan_dp.data.workers import read_in_workers
@@ -204,6 +204,8 @@ def open_shards(paths: list[str], key: str, tokenizer: str, vocab_size: int) -> 
     """The folders that setting `key` names. Raises UserError if they, `data.tokenizer` and the model do not share one
     vocabulary.
     """
+    for path in paths:
+        require_shards(Path(path), tokenizer)
     opened = [TokenShards(Path(path)) for path in paths]
     first = opened[0].tokenizer
     for shards in opened:

@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from titan_dp.config import Config
 from titan_dp.data.tokenizer import Tokenizer
 from titan_dp.errors import UserError, say_once
 from titan_dp.files import (
@@ -325,10 +326,8 @@ class TokenShards:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        path = folder / MANIFEST
-        if not path.exists():
-            raise UserError(f"there are no token shards in {str(folder)!r} (no {MANIFEST}){_where_else(folder)}")
+        require_shards(folder)
+        self.folder, path = folder, folder / MANIFEST
         raw = path.read_bytes()
         self.fingerprint = hashlib.sha256(raw).hexdigest()
         checked = _parse(path, raw)
@@ -455,7 +454,21 @@ def listed_shards(folder: Path) -> list[Shard] | None:
         return None
 
 
-def _where_else(folder: Path) -> str:
+def require_shards(folder: Path, tokenizer: str = "") -> None:
+    """Raises UserError if there are none in `folder`; it advises to make some with `tokenizer`, or the one that is built in."""
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"there are no token shards in {str(folder)!r} (no {MANIFEST}){_where_else(folder, tokenizer)}")
+
+
+def require_data(c: Config) -> None:
+    """Raises UserError if shards that a run of `c` reads are not there; imports nothing slow, and so can be asked first."""
+    folders = c.data.paths if c.data.source == "shards" else []
+    held_out = c.validation.paths if c.validation.enable and c.data.source != "state_tracking" else []
+    for folder in (*folders, *held_out):
+        require_shards(Path(folder), c.data.tokenizer)
+
+
+def _where_else(folder: Path, tokenizer: str) -> str:
     """What to do about a folder that holds no shards. No advice writes into a folder that holds something else."""
     near = [folder / split for split in SPLITS] + [folder.parent] * folder.is_file()
     if held := [repr(str(path)) for path in near if (path / MANIFEST).exists()]:
@@ -469,8 +482,8 @@ def _where_else(folder: Path) -> str:
     others = (out.parent / f"{stem}-tokens{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
     out = next(path for path in itertools.chain([out], others) if _is_free(path))
     name = folder.name if folder.name in SPLITS else SPLITS[0]
-    command = f"titan-dp prepare INPUT --out {shlex.quote(str(out))} --tokenizer NAME"
-    return f"; write them with `{command}` and name {str(out / name)!r}"
+    command = f"titan-dp prepare INPUT --out {shlex.quote(str(out))} --tokenizer {shlex.quote(tokenizer or 'bytes')}"
+    return f"; write them with `{command}`{'' if tokenizer else ', or another tokenizer,'} and name {str(out / name)!r}"
 
 
 def _is_free(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""How a run is started: `titan-dp train` (command.py), torchrun with what a scheduler needs (torchrun.py), and SLURM and
+"""How a run is started on many machines: torchrun with what a scheduler needs (torchrun.py), and SLURM and
 Kubernetes files. README.md here says which to use where.
 """
 

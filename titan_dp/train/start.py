@@ -34,6 +34,10 @@ def _train(dry_run: Callable[[Loaded], None], sampler: Callable[[Config], Sample
 
     try:
         loaded = load_config(sys.argv[1:])  # answers --help by itself
+        if not (loaded.print_config or loaded.dry_run):
+            from titan_dp.data.shards import require_data
+
+            require_data(loaded.config)
     except UserError as mistake:
         if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and not {"--dry-run", "--print-config"} & set(sys.argv):
             from titan_dp.faults.agreement import share_failure

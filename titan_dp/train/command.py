@@ -1,7 +1,7 @@
 """`titan-dp train --config NAME`: one process per GPU of this machine, or two on its CPUs.
 
-The configuration is checked here, so that a mistake is one sentence before any process starts. This process then becomes
-the run: `python -m titan_dp.train`, under torchrun.py if there are several processes.
+The configuration is checked here, and whether its data is there, so that a mistake is one sentence before any process starts.
+This process then becomes the run: `python -m titan_dp.train`, under launch/torchrun.py if there are several processes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ def run(argv: list[str]) -> int:
         os.environ["WORLD_SIZE"] = str(nproc or processes())
     if loaded.print_config or loaded.dry_run or "RANK" in os.environ:  # RANK: torchrun has started this process
         nproc = 1
+    else:
+        from titan_dp.data.shards import require_data  # numpy, which --help can do without
+
+        require_data(loaded.config)
     sys.stdout.flush()
     command = training_command(settings, nproc or processes())
     os.execv(command[0], command)
