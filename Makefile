@@ -17,7 +17,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): about 3 GB on disk (6 GB with CUDA), mostly PyTorch. This often takes 2 to 5 minutes."
-	$(if $(TORCH_INDEX),$(PIP) --retries 1 --index-url $(TORCH_INDEX) torch || echo "No answer from there: the usual index is asked.")
+	$(if $(TORCH_INDEX),$(PIP) --retries 1 --no-deps --index-url $(TORCH_INDEX) torch || echo "No answer from there: the usual index is asked.")
 	$(PIP) --editable '.[data,eval,scaling,hf,dev]'
 	touch $@
 

@@ -245,6 +245,19 @@ def print_text(*paragraphs: str) -> None:
         print(fitted(text))
 
 
+_LAYOUT = "\n\t\u00a0\u3000\u200c\u200d"
+"""Spaces and joiners that texts are written with, though Python does not count them as printable."""
+
+
+def harmless(text: str, one_line: bool = False) -> str:
+    """`text` from a model or from data for people to read: what a terminal obeys or does not show is escaped.
+
+    With `one_line` it has a sign for each line feed, and other layout is escaped as well.
+    """
+    text, keep = (text.replace("\n", "↵"), "") if one_line else (text, _LAYOUT)
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_next(what: str, *commands: str) -> None:
     """Say what to do next: `what` it is, and the commands to type; a terminal continues long ones with backslashes."""
     print_text(f"{what}:")

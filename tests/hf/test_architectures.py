@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from titan_dp.inference.hf.export import export
 from titan_dp.inference.hf.folder import FolderSource
 from titan_dp.inference.hf.layout import ARCHITECTURES
 from titan_dp.inference.pretrained import load_model, open_source
+from titan_dp.output import Progress
 
 BASE: dict[str, Any] = {"num_householder": 1, "use_output_gate": True, "norm_eps": 1e-5, "use_forget_gate": True}
 UNIT_BETA: dict[str, Any] = {**BASE, "allow_neg_eigval": False}
@@ -66,6 +69,23 @@ def test_logits_and_what_is_written_are_the_models_own(name: str, export_of: Mak
         assert_same(theirs(ids).logits, ours(ids))
     written = theirs.generate(ids[:1, :5], max_new_tokens=8, do_sample=False)[:, 5:]
     assert torch.equal(written, greedy(ours, ids[:1, :5], 8))
+
+
+@pytest.mark.parametrize("target", [OLMO, QWEN])
+def test_every_tensor_that_is_written_is_counted(
+    target: str, checkpoint_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: dict[str, Progress] = {}
+
+    @contextmanager
+    def progress(what: str, total: int | None = None) -> Iterator[Progress]:
+        counted[what] = Progress(what, total)
+        yield counted[what]
+
+    monkeypatch.setattr("titan_dp.inference.hf.export.progress", progress)
+    export(open_source(checkpoint_of(**UNIT_BETA, use_short_conv=False)), tmp_path / "out", target=target)
+    state = counted["tensors written"]
+    assert state.done == state.total == len(load_file(tmp_path / "out/model.safetensors"))
 
 
 @pytest.mark.parametrize("target", CLASSES)

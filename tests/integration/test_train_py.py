@@ -90,9 +90,11 @@ def test_changed_architecture_or_data_is_refused_on_resume_and_harms_nothing(tin
 
 
 def test_without_torchrun_one_process_trains_and_shows_a_sample(tiny_config: Path, root: Path) -> None:
-    result = train(root, "--config", tiny_config, "--training.steps", "3", "--metrics.enable_tensorboard")
+    prompt = ["--generate.prompt", "Ring \x07"]
+    result = train(root, "--config", tiny_config, "--training.steps", "3", "--metrics.enable_tensorboard", *prompt)
     assert result.returncode == 0, result.stderr
-    shown = "1 rank on|torch backend, kernels in C|FLOPs per token|step 3/3|validation loss|sample\n|checkpoint  "
+    assert "\x07" not in result.stdout
+    shown = "1 rank on|torch backend, kernels in C|FLOPs per token|step 3/3|validation loss|sample\nRing \\x07|checkpoint  "
     shown += "|titan-dp generate |to train it further: docs/guides/more-tokens.md; |--lr_scheduler.total_steps 3 "
     for part in shown.split("|"):
         assert part in result.stdout, part

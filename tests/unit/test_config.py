@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.unit.conftest import MINIMAL, Folder
-from titan_dp.config import Model, Training, advice
+from titan_dp.config import Model, Training, advice, load
 from titan_dp.config import describe as config_docs
-from titan_dp.config.load import SHIPPED, config_from_toml, load_config
+from titan_dp.config.load import SHIPPED, config_from_toml, load_config, resolve_config_path
 from titan_dp.errors import UserError
+from titan_dp.studies.state_tracking.train import _config_path as state_tracking_config
+from titan_dp.studies.sweep_file import load_sweep
 
 # -- precedence and inheritance ----------------------------------------------------------------------------------------
 
@@ -89,15 +91,27 @@ def test_a_base_is_looked_for_beside_the_file_and_then_among_the_shipped_ones(fo
 # -- finding the file --------------------------------------------------------------------------------------------------
 
 
-def test_a_bare_name_means_train_configs_and_then_this_folder(monkeypatch: pytest.MonkeyPatch, folder: Folder) -> None:
-    folder.write("[training]\nsteps = 999\n", "debug.toml")
-    folder.write(MINIMAL, "mine.toml")
+def test_a_name_means_a_file_here_and_then_one_that_ships(monkeypatch: pytest.MonkeyPatch, folder: Folder) -> None:
     monkeypatch.chdir(folder.path)
     shipped = load_config(["--config", "debug"])
     assert shipped == load_config(["--config=debug.toml"]) == load_config(["--job.config_file", "debug"])
-    assert shipped.config.training.steps != 999
-    assert load_config(["--config", "./debug.toml"]).config.training.steps == 999
-    assert load_config(["--config", "mine.toml"]).provenance["training.steps"] == "mine.toml:2"
+    folder.write("[training]\nsteps = 999\n", "debug.toml")
+    folder.write("[training]\nsteps = 999\n", "paper/800m.toml")
+    for name in ("debug", "debug.toml", "./debug.toml", "paper/800m"):
+        assert load_config(["--config", name]).config.training.steps == 999
+    assert load_config(["--config", "paper/213m"]).config.training.steps != 999
+
+
+def test_every_command_finds_files_by_the_same_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, name in ((SHIPPED, "debug"), (SHIPPED / "sweeps", "cpu_study"), (SHIPPED / "state_tracking", "small")):
+        assert {resolve_config_path(given, folder) for given in (name, f"{name}.toml")} == {folder / f"{name}.toml"}
+    assert load_sweep(Path("cpu_study")).file == SHIPPED / "sweeps/cpu_study.toml"
+    assert state_tracking_config("small") == str(SHIPPED / "state_tracking/small.toml")
+    for name in ("cpu_study", "small"):
+        Path(f"{name}.toml").write_text(MINIMAL + "global_batch_size = 8\n[sweep.axes]\nseed = [1]\n")
+    assert load_sweep(Path("cpu_study")).file == load_sweep(Path("cpu_study.toml")).file == Path("cpu_study.toml")
+    assert state_tracking_config("small") == str(tmp_path / "small.toml")
 
 
 @pytest.mark.parametrize("arguments", [["--config", "no_such_run"], []])
@@ -109,6 +123,14 @@ def test_a_missing_config_lists_those_there_are(arguments: list[str]) -> None:
     sizes, endings = listed[1].removesuffix(")").split(" (also ")
     names = {size + ending for size in sizes.split(", ") for ending in ("", *endings.split(", "))} | {"debug", "gdp-1b"}
     assert names == {path.stem for path in SHIPPED.glob("*.toml")}
+
+
+def test_no_name_is_listed_that_does_not_ship(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("1b", "1b_gated", "2b_gated", "2b_gated_nh3"):
+        (tmp_path / f"{name}.toml").touch()
+    monkeypatch.setattr(load, "SHIPPED", tmp_path)
+    with pytest.raises(UserError, match=r"the shipped ones are 1b \(also _gated\), 2b_gated, 2b_gated_nh3; paper/"):
+        load_config([])
 
 
 def test_the_run_is_named_after_its_file_unless_it_has_a_name(folder: Folder) -> None:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -109,25 +110,35 @@ def test_a_page_enters_the_environment_before_the_first_command_that_needs_it(pa
     assert not programs or programs[0] == ACTIVATE
 
 
-def test_what_readme_reads_was_made_by_a_command_before_it() -> None:
-    made = {"outputs/debug", "data/corpus"}  # by `make train`
-    for command in found("README.md"):
-        for word in command[2:]:
-            if word.startswith(("outputs/", "data/", "my-model")) and command[1] not in ("prepare", "export", "import"):
-                assert any(word == path or word.startswith(path + "/") for path in made), " ".join(command)
-        match command:
-            case ["titan-dp", "prepare", _, "--out", out, *_]:
-                made |= {out, f"{out}/train"}
-            case ["titan-dp", "export", source, out, *_]:
-                assert source in made
-                made.add(out)
-            case ["titan-dp", "import", source, out]:
-                assert source in made
-                made.add(out)
-            case ["titan-dp", "sweep", file, *_]:
-                made.add(f"outputs/{Path(file).stem}")
-            case ["titan-dp", "state-tracking", "train", "--group", task, *_]:
-                made.add(f"outputs/state_tracking/{task}")
+def made_by(command: list[str]) -> set[str]:
+    """The folders of runs, data and models that a command of a page makes."""
+    options = dict(pairwise(command))
+    match command:
+        case ["make", "train"]:
+            return {"outputs/debug", "data/corpus"}
+        case ["make", "study"]:
+            return {"outputs/cpu_study", "outputs/cpu_study_seeds", "outputs/cpu_study_largest"}
+        case ["titan-dp", "prepare", *_]:
+            return {options["--out"]}
+        case ["titan-dp", "export" | "import", _, out, *_]:
+            return {out}
+        case ["titan-dp", "train", *_]:
+            return {"outputs/" + options.get("--job.run_name", Path(options["--config"]).stem)}
+        case ["titan-dp", "sweep", file, *_]:
+            return {f"outputs/{Path(file).stem}"}
+        case ["titan-dp", "state-tracking", "train", *_]:
+            return {f"outputs/state_tracking/{options.get('--group', options.get('--task'))}"}
+    return set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_reads_was_made_by_a_command_before_it_or_by_those_of_readme(page: str) -> None:
+    made = made_by(["make", "train"]).union(*map(made_by, found("README.md") if page != "README.md" else []))
+    for command in found(page):
+        own = made_by(command)
+        for word in re.findall(r"(?:outputs|data)/[\w./-]+|my-model[\w-]*", " ".join(command)):
+            assert any(word == path or word.startswith(path + "/") for path in made | own), " ".join(command)
+        made |= own
 
 
 def test_the_environment_is_the_one_that_make_makes() -> None:

@@ -180,6 +180,7 @@ def test_several_checkpoints_share_a_figure_and_keep_files_of_their_own(
         assert sum(int(row["queries"]) for row in csv.DictReader(file)) == 3 * (2 + 4)
     printed = capsys.readouterr().out
     assert all(label in printed for label in labels)
+    assert printed.count("written to") == 1
 
 
 def test_the_batch_does_not_matter(checkpoint: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from titan_dp.errors import UserError
 from titan_dp.inference.generate import sample_text
 from titan_dp.inference.sampling import Sampling, TextStream, continue_text, encode_prompt, generate_ids
 from titan_dp.model.transformer import Transformer
+from titan_dp.output import harmless
 
 VARIANTS: dict[str, dict] = {
     "DeltaProduct_2": {},
@@ -205,6 +206,21 @@ def test_one_prompt_is_continued_on_stdout_and_speed_goes_to_stderr(
     expected = continue_text(model, BYTES, "From a pipe", max_new_tokens=20, sampling=Sampling(), seed=3)
     assert out == f"From a pipe{expected}\n"
     assert "tokens/s" in err
+
+
+@pytest.mark.parametrize("samples", ["1", "2"])
+def test_control_characters_are_escaped_on_a_terminal_and_stay_in_a_pipe(
+    samples: str, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["generate", str(checkpoint), "--prompt", "A\x1b[2J\n", "--max-new-tokens", "40", "--samples", samples]
+    dispatch(words)
+    piped = capsys.readouterr().out
+    assert "A\x1b[2J\n" in piped
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    dispatch(words)
+    shown = capsys.readouterr().out
+    assert "A\\x1b[2J\n" in shown
+    assert shown == harmless(piped)
 
 
 def test_several_prompts_and_samples_are_one_json_object_a_line(

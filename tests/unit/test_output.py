@@ -21,6 +21,7 @@ from titan_dp.files import short, si
 from titan_dp.output import (
     FORMATS,
     add_format_option,
+    harmless,
     number_table,
     print_command,
     print_next,
@@ -282,3 +283,12 @@ def test_the_time_that_is_left_counts_only_what_this_run_did(monkeypatch: Patch)
     state.note = lambda seconds: f"{500 / seconds:g} tokens/s"
     state.advance(100)
     assert state.line() == "bytes read 700 of 1,000: 10 s so far, about 30 s left, 50 tokens/s"
+
+
+# -- texts from elsewhere ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_terminal_obeys_or_does_not_show_is_escaped_and_layout_kept_or_put_on_one_line() -> None:
+    text = "a\nb\tc\x1b[2J\u202e\x9b é\u3000\u200d"
+    assert harmless(text) == "a\nb\tc\\x1b[2J\\u202e\\x9b é\u3000\u200d"
+    assert harmless(text, one_line=True) == r"a↵b\tc\x1b[2J\u202e\x9b é\u3000\u200d"

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata, Metadata
 
 from tests.pretrained import Make
 from titan_dp.checkpoint import manifest as ckpt
@@ -238,6 +238,29 @@ def test_an_index_leads_to_tensors_that_are_there(change: Callable[[Any], None],
     change(index)
     replace(checkpoint, ".metadata", pickle.dumps(index))
     with pytest.raises(UserError, match=match):
+        CheckpointTensors(checkpoint)
+
+
+def test_an_index_of_every_python_3_11_is_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.11.0 to 3.11.3, of which Debian 12 has one, pickle a member of an Enum as a call of getattr."""
+    index = pickle.loads((checkpoint / ".metadata").read_bytes())
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda member, _: (getattr, (type(member), member.name)))
+    replace(checkpoint, ".metadata", pickle.dumps(index))
+    monkeypatch.undo()
+    assert b"getattr" in (checkpoint / ".metadata").read_bytes()
+    assert CheckpointTensors(checkpoint).shapes
+
+
+class Attribute:
+    """Pickled, it asks for an attribute of something else than that Enum."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (Metadata, "__init__")
+
+
+def test_an_index_looks_up_no_other_attribute(checkpoint: Path) -> None:
+    replace(checkpoint, ".metadata", pickle.dumps(Attribute()))
+    with pytest.raises(UserError, match=r"asks for builtins\.getattr, which none of ours needs; do not trust"):
         CheckpointTensors(checkpoint)
 
 

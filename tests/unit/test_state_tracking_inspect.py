@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,7 @@ def test_a_single_state_has_no_variance_to_divide() -> None:
 def test_a_model_of_dead_steps_is_described_too() -> None:
     """Where a router or training switched every step off, there are no keys to weigh."""
     t = traces_of(random_model()[1])[0]
-    head = describe(0, 0, t._replace(beta=torch.zeros_like(t.beta)), parse_group("S3"))
+    head = describe(0, 0, replace(t, beta=torch.zeros_like(t.beta)), parse_group("S3"))
     assert head.steps_near_0 == 1
     assert all(not np.isnan(share) for share in head.key_variance)
 

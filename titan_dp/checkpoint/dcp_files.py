@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, TensorStorageMetadata
 
 from titan_dp.errors import UserError
 from titan_dp.files import inside, shorten, shown
@@ -143,10 +143,22 @@ class _IndexUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if name in self._NAMES.get(module, "").split() or is_dtype:
             return super().find_class(module, name)
-        raise UserError(
-            f"a checkpoint's .metadata asks for {shorten(f'{module}.{name}')}, which none of ours needs; do not trust this "
-            "checkpoint"
-        )
+        if (module, name) == ("builtins", "getattr"):
+            return _member
+        raise _not_ours(f"{module}.{name}")
+
+
+def _member(kind: object, name: str) -> _MEM_FORMAT_ENCODING:
+    """What `getattr` may do: Python 3.11.0 to 3.11.3 pickle a member of an Enum as getattr(class, name)."""
+    if kind is not _MEM_FORMAT_ENCODING:
+        raise _not_ours("builtins.getattr")
+    return _MEM_FORMAT_ENCODING[name]
+
+
+def _not_ours(name: str) -> UserError:
+    return UserError(
+        f"a checkpoint's .metadata asks for {shorten(name)}, which none of ours needs; do not trust this checkpoint"
+    )
 
 
 def os_error(error: BaseException | None) -> OSError | None:

@@ -144,7 +144,7 @@ usage: titan-dp train --config NAME [--nproc N] [--section.key VALUE ...]
                       [--print-config | --dry-run]
        torchrun --nproc_per_node=N train.py --config NAME [...]
 
-  --config NAME         a shipped configuration by name, or any file by path
+  --config NAME         a file, or else a shipped configuration of that name
   --nproc N             processes (default: one per GPU, two on CPUs)
   --section.key VALUE   override one setting (a flag needs no VALUE);
                         --section.key=VALUE works too
@@ -184,8 +184,8 @@ A run is described by one TOML file; any setting can be overridden on the comman
     source .venv/bin/activate    # once per shell: the environment that `make install` made
     titan-dp train --config 800m.toml --optimizer.lr 1e-3 --compile.enable=false
 
-* `--config NAME` takes a shipped configuration (`train_configs/`) by its name (`800m`, `paper/800m`), or any file by its path
-  (with a `/`).
+* `--config NAME` takes the file of that path, or else the configuration of that name that ships (in `train_configs/`: `800m`,
+  `paper/800m`). `.toml` may be left out. `titan-dp sweep NAME` finds its files by the same rule, in `train_configs/sweeps/`.
   `--job.config_file`, torchtitan's spelling, means the same.
 * `extends = "base.toml"` at the top of a file inherits from another, found relative to the file itself, else among the
   shipped ones: `extends = "800m.toml"` works in any folder.

@@ -239,10 +239,9 @@ def command_line_value(key: Key | None, text: str) -> object:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def resolve_config_path(name: str) -> Path | None:
-    """A bare name means a shipped configuration first, one with a slash (paper/800m) a path. The .toml may be left out."""
-    folders = [Path(), SHIPPED] if "/" in name else [SHIPPED, Path()]
-    candidates = (folder / (name + suffix) for folder in folders for suffix in ("", ".toml"))
+def resolve_config_path(name: str, shipped: Path = SHIPPED) -> Path | None:
+    """The file of that path, else the one of that name in `shipped`. The .toml may be left out."""
+    candidates = (folder / (name + suffix) for folder in (Path(), shipped) for suffix in ("", ".toml"))
     return next((path for path in candidates if name and _is_file(path)), None)
 
 
@@ -256,9 +255,11 @@ def _is_file(path: Path) -> bool:
 
 def _choices() -> str:
     endings: dict[str, list[str]] = {}
-    for name in sorted(path.stem for path in SHIPPED.glob("*.toml")):
+    names = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+    for name in names:
         size, mark, ending = name.partition("_")
-        endings.setdefault(size, []).append(mark + ending)
+        size, ending = (size, mark + ending) if size in names else (name, "")
+        endings.setdefault(size, []).append(ending)
     alike: dict[str, list[str]] = {}
     for size, own in endings.items():
         alike.setdefault(f" (also {', '.join(filter(None, own))})" * bool(own[1:]), []).append(size)

@@ -105,7 +105,7 @@ def evaluate(s: Session) -> list[Result]:
         _draw(results, figure)
         for result in results:
             _show(result)
-        print_written(figure)
+        print_written(*(file for result in results for file in (result.path, result.beside(".csv"))), figure)
     return results
 
 
@@ -319,4 +319,3 @@ def _show(result: Result) -> None:
     columns = ("pairs", "queries", "all ids", "chance", "values", "chance", "unpaired guess")
     title = f"recall of {result.source.label}: right answers in % (95 % interval)"
     print_table(number_table(title, columns, map(cells, result.results["by_pairs"])), details=("queries",))
-    print_written(result.path, result.beside(".csv"))

@@ -1,8 +1,9 @@
 """`titan-dp generate CHECKPOINT`: continue prompts with a trained model, from a checkpoint or an exported folder.
 
 Several prompts, or several samples of one, run as one batch. Time and memory per token do not grow with the length (except
-in softmax layers without a window). Text goes to stdout, speed to stderr. Special tokens in a prompt are recognised; one that
-the tokenizer does not know is refused, because it would be read as ordinary characters.
+in softmax layers without a window). Text goes to stdout, on a terminal with its control characters escaped, speed to stderr.
+Special tokens in a prompt are recognised; one that the tokenizer does not know is refused, because it would be read as
+ordinary characters.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pydantic import Field
 from titan_dp.config.arguments import fraction, natural, number, positive
 from titan_dp.errors import UserError, explained
 from titan_dp.files import Replaced, to_json
+from titan_dp.output import harmless
 
 if TYPE_CHECKING:
     import torch
@@ -118,19 +120,20 @@ def _generate(args: argparse.Namespace, loaded: Pretrained, prompts: list[tuple[
     sampling = Sampling(args.temperature, args.top_k or 0, args.top_p)
     streams = [TextStream(loaded.tokenizer, ids, args.stop, args.max_new_tokens) for _, ids in prompts]
     live = len(prompts) == 1 and not args.json
+    as_seen = harmless if sys.stdout.isatty() else str  # in a file or pipe it is the text itself
     if live:
-        print(prompts[0][0], end="", flush=True)
+        print(as_seen(prompts[0][0]), end="", flush=True)
     start, first = time.perf_counter(), 0.0
     for row, piece in stream_texts(loaded.model, streams, sampling, range(args.seed, args.seed + len(prompts))):
         first = first or time.perf_counter()
         prompt, stream = prompts[row][0], streams[row]
         if live:
-            print(piece, end="", flush=True)
+            print(as_seen(piece), end="", flush=True)
         elif stream.finished and args.json:
             shown = {"index": row, "prompt": prompt, "text": stream.text, "tokens": stream.tokens, "finish": stream.finished}
             print(to_json(shown), flush=True)
         elif stream.finished:
-            print(f"--- {row + 1}\n{prompt}{stream.text}", flush=True)
+            print(f"--- {row + 1}\n{as_seen(prompt + stream.text)}", flush=True)
     if live:
         print()
     tokens, seconds = sum(stream.tokens for stream in streams), time.perf_counter() - first

@@ -36,7 +36,7 @@ _OURS = (".lock", ".slot", ".config.toml.tmp", "config.toml")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="sweep file, or the name of a shipped one, such as cpu_study")
+    parser.add_argument("file", type=Path, help="a sweep file, or else a shipped one of that name, such as cpu_study")
     parser.add_argument(
         "--launch", choices=["local", "slurm", "print"], help="run the cells here, as a SLURM array, or print their commands"
     )

@@ -219,14 +219,13 @@ def load_sweep(path: Path) -> Sweep:
     rule or each other, a size that cannot be reached, two cells with one configuration.
     """
     shipped = SHIPPED / "sweeps"
-    if not path.is_file() and (named := shipped / path.with_suffix(".toml")).is_file():
-        path = named
-    if not path.is_file():
+    if (found := resolve_config_path(str(path), shipped)) is None:
         if resolve_config_path(str(path)) is not None:
             raise UserError(f"{path} describes one run and no sweep; `titan-dp train --config {path}` starts it")
         names = sorted(file.stem for file in shipped.glob("*.toml"))
         near = did_you_mean(path.stem, names) or f"; those that ship are {', '.join(names)}"
         raise UserError(f"there is no sweep file {path}{near}")
+    path = found
     section, base = _read(path)
     try:
         _check_axes(section)
@@ -276,15 +275,21 @@ def _keys_of(axis: str) -> tuple[str, ...]:
     return _SHORT.get(axis, (axis,) if "." in axis else (f"model.{axis}",))
 
 
+def _own_axes(cell: dict[str, Any]) -> dict[str, list[Any]]:
+    """The axes that a listed cell varies."""
+    own: dict[str, list[Any]] = cell.get("axes", {})
+    return own
+
+
 def _listed(cell: dict[str, Any]) -> list[str]:
     """The axes that a listed cell sets or varies."""
-    return [axis for axis in (*cell, *cell.get("axes", {})) if axis not in ("name", "axes")]
+    return [axis for axis in (*cell, *_own_axes(cell)) if axis not in ("name", "axes")]
 
 
 def _check_axes(section: SweepSection) -> None:
     """Raise UserError for unknown axes and for axes that contradict each other or the matching rule."""
     for cell in section.cells:
-        own = cell.get("axes", {})
+        own = _own_axes(cell)
         if not isinstance(own, dict) or not all(isinstance(values, list) for values in own.values()):
             raise UserError(f"axes of a listed cell = {shown(own)}: expected a table of lists of values")
         if twice := sorted(own.keys() & cell.keys()):
@@ -300,7 +305,7 @@ def _check_axes(section: SweepSection) -> None:
                 raise UserError(f"unknown axis {shorten(axis)}; {_explain_axis(axis, key)}")
             if (other := owners.setdefault(key, axis)) != axis:
                 raise UserError(f"the axes {other} and {axis} both set {key}; keep one")
-    for axis, values in [*section.axes.items(), *(pair for cell in section.cells for pair in cell.get("axes", {}).items())]:
+    for axis, values in [*section.axes.items(), *(pair for cell in section.cells for pair in _own_axes(cell).items())]:
         if not values:
             raise UserError(f"the axis {axis} has no values; give some, or remove it")
     for axis in section.axes:
@@ -370,7 +375,7 @@ def _points(section: SweepSection, origin: str) -> Iterator[_Point]:
     for listed in section.cells or [{}]:
         own = {axis: value for axis, value in listed.items() if axis not in ("name", "axes")}
         first = [str(listed["name"])] if "name" in listed else [_label(axis, value) for axis, value in own.items()]
-        axes = {**listed.get("axes", {}), **section.axes}
+        axes = {**_own_axes(listed), **section.axes}
         for values in itertools.product(*axes.values()):
             point = dict(zip(axes, values, strict=True))
             name = "-".join([*first, *(_label(axis, value) for axis, value in point.items())])

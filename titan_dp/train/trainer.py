@@ -44,7 +44,7 @@ from titan_dp.model.parallelize import sharded_model
 from titan_dp.model.parametrization import scales
 from titan_dp.model.size import model_size
 from titan_dp.model.transformer import chosen_backend
-from titan_dp.output import FIRST_SIGN, Progress, print_next, print_pairs, print_text, progress
+from titan_dp.output import FIRST_SIGN, Progress, harmless, print_next, print_pairs, print_text, progress
 from titan_dp.train.batch_plan import BatchPlan, plan_batches, plan_rest
 from titan_dp.train.facts import RunFacts, planned
 from titan_dp.train.lr_scheduler import build_lr_scheduler, rate_jump
@@ -397,7 +397,7 @@ class Trainer:
         say, c = self.console.print, self.config
         if shown is not None:
             say(f"\n{shown[0]}", style="bold")
-            say(shown[1])
+            say(harmless(shown[1]))
         if self.world.is_main:
             say()
             if metrics.validation_loss is not None:

@@ -18,13 +18,14 @@ from typing import Any
 from titan_dp.config.arguments import natural, positive, take_settings
 from titan_dp.config.load import keys_of, load_config
 from titan_dp.data.inspect import report as reports
-from titan_dp.data.inspect.text import Decoder, Piece, harmless
+from titan_dp.data.inspect.text import Decoder, Piece
 from titan_dp.data.shards import SPLITS, TokenShards
 from titan_dp.errors import UserError, counted
 from titan_dp.files import short, to_json
 from titan_dp.output import (
     add_format_option,
     check_matplotlib,
+    harmless,
     number_table,
     print_next,
     print_table,
@@ -288,7 +289,7 @@ def _show_ids(report: dict[str, Any]) -> None:
 
 
 def _id(each: dict[str, Any]) -> str:
-    return f"{each['id']} {harmless(each['text'])}".strip()
+    return f"{each['id']} {harmless(each['text'], one_line=True)}".strip()
 
 
 def _show_documents(report: dict[str, Any]) -> None:
@@ -326,7 +327,8 @@ def _print_pieces(pieces: Sequence[Piece], indent: int, most: int, cut: bool = F
 
     shown = Text()
     for text, special in pieces:
-        shown.append(f"[{harmless(text)}]" if special else harmless(text), "reverse" if special else "")
+        line = harmless(text, one_line=True)
+        shown.append(f"[{line}]" if special else line, "reverse" if special else "")
     if len(shown) > abs(most):
         cut, before = cut or most > 0, before or most < 0
         shown = shown[:most] if most > 0 else shown[most:]
@@ -376,7 +378,7 @@ def _show_batch(batch: dict[str, Any]) -> None:
 
 
 def _short_text(text: str, most: int = 14) -> str:
-    text = harmless(text)
+    text = harmless(text, one_line=True)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

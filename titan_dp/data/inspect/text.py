@@ -79,8 +79,3 @@ class Decoder:
         if token in self.specials:
             return self.specials[token]
         return "" if self.tokenizer is None else f"'{self.decode(np.array([token]))}'"
-
-
-def harmless(text: str) -> str:
-    """`text` on one line, without characters that a terminal obeys or does not show: a line feed as the sign for it."""
-    return "".join(c if c.isprintable() else "↵" if c == "\n" else c.encode("unicode_escape").decode() for c in text)

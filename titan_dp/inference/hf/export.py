@@ -19,7 +19,6 @@ import argparse
 import re
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -78,17 +77,15 @@ def run(args: argparse.Namespace) -> int:
     from titan_dp.inference.pretrained import open_source
 
     source = open_source(args.checkpoint)
-    with progress("tensors written", len(source.shapes)) as state:
-        export(
-            source,
-            args.out,
-            target=args.format,
-            model_type=args.model_type,
-            dtype=getattr(torch, args.dtype),
-            max_shard_bytes=args.max_shard_size,
-            tokenizer=args.tokenizer,
-            written=state.advance,
-        )
+    export(
+        source,
+        args.out,
+        target=args.format,
+        model_type=args.model_type,
+        dtype=getattr(torch, args.dtype),
+        max_shard_bytes=args.max_shard_size,
+        tokenizer=args.tokenizer,
+    )
     for file in sorted(args.out.iterdir()):
         print(f"{decimal(file.stat().st_size):>10}  {file}")
     remote = ", trust_remote_code=True" if args.format == "remote-code" else ""
@@ -108,7 +105,6 @@ def export(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: str = "",
-    written: Callable[[], object] = lambda: None,
 ) -> None:
     """Write the model of `source` as the folder `out`.
 
@@ -120,7 +116,6 @@ def export(
         dtype: of the matrices, convolutions and embeddings; None for float32. Norms, A_log and dt_bias are float32.
         max_shard_bytes: a file of weights holds at most so much (or one tensor).
         tokenizer: instead of the source's.
-        written: called after each tensor.
 
     Raises UserError if the source is damaged or a weight not finite, `out` is in use, the format cannot express the model,
     `dtype` cannot hold a weight, or the tokenizer does not fit; then nothing is left behind.
@@ -143,7 +138,9 @@ def export(
     settings = layout.to_hf(source.config, kind, source.seq_len)
     dtype = dtype or torch.float32
     named = str(dtype).removeprefix("torch.")
-    if problems := source.problems():
+    with progress("checksums compared"):
+        problems = source.problems()
+    if problems:
         raise UserError(f"{source.path} is damaged: {problems[0]}; take another step of the run")
     out = out.resolve()
     make_folder(out.parent)
@@ -152,11 +149,12 @@ def export(
     try:
         saved = _write_texts(source, scratch, tokenizer, settings, named)
         (scratch / "README.md").write_text(model_card(out.name, source, target, named, saved))
-        if architecture:
-            converted = Converted(source, architecture)
-            write_weights(converted, scratch, dtype, max_shard_bytes, written, hf_name=str, wide=converted.wide)
-        else:
-            write_weights(source, scratch, dtype, max_shard_bytes, written)
+        converted = Converted(source, architecture) if architecture else None
+        with progress("tensors written", len((converted or source).shapes)) as state:
+            if converted:
+                write_weights(converted, scratch, dtype, max_shard_bytes, state.advance, hf_name=str, wide=converted.wide)
+            else:
+                write_weights(source, scratch, dtype, max_shard_bytes, state.advance)
         known = {"tokenizer_hash": saved.hash} | ({"tokenizer": tokenizer} if tokenizer else {})
         write_json(scratch / TRAINING, source.training | known)
         if target == "remote-code":

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from titan_dp.config.arguments import positive
 from titan_dp.errors import UserError, counted
@@ -42,13 +43,19 @@ _SHOWN_HEADS = 4
 _NAMED_ELEMENTS = 24
 
 
-class Trace(NamedTuple):
+@dataclass(frozen=True)
+class Trace:
     """One layer over words [B, L], BOS left out, on the CPU in float32."""
 
     beta: torch.Tensor  # [B, L, n, H]
     k: torch.Tensor  # [B, L, n, H, dk]
     states: torch.Tensor  # [B, L, H, dk, dv], after each element
     products: torch.Tensor  # [B, L] int64: the running product, what the state should tell
+
+    @cached_property
+    def main_columns(self) -> list[np.ndarray]:
+        """[B L, dk] for each head: what its states hold of the value that varies most, in float64."""
+        return [_main_column(states) for states in self.states.unbind(2)]
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class Head:
     """Variance of the state within the words of equal product, as a fraction of all: 0 if it tells the element alone, 1 if it
     tells nothing."""
     state_dimensions: int
-    """Principal components that hold 95 % of the variance of `main_column`, a mean per element; 0 if one did not come up."""
+    """Principal components that hold 95 % of the variance of the main columns, a mean per element; 0 if one did not come up."""
     representation_error: float | None
     """How far these components are from an orthogonal representation, see `representation_error`; None if there are none."""
 
@@ -187,7 +194,7 @@ def describe(layer: int, head: int, t: Trace, group: Group) -> Head:
     total = ((states - states.mean(0)) ** 2).sum()
     dimensions, error = 0, None
     if total and len(seen) == group.order:
-        reads = main_column(t.states[:, :, head])
+        reads = t.main_columns[head]
         dimensions, error = representation_error(np.stack([reads[products == y].mean(0) for y in seen]), group)
     return Head(
         layer=layer,
@@ -201,8 +208,8 @@ def describe(layer: int, head: int, t: Trace, group: Group) -> Head:
     )
 
 
-def main_column(states: torch.Tensor) -> np.ndarray:
-    """States [B, L, dk, dv] as vectors [B L, dk]: what they hold of the value that varies most, in float64."""
+def _main_column(states: torch.Tensor) -> np.ndarray:
+    """Of one head, whose states are [B, L, dk, dv]."""
     import numpy as np
 
     flat = states.double().flatten(0, 1).numpy()
@@ -291,7 +298,7 @@ def _draw(layer: int, t: Trace, heads: list[Head], group: Group, path: Path) -> 
         dimensions = next((i for i, share in enumerate(head.key_variance, 1) if share > 0.95), 0)
         keys.set(ylabel="component 2", xlim=(-1.08, 1.08), ylim=(-1.08, 1.08), xticks=(-1, 0, 1), yticks=(-1, 0, 1))
         keys.set_title(f"second moment of the keys:\n95 % in {counted(dimensions, 'dimension')}", **small)
-        states = _components(main_column(t.states[:, :, h]), centred=True)
+        states = _components(t.main_columns[h], centred=True)
         if head.state_dimensions > 2:
             orbit.scatter(*states.T[:3], c=of_element[products], s=5, lw=0, depthshade=False)
             orbit.set(zticklabels=[], xticklabels=[], yticklabels=[], box_aspect=(1, 1, 1))

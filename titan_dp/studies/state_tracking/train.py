@@ -149,8 +149,7 @@ def _models(args: argparse.Namespace) -> list[Loaded]:
 
 def _config_path(name: str) -> str:
     folder = SHIPPED / "state_tracking"
-    path = resolve_config_path(str(folder / name)) if "/" not in name else None
-    if (path := path or resolve_config_path(name)) is None:
+    if (path := resolve_config_path(name, folder) or resolve_config_path(name)) is None:
         names = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
         raise UserError(f"--config {name!r}: there is no such file; {folder} holds {names}")
     return str(path.resolve())
