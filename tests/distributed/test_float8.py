@@ -19,6 +19,8 @@ from titan_dp import config
 from titan_dp.config.load import load_config
 from titan_dp.distributed import current_world
 from titan_dp.errors import UserError
+from titan_dp.inference.hf.export import export
+from titan_dp.inference.hf.folder import FolderSource
 from titan_dp.inference.pretrained import load_pretrained
 from titan_dp.model import float8, parallelize
 from titan_dp.model.float8 import apply_float8, check_float8
@@ -96,7 +98,9 @@ def test_it_composes_with_compiled_blocks_and_activation_checkpointing() -> None
         assert relative(found, plain, WEIGHT) < 0.1
 
 
-def test_a_run_is_near_one_in_bfloat16_resumes_to_the_bit_and_saves_plain_weights(tiny_config: Path) -> None:
+def test_a_run_is_near_one_in_bfloat16_resumes_to_the_bit_and_saves_and_exports_plain_weights(
+    tiny_config: Path, tmp_path: Path
+) -> None:
     steps = ("--training.steps", "8", "--lr_scheduler.total_steps", "8")
     bf16 = losses_of(tiny_config, 2, "bf16", *steps, "--training.mixed_precision_param", "bfloat16")
     whole = losses_of(tiny_config, 2, "whole", *FLOAT8, *steps)
@@ -105,9 +109,14 @@ def test_a_run_is_near_one_in_bfloat16_resumes_to_the_bit_and_saves_plain_weight
     losses_of(tiny_config, 2, "halves", *FLOAT8, *steps, "--training.steps", "4")
     assert losses_of(tiny_config, 2, "halves", *FLOAT8, *steps) == whole
     assert saved_tensors(tiny_config, "halves") == saved_tensors(tiny_config, "whole")
-    loaded = load_pretrained(tiny_config.parent / "outputs" / "whole", torch.device("cpu")).model
-    assert all(type(p) is nn.Parameter for p in loaded.parameters())
-    assert not any(type(module).__name__ == "Float8Linear" for module in loaded.modules())
+    loaded = load_pretrained(tiny_config.parent / "outputs" / "whole", torch.device("cpu"))
+    assert all(type(p) is nn.Parameter for p in loaded.model.parameters())
+    assert not any(type(module).__name__ == "Float8Linear" for module in loaded.model.modules())
+    export(loaded.source, tmp_path / "exported", target="remote-code")
+    exported = FolderSource(tmp_path / "exported")
+    assert set(exported.dtypes.values()) == {torch.float32}
+    weights = exported.read(exported.shapes)
+    assert all(torch.equal(weights[name], parameter) for name, parameter in loaded.model.named_parameters())
 
 
 def test_what_a_device_cannot_do_is_refused_with_the_way_out() -> None:
