@@ -154,7 +154,7 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
         gate = [empty(H, dtype=single) if case.gated else None] * 2
         position = empty(T, dtype=torch.int32) if case.packed else None
         for taps in (weights, [None] * 3):  # with and without a convolution
-            arguments: Any = (*projections, *taps, *gate, position, H, G, 2.0)
+            arguments: Any = (*projections, *taps, *gate, position, H, G, 2.0, 0.0)
             grads = front_end.forward(*arguments, run=run)
             front_end.backward(grads, *arguments, run=run)
     rows, seen = [], dict[str, int]()

@@ -38,6 +38,7 @@ def front_end(
     heads: int,
     groups: int | None = None,
     max_beta: float,
+    beta_stretch: float = 0.0,
     position: Tensor | None = None,
     tails: Sequence[Tensor] | None = None,
     backend: str = "auto",
@@ -45,7 +46,8 @@ def front_end(
     """Queries and keys of unit length, values, step sizes and log decays, from a layer's projections.
 
         y_t = silu(sum_back weight[:, 0, W - 1 - back] x_(t - back)), over the tokens of t's own document
-        q, k = y / sqrt(|y|^2 + 1e-6);  v = y;  beta = max_beta sigmoid(b);  g = -exp(A_log) softplus(a + dt_bias)
+        q, k = y / sqrt(|y|^2 + 1e-6);  v = y;  g = -exp(A_log) softplus(a + dt_bias)
+        beta = max_beta clamp((1 + 2 s) sigmoid(b) - s, 0, 1), with s = beta_stretch
 
     Args:
         q: [B, T, G dk]; any float dtype, as all others.
@@ -58,6 +60,8 @@ def front_end(
         heads: H.
         groups: G, the heads of q and k, of which H is a multiple; None: H.
         max_beta: 1, or 2 for transitions with negative eigenvalues.
+        beta_stretch: from 0 to 1. Above 0 finite b reach both ends (the stretched sigmoid of Louizos et al. 2018, arXiv
+            1712.01312, section 2.3); beyond them their gradient is 0.
         position: [T] int32 or int64, index of each token in its document, for packed rows (B must be 1); None: one document
             a row.
         tails: the W - 1 tokens before q, k and v [B, W - 1, channels], as when decoding; None or empty: there are none.
@@ -73,7 +77,7 @@ def front_end(
     """
     weights, before = tuple(conv_weights or ()), tuple(tails or ())
     G = heads if groups is None else groups
-    B, T, n, H, dk, dv = _check(q, k, v, b, a, weights, A_log, dt_bias, heads, G, max_beta, position, before)
+    B, T, n, H, dk, dv = _check(q, k, v, b, a, weights, A_log, dt_bias, heads, G, max_beta, beta_stretch, position, before)
     if before and backend == "auto":
         backend = "torch"
     chosen = resolve_backend(beside(backend), q.device, q.dtype, dk, dv)
@@ -81,7 +85,7 @@ def front_end(
         _check_triton(q, k, v, b, a, weights, A_log, dt_bias, before)
         refuse_forward_mode("front_end's backend 'triton'", q, k, v, b, a, *weights, A_log, dt_bias)
         taps = weights or (None, None, None)
-        *out, g = front_end_ops.front_end(q, k, v, b, a, *taps, A_log, dt_bias, position, heads, G, max_beta)
+        *out, g = front_end_ops.front_end(q, k, v, b, a, *taps, A_log, dt_bias, position, heads, G, max_beta, beta_stretch)
         q, k, v, beta = out
         return q, k, v, beta, None if a is None else g
     convolve = rows.convolution if chosen == "torch" else rows.torch_convolution
@@ -89,7 +93,10 @@ def front_end(
         convolve(x, weight, position, tail, unit).to(x.dtype)
         for x, weight, tail, unit in zip((q, k, v), weights or [None] * 3, before or [None] * 3, (dk, dk, 0), strict=True)
     )
-    beta = max_beta * _upcast(b).sigmoid()
+    beta = _upcast(b).sigmoid()
+    if beta_stretch:
+        beta = ((1 + 2 * beta_stretch) * beta - beta_stretch).clamp(0, 1)
+    beta = max_beta * beta
     g = None
     if a is not None and A_log is not None and dt_bias is not None:
         g = -_upcast(A_log).exp() * F.softplus(_upcast(a) + dt_bias)
@@ -127,6 +134,7 @@ def _check(
     heads: int,
     groups: int,
     max_beta: float,
+    beta_stretch: float,
     position: Tensor | None,
     tails: tuple[Tensor, ...],
 ) -> _Sizes:
@@ -137,6 +145,8 @@ def _check(
         raise ValueError(f"groups = {groups}; expected a divisor of heads = {heads}")
     if not 0 < max_beta <= 2:
         raise ValueError(f"max_beta = {max_beta}; above 0 and up to 2 is allowed")
+    if not 0 <= beta_stretch <= 1:
+        raise ValueError(f"beta_stretch = {beta_stretch}; from 0 to 1 is allowed")
     if q.dim() != 3 or not q.shape[-1] or q.shape[-1] % groups:
         name = "heads" if groups == heads else "groups"
         raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, T, channels], channels a multiple of {name} = {groups}")

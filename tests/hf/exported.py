@@ -18,6 +18,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Gated DeltaProduct_3, output gate, expand_v 2, untied": {"num_householder": 3, "use_forget_gate": True, **UNTIED},
     "DeltaProduct_3, beta in [0, 1]": {"num_householder": 3, "allow_neg_eigval": False, "use_short_conv": False},
     "narrow values, short convolution": {"use_output_gate": True, "expand_v": 0.5, "conv_size": 2, "norm_eps": 1e-2},
+    "step sizes that reach 2": {"beta_stretch": 0.5},
     "grouped heads": {"num_heads": 4, "num_key_heads": 2, "num_householder": 3, "use_forget_gate": True, "expand_v": 0.5},
     "norm over groups behind the gate": {**GROUP_NORM, "gate_before_norm": True, "use_forget_gate": True, "num_householder": 3},
     "norm over groups before the gate": {**GROUP_NORM, "expand_v": 0.5},

@@ -73,6 +73,7 @@ INEXPRESSIBLE: list[tuple[dict[str, Any], str, str]] = [
     (OLMO_BLOCK | {"attention_window": 9}, "olmo_hybrid", "express attention_window = 9; use --format remote-code$"),
     ({**GATED, "num_key_heads": 2}, "gated_deltaproduct", "cannot express num_key_heads = 2; use --format remote-code$"),
     ({**ONE_STEP, **GATED, "num_key_heads": 2}, "gated_deltaproduct", "num_key_heads = 2; use --model-type gated_deltanet or"),
+    ({"beta_stretch": 0.05}, "gated_deltaproduct", "cannot express beta_stretch = 0.05; use --format remote-code$"),
     ({"output_norm": "group"}, "gated_deltaproduct", "cannot express output_norm = 'group'; use --format remote-code$"),
     ({"use_output_gate": True, "gate_before_norm": True}, "gated_deltaproduct", "gate_before_norm = true; use --format remote"),
     ({**ONE_STEP, **GATED, "output_norm": "group"}, "gated_deltanet", "output_norm = 'group'; use --format remote-code$"),

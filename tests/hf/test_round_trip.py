@@ -56,7 +56,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (QWEN, {**GATED, **GROUPED, "use_output_gate": True, "allow_neg_eigval": False, "expand_v": 2.0}),
     (QWEN, {**UNTIED, "num_householder": 1, "use_output_gate": True, "use_short_conv": False}),
     (REMOTE_CODE, {**GATED, **GROUPED, "mixer": "gla"}),
-    (REMOTE_CODE, {"num_householder": 3, **GROUPED}),
+    (REMOTE_CODE, {"num_householder": 3, "beta_stretch": 0.05, **GROUPED}),
     (REMOTE_CODE, {**GROUPED, "use_output_gate": True, "output_norm": "group", "gate_before_norm": True}),
     (REMOTE_CODE, {**WINDOWED, "attention_layers": [0], "tie_word_embeddings": False}),
 ]

@@ -179,6 +179,19 @@ def test_kernels_equal_torch_for_every_combination(n: int, W: int, packed: bool,
     assert_equals_torch(x, max_beta=1.0 if n == 1 else 2.0, **options)
 
 
+@pytest.mark.parametrize("stretch", [0.05, 1.0])
+def test_stretched_step_sizes_reach_both_ends_and_have_no_gradient_beyond_them(stretch: float) -> None:
+    x = inputs(BLOCK + 1, B=1, n=3)
+    x["b"] = 4 * x["b"]
+    assert_equals_torch(x, beta_stretch=stretch)
+    got, p = results(x, "triton", beta_stretch=stretch), (1 + 2 * stretch) * x["b"].double().sigmoid() - stretch
+    beta = got["beta"].flatten(2)
+    torch.testing.assert_close(beta.double(), 2 * p.clamp(0, 1), rtol=0, atol=TOLERANCE)
+    low, high = p < -1e-6, p > 1 + 1e-6
+    assert (int(low.sum()) > 0, int(high.sum()) > 0) == (True, True)
+    assert (beta[low].abs().sum(), (beta[high] - 2).abs().sum(), got["db"][low | high].abs().sum()) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("W", [2, 4, 8])
 @pytest.mark.parametrize("edge", ["one token", "a block of the backward pass", "one more", "a block", "one more than a block"])
 def test_kernels_equal_torch_at_every_edge_of_a_block(edge: str, W: int) -> None:
@@ -319,12 +332,12 @@ def test_compiles_into_one_full_graph_with_equal_gradients(backend: str, gated: 
 def test_the_operators_pass_torchs_own_checks(whole: bool, dtype: torch.dtype) -> None:
     x = to(inputs(5, B=1, H=1, n=1, W=4 if whole else 0, gated=whole), dtype)
     tensors = [x[name].requires_grad_() if name in x else None for name in NAMES]
-    arguments = (*tensors, positions([2, 3]) if whole else None, 1, 1, 2.0)
+    arguments = (*tensors, positions([2, 3]) if whole else None, 1, 1, 2.0, 0.1)
     torch.library.opcheck(torch.ops.deltaproduct.front_end, arguments)
     grads = [torch.randn_like(y) for y in call(x, "triton").values()]
     plain = [None if y is None else y.detach() for y in arguments[:11]]
     gradients = (*grads, *[None] * (5 - len(grads)))
-    torch.library.opcheck(torch.ops.deltaproduct.front_end_backward, (*gradients, *plain, 1, 1, 2.0))
+    torch.library.opcheck(torch.ops.deltaproduct.front_end_backward, (*gradients, *plain, 1, 1, 2.0, 0.1))
 
 
 # -- errors, and what is imported ------------------------------------------------------------------------------------
@@ -351,6 +364,7 @@ def test_the_operators_pass_torchs_own_checks(whole: bool, dtype: torch.dtype) -
         ({"b": torch.zeros(2, 8, 4, device="meta")}, "b is on meta, but q is on"),
         ({"heads": 0}, "heads = 0; at least 1 is needed"),
         ({"max_beta": 3.0}, "max_beta = 3.0; above 0 and up to 2 is allowed"),
+        ({"beta_stretch": -0.1}, "beta_stretch = -0.1; from 0 to 1 is allowed"),
         ({"backend": "cuda"}, "backend = 'cuda' is not available"),
         ({"q": torch.zeros(2, 8, 32).double(), "backend": "triton"}, "q has dtype torch.float64; allowed are float32"),
         ({"k": torch.zeros(2, 8, 64).half(), "backend": "triton"}, "k has dtype torch.float16, but q torch.float32"),

@@ -20,6 +20,7 @@ GROUPED = {"num_heads": 4, "num_key_heads": 2, "use_forget_gate": True, "use_out
 VARIANTS: dict[str, dict] = {
     "DeltaNet": {"num_householder": 1},
     "Gated DeltaProduct_3": {"num_householder": 3, "use_forget_gate": True},
+    "step sizes that reach 2": {"beta_stretch": 0.1},
     "output gate, expand_v 2": {"use_output_gate": True, "expand_v": 2.0},
     "no convolution, beta in [0, 1], untied": {
         "use_short_conv": False,
@@ -213,7 +214,9 @@ def test_the_mixer_follows_the_papers_definition(name: str) -> None:
     q = unit(activated(mixer.q_proj, mixer.q_conv1d).view(13, G, dk)).repeat_interleave(H // G, 1)
     k = unit(activated(mixer.k_proj, mixer.k_conv1d).view(13, n, G, dk)).repeat_interleave(H // G, 2)
     v = activated(mixer.v_proj, mixer.v_conv1d).view(13, n, H, dv)
-    beta = mixer.b_proj(x)[0].sigmoid().view(13, n, H) * (2 if c.allow_neg_eigval else 1)
+    s = c.beta_stretch
+    share = ((1 + 2 * s) * mixer.b_proj(x)[0].sigmoid() - s).clamp(0, 1)
+    beta = share.view(13, n, H) * (2 if c.allow_neg_eigval else 1)
     gate = torch.ones(13, H, dv) if mixer.g_proj is None else F.silu(mixer.g_proj(x)[0]).view(13, H, dv)
     heads = []
     for h in range(H):

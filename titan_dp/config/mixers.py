@@ -119,7 +119,7 @@ class MatrixState(Mixer):
 class DeltaProduct(MatrixState):
     """n_h Householder steps per token; n_h = 1 is DeltaNet, gated or not. With a router, all steps count as taken."""
 
-    uses = f"{MatrixState.uses} num_key_heads use_forget_gate adaptive_householder"
+    uses = f"{MatrixState.uses} num_key_heads use_forget_gate adaptive_householder beta_stretch"
     in_fla = True
     names: ClassVar = {
         "deltanet": {"num_householder": 1},
@@ -153,7 +153,7 @@ class DeltaProduct(MatrixState):
 class LinearAttention(DeltaProduct):
     """The same operator with the erase term off."""
 
-    uses = f"{MatrixState.uses} num_key_heads use_forget_gate"
+    uses = f"{MatrixState.uses} num_key_heads use_forget_gate beta_stretch"
     in_fla = False
     names: ClassVar = {"gla": {"num_householder": 1, "use_forget_gate": True}}
     ranges: ClassVar = {}

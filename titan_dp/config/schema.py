@@ -138,6 +138,9 @@ class Model(Section):
     """Scalar decay per head and token before the n_h steps (Gated DeltaProduct)."""
     allow_neg_eigval: bool = True
     """beta = 2 sigmoid instead of sigmoid: eigenvalues of each factor in [-1, 1] instead of [0, 1]; for rwkv7, c = 2, not 1."""
+    beta_stretch: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """s: beta = clamp((1 + 2 s) sigmoid - s, 0, 1), times 2 with allow_neg_eigval. Above 0 a finite logit reaches both ends, so
+    that a step can be an exact reflection, or none: of use where states must be kept over thousands of tokens."""
     use_output_gate: bool = False
     """Multiply the normalised output of the mixer by silu(g_proj(x))."""
     output_norm: Literal["head", "group"] = "head"

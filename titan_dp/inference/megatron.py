@@ -66,6 +66,7 @@ def _shapes(c: config.Model) -> dict[str, torch.Size]:
         "adaptive_householder = true": c.adaptive_householder,
         "use_forget_gate = false": not c.use_forget_gate,
         "allow_neg_eigval = true": c.allow_neg_eigval,
+        f"beta_stretch = {c.beta_stretch:g}": c.beta_stretch != 0,
         "use_output_gate = false": not c.use_output_gate,
         "use_short_conv = false": not c.use_short_conv,
         f"output_norm = {c.output_norm!r}": c.output_norm != "group",

@@ -105,6 +105,7 @@ class MatrixStateMixer(TokenMixer):
         super().__init__()
         self.heads, self.key_heads, self.n = c.num_heads, c.key_heads, c.num_householder
         self.dk, self.dv = c.head_dim, c.head_v_dim
+        self.max_beta, self.beta_stretch = 2.0 if c.allow_neg_eigval else 1.0, c.beta_stretch
         self.backend, self.family = c.backend, c.family
         D, keys, values = c.hidden_size, self.key_heads * self.dk, self.heads * self.dv
         self.q_proj = nn.Linear(D, keys, bias=False)
@@ -169,7 +170,6 @@ class MatrixStateMixer(TokenMixer):
         b: Tensor,
         a: Tensor | None,
         gate: ForgetGate | None,
-        max_beta: float,
         packing: Packing | None,
         cache: MixerCache | None,
     ) -> tuple[RecurrenceInputs, tuple[Tensor, ...]]:
@@ -186,7 +186,8 @@ class MatrixStateMixer(TokenMixer):
             gate.dt_bias if gate else None,
             heads=self.heads,
             groups=self.key_heads,
-            max_beta=max_beta,
+            max_beta=self.max_beta,
+            beta_stretch=self.beta_stretch,
             position=packing.position if packing else None,
             tails=cache.tails if cache else (),
             backend="torch" if cache and cache.tails else self.backend,  # no kernel takes tails
@@ -223,7 +224,7 @@ class DeltaProduct(MatrixStateMixer):
             "r_proj": StepRouter(D, n) if c.adaptive_householder else None,
         }
         super().__init__(c, {"b_proj": nn.Linear(D, n * H, bias=False)}, after)
-        self.erase, self.max_beta = c.mixer != "gla", 2.0 if c.allow_neg_eigval else 1.0
+        self.erase = c.mixer != "gla"
 
     def recurrence_inputs(self, x: Tensor, cache: MixerCache | None) -> RecurrenceInputs:
         """What each head reads for the tokens x [B, T, D] after those in `cache`, G = H; to look inside, not to train."""
@@ -234,7 +235,7 @@ class DeltaProduct(MatrixStateMixer):
         self, x: Tensor, packing: Packing | None, cache: MixerCache | None
     ) -> tuple[RecurrenceInputs, tuple[Tensor, ...], Tensor | None]:
         a = self.a_proj(x) if self.a_proj else None
-        inputs, projected = self._front_end(x, self.b_proj(x), a, self.forget_gate, self.max_beta, packing, cache)
+        inputs, projected = self._front_end(x, self.b_proj(x), a, self.forget_gate, packing, cache)
         if self.r_proj is None:
             return inputs, projected, None
         taken = self.r_proj(x)

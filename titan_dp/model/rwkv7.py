@@ -70,13 +70,12 @@ class RWKV7(MatrixStateMixer):
         D, channels = c.hidden_size, c.num_householder * c.num_heads * c.head_dim
         before: dict[str, nn.Module] = {name: nn.Linear(D, channels, bias=False) for name in ("a_proj", "w_proj")}
         super().__init__(c, before | {"transition_bias": TransitionBias(channels)})
-        self.scale = 2.0 if c.allow_neg_eigval else 1.0
 
     def _project(
         self, x: Tensor, packing: Packing | None, cache: MixerCache | None
     ) -> tuple[TransitionInputs, tuple[Tensor, ...], None]:
         no_beta = x.new_zeros(*x.shape[:2], self.n * self.heads)  # the front end's step sizes, which RWKV-7 has not
-        inputs, projected = self._front_end(x, no_beta, None, None, 1.0, packing, cache)
+        inputs, projected = self._front_end(x, no_beta, None, None, packing, cache)
         bias, shape = self.transition_bias, (self.n, self.heads, self.dk)
         a = upcast(self.a_proj(x)).sigmoid()
         w = torch.exp(-_FASTEST_DECAY * (upcast(self.w_proj(x)) + bias.w0).sigmoid())
@@ -86,10 +85,10 @@ class RWKV7(MatrixStateMixer):
     def _recur(
         self, inputs: TransitionInputs, state: Tensor | None, packing: Packing | None, keep_state: bool
     ) -> tuple[Tensor, Tensor]:
-        return rwkv7_product(inputs, self.scale, state, packing.position if packing else None)
+        return rwkv7_product(inputs, self.max_beta, state, packing.position if packing else None)
 
     def describe(self) -> str:
-        return f"{super().describe()}, transitions diag(w) - {self.scale:g} k (a k)^T"
+        return f"{super().describe()}, transitions diag(w) - {self.max_beta:g} k (a k)^T"
 
 
 def rwkv7_product(

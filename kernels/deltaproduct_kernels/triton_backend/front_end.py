@@ -88,7 +88,7 @@ def _softplus(x):
 
 @triton.jit
 def _scalars(
-    b, a, A_log, dt_bias, beta, g, max_beta, row, t, T,
+    b, a, A_log, dt_bias, beta, g, max_beta, stretch, row, t, T,
     H: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Step sizes and log decays of the tokens t."""
@@ -96,7 +96,8 @@ def _scalars(
     mask = (t < T)[:, None] & (c < N * H)[None, :]
     at = (row * T + t)[:, None] * (N * H) + c[None, :]
     x = tl.load(b + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(beta + at, max_beta / (1 + tl.exp(-x)), mask=mask)
+    p = (1 + 2 * stretch) / (1 + tl.exp(-x)) - stretch
+    tl.store(beta + at, max_beta * tl.clamp(p, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL), mask=mask)
     if GATED:
         mask = (t < T)[:, None] & (c < H)[None, :]
         at = (row * T + t)[:, None] * H + c[None, :]
@@ -109,7 +110,7 @@ def _scalars(
 
 @triton.jit
 def _scalars_backward(
-    b, a, A_log, dt_bias, dbeta, dg, db, da, drate, dbias, max_beta, row, t, own, T, partial,
+    b, a, A_log, dt_bias, dbeta, dg, db, da, drate, dbias, max_beta, stretch, row, t, own, T, partial,
     H: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Their gradients; sums over the block's own tokens go to place `partial`."""
@@ -118,7 +119,9 @@ def _scalars_backward(
     at = (row * T + t)[:, None] * (N * H) + c[None, :]
     s = 1 / (1 + tl.exp(-tl.load(b + at, mask=mask, other=0.0).to(tl.float32)))
     d = tl.load(dbeta + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(db + at, (d * max_beta * s * (1 - s)).to(db.dtype.element_ty), mask=mask)
+    p = (1 + 2 * stretch) * s - stretch
+    d = tl.where((p < 0) | (p > 1), 0.0, d)
+    tl.store(db + at, (d * max_beta * (1 + 2 * stretch) * s * (1 - s)).to(db.dtype.element_ty), mask=mask)
     if GATED:
         mask = own[:, None] & (c < H)[None, :]
         at = (row * T + t)[:, None] * H + c[None, :]
@@ -153,6 +156,7 @@ def front_end_kernel(
     beta,
     g,
     max_beta,
+    stretch,
     T,
     blocks,
     H: tl.constexpr,
@@ -174,7 +178,7 @@ def front_end_kernel(
     row = (pid // SLOTS // blocks).to(tl.int64)
     t = (pid // SLOTS % blocks) * ROWS + tl.arange(0, ROWS)
     if slot == SLOTS - 1:
-        _scalars(b, a, A_log, dt_bias, beta, g, max_beta, row, t, T, H, N, STEPS, GATED)
+        _scalars(b, a, A_log, dt_bias, beta, g, max_beta, stretch, row, t, T, H, N, STEPS, GATED)
     else:
         x, w, channels, first, width = _head(slot, q, k, v, wq, wk, wv, H, GROUPS, N, DK, DV)
         y, _, channels, first, width = _head(slot, q_out, k_out, v_out, wq, wk, wv, H, GROUPS, N, DK, DV)
@@ -217,6 +221,7 @@ def front_end_backward_kernel(
     drate,  # partial sums of dA_log [B, blocks, H]
     dbias,  # of ddt_bias
     max_beta,
+    stretch,
     T,
     blocks,
     H: tl.constexpr,
@@ -243,7 +248,8 @@ def front_end_backward_kernel(
     own = (r < OWN) & (t < T)
     if slot == SLOTS - 1:
         _scalars_backward(
-            b, a, A_log, dt_bias, dbeta, dg, db, da, drate, dbias, max_beta, row, t, own, T, row * blocks + block,
+            b, a, A_log, dt_bias, dbeta, dg, db, da, drate, dbias, max_beta, stretch, row, t, own, T,
+            row * blocks + block,
             H, N, STEPS, GATED,
         )  # fmt: skip
     else:
@@ -297,6 +303,7 @@ def forward(
     heads: int,
     groups: int,
     max_beta: float,
+    beta_stretch: float,
     *,
     run: Runner | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -313,7 +320,7 @@ def forward(
     run(
         front_end_kernel, B * blocks * (groups * (1 + n) + n * heads + 1), config(sizes["D"]),
         q=q, k=k, v=v, b=b, a=a, wq=wq, wk=wk, wv=wv, A_log=A_log, dt_bias=dt_bias, position=position, q_out=q_out,
-        k_out=k_out, v_out=v_out, beta=beta, g=g, max_beta=max_beta, T=T, blocks=blocks, CONV=conv,
+        k_out=k_out, v_out=v_out, beta=beta, g=g, max_beta=max_beta, stretch=beta_stretch, T=T, blocks=blocks, CONV=conv,
         GATED=a is not None, PACKED=position is not None, **sizes,
     )  # fmt: skip
     return q_out, k_out, v_out, beta, g
@@ -335,6 +342,7 @@ def backward(
     heads: int,
     groups: int,
     max_beta: float,
+    beta_stretch: float,
     *,
     run: Runner | None = None,
 ) -> list[Tensor | None]:
@@ -355,8 +363,8 @@ def backward(
     run(
         front_end_backward_kernel, B * blocks * (groups * (1 + n) + n * heads + 1), config(sizes["D"]),
         q=q, k=k, v=v, b=b, a=a, A_log=A_log, dt_bias=dt_bias, position=position,
-        dq=dx[0], dk=dx[1], dv=dx[2], db=dx[3], da=da, max_beta=max_beta, T=T, blocks=blocks, CONV=wq is not None,
-        GATED=a is not None, PACKED=position is not None, **outputs, **sums, **taps, **sizes,
+        dq=dx[0], dk=dx[1], dv=dx[2], db=dx[3], da=da, max_beta=max_beta, stretch=beta_stretch, T=T, blocks=blocks,
+        CONV=wq is not None, GATED=a is not None, PACKED=position is not None, **outputs, **sums, **taps, **sizes,
     )  # fmt: skip
     weights = [
         None if p is None or w is None else p.sum((0, 1)).to(w.dtype)

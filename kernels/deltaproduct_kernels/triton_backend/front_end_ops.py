@@ -34,10 +34,11 @@ def front_end(
     heads: int,
     groups: int,
     max_beta: float,
+    beta_stretch: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, k, v, beta and g (empty without `a`), as `deltaproduct_kernels.front_end` returns them."""
     tensors = [computable(x) for x in (q, k, v, b, a, wq, wk, wv, A_log, dt_bias, position)]
-    *out, beta, g = _kernels().forward(*tensors, heads, groups, max_beta)
+    *out, beta, g = _kernels().forward(*tensors, heads, groups, max_beta, beta_stretch)
     q_out, k_out, v_out = (y.to(x.dtype) for y, x in zip(out, (q, k, v), strict=True))
     return q_out, k_out, v_out, beta, beta.new_empty(0) if g is None else g
 
@@ -46,7 +47,7 @@ refuse_vmap(front_end, "front_end")
 
 
 @front_end.register_fake
-def _(q, k, v, b, a, wq, wk, wv, A_log, dt_bias, position, heads, groups, max_beta):  # type: ignore[no-untyped-def]
+def _(q, k, v, b, a, wq, wk, wv, A_log, dt_bias, position, heads, groups, max_beta, beta_stretch):  # type: ignore[no-untyped-def]
     B, T, channels = q.shape
     n, dk = k.shape[-1] // channels, channels // groups
     dv = v.shape[-1] // (n * heads)
@@ -76,30 +77,32 @@ def front_end_backward(
     heads: int,
     groups: int,
     max_beta: float,
+    beta_stretch: float,
 ) -> list[Tensor]:
     """Gradients of q, k, v, b and of those of a, the weights, A_log and dt_bias that are given."""
     inputs = (q, k, v, b, a, wq, wk, wv, A_log, dt_bias)
     tensors = [computable(x) for x in (*inputs, position)]
     grads = tuple(computable(x) for x in (dq, dk, dv, dbeta, dg))
-    out = _kernels().backward(grads, *tensors, heads, groups, max_beta)
+    out = _kernels().backward(grads, *tensors, heads, groups, max_beta, beta_stretch)
     return [d.to(x.dtype) for d, x in zip(out, inputs, strict=True) if x is not None]
 
 
 @front_end_backward.register_fake
-def _(dq, dk, dv, dbeta, dg, q, k, v, b, a, wq, wk, wv, A_log, dt_bias, position, heads, groups, max_beta):  # type: ignore[no-untyped-def]
+def _(dq, dk, dv, dbeta, dg, q, k, v, b, a, wq, wk, wv, A_log, dt_bias, position, heads, groups, max_beta, beta_stretch):  # type: ignore[no-untyped-def]
     return [x.new_empty(x.shape) for x in (q, k, v, b, a, wq, wk, wv, A_log, dt_bias) if x is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.heads, ctx.groups, ctx.max_beta = inputs
+    *tensors, ctx.heads, ctx.groups, ctx.max_beta, ctx.beta_stretch = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dbeta: Tensor, dg: Tensor) -> tuple:
     *inputs, position = ctx.saved_tensors
     dg_given = None if inputs[4] is None else dg
-    given = iter(front_end_backward(dq, dk, dv, dbeta, dg_given, *inputs, position, ctx.heads, ctx.groups, ctx.max_beta))
-    return *(None if x is None else next(given) for x in inputs), None, None, None, None
+    settings = (ctx.heads, ctx.groups, ctx.max_beta, ctx.beta_stretch)
+    given = iter(front_end_backward(dq, dk, dv, dbeta, dg_given, *inputs, position, *settings))
+    return *(None if x is None else next(given) for x in inputs), None, None, None, None, None
 
 
 front_end.register_autograd(_backward, setup_context=_setup_context)

@@ -58,7 +58,7 @@ class Architecture:
             f"mixer = {c.mixer!r}": c.mixer != "deltaproduct",
             f"num_householder = {c.num_householder}": c.num_householder != 1,
             "use_output_gate = false": not c.use_output_gate,
-            **norm_and_gate(c),
+            **only_ours(c),
             **self.limits(c),
         }
         return [reason for reason, applies in reasons.items() if applies]
@@ -221,9 +221,10 @@ def has_idle_layer(c: config.Model) -> bool:
     return "attention" not in c.mixers()
 
 
-def norm_and_gate(c: config.Model) -> dict[str, bool]:
-    """What the others' output norms cannot have, and whether `c` has it: they are of one head each, and before the gate."""
+def only_ours(c: config.Model) -> dict[str, bool]:
+    """What the others' mixers cannot have, and whether `c` has it. Their output norms are of one head each, before the gate."""
     return {
+        f"beta_stretch = {c.beta_stretch:g}": c.beta_stretch != 0,
         f"output_norm = {c.output_norm!r}": c.output_norm != "head",
         "gate_before_norm = true": c.use_output_gate and c.gate_before_norm,
     }

@@ -19,7 +19,7 @@ from titan_dp import config
 from titan_dp.config.mixers import MIXERS
 from titan_dp.errors import UserError
 from titan_dp.files import first_mistake, shorten, shown
-from titan_dp.inference.hf.architectures import Architecture, norm_and_gate
+from titan_dp.inference.hf.architectures import Architecture, only_ours
 from titan_dp.inference.hf.olmo_hybrid import OlmoHybrid
 from titan_dp.inference.hf.qwen3_5 import Qwen35
 
@@ -83,7 +83,7 @@ _SAME = [*_NEEDED, "num_heads", "tie_word_embeddings", "norm_eps", "initializer_
 _SAME += ["use_short_conv", "conv_size"]
 _PRODUCT = ("num_householder", "use_forget_gate", "use_output_gate")
 # What only our own type has.
-_OURS = ("mixer", "num_key_heads", "output_norm", "gate_before_norm", "attention_block")
+_OURS = ("mixer", "num_key_heads", "beta_stretch", "output_norm", "gate_before_norm", "attention_block")
 
 
 # -- settings -----------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def _inexpressible(c: config.Model, model_type: str) -> list[str]:
         "use_forget_gate = true": model_type == "delta_net" and c.use_forget_gate,
         f"num_key_heads = {c.key_heads}": model_type != "gated_deltanet" and c.key_heads != c.num_heads,
         f"attention_block = {c.attention_block!r}": "attention" in c.mixers() and c.attention_block != "llama",
-        **norm_and_gate(c),
+        **only_ours(c),
     }
     return [reason for reason, applies in reasons.items() if applies]
 

@@ -45,6 +45,7 @@ DEFAULTS = {
     "num_householder": 2,
     "use_forget_gate": False,
     "allow_neg_eigval": True,
+    "beta_stretch": 0.0,
     "use_output_gate": False,
     "output_norm": "head",
     "gate_before_norm": False,
@@ -371,6 +372,7 @@ class DeltaProduct(nn.Module):
         super().__init__()
         self.heads, self.n, self.dk, self.dv = c.num_heads, c.num_householder, c.head_dim, int(c.head_dim * c.expand_v)
         self.erase, self.max_beta = c.mixer != "gla", 2.0 if c.allow_neg_eigval else 1.0
+        self.beta_stretch = c.beta_stretch
         self.key_heads = c.num_key_heads or c.num_heads
         keys, values, D = self.key_heads * self.dk, self.heads * self.dv, c.hidden_size
         self.q_proj = nn.Linear(D, keys, bias=False)
@@ -396,7 +398,8 @@ class DeltaProduct(nn.Module):
         B, T, _ = x.shape
         real = rows.real[..., None]
         state, *tails = memory or (None, None, None, None)
-        beta = self.max_beta * upcast(self.b_proj(x)).sigmoid() * real
+        share = (1 + 2 * self.beta_stretch) * upcast(self.b_proj(x)).sigmoid() - self.beta_stretch
+        beta = self.max_beta * share.clamp(0, 1) * real
         g = None
         if self.gated:
             g = -upcast(self.A_log).exp() * F.softplus(upcast(self.a_proj(x)) + self.dt_bias) * real
