@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 
 import pytest
@@ -61,6 +62,23 @@ def test_rows_are_words_and_their_running_products(name: str, high: int, fewer: 
     input_ids, labels = problem.rows(Random(name), torch.arange(sample, sample + 3), low, high)
     assert input_ids.shape == labels.shape == (3, 1 + high * n)
     assert all(low <= len(word) <= high for word in checked_words(problem, input_ids, labels))
+
+
+@pytest.mark.parametrize("name", ["S3", "S4", "S5"])
+def test_products_in_the_authors_order_are_ours_with_every_element_inverted(name: str, random: Random) -> None:
+    """Their library numbers permutations lexicographically, a * b takes i to a(b(i)), and they scan y_t = y_(t-1) * x_t."""
+    elements = list(itertools.permutations(range(int(name[1:]))))
+    number = {element: i for i, element in enumerate(elements)}
+    inverse = [number[tuple(sorted(range(len(a)), key=a.__getitem__))] for a in elements]
+    group = parse_group(name)
+    assert group.permutations.tolist() == [list(element) for element in elements]
+
+    def theirs(word: list[int]) -> list[int]:
+        return list(itertools.accumulate(word, lambda y, x: number[tuple(elements[y][i] for i in elements[x])]))
+
+    tokens, labels = WordProblem(group).rows(random, torch.arange(4), 9, 9)
+    for word, answers in zip(tokens[:, 1:].tolist(), labels[:, 1:].tolist(), strict=True):
+        assert theirs([inverse[x] for x in word]) == [inverse[y] for y in answers]
 
 
 def test_only_elements_that_move_few_points_are_drawn(random: Random) -> None:
