@@ -308,6 +308,29 @@ def test_printed_commands_start_several_processes_by_torchrun_and_survive_the_sh
     assert commands(answer) == [[*torchrun, f"my outputs/study/{cell}/config.toml"] for cell in CELLS]
 
 
+def test_chosen_cells_alone_are_launched(sweep: Run) -> None:
+    answer = sweep(AXES, "--launch", "print", "--cells", "nh1-*", "nh2-s2")
+    assert [Path(command[-1]).parent.name for command in commands(answer)] == ["nh1-s1", "nh1-s2", "nh2-s2"]
+    assert list(rows(sweep(AXES, "--cells", "nh1-*"))) == [*CELLS, "all"]  # the table has them all
+
+
+def test_a_chosen_branch_comes_with_its_trunk(sweep: Run) -> None:
+    printed = commands(sweep(BRANCHES, "--launch", "print", "--cells", "steps50"))
+    assert [Path(command[-1]).parent.name for command in printed] == ["steps100", "steps50"]
+
+
+def test_a_choice_of_no_cell_is_refused_before_anything_is_written(sweep: Run, tmp_path: Path) -> None:
+    answer = sweep(AXES, "--cells", "nh1-*", "nh3-s1")
+    assert (answer.code, answer.out) == (2, "")
+    assert "--cells 'nh3-s1': study.toml has no such cell; did you mean nh" in answer.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_sweep_of_word_problems_is_reported_by_their_own_report(sweep: Run) -> None:
+    words = 'data.source = "state_tracking"\nstate_tracking.task = "S3"\nmodel.vocab_size = 8\n'
+    assert "titan-dp state-tracking report outputs/study" in " ".join(sweep(words + AXES).out.split())
+
+
 # -- branches ----------------------------------------------------------------------------------------------------------
 
 LENGTHS = '{}[sweep.axes]\n"training.steps" = [50, 100]\n[lr_scheduler]\ndecay_ratio = 0.2\n'

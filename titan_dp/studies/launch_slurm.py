@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from titan_dp.errors import RunError, UserError, counted
 from titan_dp.files import first_mistake, write_json
 from titan_dp.launch import FOLDER
-from titan_dp.studies.sweep_file import Sweep
+from titan_dp.studies.sweep_file import Cell, Sweep
 from titan_dp.train.run_folder import is_finished, is_locked
 
 ARRAY_SCRIPT = FOLDER / "slurm_array.sbatch"
@@ -37,8 +37,10 @@ def check_slurm() -> None:
         raise UserError("--launch slurm: there is no sbatch on this machine; use --launch local, or --launch print")
 
 
-def launch_slurm(sweep: Sweep, *, at_once: int, nproc: int | None, retries: int, options: list[str]) -> None:
-    """Submit every cell that is neither finished nor already with SLURM, at most `at_once` to run at a time.
+def launch_slurm(
+    sweep: Sweep, chosen: list[Cell], *, at_once: int, nproc: int | None, retries: int, options: list[str]
+) -> None:
+    """Submit every chosen cell that is neither finished nor already with SLURM, at most `at_once` to run at a time.
 
     Args:
         nproc: processes per cell; None for one per GPU of the node.
@@ -51,7 +53,7 @@ def launch_slurm(sweep: Sweep, *, at_once: int, nproc: int | None, retries: int,
     path = sweep.folder / "slurm.json"
     jobs = _read_jobs(path)
     queued = _queued(jobs)
-    cells = [c for c in sweep.cells if c.name not in queued and not is_finished(c.folder) and not is_locked(c.folder)]
+    cells = [c for c in chosen if c.name not in queued and not is_finished(c.folder) and not is_locked(c.folder)]
     # A branch runs once its trunk is over, in an array of its own.
     first = [cell for cell in cells if not cell.awaits_trunk]
     trunks = {cell.name for cell in first} | queued.keys()

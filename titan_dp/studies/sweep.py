@@ -12,6 +12,7 @@ its cells with `cells_to_write` and `launch`, as this does.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import shlex
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ from typing import Any
 
 from titan_dp.config.arguments import above_zero, fraction, natural, positive
 from titan_dp.config.load import config_from_toml
-from titan_dp.errors import RunError, UserError, counted, require
-from titan_dp.files import make_folder, short, stays_inside, write_json
+from titan_dp.errors import RunError, UserError, counted, did_you_mean, require
+from titan_dp.files import make_folder, short, shown, stays_inside, write_json
 from titan_dp.output import number_table, print_next, print_table, print_text
 from titan_dp.studies.sweep_file import Cell, Sweep, load_sweep
 from titan_dp.train.run_folder import RunLock, holds_config, identity, is_finished, is_locked, last_step, read_run, write_config
@@ -39,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a sweep file, or else a shipped one of that name, such as cpu_study")
     parser.add_argument(
         "--launch", choices=["local", "slurm", "print"], help="run the cells here, as a SLURM array, or print their commands"
+    )
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        metavar="NAME",
+        help="launch these alone; 'S3-*' stands for all whose names begin so (default: all)",
     )
     parser.add_argument("--at-once", type=positive, default=1, metavar="K", help="cells that run at the same time (default: 1)")
     parser.add_argument("--nproc", type=positive, metavar="N", help="processes of a cell (default: 1; slurm: the node's GPUs)")
@@ -65,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         check_slurm()
     sweep = load_sweep(args.file)
     sweep.add(_added(sweep))
+    _chosen(sweep, args.cells)
     if args.extend_edges:
         if not sweep.tune:
             raise UserError(f'--extend-edges extends tuned axes, and {args.file} tunes none; give [sweep] tune = "lr", say')
@@ -90,17 +98,35 @@ def run(args: argparse.Namespace) -> int:
         if args.launch == "slurm":
             from titan_dp.studies.launch_slurm import launch_slurm
 
-            launch_slurm(sweep, at_once=args.at_once, nproc=args.nproc, retries=args.retries, options=options)
+            launch_slurm(
+                sweep, _chosen(sweep, args.cells), at_once=args.at_once, nproc=args.nproc, retries=args.retries, options=options
+            )
         elif args.launch:
             options_of_launch = {"at_once": args.at_once, "nproc": args.nproc or 1, "retries": args.retries}
-            launch(sweep.cells, args.launch, **options_of_launch)
+            launch(_chosen(sweep, args.cells), args.launch, **options_of_launch)
             for _ in range(_ROUNDS if args.extend_edges and args.launch == "local" else 0):
                 if not _extend(sweep):
                     break
-                launch(sweep.cells, args.launch, **options_of_launch)
+                launch(_chosen(sweep, args.cells), args.launch, **options_of_launch)
         if args.launch != "print":
             _print_next(sweep, args)
     return 0
+
+
+def _chosen(sweep: Sweep, patterns: list[str] | None) -> list[Cell]:
+    """The cells that `patterns` name, all if there are none, with the trunks from which they branch.
+
+    Raises UserError if one names no cell.
+    """
+    if not patterns:
+        return sweep.cells
+    names = [cell.name for cell in sweep.cells]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"--cells {shown(pattern)}: {sweep.file} has no such cell{did_you_mean(pattern, names)}")
+    chosen = [cell for cell in sweep.cells if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns)]
+    trunks = {cell.trunk for cell in chosen}
+    return [cell for cell in sweep.cells if cell in chosen or cell.name in trunks]
 
 
 def _sbatch_options(text: str) -> list[str]:
@@ -311,7 +337,9 @@ def _print_costs(sweep: Sweep, mfu: float, peak_tflops: float) -> None:
 
 
 def _print_next(sweep: Sweep, args: argparse.Namespace) -> None:
-    file, report = shlex.quote(str(args.file)), f"titan-dp report {shlex.quote(str(sweep.folder))}"
+    words = any(cell.config.data.source == "state_tracking" for cell in sweep.cells)
+    report = f"titan-dp {'state-tracking ' if words else ''}report {shlex.quote(str(sweep.folder))}"
+    file = shlex.quote(str(args.file))
     if args.launch == "local":
         print_next("compare the runs with", report)
     elif args.launch == "slurm":
