@@ -312,7 +312,8 @@ def _draw(layer: int, t: Trace, heads: list[Head], group: Group, path: Path) -> 
         )
     labels = ("step size beta", "component 1 of the keys", "component 1 of the states")
     for panel, label in zip(rows[-1], labels, strict=True):
-        panel.set_xlabel(label)
+        if panel.name != "3d":
+            panel.set_xlabel(label)
     rows[0, 0].legend(fontsize="x-small", frameon=False, loc="upper left", ncols=4)
     many = f", the {len(shown)} of {len(heads)} heads that tell most" if len(heads) > len(shown) else ""
     figure.suptitle(f"{group.name}, layer {layer}{many}: steps, keys, and states coloured by the right answer")
