@@ -23,7 +23,16 @@ from titan_dp.data.synthetic.words import WordProblem
 from titan_dp.errors import UserError
 from titan_dp.model.transformer import Transformer, build_model
 from titan_dp.studies.state_tracking import constructions
-from titan_dp.studies.state_tracking.inspection import Head, Trace, _element, describe, representation_error, trace, words_right
+from titan_dp.studies.state_tracking.inspection import (
+    Head,
+    Trace,
+    _element,
+    count_places,
+    describe,
+    representation_error,
+    trace,
+    words_right,
+)
 from titan_dp.studies.state_tracking.representations import permutation_matrices, polygon, rotations
 
 VOCABULARY = {"S3": 8, "D4": 10, "Z5": 7}
@@ -114,6 +123,22 @@ def test_an_orbit_is_known_in_any_basis_and_random_clusters_are_not_taken_for_on
     assert representation_error(orbit[..., 0] @ basis.T + 3.0, group) == (dimensions, pytest.approx(0, abs=1e-6))
     _, unrelated = representation_error(rng.normal(size=(group.order, 3)), group)
     assert unrelated > 0.5
+
+
+@pytest.mark.parametrize(("name", "turns", "places"), [("S4", 4, 6), ("S4", 3, 8), ("S4", 2, 12), ("A5", 5, 12), ("A5", 2, 30)])
+def test_places_of_states_are_the_corners_and_the_edges_that_some_elements_keep(name: str, turns: int, places: int) -> None:
+    """On the axis of a quarter turn lie a cube's 6 faces, of a fifth an icosahedron's 12 corners, of a half its 30 edges."""
+    group, rng = parse_group(name), np.random.default_rng(int(torch.randint(2**31, ())))
+    matrices = rotations(group)
+    angle = 1 + 2 * np.cos(2 * np.pi / turns)
+    kept = [m for m in matrices if abs(np.trace(m) - angle) < 1e-9]
+    points = {count_places(np.stack([r @ _axis(m) for r in matrices]) + rng.normal(size=(group.order, 3)) * 0.02) for m in kept}
+    assert places in points  # half turns of a cube lie on two kinds of axes
+    assert count_places(matrices @ np.array([0.1, 0.5, 0.9])) == group.order
+
+
+def _axis(rotation: np.ndarray) -> np.ndarray:
+    return np.linalg.svd(rotation - np.eye(3))[2][-1]
 
 
 # -- random weights ----------------------------------------------------------------------------------------------------

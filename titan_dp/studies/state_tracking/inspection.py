@@ -76,6 +76,9 @@ class Head:
     tells nothing."""
     state_dimensions: int
     """Principal components that hold 95 % of the variance of the main columns, a mean per element; 0 if one did not come up."""
+    state_places: int
+    """Different places among these means: fewer than elements if some elements have one, as the five that keep a corner of the
+    icosahedron."""
     representation_error: float | None
     """How far these components are from an orthogonal representation, see `representation_error`; None if there are none."""
 
@@ -83,7 +86,7 @@ class Head:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="RUN", help="run folder or checkpoint of a word problem")
     parser.add_argument("--length", type=positive, help="elements per word (default: as in training)")
-    parser.add_argument("--words", type=positive, default=32, help="words (default: 32)")
+    parser.add_argument("--words", type=positive, default=128, help="words (default: 128)")
     parser.add_argument("--out", type=Path, help="where to write (default: inspect/ in the run folder)")
     add_format_option(parser)
 
@@ -192,10 +195,12 @@ def describe(layer: int, head: int, t: Trace, group: Group) -> Head:
     seen = np.unique(products)
     within = sum(((states[products == y] - states[products == y].mean(0)) ** 2).sum() for y in seen)
     total = ((states - states.mean(0)) ** 2).sum()
-    dimensions, error = 0, None
+    dimensions, places, error = 0, 0, None
     if total and len(seen) == group.order:
         reads = t.main_columns[head]
-        dimensions, error = representation_error(np.stack([reads[products == y].mean(0) for y in seen]), group)
+        means = np.stack([reads[products == y].mean(0) for y in seen])
+        dimensions, error = representation_error(means, group)
+        places = count_places(_components(means, centred=True)[:, :dimensions])
     return Head(
         layer=layer,
         head=head,
@@ -204,6 +209,7 @@ def describe(layer: int, head: int, t: Trace, group: Group) -> Head:
         key_variance=(moments.cumsum() / moments.sum()).tolist() if moments.sum() else [],
         state_within=float(within / total) if total else 1.0,
         state_dimensions=dimensions,
+        state_places=places,
         representation_error=error,
     )
 
@@ -234,6 +240,15 @@ def representation_error(means: np.ndarray, group: Group) -> tuple[int, float]:
     return d, float(np.sqrt(max(0.0, 1 - (cosines**2).sum((1, 2)).mean() / d)))
 
 
+def count_places(means: np.ndarray) -> int:
+    """How many different places `means` [order, D] have. Neighbours nearer than 0.3 of the mean radius are in one."""
+    import numpy as np
+    from scipy.sparse.csgraph import connected_components
+
+    radius = np.linalg.norm(means - means.mean(0), axis=1).mean()
+    return int(connected_components(np.linalg.norm(means[:, None] - means, axis=-1) < 0.3 * radius)[0])
+
+
 def _print(heads: list[Head], right: dict[str, list[float]], length: int, task: str) -> None:
     columns = (
         "layer",
@@ -243,6 +258,7 @@ def _print(heads: list[Head], right: dict[str, list[float]], length: int, task: 
         "keys in 1, 2, 3, 4 dimensions",
         "state within",
         "state dims",
+        "places",
         "not a rep.",
     )
     rows = []
@@ -250,7 +266,8 @@ def _print(heads: list[Head], right: dict[str, list[float]], length: int, task: 
         variance = ", ".join(f"{share:.0%}" for share in head.key_variance[:4])
         steps = (f"{head.steps_near_2:.0%}", f"{head.steps_near_0:.0%}")
         error = "" if head.representation_error is None else f"{head.representation_error:.2f}"
-        rows.append((head.layer, head.head, *steps, variance, f"{head.state_within:.1%}", head.state_dimensions or "", error))
+        found = (head.state_dimensions or "", head.state_places or "", error)
+        rows.append((head.layer, head.head, *steps, variance, f"{head.state_within:.1%}", *found))
     print_table(number_table(f"{task}: what each head does", columns, rows, left=columns[4:5]))
     names = ["words right", *(f"at {times * length}" for times in (1, 2, 3, 4))]
     shares = [(what, *(f"{share:.1%}" for share in at)) for what, at in right.items()]
@@ -258,7 +275,8 @@ def _print(heads: list[Head], right: dict[str, list[float]], length: int, task: 
     print_text(
         "exact steps: every beta near 2 or 0 set to it",
         "state within: variance of states with one right answer, as a share of all; state dims: principal components of the "
-        "answers' mean states; not a rep.: their distance from an orthogonal representation, 0 to 1",
+        "answers' mean states; places: how many of these differ; not a rep.: their distance from an orthogonal representation, "
+        "0 to 1",
     )
 
 
@@ -307,9 +325,8 @@ def _draw(layer: int, t: Trace, heads: list[Head], group: Group, path: Path) -> 
             orbit.set(ylabel="component 2")
             orbit.margins(0.08)
         far = "" if head.representation_error is None else f"; {head.representation_error:.2f} from an orbit"
-        orbit.set_title(
-            f"states in {head.state_dimensions or 'some'} dimensions:\n{100 * head.state_within:.1f} % within{far}", **small
-        )
+        where = f"{head.state_places or 'some'} places in {counted(head.state_dimensions, 'dimension')}"
+        orbit.set_title(f"states: {where}\n{100 * head.state_within:.1f} % within{far}", **small)
     labels = ("step size beta", "component 1 of the keys", "component 1 of the states")
     for panel, label in zip(rows[-1], labels, strict=True):
         if panel.name != "3d":
