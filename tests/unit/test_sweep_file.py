@@ -365,6 +365,7 @@ def test_a_file_that_is_no_sweep_is_refused(text: str | None, said: str, tmp_pat
 SWEEPS = {
     "cpu_study": (81, "140K-t150K-nh1-lr0.006-s1", "660K-t600K-nh3-lr0.024-s1", "f3b7bf0b24e42aba"),
     "cpu_study_largest": (9, "1.35M-t600K-nh1-lr0.003-s1", "1.35M-t600K-nh3-lr0.012-s1", "a1fb61f49b1bd7a5"),
+    "cpu_study_mup": (18, "140K-t600K-nh1-lr0.006-s1", "270K-t600K-nh3-lr0.024-s1", "41a0932c5b767106"),
     "cpu_study_seeds": (54, "140K-t150K-nh1-lr0.012-s2", "660K-t600K-nh3-lr0.012-s3", "0f09cb1429487cac"),
     "figure10": (6, "nh1-d128", "nh1-d256", "c16f1b9b6081c82e"),
     "formal_languages": (105, "deltanet-pos-taskparity-s1", "rwkv7_2-taskmodular-arithmetic-brackets-s3", "ad5d823ca2ab0dea"),
@@ -372,10 +373,10 @@ SWEEPS = {
     "isoflop": (90, "c1e+19-60M-nh1-ungated", "c1e+20-800M-nh3-gated", "d5f8bd0878c83ffe"),
     "longer_words": (24, "S3-beta_stretch0-steps600-s1", "S4-beta_stretch0.5-steps1800-s3", "3fa701c5221c03ce"),
     "lr_transfer": (
-        60,
-        "w64-h2-mlp192-nh1-parametrizationstandard-lr0.001",
-        "w256-h8-mlp768-nh2-parametrizationmup-lr0.032",
-        "971fc4aeef5d5906",
+        50,
+        "w64-h2-mlp192-nh1-parametrizationstandard-lr0.004",
+        "w256-h8-mlp768-nh2-parametrizationmup-lr0.064",
+        "f5dfe22501e4849c",
     ),
     "muon": (6, "270K-t300K-nh1-lr0.012-s1-muon_lr0.006", "270K-t300K-nh3-lr0.012-s1-muon_lr0.024", "e64abee3517c974f"),
     "paper": (9, "213m_nh1", "800m_nh3", "d73700e2b21a1b11"),
