@@ -31,7 +31,7 @@ HYBRID = {"num_hidden_layers": 2, "use_short_conv": False, "tie_word_embeddings"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     name: ("gated_deltaproduct", changes if "attention_layers" in changes else ONE | changes)
     for name, changes in VARIANTS.items()
-    if changes.get("mixer") != "gla" and not {"num_key_heads", "attention_block"} & changes.keys()
+    if changes.get("mixer") != "gla" and not {"num_key_heads", "attention_block", "beta_stretch"} & changes.keys()
 }
 MODELS |= {
     "gated_deltanet": ("gated_deltanet", GATED | OUTPUT_GATE),

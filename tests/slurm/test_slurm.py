@@ -126,13 +126,25 @@ def test_a_sweep_is_an_array_that_retries_failed_cells_and_leaves_mistakes_and_f
     assert titan_dp_sweep(cluster, project).returncode == 0  # writes the folders
     (sweep / "finished/run.json").write_text('{"state": "finished", "step": 20}')
 
-    launch = ("--launch", "slurm", "--at-once", "4", "--retries", "1", "--nproc", "1", "--sbatch", " ".join(ONE_CPU))
+    launch = (
+        "--launch",
+        "slurm",
+        "--at-once",
+        "4",
+        "--retries",
+        "1",
+        "--nproc",
+        "1",
+        "--sbatch",
+        " ".join([*ONE_CPU, "--hold"]),
+    )
     submitted = titan_dp_sweep(cluster, project, *launch)
     assert submitted.returncode == 0, submitted.stderr
     found = re.search(r"array (\d+): 3 cells, 4 at once", submitted.stdout)
     assert found is not None, submitted.stdout
     array = found[1]
     assert "nothing to submit: 3 cells with SLURM already" in titan_dp_sweep(cluster, project, *launch).stdout
+    assert cluster.run("scontrol", "release", array).returncode == 0
 
     journal = project / f"slurm-{array}.log"
     wait_for(journal.exists, f"log of array {array}", 600, cluster.logs)

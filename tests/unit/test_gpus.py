@@ -13,6 +13,7 @@ import torch
 from tests.conftest import sees_gpus
 from titan_dp import config
 from titan_dp.cli import dispatch
+from titan_dp.data import shards
 from titan_dp.distributed import distributed
 from titan_dp.errors import UserError
 from titan_dp.hardware import visible_gpus
@@ -70,6 +71,7 @@ def test_titan_dp_train_starts_a_process_per_gpu_or_two(
     for name, value in machine(tmp_path, listing, visible).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "execv", lambda path, argv: started.append(argv))
+    monkeypatch.setattr(shards, "require_data", lambda c: None)  # that of debug.toml is made by `make train`
     started: list[list[str]] = []
     dispatch(["train", "--config", "debug.toml", *own, "--training.steps=3"])
     ((python, *launcher, module, name, config, file, steps),) = started
