@@ -167,8 +167,12 @@ def test_models_come_in_the_order_of_their_runs_and_differ_by_every_setting_exce
     (write_run(tmp_path / "6", [1.0]) / "config.toml").write_text(text + "[optimizer]\nlr = 1e-5\n")
     found = task_of(*(tmp_path / name for name in "124563")).models
     assert [[run["folder"].name for run in m["runs"]] for m in found] == [["1", "4"], ["2", "5"], ["6"], ["3"]]
-    labels = ["softmax attention, 24 layers", f"{OURS} ({tmp_path / '2'})", f"{OURS} ({tmp_path / '6'})"]
+    labels = ["softmax attention, 24 layers", f"{OURS} (2)", f"{OURS} (6)"]
     assert [m["model"] for m in found] == [*labels, "DeltaNet [0, 1], 24 layers"]
+    (tmp_path / "more").mkdir()
+    twin = (tmp_path / "6").rename(tmp_path / "more/2")
+    names = [m["model"] for m in task_of(tmp_path / "2", twin).models]
+    assert names == [f"{OURS} ({tmp_path / '2'})", f"{OURS} ({twin})"]
 
 
 S5 = {most: {"problem": WordProblem(parse_group("S5"), most).describe()} for most in (None, 2)}

@@ -207,9 +207,11 @@ def by_model(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found |= {"interval": (float(interval.low), float(interval.high)), "chosen": min(members, key=_rank)}
         models.append(found | {"runs": members})
     names = [model["model"] for model in models]
-    for model in models:
+    first = [model["runs"][0]["folder"] for model in models]
+    short = len({folder.name for folder in first}) == len(first)
+    for model, folder in zip(models, first, strict=True):
         if names.count(model["model"]) > 1:
-            model["model"] += f" ({model['runs'][0]['folder']})"
+            model["model"] += f" ({folder.name if short else folder})"
     return models
 
 
