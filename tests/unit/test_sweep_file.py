@@ -368,7 +368,7 @@ SWEEPS = {
     "cpu_study_mup": (18, "140K-t600K-nh1-lr0.006-s1", "270K-t600K-nh3-lr0.024-s1", "41a0932c5b767106"),
     "cpu_study_seeds": (54, "140K-t150K-nh1-lr0.012-s2", "660K-t600K-nh3-lr0.012-s3", "0f09cb1429487cac"),
     "figure10": (6, "nh1-d128", "nh1-d256", "c16f1b9b6081c82e"),
-    "formal_languages": (105, "deltanet-pos-taskparity-s1", "rwkv7_2-taskmodular-arithmetic-brackets-s3", "ad5d823ca2ab0dea"),
+    "formal_languages": (135, "deltanet-pos-taskparity-s1", "rwkv7_2-taskmodular-arithmetic-brackets-s3", "abda7db5ebb0d276"),
     "householder_head_dim": (9, "392.2M-nh1-d64", "392.2M-nh3-d256", "66521fc277918025"),
     "isoflop": (90, "c1e+19-60M-nh1-ungated", "c1e+20-800M-nh3-gated", "d5f8bd0878c83ffe"),
     "longer_words": (24, "S3-beta_stretch0-steps600-s1", "S4-beta_stretch0.5-steps1800-s3", "3fa701c5221c03ce"),

@@ -216,7 +216,8 @@ def by_model(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _name(c: config.Model) -> str:
-    return label(c) + (f", {c.num_hidden_layers} layers" if c.num_hidden_layers > 1 else "")
+    stretched = f", beta_stretch {c.beta_stretch:g}" if c.beta_stretch else ""
+    return label(c) + stretched + (f", {c.num_hidden_layers} layers" if c.num_hidden_layers > 1 else "")
 
 
 def left_plateau(run: dict[str, Any]) -> bool:
