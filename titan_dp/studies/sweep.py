@@ -120,13 +120,13 @@ def _chosen(sweep: Sweep, patterns: list[str] | None) -> list[Cell]:
     """
     if not patterns:
         return sweep.cells
-    names = [cell.name for cell in sweep.cells]
+    names, chosen = [cell.name for cell in sweep.cells], set[str]()
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+        if not (found := fnmatch.filter(names, pattern)):
             raise UserError(f"--cells {shown(pattern)}: {sweep.file} has no such cell{did_you_mean(pattern, names)}")
-    chosen = [cell for cell in sweep.cells if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns)]
-    trunks = {cell.trunk for cell in chosen}
-    return [cell for cell in sweep.cells if cell in chosen or cell.name in trunks]
+        chosen.update(found)
+    chosen |= {cell.trunk for cell in sweep.cells if cell.name in chosen}
+    return [cell for cell in sweep.cells if cell.name in chosen]
 
 
 def _sbatch_options(text: str) -> list[str]:
